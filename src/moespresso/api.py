@@ -1,0 +1,366 @@
+"""One function per verb; the command line and Python walk through the same doors.
+
+Each takes a checkpoint (folder or hub id), a `Request` (what is wanted) and a `Runtime` (how it is carried out), and
+raises `UserError` with one sentence before anything is written when the request cannot be met.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import moespresso.methods  # noqa: F401  (registers them)
+from moespresso._versions import VERSION
+from moespresso.bundled import MODELS, TEXT
+from moespresso.checkpoint import (
+    Reader,
+    write_text,
+)
+from moespresso.core.errors import UserError
+from moespresso.core.plan import Plan
+from moespresso.core.registry import parse_step
+from moespresso.core.runtime import Runtime
+from moespresso.core.stats import Stats, stats_key
+from moespresso.data import Batches, Source, calibration, sequences
+from moespresso.evaluate import evaluate as evaluate_models
+from moespresso.export import check_target, find_target
+from moespresso.model import View, quiet_transformers
+from moespresso.pipeline import (
+    Clock,
+    Decided,
+    all_needs,
+    decide,
+    describe_step,
+    make_skeleton,
+    open_view,
+)
+from moespresso.pipeline import measure as measure_view
+from moespresso.recipe import Recipe, Request, parse_size
+from moespresso.report import Report, describe_methods
+from moespresso.result import outside_notes, produce
+from moespresso.verify import verify as verify_folder
+
+quiet_transformers()
+
+
+class Options(TypedDict, total=False):
+    """What a request can be made of, where no `Request` is given (see `Request.from_options`)."""
+
+    recipe: Recipe
+    steps: Sequence[Any]
+    texts: Sequence[str | Path | Source]
+    datasets: Sequence[str]
+    samples: int
+    length: int
+    mode: str
+    seed: int
+    target: str
+    size: int | str
+
+
+def _asked(model: str | Path, request: Request | None, options: Options) -> Request:
+    return request or Request.from_options(model=model, **options)
+
+
+def locate(model: str | Path) -> Path:
+    """The folder of a checkpoint; a hub id that is not a folder is downloaded (safetensors and small files only)."""
+    folder = Path(model)
+    name = str(model)
+    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return folder
+    try:
+        return Path(
+            snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5"])
+        )
+    except Exception as error:  # the hub client raises a dozen kinds of errors
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} is neither a folder nor can it be fetched from the hub ({first})") from error
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer; raises `UserError` when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(
+            f"{folder} has no tokenizer that transformers can load, so no text can be read"
+        ) from error
+
+
+def inspect(model: str | Path) -> dict[str, Any]:
+    """What a checkpoint is and weighs, from its config and headers (interfaces: `inspect --json`)."""
+    view = open_view(locate(model))
+    blueprint, cost = view.blueprint, view.blueprint.cost()
+    notes = outside_notes(view)
+    if "auto_map" in view.checkpoint.config:
+        notes.append(
+            "config.json names custom code (auto_map), which is never run: the family is transformers' own"
+        )
+    return {
+        "family": blueprint.family,
+        "digest": blueprint.digest,
+        "num_layers": len(blueprint.layers),
+        "layers": [
+            {"index": layer.index, "mixer": layer.mixer, "experts": layer.experts, "shared_experts": layer.shared_experts,
+             "top_k": layer.top_k, "groups": layer.groups, "width": layer.width}
+            for layer in blueprint.layers
+        ],
+        "hidden": blueprint.hidden,
+        "vocab": blueprint.vocab,
+        "tied": blueprint.tied,
+        "params": {"total": cost.params, "active": cost.active_params},
+        "bytes": {"total": cost.bytes} | blueprint.bytes_by_part(),
+        "kv_bytes_per_token": cost.kv_bytes_per_token,
+        "flops_2048": cost.flops,
+        "peak_load_bytes": cost.peak_load_bytes,
+        "notes": notes,
+    }  # fmt: skip
+
+
+def measure(
+    model: str | Path,
+    *,
+    out: Path,
+    request: Request | None = None,
+    runtime: Runtime | None = None,
+    **options: Unpack[Options],
+) -> Stats:
+    """Measure what the request's steps need and save it to `out`; an interrupted measurement is continued."""
+    runtime, request = runtime or Runtime(), _asked(model, request, options)
+    view = open_view(locate(model))
+    _rehearse(view, request)
+    batches = _calibration(view, request)
+    work = out.parent / f".{out.name}.moespresso"
+    work.mkdir(parents=True, exist_ok=True)
+    stats = measure_view(view, batches, all_needs(request.steps), work, runtime)
+    write_text(out, stats.to_json())
+    for path in work.iterdir():
+        path.unlink()
+    work.rmdir()
+    return stats
+
+
+def plan(
+    model: str | Path,
+    *,
+    stats: Path | None = None,
+    out: Path | None = None,
+    request: Request | None = None,
+    runtime: Runtime | None = None,
+    **options: Unpack[Options],
+) -> Plan:
+    """Decide from saved stats (or measure now, where text is given), and save the plan to `out`."""
+    runtime, request = runtime or Runtime(), _asked(model, request, options)
+    view = open_view(locate(model))
+    request = _rehearse(view, request)
+    given = _given_stats(stats, view)
+    batches = _calibration(view, request) if given is None else None
+    with tempfile.TemporaryDirectory() as work:
+        decided = decide(view, request.steps, batches, given, Path(work), runtime, Clock())
+    made = _signed(decided, request).plan
+    check_target(request.target, made, view.source)
+    if out is not None:
+        write_text(out, made.to_json() + "\n")
+    return made
+
+
+def _given_stats(path: Path | None, view: View) -> Stats | None:
+    if path is None:
+        return None
+    stats = Stats.load(path)
+    if stats.blueprint != view.source.digest:
+        raise UserError(
+            f"{path} was measured on another checkpoint than {view.source.source}: measure this one"
+        )
+    return stats
+
+
+def _signed(decided: Decided, request: Request) -> Decided:
+    calibrated = dict(next((stats.calibration for stats in decided.stats if stats.calibration), {}))
+    # A plan is made to be shared: it names texts, not where they lie on somebody's disk.
+    if "sources" in calibrated:
+        calibrated["sources"] = [{**source, "name": Path(source["name"]).name if Path(source["name"]).is_absolute()
+                                  else source["name"]} for source in calibrated["sources"]]  # fmt: skip
+    plan = replace(decided.plan, calibration=calibrated, made_by=f"moespresso {VERSION}", seed=request.seed)
+    return replace(decided, plan=plan)
+
+
+def press(
+    model: str | Path,
+    *,
+    out: Path,
+    request: Request | None = None,
+    runtime: Runtime | None = None,
+    **options: Unpack[Options],
+) -> Report:
+    """Measure, decide and build in one go; killed anywhere and run again it ends with the same bytes."""
+    runtime, clock, request = runtime or Runtime(), Clock(), _asked(model, request, options)
+    with clock.phase("open"):
+        view = open_view(locate(model))
+        request = _rehearse(view, request)
+        batches = _calibration(view, request)
+    tokens = batches.digest if batches is not None else ""
+    settings = json.dumps([dict(describe_step(step)) for step in request.steps], sort_keys=True)
+    identity = stats_key("press", VERSION, view.source.digest, settings, tokens, request.target, str(request.seed),
+                         runtime.dtype, str(runtime.allow_nonfinite))  # fmt: skip
+
+    def make(work: Path) -> Decided:
+        return _signed(decide(view, request.steps, batches, None, work, runtime, clock), request)
+
+    return produce(view, out, identity, make, request, runtime, clock)
+
+
+def build(
+    model: str | Path,
+    *,
+    plan: Path,
+    out: Path,
+    request: Request | None = None,
+    runtime: Runtime | None = None,
+) -> Report:
+    """Do exactly what a saved plan says."""
+    runtime, clock, request = runtime or Runtime(), Clock(), request or Request()
+    with clock.phase("open"):
+        view = open_view(locate(model))
+        made = Plan.load(plan).validated(view.source)
+    _check_text(view, made, request)
+    identity = stats_key("build", VERSION, view.source.digest, made.digest, str(runtime.allow_nonfinite))
+    return produce(view, out, identity, lambda _: Decided(made), request, runtime, clock)
+
+
+def _check_text(view: View, made: Plan, request: Request) -> None:
+    """Text given to `build` must be the text the plan was made on."""
+    if not request.texts:
+        return
+    wanted = made.calibration
+    found = calibration(request.texts, load_tokenizer(view.checkpoint.folder), int(wanted.get("samples", request.samples)),
+                        int(wanted.get("length", request.length)), int(wanted.get("seed", request.seed)), wanted.get("mode", request.mode))  # fmt: skip
+    if found.digest != wanted.get("digest"):
+        raise UserError(
+            "the text given is not the one the plan was calibrated on: give the same files in the same order"
+        )
+
+
+def _rehearse(view: View, request: Request) -> Request:
+    """Walk through all steps on shapes alone: what cannot be done, or not be loaded by the target, shows here."""
+    target = find_target(request.target)
+    if not request.steps and request.size is None:
+        return request
+    request = _fit_budget(view, request) if request.size is not None else request
+    made = view.plan
+    for step in request.steps:
+        now = replace(view, plan=made)
+        step.check(now.blueprint)
+        if step.uneven and not target.unequal_experts:
+            raise UserError(
+                f"{step.kind}: scope=global leaves unequal layers, which {target.name} cannot load; the nearest plan "
+                f"that it can is scope=layer,keep={step.even_keep(now.blueprint)}"
+            )
+        made = replace(made, stages=(*made.stages, step.outline(view.source, made)))
+        check_target(request.target, made, view.source)
+    return request
+
+
+def _fit_budget(view: View, request: Request) -> Request:
+    """Choose the amounts of the allowed steps so that the result's tensor bytes fit the size asked for."""
+    whole = view.source.cost().bytes
+    size = parse_size(str(request.size), whole)
+    if len(request.steps) != 1:
+        raise UserError(
+            "--size needs exactly one step to fit in this version, such as --step expert_drop:score=reap"
+        )
+    step = request.steps[0]
+    smallest = whole
+    for candidate in step.amounts(view.source):
+        made = replace(view.plan, stages=(candidate.outline(view.source, view.plan),))
+        smallest = made.cost(view.source).bytes
+        if smallest <= size:
+            return replace(request, steps=(candidate,))
+    raise UserError(
+        f"--size {request.size} cannot be reached by {step.kind} alone: it leaves at least {smallest} bytes of {whole}"
+    )
+
+
+def _calibration(view: View, request: Request) -> Batches | None:
+    if not all_needs(request.steps) - {"weights"}:
+        return None
+    if not request.texts:
+        raise UserError(
+            "these steps score on real text: give --text FILE or --dataset NAME (or score=aimer, which needs none)"
+        )
+    return calibration(request.texts, load_tokenizer(view.checkpoint.folder), request.samples, request.length,
+                       request.seed, request.mode)  # fmt: skip
+
+
+def verify(
+    folder: str | Path, *, against: str | Path | None = None, runtime: Runtime | None = None
+) -> dict[str, Any]:
+    """Check a folder we wrote (and, with `against`, compare it with its original)."""
+    runtime = runtime or Runtime()
+    source = open_view(locate(against)) if against is not None else None
+    found = verify_folder(Path(folder), source, runtime.progress)
+    return {"ok": all(check.ok for check in found), "checks": [dataclasses.asdict(check) for check in found]}
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    texts: Sequence[Source],
+    against: str | Path | None = None,
+    length: int = 512,
+    limit: int | None = None,
+    runtime: Runtime | None = None,
+) -> dict[str, Any]:
+    """Perplexity with its 95% interval and, against the original, mean token KL and top-1 agreement."""
+    runtime = runtime or Runtime()
+    if not texts:
+        raise UserError("evaluate needs text that was not used for calibration: give --text FILE")
+    view = open_view(locate(model))
+    other = open_view(locate(against)) if against is not None else None
+    if other is not None and other.source.vocab != view.source.vocab:
+        raise UserError(
+            f"{model} has {view.source.vocab} token ids, {against} {other.source.vocab}: they cannot be compared"
+        )
+    batches = sequences(texts, load_tokenizer((other or view).checkpoint.folder), length, limit)
+    with Reader(view.checkpoint.folder, allow_nonfinite=True) as reader:
+        skeleton = make_skeleton(view, reader, runtime)
+        if other is None:
+            return evaluate_models(skeleton, None, batches, runtime.progress)
+        with Reader(other.checkpoint.folder, allow_nonfinite=True) as second:
+            return evaluate_models(skeleton, make_skeleton(other, second, runtime), batches, runtime.progress)
+
+
+def methods(kind: str | None = None) -> list[dict[str, Any]]:
+    """What steps there are, and their settings."""
+    return describe_methods(kind)
+
+
+def demo(*, out: Path | None = None, runtime: Runtime | None = None) -> dict[str, Any]:
+    """Press a bundled model by a quarter of its experts, verify and evaluate it: no network, a minute or two."""
+    runtime = runtime or Runtime()
+    folder = (out or Path("moespresso-demo")) / "mixtral-quarter"
+    request = Request.from_options(
+        model=str(MODELS["mixtral"].name), texts=[str(TEXT / "calibration")], samples=64, length=512,
+        steps=[parse_step("expert_drop:ratio=0.25,score=reap")],
+    )  # fmt: skip
+    report = press(MODELS["mixtral"], out=folder, request=request, runtime=replace(runtime, resume=False))
+    return {
+        "press": report,
+        "verify": verify(folder, against=MODELS["mixtral"], runtime=runtime),
+        "evaluate": evaluate(
+            folder, against=MODELS["mixtral"], texts=[Source(str(TEXT / "heldout"))], runtime=runtime
+        ),
+    }
+
+
+def load(folder: str | Path) -> PreTrainedModel:
+    """The model in any folder we write, as transformers loads it."""
+    return AutoModelForCausalLM.from_pretrained(folder)

@@ -1,0 +1,24 @@
+"""Bytes on disk to named tensors and back. Knows shards, not models."""
+
+from moespresso.checkpoint.index import Checkpoint, open_checkpoint
+from moespresso.checkpoint.journal import MANIFEST, Journal, claim, finish, is_ours, read_manifest, sweep_up
+from moespresso.checkpoint.reader import TORCH_DTYPES, Lazy, Reader, count_nonfinite
+from moespresso.checkpoint.sidecar import copy_sidecar, sidecars
+from moespresso.checkpoint.writer import (
+    Shard,
+    Written,
+    as_bytes,
+    header,
+    layout,
+    shard_limit,
+    write_file,
+    write_index,
+    write_shard,
+    write_text,
+)
+
+__all__ = [
+    "MANIFEST", "TORCH_DTYPES", "Checkpoint", "Journal", "Lazy", "Reader", "Shard", "Written", "as_bytes", "claim",
+    "copy_sidecar", "count_nonfinite", "finish", "header", "is_ours", "layout", "open_checkpoint", "read_manifest",
+    "shard_limit", "sidecars", "sweep_up", "write_file", "write_index", "write_shard", "write_text",
+]  # fmt: skip

@@ -1,0 +1,146 @@
+"""Bytes on disk to tensors, one at a time and never more than asked for.
+
+Shards are mapped into memory read-only: the pages belong to the file cache, not to the process, until somebody asks
+for a copy. `Lazy` is a tensor that has not been read: it answers `lazy[...]`, which is all that the layer
+loader of transformers wants, and applies what a plan does to the tensor (rows taken, a scale) on the way.
+"""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from moespresso.core.blueprint import TensorRef
+from moespresso.core.errors import NonFiniteError, UserError
+from moespresso.core.rewrite import Piece
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_CHUNK = 16 << 20
+
+# torch warns, once in a process, that tensors over read-only memory must not be written to. Nobody does.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.frombuffer(bytes(1), dtype=torch.uint8)
+
+
+class Reader:
+    """Opens the shards of one folder as they are needed; use it as a context manager to let them go.
+
+    Whatever is read through `piece` or `chunks` is looked at for NaN and infinities: they raise `NonFiniteError`, or
+    with `allow_nonfinite` are counted in `nonfinite` by tensor name.
+    """
+
+    def __init__(self, folder: Path, *, allow_nonfinite: bool = False) -> None:
+        self._folder = folder
+        self._maps: dict[str, mmap.mmap] = {}
+        self._allow = allow_nonfinite
+        self.nonfinite: dict[str, int] = {}
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Tensors handed out may still look into a map; dropping our reference frees it once they are gone.
+        self._maps.clear()
+
+    def tensor(self, ref: TensorRef) -> torch.Tensor:
+        """The stored tensor, as a view of the mapped file (do not write into it)."""
+        if ref.dtype not in TORCH_DTYPES:
+            raise UserError(
+                f"{self._folder / ref.file}: {ref.name} has dtype {ref.dtype}, which torch cannot hold"
+            )
+        dtype = TORCH_DTYPES[ref.dtype]
+        if ref.numel == 0:
+            return torch.empty(ref.shape, dtype=dtype)
+        flat = torch.frombuffer(self._map(ref.file), dtype=torch.uint8, count=ref.nbytes, offset=ref.offset)
+        # Shards of other writers may be unaligned; torch refuses such views, so copy those.
+        flat = flat.clone() if ref.offset % dtype.itemsize else flat
+        return flat.view(dtype).view(ref.shape)
+
+    def drop_pages(self, file: str) -> None:
+        """Tell the kernel that the mapped pages of `file` are not needed any more by this process."""
+        if file in self._maps:
+            self._maps[file].madvise(mmap.MADV_DONTNEED)
+
+    def piece(self, piece: Piece) -> torch.Tensor:
+        """The tensor as a plan leaves it (a view of the mapped file where nothing is taken or scaled)."""
+        if piece.take is None and piece.scale == 1:
+            tensor = self.tensor(piece.source.ref)
+            self._look(piece, tensor)
+            return tensor
+        return torch.cat([*self.chunks(piece)]).view(piece.shape)
+
+    def chunks(self, piece: Piece) -> Iterator[torch.Tensor]:
+        """The piece's elements in stored order, as flat tensors of its dtype and bounded size."""
+        tensor = self.tensor(piece.source.ref)
+        if piece.take is None:
+            slabs = [tensor]
+        elif piece.axis == 0:
+            slabs = [tensor[start:stop] for start, stop in runs(piece.take)]
+        else:
+            assert piece.axis is not None
+            slabs = [tensor.index_select(piece.axis, torch.tensor(piece.take))]
+        for slab in slabs:
+            flat = slab.reshape(-1)
+            step = _CHUNK // flat.element_size()
+            for chunk in (flat[start : start + step] for start in range(0, flat.numel(), step)):
+                self._look(piece, chunk)
+                yield chunk if piece.scale == 1 else (chunk.float() * piece.scale).to(chunk.dtype)
+
+    def _look(self, piece: Piece, values: torch.Tensor) -> None:
+        count = count_nonfinite(values)
+        if not count:
+            return
+        name = piece.source.ref.name
+        if not self._allow:
+            raise NonFiniteError(
+                f"tensor {name} in {self._folder / piece.source.ref.file} holds {count} NaN or infinite values: repair "
+                "the source, or pass --allow-nonfinite to count them as trouble and go on"
+            )
+        self.nonfinite[name] = self.nonfinite.get(name, 0) + count
+
+    def _map(self, file: str) -> mmap.mmap:
+        if file not in self._maps:
+            with (self._folder / file).open("rb") as handle:
+                self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[file]
+
+
+class Lazy:
+    """A piece that is read when it is indexed with `...`."""
+
+    def __init__(self, reader: Reader, piece: Piece) -> None:
+        self._reader, self.piece = reader, piece
+
+    def __getitem__(self, index: object) -> torch.Tensor:
+        assert index is Ellipsis
+        return self._reader.piece(self.piece)
+
+
+def runs(numbers: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Half-open ranges that cover ascending `numbers`: (0, 1, 4) gives [(0, 2), (4, 5)]."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and found[-1][1] == number:
+            found[-1] = (found[-1][0], number + 1)
+        else:
+            found.append((number, number + 1))
+    return found
+
+
+def count_nonfinite(chunk: torch.Tensor) -> int:
+    """Number of NaN and infinities; one pass at memory speed tells that there are none (both show in the extremes)."""
+    if not chunk.is_floating_point() or chunk.numel() == 0:
+        return 0
+    values = chunk if chunk.element_size() > 1 else chunk.float()
+    if all(bool(extreme.isfinite()) for extreme in torch.aminmax(values)):
+        return 0
+    return int((~values.isfinite()).sum())

@@ -1,0 +1,166 @@
+"""Tensors to shards, streamed: a shard's header is known before its first byte, so nothing is ever held.
+
+Each shard goes to a temporary name, is synced and renamed; its SHA-256 is taken from the bytes as they pass, on a
+second thread. Shards follow the source's order, so both disks read and write in sequence.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from moespresso.checkpoint.index import INDEX, SINGLE
+from moespresso.checkpoint.reader import Reader
+from moespresso.core.blueprint import TensorRef
+from moespresso.core.errors import UserError
+from moespresso.core.format import DTYPE_BYTES
+from moespresso.core.rewrite import Piece
+
+_SMALLEST, _LARGEST, _AIM = 256 << 20, 4 << 30, 32
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A file to write and what goes into it."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Tensor bytes, without the header."""
+        return sum(piece.ref.nbytes for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A finished file: its size and digest, and how many values of which tensor in it are not finite."""
+
+    name: str
+    nbytes: int
+    sha256: str
+    nonfinite: dict[str, int] = field(default_factory=dict[str, int])
+
+
+def shard_limit(total: int) -> int:
+    """Bytes a shard may hold: about a 32nd of the model, between 256 MiB and 4 GiB, so that a resume redoes little."""
+    return min(max(total // _AIM, _SMALLEST), _LARGEST)
+
+
+def layout(pieces: Sequence[Piece], limit: int) -> list[Shard]:
+    """Cut `pieces`, in order, into shards of at most `limit` bytes (a larger tensor gets one of its own)."""
+    groups: list[list[Piece]] = []
+    filled = 0
+    for piece in pieces:
+        if not groups or filled + piece.ref.nbytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(piece)
+        filled += piece.ref.nbytes
+    names = [SINGLE] if len(groups) == 1 else [
+        f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)
+    ]  # fmt: skip
+    return [Shard(name, tuple(_aligned(group))) for name, group in zip(names, groups, strict=True)]
+
+
+def _aligned(group: list[Piece]) -> list[Piece]:
+    # Wide dtypes first keep every tensor aligned to its own width, as safetensors' own writer does.
+    return sorted(group, key=lambda piece: -DTYPE_BYTES[piece.ref.dtype])
+
+
+def header(refs: Iterable[TensorRef], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors header, length included, for tensors that follow it in this order."""
+    rows: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for ref in refs:
+        rows[ref.name] = {
+            "dtype": ref.dtype,
+            "shape": list(ref.shape),
+            "data_offsets": [offset, offset + ref.nbytes],
+        }
+        offset += ref.nbytes
+    body = json.dumps(rows, separators=(",", ":")).encode()
+    body += b" " * (-len(body) % 8)
+    return len(body).to_bytes(8, "little") + body
+
+
+def write_shard(folder: Path, shard: Shard, reader: Reader) -> Written:
+    """Stream one shard into `folder`; the name appears only when every byte of it is on the disk."""
+    reader.nonfinite = {}
+
+    def parts() -> Iterator[memoryview]:
+        yield memoryview(header((piece.ref for piece in shard.pieces), {"format": "pt"}))
+        for piece in shard.pieces:
+            yield from map(as_bytes, reader.chunks(piece))
+
+    size, digest = write_file(folder / shard.name, parts())
+    for file in {piece.source.ref.file for piece in shard.pieces}:
+        reader.drop_pages(file)
+    found = reader.nonfinite
+    nonfinite = {p.name: found[p.source.ref.name] for p in shard.pieces if p.source.ref.name in found}
+    return Written(shard.name, size, digest, nonfinite)
+
+
+def write_file(path: Path, parts: Iterable[memoryview]) -> tuple[int, str]:
+    """Write `parts` to `path` by way of a temporary name; return size and SHA-256. A full disk is a `UserError`."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    digest, size = hashlib.sha256(), 0
+    try:
+        with temporary.open("wb") as file, ThreadPoolExecutor(1) as hasher:
+            pending: Future[None] | None = None
+            for part in parts:
+                if pending is not None:
+                    pending.result()
+                pending = hasher.submit(digest.update, part)
+                file.write(part)
+                size += part.nbytes
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"the disk is full ({path.parent}): free some space and run the same command again, "
+                "finished shards are kept"
+            ) from error
+        raise
+    return size, digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> tuple[int, str]:
+    """Write a small text file the same careful way."""
+    return write_file(path, [memoryview(text.encode())])
+
+
+def write_index(folder: Path, shards: Sequence[Shard]) -> tuple[int, str] | None:
+    """Write the index of a sharded checkpoint; a single file needs none."""
+    if len(shards) == 1:
+        return None
+    weight_map = {piece.name: shard.name for shard in shards for piece in shard.pieces}
+    total = sum(shard.nbytes for shard in shards)
+    body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return write_text(folder / INDEX, json.dumps(body, indent=2) + "\n")
+
+
+def as_bytes(chunk: torch.Tensor) -> memoryview:
+    """The elements of a flat tensor as bytes, without a copy."""
+    return memoryview(chunk.contiguous().view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""The words everyone speaks. No input or output."""

@@ -1,0 +1,140 @@
+"""What a model is, before a single tensor is read.
+
+A `Blueprint` lists every tensor of a checkpoint with the unit it belongs to, and one `LayerSpec` per decoder
+layer, so that unequal layers are ordinary. Counting is exact: `cost()` sums what the headers say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from moespresso.core.cost import Cost
+from moespresso.core.format import DTYPE_BYTES
+from moespresso.core.unit import Unit
+
+FLOPS_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A tensor before it is read: where its bytes lie (`offset` counts from the start of `file`)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: str
+    offset: int = 0
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return int(self.numel * DTYPE_BYTES[self.dtype])
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One stored tensor and what it is.
+
+    `expert_axis` is the axis that counts experts in a tensor shared by all of them (router rows, stacked experts);
+    None for a tensor that belongs to one expert (`unit.expert`) or to none. `in_graph` is False for tensors the
+    model's class does not know (multi-token prediction layers, for example).
+    """
+
+    ref: TensorRef
+    unit: Unit
+    expert_axis: int | None = None
+    in_graph: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One decoder layer.
+
+    `mixer` is `attention` or the name of what mixes tokens instead; `experts` the routed experts (0: dense);
+    `groups` the router's groups (1: none); `floor` the fewest experts its router can work with; `width` the intermediate width of one expert (or of the dense MLP);
+    `qk_width` and `v_width` the summed widths of all query and value heads; `kv_width` the cached elements a token.
+    """
+
+    index: int
+    mixer: str
+    experts: int = 0
+    shared_experts: int = 0
+    top_k: int = 0
+    groups: int = 1
+    floor: int = 0
+    width: int = 0
+    qk_width: int = 0
+    v_width: int = 0
+    kv_width: int = 0
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What the model is. `digest` identifies the checkpoint's content (see `checkpoint.index`)."""
+
+    family: str
+    source: str
+    digest: str
+    hidden: int
+    vocab: int
+    tied: bool
+    layers: tuple[LayerSpec, ...]
+    entries: tuple[Entry, ...] = field(repr=False)
+
+    @cached_property
+    def moe_layers(self) -> tuple[LayerSpec, ...]:
+        """The layers that hold routed experts."""
+        return tuple(layer for layer in self.layers if layer.experts)
+
+    @cached_property
+    def by_layer(self) -> dict[int | None, tuple[Entry, ...]]:
+        """Entries of each layer (None: outside the layers), in stored order."""
+        grouped: dict[int | None, list[Entry]] = defaultdict(list)
+        for entry in self.entries:
+            grouped[entry.unit.layer].append(entry)
+        return {layer: tuple(entries) for layer, entries in grouped.items()}
+
+    @property
+    def outside(self) -> tuple[Entry, ...]:
+        """Entries the model's class does not know."""
+        return tuple(entry for entry in self.entries if not entry.in_graph)
+
+    def bytes_by_part(self) -> dict[str, int]:
+        """Tensor bytes of experts, shared experts, attention, embedding (with the head) and everything else."""
+        names = {"experts": "experts", "shared": "shared", "attention": "attention", "embedding": "embedding",
+                 "head": "embedding"}  # fmt: skip
+        sums: dict[str, int] = dict.fromkeys(("experts", "shared", "attention", "embedding", "other"), 0)
+        for entry in self.entries:
+            sums[names.get(entry.unit.part, "other")] += entry.ref.nbytes
+        return sums
+
+    def cost(self) -> Cost:
+        """Price the checkpoint as stored."""
+        params = sum(entry.ref.numel for entry in self.entries)
+        idle = sum(self._idle_params(layer) for layer in self.layers)
+        idle += sum(entry.ref.numel for entry in self.outside)
+        active = params - idle
+        embedding = 0 if self.tied else self.vocab * self.hidden
+        attention = sum(2 * FLOPS_TOKENS * FLOPS_TOKENS * (la.qk_width + la.v_width) for la in self.layers)
+        layer_bytes = [sum(e.ref.nbytes for e in es) for at, es in self.by_layer.items() if at is not None]
+        return Cost(
+            bytes=sum(entry.ref.nbytes for entry in self.entries),
+            params=params,
+            active_params=active,
+            flops=2 * FLOPS_TOKENS * (active - embedding) + attention,
+            kv_bytes_per_token=sum(2 * layer.kv_width for layer in self.layers),
+            peak_load_bytes=max(layer_bytes, default=0),
+        )
+
+    def _idle_params(self, layer: LayerSpec) -> int:
+        """Expert weights that one token does not pass through."""
+        stored = sum(e.ref.numel for e in self.by_layer.get(layer.index, ()) if e.unit.part == "experts")
+        return stored - stored * layer.top_k // layer.experts if layer.experts else 0

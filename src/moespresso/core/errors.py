@@ -1,0 +1,47 @@
+"""What can go wrong, and whose fault it is.
+
+```
+MoespressoError
+├── UserError         the user's mistake: one sentence with the place and the cure; exit code 2
+│   └── NonFiniteError    a NaN or infinity in the weights (settings can turn it into trouble)
+└── CheckFailed       a check did not hold (`verify`); exit code 3
+```
+
+Our own mistakes are `AssertionError`s and leave by exit code 1 with a traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MoespressoError(Exception):
+    """Root of the errors that moespresso raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(MoespressoError):
+    """The user's mistake: the message is one sentence saying what, where and how to mend it."""
+
+    exit_code = 2
+
+
+class NonFiniteError(UserError):
+    """A tensor of the source holds a NaN or an infinity."""
+
+
+class CheckFailed(MoespressoError):
+    """`verify` found a written folder wanting; the message names every finding."""
+
+    exit_code = 3
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``" (did you mean 'x'?)"`` when `word` is close to a known one, else list the choices."""
+    choices = sorted(known)
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    if close:
+        return f" (did you mean {close[0]!r}?)"
+    return f" (choose from {', '.join(choices)})"

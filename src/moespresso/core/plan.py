@@ -1,0 +1,183 @@
+"""The decision, as plain data that a person can read, edit, diff, cost without a GPU and share.
+
+A `Plan` is an ordered list of `Stage`s; a stage gives some units a `Treatment` by one method with its settings.
+Units are numbered as in the source checkpoint in every stage, so `L3.E17` is the same expert all the way down;
+what is kept after all stages is the intersection of what each keeps. `moespresso.core.rewrite` says what a plan
+does to each tensor; an empty plan is the identity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from moespresso.core.blueprint import Blueprint
+from moespresso.core.cost import Cost
+from moespresso.core.errors import UserError
+from moespresso.core.format import Format
+from moespresso.core.unit import Unit
+
+
+@dataclass(frozen=True, slots=True)
+class Treatment:
+    """What happens to one unit. Default: nothing.
+
+    `keep` holds kept expert numbers (ascending) of a layer's experts; `scale` multiplies the layer's routed part
+    (folded into the down projections). `into`, `channels`, `rank`, `format`, `repair` are for merging and slimming.
+    """
+
+    keep: tuple[int, ...] | None = None
+    scale: float = 1.0
+    into: int | None = None
+    channels: tuple[int, ...] | None = None
+    rank: int | None = None
+    format: Format | None = None
+    repair: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields that differ from nothing."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Treatment:
+        """Read what `as_dict` wrote."""
+        values = dict(data)
+        for name in ("keep", "channels"):
+            if values.get(name) is not None:
+                values[name] = tuple(int(number) for number in values[name])
+        if values.get("format") is not None:
+            values["format"] = Format(**values["format"])
+        values["scale"] = float(values.get("scale", 1.0))
+        if not 0 < values["scale"] < math.inf:
+            raise ValueError(f"scale {values['scale']} is not a positive number")
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step of the recipe as decided: the method with its settings, and the treatments it chose."""
+
+    method: Mapping[str, Any]
+    treatments: Mapping[Unit, Treatment]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a method decides about the model it is shown: treatments, and what a reader wants to know of the reasons.
+
+    `scores` per expert (higher is more needed), `protected` units that were kept whatever their score.
+    """
+
+    treatments: dict[Unit, Treatment]
+    notes: tuple[str, ...] = ()
+    scores: dict[Unit, float] = field(default_factory=dict[Unit, float])
+    protected: frozenset[Unit] = frozenset()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Enough to build from, with nothing hidden."""
+
+    blueprint: str
+    stages: tuple[Stage, ...] = ()
+    calibration: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    made_by: str = ""
+    seed: int = 0
+
+    def kept_experts(self, layer: int, experts: int) -> tuple[int, ...]:
+        """Source numbers of the experts of `layer` that survive all stages."""
+        kept = set(range(experts))
+        for treatment in self._on_experts(layer):
+            if treatment.keep is not None:
+                kept &= set(treatment.keep)
+        return tuple(sorted(kept))
+
+    def routed_scale(self, layer: int) -> float:
+        """The product of the scales put on the routed part of `layer`."""
+        scale = 1.0
+        for treatment in self._on_experts(layer):
+            scale *= treatment.scale
+        return scale
+
+    def _on_experts(self, layer: int) -> list[Treatment]:
+        unit = Unit(layer, "experts")
+        return [stage.treatments[unit] for stage in self.stages if unit in stage.treatments]
+
+    def validated(self, blueprint: Blueprint) -> Plan:
+        """Return the plan, or raise `UserError` where it does not fit the blueprint or leaves a layer unroutable."""
+        from moespresso.core.rewrite import check_routable
+
+        if self.blueprint != blueprint.digest:
+            raise UserError(
+                f"the plan was made for another checkpoint (digest {self.blueprint[:12]}, "
+                f"{blueprint.source} has {blueprint.digest[:12]}): make a new plan for this one"
+            )
+        check_routable(self, blueprint)
+        return self
+
+    def cost(self, blueprint: Blueprint) -> Cost:
+        """Price the model this plan makes of `blueprint`."""
+        from moespresso.core.rewrite import pressed_blueprint
+
+        return pressed_blueprint(blueprint, self).cost()
+
+    def diff(self, other: Plan) -> list[str]:
+        """One line per unit that the two plans treat differently."""
+        mine, theirs = self._rows(), other._rows()
+        return [f"{key}: {mine.get(key)} -> {theirs.get(key)}"
+                for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]  # fmt: skip
+
+    def _rows(self) -> dict[str, Any]:
+        return {f"stage {number} {unit}": treatment.as_dict()
+                for number, stage in enumerate(self.stages) for unit, treatment in stage.treatments.items()}  # fmt: skip
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the plan's JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The plan as stable, readable JSON."""
+        stages = [{"method": dict(stage.method),
+                   "treatments": {str(unit): stage.treatments[unit].as_dict() for unit in sorted(stage.treatments)}}
+                  for stage in self.stages]  # fmt: skip
+        body = {"blueprint": self.blueprint, "made_by": self.made_by, "seed": self.seed,
+                "calibration": dict(self.calibration), "stages": stages}  # fmt: skip
+        return json.dumps(body, indent=1, default=_plain)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan; raises `UserError` when the text is not one."""
+        try:
+            body = json.loads(text)
+            stages = tuple(
+                Stage(stage["method"],
+                      {Unit.parse(unit): Treatment.from_dict(row) for unit, row in stage["treatments"].items()})
+                for stage in body["stages"]
+            )  # fmt: skip
+            return cls(body["blueprint"], stages, body.get("calibration", {}), body.get("made_by", ""),
+                       int(body.get("seed", 0)))  # fmt: skip
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"this is not a moespresso plan ({error}): write one with `moespresso plan`"
+            ) from error
+
+    def save(self, path: Path) -> None:
+        """Write the plan's JSON."""
+        path.write_text(self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read a plan file."""
+        if not path.is_file():
+            raise UserError(f"plan {path} does not exist: write one with `moespresso plan`")
+        return cls.from_json(path.read_text())
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else str(value)

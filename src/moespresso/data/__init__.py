@@ -1,0 +1,14 @@
+"""Text to token batches, the same every time.
+
+`Source` names text (a file, a folder, a hub dataset); `calibration` draws seeded, weighted rows from sources
+for measuring; `sequences` cuts them in file order for evaluation. Both give `Batches`, whose digest stands in
+the plan, so that a build on other text is noticed.
+"""
+
+from __future__ import annotations
+
+from moespresso.data.hub import READY
+from moespresso.data.pack import Batches, Mode, calibration, sequences
+from moespresso.data.text import Source
+
+__all__ = ["READY", "Batches", "Mode", "Source", "calibration", "sequences"]

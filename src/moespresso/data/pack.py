@@ -1,0 +1,339 @@
+"""Documents to token batches, the same every time.
+
+Packed rows are made like pre-training data: documents are tokenized without BOS, EOS follows each, all are
+joined and cut into windows of `length`; the remainder is dropped. Chat rows hold one conversation each, in
+the tokenizer's chat template, cut at `length` or padded on the right (the mask leaves padding out).
+
+Calibration draws by one rule. Each source gives `weight` of the rows. Its first documents, up to 16
+characters per token needed and at least 4 Mi characters, are the *pool*; the pool is ordered by SHA-256 of
+(seed, source number, document number), and rows are made from it until there are enough; if it runs dry, the
+documents behind it follow in file order. So the order is the same on every machine, and no more than the pool
+is held of a source of any size. A text longer than 16 Ki characters takes part as several documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moespresso.core.errors import UserError
+from moespresso.data.chat import encode
+from moespresso.data.text import Document, Source, documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["auto", "pack", "chat"]
+
+POOL_CHARACTERS = 4 * 1024 * 1024
+POOL_CHARACTERS_PER_TOKEN = 16
+CALIBRATION_PIECE = 16 * 1024
+# Evaluation cuts as seldom as memory allows: a cut can split a token.
+EVALUATION_PIECE = 1024 * 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Token rows of one shape, and how they were made.
+
+    `ids` is int64 and `mask` is bool, both [samples, length]; the mask is False on padding, which is always
+    at the right.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    made: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        """Guard the shapes and dtypes that everyone downstream relies on."""
+        assert self.ids.ndim == 2
+        assert self.ids.shape == self.mask.shape
+        assert self.ids.dtype == torch.int64
+        assert self.mask.dtype == torch.bool
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self.ids.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens in a row, padding included."""
+        return self.ids.shape[1]
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens in all rows, padding left out."""
+        return int(self.mask.sum())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of shape, ids (little-endian int64) and mask, in hex."""
+        total = hashlib.sha256(f"{len(self)}x{self.length}".encode())
+        total.update(self.ids.numpy().astype("<i8").tobytes())
+        total.update(self.mask.numpy().tobytes())
+        return total.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what stands in a plan: sources and their digests, settings, tokens, token digest."""
+        return {**self.made, "tokens": self.num_tokens, "digest": self.digest}
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (ids, mask), `size` rows at a time; the last chunk may be shorter."""
+        yield from zip(self.ids.split(size), self.mask.split(size), strict=True)
+
+
+def calibration(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int = 128,
+    length: int = 2048,
+    seed: int = 0,
+    mode: Mode = "auto",
+) -> Batches:
+    """Draw `samples` rows of `length` tokens from weighted sources, the same on every machine.
+
+    `mode`: "pack" joins and cuts (conversations as plain text), "chat" gives every row one conversation, and
+    "auto" decides for each source by its first document. Raises `UserError` where a source is missing,
+    malformed or too short.
+    """
+    _check_request(sources, samples=samples, length=length)
+    draws = [
+        _draw(source, number, tokenizer, rows, length, seed, mode)
+        for number, (source, rows) in enumerate(zip(sources, _share(sources, samples), strict=True))
+    ]
+    made = {
+        "sources": [draw.described for draw in draws],
+        "samples": samples,
+        "length": length,
+        "seed": seed,
+        "mode": mode,
+    }
+    return Batches(torch.cat([draw.ids for draw in draws]), torch.cat([draw.mask for draw in draws]), made)
+
+
+def sequences(
+    sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None
+) -> Batches:
+    """Cut the sources into packed windows of `length` tokens, in file order, for evaluation; at most `limit`
+    of them.
+
+    The remainder behind the last whole window is dropped; a text that fills no window gives one, padded.
+    Conversations are read as plain text. Raises `UserError` for weights (everything is read) and for fewer
+    than two tokens.
+    """
+    _check_request(sources, samples=1 if limit is None else limit, length=length)
+    if any(source.weight != 1 for source in sources):
+        raise UserError("evaluation reads every source whole, in order: leave the weights out")
+    readings = [_Reading(documents(source, EVALUATION_PIECE)) for source in sources]
+    pieces = _tokens(itertools.chain.from_iterable(readings), tokenizer, eos="ends")
+    windows, found = pack_windows(pieces, length, limit)
+    if found < 2:
+        raise UserError(f"{_names(sources)}: evaluation needs at least 2 tokens, but there are {found}")
+    ids, mask = _one_window(windows, length, tokenizer)
+    described = [_described(source, reading) for source, reading in zip(sources, readings, strict=True)]
+    made = {"sources": described, "samples": len(ids), "length": length, "seed": None, "mode": "sequences"}
+    return Batches(ids, mask, made)
+
+
+def pack_windows(
+    pieces: Iterable[Sequence[int]], length: int, limit: int | None = None
+) -> tuple[Tensor, int]:
+    """Join token lists and cut them into windows; stops reading at `limit` windows.
+
+    Returns the int64 windows [windows, length] without the remainder, and how many tokens were read.
+    Where not even one window fills, the tokens come back as one shorter window [1, tokens].
+    """
+    joined = array("q")
+    for piece in pieces:
+        joined.extend(piece)
+        if limit is not None and len(joined) >= limit * length:
+            break
+    count = len(joined) // length if limit is None else min(limit, len(joined) // length)
+    flat = torch.from_numpy(np.array(joined, dtype=np.int64))
+    if count == 0:
+        return flat[None], len(joined)
+    return flat[: count * length].view(count, length), len(joined)
+
+
+@dataclass(frozen=True)
+class _Draw:
+    ids: Tensor
+    mask: Tensor
+    described: dict[str, Any]
+
+
+class _Reading:
+    """Documents as they are read, counted and digested on the way: the plan records what was really seen."""
+
+    def __init__(self, found: Iterator[Document]) -> None:
+        self._found = found
+        self._digest = hashlib.sha256()
+        self._inside = False
+        self.documents = 0
+
+    def __iter__(self) -> Iterator[Document]:
+        for document in self._found:
+            self._digest.update(document.digest())
+            self.documents += not self._inside
+            self._inside = not document.ends
+            yield document
+
+    @property
+    def digest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _draw(
+    source: Source,
+    number: int,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int,
+    length: int,
+    seed: int,
+    mode: Mode,
+) -> _Draw:
+    """Take one source's rows by the rule at the top of this module."""
+    reading = _Reading(documents(source, CALIBRATION_PIECE))
+    stream = iter(reading)
+    first = next(stream, None)
+    if first is None:
+        raise UserError(f"{source.name}: holds no text")
+    drawn = _shuffled(itertools.chain([first], stream), rows * length, f"{seed}:{number}")
+    as_chat = _as_chat(mode, first, tokenizer)
+    take = _chat_rows if as_chat else _packed_rows
+    ids, mask = take(drawn, source, tokenizer, rows, length)
+    described = {**_described(source, reading), "samples": rows, "mode": "chat" if as_chat else "pack"}
+    return _Draw(ids, mask, described)
+
+
+def _shuffled(found: Iterator[Document], tokens: int, key: str) -> Iterator[Document]:
+    """Yield the pool in the order of its keyed hashes, then whatever is behind it."""
+    pool: list[Document] = []
+    room = max(POOL_CHARACTERS, POOL_CHARACTERS_PER_TOKEN * tokens)
+    while room > 0 and (document := next(found, None)) is not None:
+        pool.append(document)
+        room -= len(document.text)
+    order = sorted(range(len(pool)), key=lambda index: hashlib.sha256(f"{key}:{index}".encode()).digest())
+    yield from (pool[index] for index in order)
+    yield from found
+
+
+def _packed_rows(
+    drawn: Iterator[Document], source: Source, tokenizer: PreTrainedTokenizerBase, rows: int, length: int
+) -> tuple[Tensor, Tensor]:
+    windows, found = pack_windows(_tokens(drawn, tokenizer, eos="always"), length, rows)
+    if found < rows * length:
+        raise UserError(
+            f"{source.name}: {rows} samples of {length} tokens need {rows * length:,} tokens, "
+            f"but there are {found:,}; "
+            f"give more text, or ask for at most {found // length} samples or shorter ones"
+        )
+    return windows, torch.ones_like(windows, dtype=torch.bool)
+
+
+def _chat_rows(
+    drawn: Iterator[Document], source: Source, tokenizer: PreTrainedTokenizerBase, rows: int, length: int
+) -> tuple[Tensor, Tensor]:
+    taken = list(itertools.islice(drawn, rows))
+    if plain := next((document for document in taken if not document.chat), None):
+        raise UserError(
+            f"{plain.place}: chat mode needs conversations, but this is plain text; use mode pack"
+        )
+    if len(taken) < rows:
+        raise UserError(
+            f"{source.name}: {rows} samples need {rows} conversations, but there are {len(taken)}; "
+            f"give more, or ask for at most {len(taken)} samples"
+        )
+    encoded = [encode(document.chat, tokenizer, document.place)[:length] for document in taken]
+    return _padded(encoded, length, _pad_token(tokenizer))
+
+
+def _padded(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[Tensor, Tensor]:
+    """Pad on the right: causal layers never let a real token see what follows it."""
+    ids = torch.full((len(rows), length), pad, dtype=torch.int64)
+    mask = torch.zeros((len(rows), length), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        mask[index, : len(row)] = True
+    return ids, mask
+
+
+def _one_window(windows: Tensor, length: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """Pad the single short window of a text that fills none; whole windows pass untouched."""
+    if windows.shape[1] == length:
+        return windows, torch.ones_like(windows, dtype=torch.bool)
+    return _padded(windows.tolist(), length, _pad_token(tokenizer))
+
+
+def _tokens(
+    found: Iterable[Document], tokenizer: PreTrainedTokenizerBase, eos: Literal["always", "ends"]
+) -> Iterator[list[int]]:
+    """Tokenize without BOS; EOS ends a document, or "always" every piece (shuffled ones have no next)."""
+    stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for document in found:
+        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        yield ids + stop if eos == "always" or document.ends else ids
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
+
+
+def _as_chat(mode: Mode, first: Document, tokenizer: PreTrainedTokenizerBase) -> bool:
+    has_template = bool(tokenizer.chat_template)
+    if mode == "chat" and not has_template:
+        raise UserError("chat mode needs a chat template, which this tokenizer does not have; use mode pack")
+    if mode == "auto" and first.chat and not has_template:
+        logger.warning(
+            "%s: the tokenizer has no chat template; conversations are packed as plain text", first.place
+        )
+    return mode == "chat" or (mode == "auto" and bool(first.chat) and has_template)
+
+
+def _share(sources: Sequence[Source], samples: int) -> list[int]:
+    """Split `samples` by weight with the largest remainders, earlier sources first among equals."""
+    total = math.fsum(source.weight for source in sources)
+    exact = [samples * source.weight / total for source in sources]
+    rows = [int(part) for part in exact]
+    by_remainder = sorted(range(len(rows)), key=lambda index: rows[index] - exact[index])
+    for index in by_remainder[: samples - sum(rows)]:
+        rows[index] += 1
+    if 0 in rows:
+        name = sources[rows.index(0)].name
+        raise UserError(
+            f"{name}: its weight leaves it none of the {samples} samples; raise the weight or the samples"
+        )
+    return rows
+
+
+def _described(source: Source, reading: _Reading) -> dict[str, Any]:
+    given = {"name": source.name, "weight": source.weight, "field": source.field, "split": source.split}
+    flags = {"join": source.join, "hub": source.hub}
+    return {**given, **flags, "documents": reading.documents, "digest": reading.digest}
+
+
+def _check_request(sources: Sequence[Source], *, samples: int, length: int) -> None:
+    if not sources:
+        raise UserError("no text was given: name a file or folder (--text) or a dataset (--dataset)")
+    if samples < 1 or length < 2:
+        raise UserError(f"at least 1 sample of 2 tokens is needed, got {samples} of {length}")
+
+
+def _names(sources: Sequence[Source]) -> str:
+    return ", ".join(source.name for source in sources)

@@ -1,0 +1,101 @@
+"""Score a text under one model, or under two side by side, from their last hidden states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moespresso.core.progress import Progress
+from moespresso.data import Batches
+from moespresso.evaluate.bootstrap import mean_interval
+from moespresso.model import Skeleton
+from moespresso.stream import sweep
+
+# Logits computed at once: 64 MiB in float32.
+_LOGITS = 16 << 20
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Per sequence [N]: summed negative log-likelihood of the next tokens and how many; and against an original the
+    summed KL, agreements of the most likely token, and how many positions were compared."""
+
+    nll: Tensor
+    predicted: Tensor
+    kl: Tensor
+    agreed: Tensor
+    compared: Tensor
+    original_nll: Tensor
+
+
+def evaluate(
+    model: Skeleton, original: Skeleton | None, batches: Batches, progress: Progress
+) -> dict[str, Any]:
+    """Perplexity of `model` on the batches and, against `original`, mean token KL and top-1 agreement."""
+    models = [model] if original is None else [model, original]
+    labels = ["layers"] if original is None else ["layers, pressed", "layers, original"]
+    hidden = [sweep(skeleton, batches.ids, batches.mask, progress=progress, label=label)
+              for skeleton, label in zip(models, labels, strict=True)]  # fmt: skip
+    return summary(score_tokens(models, hidden, batches), batches, compared=original is not None)
+
+
+def summary(scored: Scored, batches: Batches, *, compared: bool) -> dict[str, Any]:
+    """The figures of an evaluation, as plain data."""
+    nll, low, high = mean_interval(scored.nll, scored.predicted)
+    result: dict[str, Any] = {
+        "tokens": batches.num_tokens,
+        "sequences": len(batches),
+        "perplexity": {"value": math.exp(nll), "ci95": [math.exp(low), math.exp(high)]},
+    }
+    if compared:
+        kl, kl_low, kl_high = mean_interval(scored.kl, scored.compared)
+        result["kl"] = {"mean": kl, "ci95": [kl_low, kl_high]}
+        result["top1_agreement"] = float(scored.agreed.sum() / scored.compared.sum())
+        result["perplexity_ratio"] = math.exp(nll - float(scored.original_nll.sum() / scored.predicted.sum()))
+    return result
+
+
+@torch.inference_mode()
+def score_tokens(models: Sequence[Skeleton], hidden: Sequence[Tensor], batches: Batches) -> Scored:
+    """Compute heads chunk by chunk from last hidden states [N, L, H] of one model, or of the pressed and the original."""
+    sequences, length = batches.ids.shape
+    sums = {name: torch.zeros(sequences, dtype=torch.float64)
+            for name in ("nll", "predicted", "kl", "agreed", "compared", "original_nll")}  # fmt: skip
+    targets = torch.cat([batches.ids[:, 1:], batches.ids[:, :1]], 1).reshape(-1)
+    has_target = torch.cat([batches.mask[:, 1:], torch.zeros(sequences, 1, dtype=torch.bool)], 1).reshape(-1)
+    positions = torch.nonzero(batches.mask.reshape(-1)).squeeze(-1)
+    flat = [states.reshape(sequences * length, -1) for states in hidden]
+    with ExitStack() as stack:
+        for skeleton in models:
+            stack.enter_context(skeleton.outer())
+        rows = max(1, _LOGITS // models[0].model.config.get_text_config().vocab_size)
+        for chunk in positions.split(rows):
+            logs = [F.log_softmax(skeleton.logits(states[chunk].to(skeleton.device)).float(), -1)
+                    for skeleton, states in zip(models, flat, strict=True)]  # fmt: skip
+            for name, values in _per_token(logs, targets[chunk], has_target[chunk]).items():
+                sums[name].index_add_(0, chunk // length, values.double().cpu())
+    return Scored(**sums)
+
+
+def _per_token(logs: list[Tensor], targets: Tensor, has_target: Tensor) -> dict[str, Tensor]:
+    """What each position [n] adds, from log-probabilities [n, V]."""
+    pressed, original = logs[0], logs[-1]
+    known = has_target.to(pressed.device)
+    at = targets.to(pressed.device).unsqueeze(1)
+
+    def nll(log: Tensor) -> Tensor:
+        return -log.gather(1, at).squeeze(1) * known
+
+    values = {"nll": nll(pressed), "predicted": known.float(), "compared": torch.ones_like(pressed[:, 0])}
+    if len(logs) == 2:
+        values["original_nll"] = nll(original)
+        values["kl"] = (original.exp() * (original - pressed)).nan_to_num(0.0).sum(1)
+        values["agreed"] = (pressed.argmax(1) == original.argmax(1)).float()
+    return values

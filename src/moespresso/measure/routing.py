@@ -1,0 +1,93 @@
+"""Running sums over the tokens of a layer, from which the whole family of expert scores follows.
+
+One pass gathers, for every expert j with its routed tokens X_j, gate weight g, answer f_j and routing score s (softmax
+or sigmoid of the router's logits): counts, sums of s, of g, of ||f_j||, ||f_j||^2, g ||f_j||, s ||f_j||, and of
+c_t g ||f_j|| with c_t = 1 - cos(residual stream before, after the routed experts). Nothing per token is kept.
+Sums are float64; padding is left out of all of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moespresso.core.layer import Call, Layer, valid_tokens
+
+# name of a sum -> what it adds up; E values each
+SUMS = (
+    "tokens",
+    "score",
+    "score_selected",
+    "gate",
+    "norm",
+    "norm_squared",
+    "gate_norm",
+    "score_norm",
+    "change_gate_norm",
+)
+
+
+class RoutingSums:
+    """Accumulates the sums of one MoE layer; `values()` gives them per expert."""
+
+    def __init__(self, experts: int) -> None:
+        self.experts = experts
+        self.total_tokens = 0
+        self._sums = {name: torch.zeros(experts, dtype=torch.float64) for name in SUMS}
+        self._largest = torch.zeros(experts, dtype=torch.float64)
+        self._sigmoid = False
+        self.nonfinite = 0
+
+    def add(self, layer: Layer, call: Call) -> None:
+        """Take in one batch."""
+        routed = call.routed
+        assert routed is not None
+        tokens = valid_tokens(call)
+        index, gate = routed.index[tokens], routed.weights[tokens].float()
+        outputs, scores = routed.outputs[tokens].float(), layer.scores(routed.logits[tokens])
+        norm = outputs.norm(dim=-1)
+        self.nonfinite += int((~norm.isfinite()).sum())
+        chosen = scores.gather(1, index)
+        change = _change(layer, call, tokens, outputs, gate)
+        self.total_tokens += tokens.numel()
+        self._sigmoid = layer.sigmoid_router
+        self._sums["score"] += scores.sum(0).double().cpu()
+        per_slot = {"tokens": torch.ones_like(norm), "score_selected": chosen, "gate": gate, "norm": norm,
+                    "norm_squared": norm**2, "gate_norm": gate * norm, "score_norm": chosen * norm,
+                    "change_gate_norm": change.unsqueeze(1) * gate * norm}  # fmt: skip
+        for name, values in per_slot.items():
+            self._sums[name] += _by_expert(values, index, self.experts)
+        peaks = outputs.abs().amax(-1).double().cpu().reshape(-1)
+        self._largest.scatter_reduce_(0, index.reshape(-1).cpu(), peaks, "amax")
+
+    def values(self) -> dict[str, list[float]]:
+        """Every sum per expert, and `largest`, the largest absolute value an expert ever answered."""
+        return {name: sums.tolist() for name, sums in self._sums.items()} | {
+            "largest": self._largest.tolist()
+        }
+
+    def of_layer(self) -> dict[str, float]:
+        """Values of the layer: its tokens, and whether its gates are plain shares of one softmax (1) or not (0)."""
+        return {
+            "tokens": float(self.total_tokens),
+            "softmax_gates": float(not self._sigmoid and self._proportional()),
+        }
+
+    def _proportional(self) -> bool:
+        """Whether gates are routing scores times one factor, for every expert (no renormalisation over the selected)."""
+        reached = self._sums["score_selected"] > 0
+        ratio = self._sums["gate"][reached] / self._sums["score_selected"][reached]
+        return bool(reached.any()) and float(ratio.max() - ratio.min()) < 1e-2 * float(ratio.mean())
+
+
+def _by_expert(values: Tensor, index: Tensor, experts: int) -> Tensor:
+    """Sum [T, k] `values` by the expert each slot selected."""
+    sums = torch.zeros(experts, dtype=torch.float64)
+    return sums.index_add_(0, index.reshape(-1).cpu(), values.reshape(-1).double().cpu())
+
+
+def _change(layer: Layer, call: Call, tokens: Tensor, outputs: Tensor, gate: Tensor) -> Tensor:
+    """c_t = 1 - cos(before, after) [N]: how far the routed experts turn the residual stream."""
+    after = call.output.reshape(-1, call.output.shape[-1])[tokens].float()
+    routed = (outputs * gate.unsqueeze(-1)).sum(1) * layer.residual_multiplier
+    return 1 - torch.cosine_similarity(after - routed, after, dim=-1)

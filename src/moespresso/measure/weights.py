@@ -1,0 +1,44 @@
+"""What the weights alone tell about an expert: no text, one pass over the shards.
+
+AIMER (arXiv 2603.18492) scores an expert by mean|W| / rms(W) over gate, up and down projections together; the sums
+of |W| and W^2 per expert are gathered tensor by tensor.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from torch import Tensor
+
+from moespresso.checkpoint import Reader
+from moespresso.core.blueprint import Entry
+from moespresso.core.progress import Progress
+from moespresso.core.unit import Unit
+from moespresso.model import View
+
+
+def weight_sums(view: View, reader: Reader, progress: Progress) -> dict[Unit, dict[str, float]]:
+    """`mean_abs` and `rms` of each expert of `view`, by position."""
+    sums: dict[Unit, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    progress.stage("experts' weights", len(view.pieces))
+    for piece in view.pieces:
+        progress.advance()
+        if piece.source.unit.part == "experts" and not (piece.source.unit.matrix or "").endswith("_bias"):
+            _add(sums, piece.source, piece.name, reader.piece(piece))
+    return {unit: {"mean_abs": total / count, "rms": (squares / count) ** 0.5}
+            for unit, (count, total, squares) in sums.items()}  # fmt: skip
+
+
+def _add(sums: dict[Unit, list[float]], entry: Entry, name: str, tensor: Tensor) -> None:
+    layer = entry.unit.layer
+    if entry.unit.expert is not None:
+        position = int(name.split("experts.", 1)[1].split(".", 1)[0])
+        parts = [(position, tensor)]
+    else:
+        parts = list(enumerate(tensor))
+    for expert, part in parts:
+        values = part.float()
+        total = sums[Unit(layer, "experts", expert)]
+        total[0] += values.numel()
+        total[1] += float(values.abs().sum(dtype=values.dtype))
+        total[2] += float(values.square().sum())

@@ -1,0 +1,318 @@
+"""Expert Drop: remove the routed experts a model needs least, and the router rows that lead to them.
+
+Scores, one value per expert j over its routed tokens X_j of N (gate weight g really used, routing score s, answer f):
+
+    routing          mean over all tokens of s_j                     arXiv 2406.02500 (its Mixtral code)
+    routing_topk     the same, counting s_j only where j is selected  (its DeepSeek code)
+    frequency        |X_j| / N
+    reap             mean over X_j of g ||f||                        arXiv 2510.13999
+    ean              sum over X_j of ||f||                            ibid., baseline
+    man, msan        mean over X_j of ||f||, of ||f||^2               arXiv 2606.15716
+    easy_ep          sum over X_j of (1 - cos(before, after)) g ||f|| EASY-EP
+    aimer            - mean|W| / rms(W), no data                     arXiv 2603.18492
+    reconstruction   least error of the re-routed output              arXiv 2402.14800
+    random           seeded; the control every score must beat
+
+An expert that no token reached scores lowest. Super experts (an answer with a value above both the 99.5th percentile
+of all experts' largest and a tenth of the global largest, first three quarters of the layers; arXiv 2507.23279; and, so that a model
+of few experts does not always have one, ten times the median) are kept unless told otherwise. No layer goes under what its router needs, and group-limited routers lose the same number in
+every group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from moespresso.core.blueprint import Blueprint, LayerSpec
+from moespresso.core.errors import UserError
+from moespresso.core.plan import Decision, Plan, Stage, Treatment
+from moespresso.core.registry import method
+from moespresso.core.stats import Stats
+from moespresso.core.unit import Unit
+
+Score = Literal[
+    "routing",
+    "routing_topk",
+    "frequency",
+    "reap",
+    "ean",
+    "man",
+    "msan",
+    "easy_ep",
+    "aimer",
+    "reconstruction",
+    "random",
+]
+# Scores that no text is needed for, and what else is.
+DATA_FREE: dict[str, frozenset[str]] = {"aimer": frozenset({"weights"}), "random": frozenset()}
+_PERCENTILE, _SHARE_OF_LARGEST, _TIMES_MEDIAN, _SUPER_DEPTH = 0.995, 0.1, 10.0, 0.75
+
+
+@method
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertDrop:
+    """Settings of one Expert Drop.
+
+    keep: experts to keep in every MoE layer (with scope=global: on average).
+    ratio: share of the routed experts to remove, instead of `keep`.
+    score: how experts are ranked (see the module's docstring).
+    gates: the weight that `reap` uses: `model`, the gate really used, or `softmax`, the routing score.
+    scope: `layer` removes the same number everywhere; `global` ranks over the whole model (unequal layers).
+    router: `rows` deletes the dropped experts' router rows; `preserve` keeps them and skips their terms.
+    renormalise: `model` leaves gates as the router makes them; `compensate` scales the routed part by the mean kept
+        routing mass where the router does not renormalise.
+    protect_super: never drop super experts.
+    reverse: drop the best instead, as a control.
+    rescore: measure on the model as the earlier steps leave it.
+    seed: for score=random.
+    """
+
+    kind: ClassVar[str] = "expert_drop"
+    keep: int | None = None
+    ratio: float | None = None
+    score: Score = "reap"
+    gates: Literal["model", "softmax"] = "model"
+    scope: Literal["layer", "global"] = "layer"
+    router: Literal["rows", "preserve"] = "rows"
+    renormalise: Literal["model", "compensate"] = "model"
+    protect_super: bool = True
+    reverse: bool = False
+    rescore: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself or is not built yet."""
+        if self.keep is not None and self.ratio is not None:
+            raise UserError("expert_drop: give keep or ratio, not both")
+        if self.ratio is not None and not 0 <= self.ratio < 1:
+            raise UserError(f"expert_drop: ratio={self.ratio} is the share removed and must be in [0, 1)")
+        if self.router == "preserve":
+            raise UserError(
+                "expert_drop: router=preserve is not available in this version (it needs the plugin target)"
+            )
+
+    def needs(self) -> frozenset[str]:
+        """What must be measured for this step."""
+        needs = set(DATA_FREE.get(self.score, {"routing"}))
+        if self.score == "reconstruction":
+            needs.add("reconstruction")
+        if self.renormalise == "compensate":
+            needs.add("routing")
+        return frozenset(needs)
+
+    def check(self, blueprint: Blueprint) -> None:
+        """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
+        if not blueprint.moe_layers:
+            raise UserError(
+                f"expert_drop needs routed experts, but {blueprint.source} ({blueprint.family}) is dense"
+            )
+        for layer in blueprint.moe_layers:
+            self._keep_count(layer)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether layers may end with different numbers of experts."""
+        return self.scope == "global"
+
+    def even_keep(self, blueprint: Blueprint) -> int:
+        """The number per layer that comes nearest to this step's, all layers alike."""
+        return max(self._keep_count(layer) // layer.groups * layer.groups for layer in blueprint.moe_layers)
+
+    def amounts(self, blueprint: Blueprint) -> list[ExpertDrop]:
+        """This step with every number of experts it could keep, largest first (for a byte budget)."""
+        most = min(layer.experts for layer in blueprint.moe_layers)
+        least = max(layer.floor for layer in blueprint.moe_layers)
+        groups = max(layer.groups for layer in blueprint.moe_layers)
+        return [
+            replace(self, keep=keep, ratio=None) for keep in range(most, least - 1, -1) if keep % groups == 0
+        ]
+
+    def outline(self, source: Blueprint, before: Plan) -> Stage:
+        """A stage of the right size, before anything is measured: the lowest numbers of every group are kept."""
+        treatments: dict[Unit, Treatment] = {}
+        for layer in source.moe_layers:
+            left, size = before.kept_experts(layer.index, layer.experts), layer.experts // layer.groups
+            each = self._keep_count(replace(layer, experts=len(left))) // layer.groups
+            groups = [
+                [expert for expert in left if expert // size == group][:each] for group in range(layer.groups)
+            ]
+            treatments[Unit(layer.index, "experts")] = Treatment(
+                keep=tuple(expert for g in groups for expert in g)
+            )
+        return Stage({"kind": self.kind}, treatments)
+
+    def decide(self, stats: Stats, blueprint: Blueprint) -> Decision:
+        """Choose what to keep: a treatment per MoE layer, experts by position in `blueprint`."""
+        scores = {layer.index: expert_scores(self, stats, layer) for layer in blueprint.moe_layers}
+        watch = self.protect_super and self.score not in DATA_FREE
+        supers = super_experts(stats, blueprint) if watch else frozenset[Unit]()
+        ranked = {
+            layer.index: self._ranking(layer, scores[layer.index], supers) for layer in blueprint.moe_layers
+        }
+        counts = self._counts(blueprint, ranked, scores)
+        treatments: dict[Unit, Treatment] = {}
+        for layer in blueprint.moe_layers:
+            kept = self._best(stats, layer, ranked[layer.index], counts[layer.index], supers)
+            scale = kept_mass(stats, layer, kept) if self.renormalise == "compensate" else 1.0
+            treatments[Unit(layer.index, "experts")] = Treatment(keep=kept, scale=scale)
+        by_unit = {
+            Unit(layer, "experts", expert): score
+            for layer, row in scores.items()
+            for expert, score in enumerate(row)
+        }
+        return Decision(treatments, tuple(self._notes(blueprint, treatments, supers)), by_unit, supers)
+
+    def _notes(
+        self, blueprint: Blueprint, treatments: dict[Unit, Treatment], supers: frozenset[Unit]
+    ) -> Iterator[str]:
+        yield from [note for layer in blueprint.moe_layers if (note := self._rounding(layer))][:1]
+        if supers:
+            yield f"super experts, protected: {', '.join(str(unit) for unit in sorted(supers))}"
+        if self.renormalise == "compensate" and all(
+            treatment.scale == 1 for treatment in treatments.values()
+        ):
+            yield "renormalise=compensate changes nothing here: this router's gates do not swell when experts go"
+
+    def _keep_count(self, layer: LayerSpec) -> int:
+        """Experts to keep in `layer`, a multiple of its groups."""
+        if self.keep is not None:
+            wanted = self.keep
+        else:
+            share = 1 - (0.25 if self.ratio is None else self.ratio)
+            wanted = round(layer.experts * share / layer.groups) * layer.groups
+        place = f"expert_drop: keep={wanted} in L{layer.index}"
+        if wanted > layer.experts:
+            raise UserError(f"{place} is more than the {layer.experts} experts there are")
+        if wanted < layer.floor:
+            raise UserError(
+                f"{place} is under {layer.floor}, the fewest its router (top_k={layer.top_k}) works with"
+            )
+        if wanted % layer.groups and self.scope == "layer":
+            lower = max(wanted // layer.groups * layer.groups, layer.floor)
+            raise UserError(
+                f"{place} does not divide into {layer.groups} router groups: keep {lower} or {lower + layer.groups}"
+            )
+        return wanted
+
+    def _rounding(self, layer: LayerSpec) -> str | None:
+        exact = layer.experts * (1 - self.ratio) if self.ratio is not None else None
+        if exact is None or math.isclose(exact, self._keep_count(layer)):
+            return None
+        return f"ratio={self.ratio} of {layer.experts} experts is not a whole number per group: {self._keep_count(layer)} are kept"
+
+    def _ranking(self, layer: LayerSpec, scores: list[float], supers: frozenset[Unit]) -> list[list[int]]:
+        """Experts from most to least needed, one list per router group; ties go to the lower number."""
+        sign = 1 if self.reverse else -1
+        size = layer.experts // layer.groups
+
+        def key(expert: int) -> tuple[bool, float, int]:
+            return Unit(layer.index, "experts", expert) not in supers, sign * scores[expert], expert
+
+        return [sorted(range(group * size, (group + 1) * size), key=key) for group in range(layer.groups)]
+
+    def _counts(
+        self, blueprint: Blueprint, ranked: dict[int, list[list[int]]], scores: dict[int, list[float]]
+    ) -> dict[int, int]:
+        """How many experts each layer keeps."""
+        counts = {layer.index: self._keep_count(layer) for layer in blueprint.moe_layers}
+        if self.scope == "layer":
+            return counts
+        budget = sum(counts.values())
+        counts = {layer.index: layer.floor for layer in blueprint.moe_layers}
+        # A row takes the next best expert of every group of a layer, since groups must stay equal.
+        rows = [
+            (sum(scores[layer.index][group[row]] for group in ranked[layer.index]) / layer.groups, layer, row)
+            for layer in blueprint.moe_layers
+            for row in range(layer.floor // layer.groups, layer.experts // layer.groups)
+        ]
+        rows.sort(key=lambda entry: ((entry[0] if self.reverse else -entry[0]), entry[1].index, entry[2]))
+        for _, layer, _ in rows:
+            if sum(counts.values()) + layer.groups <= budget:
+                counts[layer.index] += layer.groups
+        return counts
+
+    def _best(
+        self, stats: Stats, layer: LayerSpec, ranked: list[list[int]], count: int, supers: frozenset[Unit]
+    ) -> tuple[int, ...]:
+        kept = tuple(sorted(expert for group in ranked for expert in group[: count // layer.groups]))
+        name = f"reconstruction@{count}"
+        first = stats.values.get(Unit(layer.index, "experts", 0), {})
+        if self.score != "reconstruction" or self.reverse or name not in first:
+            return kept
+        # The best set of exactly this size was found by trying all of them.
+        best = {expert for expert, value in enumerate(stats.of(layer.index, layer.experts, name)) if value}
+        lost = any(unit.layer == layer.index and unit.expert not in best for unit in supers)
+        return kept if lost else tuple(sorted(best))
+
+
+def expert_scores(settings: ExpertDrop, stats: Stats, layer: LayerSpec) -> list[float]:
+    """How much each expert of `layer` is needed, by the settings' score; higher is more, not a number is least."""
+    return [-math.inf if math.isnan(score) else score for score in _raw_scores(settings, stats, layer)]
+
+
+def _raw_scores(settings: ExpertDrop, stats: Stats, layer: LayerSpec) -> list[float]:
+    index, count = layer.index, layer.experts
+    if settings.score == "random":
+        return [_random(settings.seed, index, expert) for expert in range(count)]
+
+    def of(name: str) -> list[float]:
+        return stats.of(index, count, name)
+
+    if settings.score == "aimer":
+        return [
+            -mean / rms if rms else -math.inf for mean, rms in zip(of("mean_abs"), of("rms"), strict=True)
+        ]
+    if settings.score == "reconstruction":
+        return of("reconstruction")
+    total = stats.layer(index)["tokens"]
+    over_all = {"routing": "score", "routing_topk": "score_selected", "frequency": "tokens"}
+    if settings.score in over_all:
+        return [value / total for value in of(over_all[settings.score])]
+    sums = {"ean": "norm", "easy_ep": "change_gate_norm"}
+    if settings.score in sums:
+        return of(sums[settings.score])
+    means = {
+        "reap": "gate_norm" if settings.gates == "model" else "score_norm",
+        "man": "norm",
+        "msan": "norm_squared",
+    }
+    return _means(of(means[settings.score]), of("tokens"))
+
+
+def _means(sums: Sequence[float], counts: Sequence[float]) -> list[float]:
+    """Mean per routed token; an expert that no token reached is needed least."""
+    return [value / count if count else -math.inf for value, count in zip(sums, counts, strict=True)]
+
+
+def _random(seed: int, layer: int, expert: int) -> float:
+    # A hash instead of a generator: the same on every platform and independent of the order of asking.
+    return int.from_bytes(hashlib.sha256(f"{seed}/{layer}/{expert}".encode()).digest()[:8], "big") / 2**64
+
+
+def super_experts(stats: Stats, blueprint: Blueprint) -> frozenset[Unit]:
+    """Experts whose answers reach extreme values; removing a handful of them can destroy a model."""
+    layers = blueprint.moe_layers
+    largest = {Unit(layer.index, "experts", expert): value
+               for layer in layers
+               for expert, value in enumerate(stats.of(layer.index, layer.experts, "largest"))}  # fmt: skip
+    ordered = sorted(largest.values())
+    percentile = ordered[math.floor(_PERCENTILE * (len(ordered) - 1))]
+    threshold = max(percentile, _SHARE_OF_LARGEST * ordered[-1], _TIMES_MEDIAN * statistics.median(ordered))
+    depth = _SUPER_DEPTH * len(blueprint.layers)
+    return frozenset(
+        unit for unit, value in largest.items() if value > threshold and (unit.layer or 0) < depth
+    )
+
+
+def kept_mass(stats: Stats, layer: LayerSpec, kept: Sequence[int]) -> float:
+    """Mean softmax mass on the kept experts: the factor that undoes the swelling of gates when the softmax has fewer
+    terms. 1 where gates do not swell: sigmoid routers, and those that renormalise over the selected experts."""
+    if not stats.layer(layer.index)["softmax_gates"]:
+        return 1.0
+    scores = stats.of(layer.index, layer.experts, "score")
+    return sum(scores[expert] for expert in kept) / sum(scores)

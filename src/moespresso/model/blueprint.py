@@ -1,0 +1,257 @@
+"""Config and headers to a `Blueprint`: what every tensor is, found by asking the model itself.
+
+The family's model is built on `meta`; each on-disk key is renamed into it; the module it lands in says what it is:
+inside the experts module an expert, elsewhere in the MoE block the router or a shared expert, and so on. Whatever the
+model wants and the files lack, or have in another shape, is said here, before any work.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from moespresso.checkpoint.index import Checkpoint
+from moespresso.core.blueprint import Blueprint, Entry, LayerSpec, TensorRef
+from moespresso.core.errors import UserError
+from moespresso.core.unit import Part, Unit
+from moespresso.model import quirks
+from moespresso.model.names import Names
+from moespresso.model.skeleton import (
+    build_meta,
+    decoder_layers,
+    find_router,
+    layer_number,
+    moe_block,
+    read_config,
+)
+
+_EXPERT = re.compile(r"experts\.(\d+)\.")
+
+
+def read_blueprint(checkpoint: Checkpoint) -> Blueprint:
+    """Describe a checkpoint; raises `UserError` when it is not supported or not complete."""
+    place = str(checkpoint.folder)
+    config = read_config(checkpoint.config, place)
+    model = build_meta(config, torch.bfloat16, place)
+    layers_name, layers = decoder_layers(model, place)
+    specs = tuple(_layer_spec(index, layer, config) for index, layer in enumerate(layers))
+    _check_experts_seen(config, specs, place)
+    classify = _Classifier(model, layers_name, layers)
+    entries = tuple(classify(ref) for ref in checkpoint.tensors.values())
+    classify.check_complete(place)
+    text = config.get_text_config()
+    return Blueprint(
+        family=config.model_type,
+        source=place,
+        digest=checkpoint.digest,
+        hidden=text.hidden_size,
+        vocab=text.vocab_size,
+        tied=not any(entry.unit.part == "head" and entry.ref.name.endswith("weight") for entry in entries),
+        layers=specs,
+        entries=entries,
+    )
+
+
+def _check_experts_seen(config: PreTrainedConfig, specs: tuple[LayerSpec, ...], place: str) -> None:
+    """A mixture whose experts the general code cannot see must not pass for a dense model."""
+    promised = [
+        key
+        for key in quirks.COUNT_KEYS
+        if isinstance(getattr(config, key, None), int) and getattr(config, key) > 1
+    ]
+    if promised and not any(spec.experts for spec in specs):
+        raise UserError(
+            f"{place}: model_type {config.model_type!r} is not supported "
+            f"(its config has {promised[0]}, but no experts that go through transformers' experts interface)"
+        )
+
+
+def _layer_spec(index: int, layer: nn.Module, config: PreTrainedConfig) -> LayerSpec:
+    mixer = next((quirks.MIXERS[name] for name, _ in layer.named_children() if name in quirks.MIXERS), "none")
+    widths = _attention_widths(config) if mixer == "attention" else (0, 0, 0)
+    found = moe_block(layer)
+    if found is None:
+        return LayerSpec(
+            index, mixer, width=_dense_width(layer), qk_width=widths[0], v_width=widths[1], kv_width=widths[2]
+        )
+    block = found[1]
+    experts: Any = block.get_submodule("experts")
+    router = find_router(block)[1]
+    count, top_k = _as_int(experts.num_experts), _as_int(router.top_k)
+    groups = _groups(router)
+    return LayerSpec(
+        index, mixer, count, _shared_experts(block, config), top_k, groups, _floor(router, groups, top_k, config),
+        experts.down_proj.shape[1 if experts.is_transposed else 2], *widths,
+    )  # fmt: skip
+
+
+def _as_int(value: Any) -> int:
+    return int(value)
+
+
+def _groups(router: nn.Module) -> int:
+    grouped = getattr(router, "topk_method", "group_limited_greedy") == "group_limited_greedy"
+    return _as_int(getattr(router, "num_group", None) or 1) if grouped else 1
+
+
+def _floor(router: nn.Module, groups: int, top_k: int, config: PreTrainedConfig) -> int:
+    fewest = quirks.FEWEST_EXPERTS.get(config.model_type, 1)
+    per_group = math.ceil(top_k / _as_int(getattr(router, "topk_group", None) or 1)) if groups > 1 else 1
+    if config.model_type in quirks.TOP2_GROUPS:
+        per_group = max(per_group, 2)
+    return max(top_k, fewest, groups * per_group)
+
+
+def _shared_experts(block: nn.Module, config: PreTrainedConfig) -> int:
+    if not any(
+        "shared" in name and "gate" not in name for name, child in block.named_children() if child is not None
+    ):
+        return 0
+    for key in ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts"):
+        if isinstance(getattr(config, key, None), int):
+            return getattr(config, key)
+    return 1
+
+
+def _dense_width(layer: nn.Module) -> int:
+    for name, module in layer.named_modules():
+        if name.endswith("down_proj") and isinstance(module, nn.Linear):
+            return module.in_features
+    return 0
+
+
+def _attention_widths(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Summed widths of query heads and of value heads, and elements cached per token (latent for MLA)."""
+    heads = config.num_attention_heads
+    if getattr(config, "kv_lora_rank", None):
+        qk = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+        return qk, heads * config.v_head_dim, config.kv_lora_rank + config.qk_rope_head_dim
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads * head, heads * head, 2 * kv_heads * head
+
+
+class _Classifier:
+    """Turns tensor references into entries, and remembers what has been seen of each parameter."""
+
+    def __init__(self, model: PreTrainedModel, layers_name: str, layers: nn.ModuleList) -> None:
+        self._names = Names(model)
+        self._layers_name = layers_name
+        self._blocks = [moe_block(layer) for layer in layers]
+        self._embedding = _module_name(model, model.get_input_embeddings())
+        self._head = _module_name(model, model.get_output_embeddings())
+        self._tied = set(model.all_tied_weights_keys)
+        self._seen: dict[str, list[TensorRef]] = defaultdict(list)
+        self._numbers: dict[tuple[int, str], list[int]] = defaultdict(list)
+
+    def __call__(self, ref: TensorRef) -> Entry:
+        name, pattern = self._names.in_memory(ref.name)
+        if name not in self._names.state:
+            found = re.search(r"layers\.(\d+)\.", ref.name)
+            return Entry(ref, Unit(int(found[1]) if found else None), in_graph=False)
+        self._seen[name].append(ref)
+        layer = layer_number(name, self._layers_name)
+        if layer is None:
+            return Entry(ref, Unit(None, self._outer_part(name)))
+        inner = name[len(f"{self._layers_name}.{layer}.") :]
+        return self._in_layer(ref, layer, inner, pattern)
+
+    def _outer_part(self, name: str) -> Part:
+        module = name.rpartition(".")[0]
+        return "embedding" if module == self._embedding else "head" if module == self._head else "norm"
+
+    def _in_layer(self, ref: TensorRef, layer: int, inner: str, pattern: str | None) -> Entry:
+        block = self._blocks[layer]
+        child = inner.split(".", 1)[0]
+        if block is not None and inner.startswith(block[0] + "."):
+            return self._in_block(ref, layer, inner[len(block[0]) + 1 :], pattern)
+        if child in quirks.MIXERS:
+            return Entry(
+                ref,
+                Unit(
+                    layer, "attention", None, inner.split(".", 1)[1].removesuffix(".weight").replace(".", "_")
+                ),
+            )
+        return Entry(ref, Unit(layer, "norm" if "norm" in child else "dense"))
+
+    def _in_block(self, ref: TensorRef, layer: int, inner: str, pattern: str | None) -> Entry:
+        block = self._blocks[layer]
+        assert block is not None
+        count = _as_int(block[1].get_submodule("experts").num_experts)
+        if inner.startswith("experts."):
+            number = _EXPERT.search(ref.name)
+            matrix = _matrix(inner, pattern)
+            if number is not None:
+                self._numbers[layer, matrix].append(int(number[1]))
+                return Entry(ref, Unit(layer, "experts", int(number[1]), matrix))
+            return Entry(ref, Unit(layer, "experts", None, matrix), expert_axis=0)
+        if "shared" in inner:
+            return Entry(ref, Unit(layer, "shared"))
+        axis = ref.shape.index(count) if count in ref.shape else None
+        return Entry(
+            ref, Unit(layer, "router", None, "bias" if "bias" in inner else "weight"), expert_axis=axis
+        )
+
+    def check_complete(self, place: str) -> None:
+        """Raise `UserError` when a parameter is missing, incomplete or of another shape."""
+        for (layer, matrix), numbers in self._numbers.items():
+            self._check_numbers(place, layer, matrix, numbers)
+        for name, wanted in self._names.state.items():
+            refs = self._seen.get(name, [])
+            if not refs and name in self._tied:
+                continue
+            if not refs:
+                raise UserError(
+                    f"{place} lacks the tensors of {name}, which its config asks for: download it again"
+                )
+            self._check_shapes(place, name, tuple(wanted.shape), refs)
+
+    def _check_numbers(self, place: str, layer: int, matrix: str, numbers: list[int]) -> None:
+        """Experts must be numbered 0 to count - 1, each once: the loader goes by order and would not notice."""
+        block = self._blocks[layer]
+        assert block is not None
+        count = _as_int(block[1].get_submodule("experts").num_experts)
+        lacking = sorted(set(range(count)) - set(numbers))
+        if lacking:
+            raise UserError(
+                f"{place} lacks the {matrix} projection of expert {lacking[0]} in L{layer}: download it again"
+            )
+        if len(numbers) != count:
+            raise UserError(
+                f"{place} has {len(numbers)} {matrix} projections in L{layer}, the config asks for {count}"
+            )
+
+    def _check_shapes(self, place: str, name: str, wanted: tuple[int, ...], refs: list[TensorRef]) -> None:
+        whole = math.prod(wanted)
+        if len(refs) == 1 and refs[0].numel == whole:
+            return
+        share, rest = divmod(whole, len(refs))
+        usual = [ref.shape for ref in refs]
+        common = max(set(usual), key=usual.count)
+        odd = [ref for ref in refs if ref.shape != common] or refs
+        if rest or any(ref.numel != share for ref in refs):
+            raise UserError(
+                f"{place}: {len(refs)} tensors such as {odd[0].name} {list(odd[0].shape)} do not make {name} "
+                f"{list(wanted)}, as the config asks: the files or the config were changed"
+            )
+
+
+def _matrix(inner: str, pattern: str | None) -> str:
+    """`gate`, `up`, `down`, or `gate_up` where both are stored as one; biases end in `_bias`."""
+    stem = inner.removeprefix("experts.").removesuffix("_bias")
+    bias = "_bias" if inner.endswith("_bias") else ""
+    if stem == "gate_up_proj" and pattern is not None:
+        for role, words in (("gate", ("gate_proj", "w1")), ("up", ("up_proj", "w3"))):
+            if any(re.search(rf"\b{word}\b", pattern) for word in words):
+                return role + bias
+    return stem.removesuffix("_proj") + bias
+
+
+def _module_name(model: PreTrainedModel, wanted: nn.Module | None) -> str:
+    return next((name for name, module in model.named_modules() if module is wanted and name), "")

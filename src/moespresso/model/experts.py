@@ -1,0 +1,67 @@
+"""Every expert of every family in one function, so that what they compute can be seen.
+
+transformers lets an experts implementation be registered by name; ours computes each selected expert's answer and,
+while a tap is armed, hands out tokens, gate weights and answers. The modules' own flags (`has_gate`, `has_bias`,
+`is_transposed`, `has_post_expert_norm`) say how their weights are laid out; their classes share no base, hence `Any`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+NAME = "moespresso"
+# hidden [T, H], index [T, k], weights [T, k], outputs [T, k, H]
+Tap = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+
+
+def experts_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Weighted sum [T, H] of what the selected experts answer; a slot with index >= num_experts adds nothing."""
+    outputs = expert_outputs(self, hidden_states, top_k_index)
+    tap: Tap | None = self.__dict__.get("moespresso_tap")
+    if tap is not None:
+        tap(hidden_states, top_k_index, top_k_weights, outputs)
+    return (outputs * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+
+
+def expert_outputs(experts: Any, hidden: Tensor, index: Tensor) -> Tensor:
+    """What each selected expert answers, unweighted: [T, k, H] for tokens [T, H] and selections [T, k]."""
+    slots = index.reshape(-1)
+    order = slots.argsort(stable=True)
+    counts = torch.bincount(slots, minlength=experts.num_experts).tolist()
+    outputs = hidden.new_zeros(slots.numel(), hidden.shape[-1])
+    start = 0
+    for expert, count in enumerate(counts[: experts.num_experts]):
+        if count:
+            rows = order[start : start + count]
+            outputs[rows] = expert_forward(experts, expert, hidden[rows // index.shape[-1]])
+        start += count
+    return outputs.view(*index.shape, -1)
+
+
+def expert_forward(experts: Any, expert: int, hidden: Tensor) -> Tensor:
+    """One expert on tokens [N, H]: down(act(gate) * up), as the module's flags say."""
+    inner = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", expert, hidden)
+    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    output = _linear(experts, "down_proj", expert, inner)
+    return experts.post_expert_norm(output) if experts.has_post_expert_norm else output
+
+
+def _linear(experts: Any, name: str, expert: int, inputs: Tensor) -> Tensor:
+    weight = getattr(experts, name)[expert]
+    output = inputs @ (weight if experts.is_transposed else weight.T)
+    return output + getattr(experts, f"{name}_bias")[expert] if experts.has_bias else output
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module goes through transformers' experts interface."""
+    return hasattr(module, "_apply_gate") and hasattr(module, "has_gate") and hasattr(module, "num_experts")
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

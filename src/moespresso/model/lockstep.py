@@ -1,0 +1,128 @@
+"""Lock-step forward: every batch runs the model's own forward, all of them waiting at the same layer.
+
+Each decoder layer is replaced by a stand-in that switches to the driver (`greenlet`) with its arguments and returns
+what the driver hands back. So masks, rotary tables, sliding windows and whatever else a family does between layers
+come from the family's own code; the driver loads a layer once, runs all waiting batches through it, and lets them go
+on to the next. Nothing is captured by raising, nothing is re-implemented.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_MASKS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
+
+
+class _StandIn(nn.Module):
+    """Sits where a decoder layer was; attributes a forward reads from its layers are the real layer's."""
+
+    def __init__(self, real: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["real"] = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["real"], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        driver = getcurrent().parent
+        assert driver is not None
+        return driver.switch(hidden_states, args, kwargs)
+
+
+class Waiting:
+    """One batch on its way: its hidden states at the layer it waits for, or the last ones when it is through."""
+
+    def __init__(self, forward: Callable[[], Tensor]) -> None:
+        self._greenlet = greenlet(forward)
+        self._args: tuple[Any, ...] = ()
+        self._kwargs: dict[str, Any] = {}
+        self.hidden = self._take(self._greenlet.switch())
+
+    def run(self, layer: nn.Module) -> Tensor:
+        """The layer's output for this batch (the batch goes on waiting: this may be called again)."""
+        output = layer(self.hidden, *self._args, **self._kwargs)
+        assert isinstance(output, Tensor), f"{type(layer).__name__} returned {type(output).__name__}"
+        return output
+
+    def go_on(self, output: Tensor) -> None:
+        """Hand `output` back as the layer's result and run on to the next layer."""
+        self.hidden = self._take(self._greenlet.switch(output))
+
+    def _take(self, yielded: Any) -> Tensor:
+        if self._greenlet.dead:
+            return cast("Tensor", yielded)
+        hidden, self._args, self._kwargs = yielded
+        return hidden
+
+
+def start(
+    base: PreTrainedModel, layers_name: str, ids: list[Tensor], masks: list[Tensor | None]
+) -> list[Waiting]:
+    """Start one forward per batch of `ids` [B, L]; all wait at the first layer. Gradient mode is the caller's."""
+    path = layers_name.rpartition(".")[2]
+    real = getattr(base, path)
+    stand_ins = nn.ModuleList([_StandIn(layer) for layer in real])
+    setattr(base, path, stand_ins)
+    try:
+        with _shared_tables(base):
+            return [
+                Waiting(
+                    lambda i=batch, m=mask: (
+                        base(input_ids=i, attention_mask=m, use_cache=False).last_hidden_state
+                    )
+                )
+                for batch, mask in zip(ids, masks, strict=True)
+            ]
+    finally:
+        setattr(base, path, real)
+
+
+@contextmanager
+def _shared_tables(base: PreTrainedModel) -> Iterator[None]:
+    """One mask and one rotary table for all batches of equal shape, instead of one each."""
+    module = sys.modules[type(base).__module__]
+    originals = {name: getattr(module, name) for name in _MASKS if hasattr(module, name)}
+    rotary = [child for name, child in base.named_children() if "rotary" in name]
+    for name, function in originals.items():
+        setattr(module, name, _remember(function))
+    for child in rotary:
+        # Replacing the method, not the module, keeps what else a forward reads from it.
+        child.forward = _remember(child.forward)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(module, name, function)
+        for child in rotary:
+            del child.forward
+
+
+def _remember(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Call `function` once per distinct arguments: embeddings count by shape, masks and positions by content."""
+    answers: dict[Any, Any] = {}
+
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        key = tuple(_fingerprint(value) for value in (*args, *(kwargs[name] for name in sorted(kwargs))))
+        if key not in answers:
+            answers[key] = function(*args, **kwargs)
+        return answers[key]
+
+    return remembered
+
+
+def _fingerprint(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value if isinstance(value, str | int | float | bool | type(None)) else id(value)
+    if value.is_floating_point():  # hidden states: only their shape, dtype and device shape a table
+        return tuple(value.shape), value.dtype, str(value.device)
+    content = value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return tuple(value.shape), hashlib.sha256(content).hexdigest()

@@ -1,0 +1,82 @@
+"""The names of a checkpoint, both ways: the one file that stands on inner functions of transformers.
+
+On disk an expert is `block_sparse_moe.experts.3.w1.weight`; in memory it is rows of `mlp.experts.gate_up_proj`. The
+library knows the way for every family (`WeightConverter`s), and this file asks it: `Names.in_memory` renames a
+key, `Names.load` loads the tensors of one layer into a model on `meta`, `Names.to_disk` turns a layer's state back.
+Pinned to transformers 5.23; the family tests fail loudly when a release moves any of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from moespresso.core.errors import UserError
+
+transformers_logging.disable_progress_bar()
+
+
+class Names:
+    """Both directions for one model (its parameters may all be on `meta`)."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        # Annotated as the loader wants it: every entry is one of these two.
+        self._loading: list[Any] = get_model_conversion_mapping(model)
+        # The loader overwrites the model's mapping with what the last call happened to use, so ours is kept here.
+        self._saving: Any = get_model_conversion_mapping(model, add_legacy=False)
+        self._renamings = [entry for entry in self._loading if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in self._loading if isinstance(entry, WeightConverter)]
+        self.state: dict[str, Tensor] = dict(model.state_dict())
+
+    def in_memory(self, key: str) -> tuple[str, str | None]:
+        """Name in memory of an on-disk key, and the converter's source pattern that matched (None: only renamed)."""
+        name, pattern = rename_source_key(
+            key, self._renamings, self._converters, self._model.base_model_prefix, self.state
+        )
+        if name not in self.state and key in self.state:
+            return key, None
+        return name, pattern
+
+    def load(self, tensors: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+        """Load `tensors` (on-disk name to anything that answers `[...]`) into the model's modules.
+
+        Raises `UserError` when a tensor's shape is not the one the config asks for.
+        """
+        info, _ = convert_and_load_state_dict_in_model(
+            self._model,
+            dict(tensors),
+            LoadStateDictConfig(
+                weight_mapping=self._loading,
+                device_map={"": device},
+                dtype=dtype,
+                # Without the plan, tensors that must stay float32 are rounded and routing changes.
+                dtype_plan=self._model._get_dtype_plan(dtype),  # pyright: ignore[reportPrivateUsage]
+            ),
+        )
+        if info.conversion_errors:
+            name, error = next(iter(info.conversion_errors.items()))
+            raise UserError(f"tensors of {name} cannot be put together ({str(error).splitlines()[0]})")
+        for name, found, wanted in info.mismatched_keys:
+            raise UserError(
+                f"{name} has shape {list(found)} in the files, the config asks for {list(wanted)}"
+            )
+
+    def to_disk(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """On-disk names and per-expert tensors of (part of) an in-memory state."""
+        self._model._weight_conversions = self._saving
+        return revert_weight_conversion(self._model, dict(state))

@@ -1,0 +1,262 @@
+"""The model without its weights: built on `meta` from a config, filled one layer at a time.
+
+`Skeleton` holds transformers' own model with every parameter on `meta`. `outer()` loads what lies outside the decoder
+layers, `layer(i)` one decoder layer; both take it away again. Buffers that no checkpoint stores (rotary tables) are
+made by the family's own initialiser.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from moespresso.core.blueprint import LayerSpec
+from moespresso.core.errors import UserError, did_you_mean
+from moespresso.core.layer import Layer
+from moespresso.model import experts as experts_function
+from moespresso.model import quirks
+from moespresso.model.names import Names
+
+
+def read_config(raw: Mapping[str, Any], place: str) -> PreTrainedConfig:
+    """The family's config object; raises `UserError` for what this version does not support."""
+    family = raw.get("model_type")
+    if not family:
+        raise UserError(f"{place}/config.json has no model_type: it is not a Hugging Face model")
+    if family in quirks.REFUSED:
+        raise UserError(f"{place}: model_type {family!r} is not supported ({quirks.REFUSED[family]})")
+    if raw.get("quantization_config") or raw.get("compression_config"):
+        raise UserError(
+            f"{place} is already quantized, which this version cannot read: give the unquantized checkpoint"
+        )
+    if family not in CONFIG_MAPPING:
+        custom = (
+            "; custom code (auto_map) is never run"
+            if raw.get("auto_map")
+            else did_you_mean(family, CONFIG_MAPPING)
+        )
+        raise UserError(f"{place}: model_type {family!r} is unknown to transformers{custom}")
+    try:
+        return CONFIG_MAPPING[family].from_dict(dict(raw))
+    except Exception as error:  # the family's own validation, whatever it raises
+        raise UserError(
+            f"{place}/config.json is not a valid {family} config ({_first_line(error)})"
+        ) from error
+
+
+def build_meta(config: PreTrainedConfig, dtype: torch.dtype, place: str) -> PreTrainedModel:
+    """The causal language model of `config`, every parameter and buffer on `meta`, experts observable."""
+    try:
+        with torch.device("meta"), no_init_weights():
+            model = cast("PreTrainedModel", AutoModelForCausalLM.from_config(config, dtype=dtype))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{place}: no causal language model can be built from its config ({_first_line(error)})"
+        ) from error
+    if any(experts_function.is_experts(module) for module in model.modules()):
+        model.set_experts_implementation(experts_function.NAME)
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def decoder_layers(model: PreTrainedModel, place: str) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder layers."""
+    for name, module in model.named_modules():
+        if (
+            name.endswith("layers")
+            and isinstance(module, nn.ModuleList)
+            and "." not in name.removeprefix("model.")
+        ):
+            return name, module
+    raise UserError(
+        f"{place}: the decoder layers of {type(model).__name__} are not where this version looks for them"
+    )
+
+
+def moe_block(layer: nn.Module) -> tuple[str, nn.Module] | None:
+    """Name and module of a layer's MoE block (the parent of its routed experts), or None in a dense layer."""
+    for name, module in layer.named_modules():
+        if experts_function.is_experts(module):
+            parent = name.rpartition(".")[0]
+            return parent, layer.get_submodule(parent)
+    return None
+
+
+def find_router(block: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of the router in a MoE block."""
+    for name in ("gate", "router"):
+        if hasattr(block, name):
+            return name, getattr(block, name)
+    raise AssertionError(f"{type(block).__name__} has neither gate nor router")
+
+
+class Skeleton:
+    """One model, on `meta` but for what is being used.
+
+    `tensors` maps on-disk names to anything that answers `[...]` with a tensor (see `checkpoint.reader.Lazy`);
+    `specs` are the layers as the blueprint has them.
+    """
+
+    def __init__(
+        self,
+        raw_config: Mapping[str, Any],
+        tensors: Mapping[str, Any],
+        specs: tuple[LayerSpec, ...],
+        *,
+        place: str,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.config = read_config(raw_config, place)
+        self.model = build_meta(self.config, dtype, place)
+        self.layers_name, self.layers = decoder_layers(self.model, place)
+        self.specs, self.place, self.dtype, self.device = specs, place, dtype, device
+        self._names = Names(self.model)
+        self._tensors = self._by_layer(tensors)
+        self._materialise_buffers()
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The model without its head."""
+        return cast("PreTrainedModel", self.model.base_model)
+
+    def _by_layer(self, tensors: Mapping[str, Any]) -> dict[int | None, dict[str, Any]]:
+        grouped: dict[int | None, dict[str, Any]] = {None: {}}
+        for key, tensor in tensors.items():
+            name, _ = self._names.in_memory(key)
+            if name in self._names.state:
+                grouped.setdefault(layer_number(name, self.layers_name), {})[key] = tensor
+        return grouped
+
+    def _materialise_buffers(self) -> None:
+        """Make the buffers that no checkpoint stores, by the family's own initialiser."""
+        for module in self.model.modules():
+            names = [
+                name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None
+            ]
+            if names and any(module._buffers[name].is_meta for name in names):  # pyright: ignore[reportOptionalMemberAccess]
+                for name in names:
+                    module._buffers[name] = torch.empty_like(
+                        cast("Tensor", module._buffers[name]), device=self.device
+                    )
+                self.model._init_weights(module)  # pyright: ignore[reportPrivateUsage]
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[Layer]:
+        """Decoder layer `index` with its weights in memory."""
+        module = self.layers[index]
+        self._load(index, module)
+        try:
+            yield self._handle(index, module)
+        finally:
+            _to_meta(module)
+
+    def _handle(self, index: int, module: nn.Module) -> Layer:
+        found = moe_block(module)
+        multiplier = float(getattr(module, "residual_multiplier", 1.0))
+        if found is None:
+            return Layer(self.specs[index], module, residual_multiplier=multiplier)
+        block = found[1]
+        sigmoid = self.config.model_type in quirks.SIGMOID_ROUTERS
+        return Layer(
+            self.specs[index],
+            module,
+            block.get_submodule("experts"),
+            find_router(block)[1],
+            sigmoid,
+            multiplier,
+        )
+
+    @contextmanager
+    def outer(self) -> Iterator[None]:
+        """Everything outside the decoder layers in memory; embedding and head go again, the small last norm stays."""
+        self._load(None, self.model)
+        self.model.tie_weights()
+        try:
+            yield
+        finally:
+            for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+                _to_meta(cast("nn.Module", module))
+
+    def _load(self, index: int | None, module: nn.Module) -> None:
+        self._names.load(self._tensors.get(index, {}), self.dtype, self.device)
+        assert index is None or not any(p.is_meta for p in module.parameters()), (
+            f"layer {index} is incomplete"
+        )
+
+    def layer_state(self, index: int) -> dict[str, Tensor]:
+        """In-memory names and tensors of a loaded layer."""
+        prefix = f"{self.layers_name}.{index}."
+        return {prefix + name: tensor for name, tensor in self.layers[index].state_dict().items()}
+
+    def in_memory(self, key: str) -> str:
+        """In-memory name of an on-disk key (also of keys that the model does not know)."""
+        return self._names.in_memory(key)[0]
+
+    def to_disk(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """On-disk names of (part of) an in-memory state."""
+        return self._names.to_disk(state)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [N, V] of last hidden states [N, H], by the family's own head (its scaling and capping included).
+
+        Needs `outer()`. The whole model runs with its base replaced by one that answers `hidden`.
+        """
+        base = self.base
+        name = self.model.base_model_prefix
+        setattr(self.model, name, _Answer(hidden.unsqueeze(0)))
+        try:
+            return self.model(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits.squeeze(0)
+        finally:
+            setattr(self.model, name, base)
+
+
+class _Answer(nn.Module):
+    """A base model that has already answered."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self._output = MoeModelOutputWithPast(last_hidden_state=hidden)
+
+    def forward(self, *_: Any, **__: Any) -> MoeModelOutputWithPast:
+        """The last hidden states it was made with."""
+        return self._output
+
+
+def layer_number(name: str, layers_name: str) -> int | None:
+    """Index of the decoder layer an in-memory name lies in, or None."""
+    if not name.startswith(layers_name + "."):
+        return None
+    return int(name[len(layers_name) + 1 :].split(".", 1)[0])
+
+
+def _to_meta(module: nn.Module) -> None:
+    """Let go of parameters and persistent buffers; tables that no checkpoint stores stay."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                part._parameters[name] = nn.Parameter(
+                    torch.empty_like(parameter, device="meta"), requires_grad=False
+                )
+        for name, buffer in part._buffers.items():
+            if buffer is not None and name not in part._non_persistent_buffers_set:
+                part._buffers[name] = torch.empty_like(buffer, device="meta")
+
+
+def quiet_transformers() -> None:
+    """Keep the library's loading reports off the user's screen; what matters is raised by us."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)

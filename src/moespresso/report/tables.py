@@ -1,0 +1,296 @@
+"""Results as text for people: pure functions from data to at most 100 columns without terminal codes.
+
+Every renderer reads the same JSON that the verb prints with `--json`, so what people see and what programs read
+cannot drift apart. Sections without content are left out.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from moespresso.core.plan import Plan
+from moespresso.core.stats import Stats
+from moespresso.report import words
+from moespresso.report.report import Report
+
+WIDTH = 100
+Body = Mapping[str, Any]
+# Rows of the cost table: key, what people call it, how its numbers are said.
+COSTS = (
+    ("bytes", "tensor bytes", words.size),
+    ("params", "parameters", words.number),
+    ("active_params", "active per token", words.number),
+    ("flops", "forward, 2,048 tokens", words.flops),
+    ("kv_bytes_per_token", "key-value cache per token", words.size),
+    ("peak_load_bytes", "largest layer", words.size),
+)
+
+
+def render_report(report: Report | Body) -> str:
+    """One page: cost before and after, dropped experts by layer, trouble, notes, time and memory."""
+    body = report.to_dict() if isinstance(report, Report) else report
+    return _page(
+        _title("pressed", body.get("recipe", {}).get("model"), body["out"] and f"into {body['out']}"),
+        _costs(body),
+        *_dropped(body.get("scores", {})),
+        *_listed("trouble", body.get("trouble", ())),
+        *_listed("notes", body.get("notes", ())),
+        _effort(body),
+    )
+
+
+def render_inspection(found: Body) -> str:
+    """What a model is: its layers (equal neighbours on one line), where its bytes lie, what it takes to run."""
+    params, sizes = found["params"], found["bytes"]
+    facts = (
+        found["family"],
+        f"{found['num_layers']} layers",
+        words.size(sizes["total"]),
+        f"{words.number(params['total'])} parameters, {words.number(params['active'])} active per token",
+    )
+    return _page(
+        Text(" · ".join(facts)),
+        _layers(found["layers"]),
+        _shares(sizes),
+        _pairs(
+            ("key-value cache per token", words.size(found["kv_bytes_per_token"])),
+            ("forward, 2,048 tokens", words.flops(found["flops_2048"])),
+        ),
+        *_listed("notes", found.get("notes", ())),
+    )
+
+
+def render_evaluation(scores: Body) -> str:
+    """How good a model is: perplexity with its interval and, against the original, KL and agreement."""
+    rows = [("tokens", f"{scores['tokens']:,}"), ("perplexity", _with_interval(scores["perplexity"]))]
+    if "perplexity_ratio" in scores:
+        rows.append(("perplexity, times the original's", words.figure(scores["perplexity_ratio"])))
+    if "kl" in scores:
+        rows.append(("KL to the original per token", _with_interval(scores["kl"])))
+    if "top1_agreement" in scores:
+        rows.append(("same first choice", words.percent(scores["top1_agreement"])))
+    return _page(
+        _pairs(*rows),
+        *_listed("trouble", scores.get("trouble", ())),
+        *_listed("notes", scores.get("notes", ())),
+    )
+
+
+def render_verdict(verdict: Body) -> str:
+    """What `verify` found: every check with its outcome, and the sum of it."""
+    table = _table("", "check", "")
+    for check in verdict["checks"]:
+        table.add_row("ok" if check["ok"] else "FAILED", check["name"], check.get("detail") or "")
+    failed = sum(not check["ok"] for check in verdict["checks"])
+    count = len(verdict["checks"])
+    return _page(table, Text(f"{failed} of {count} checks failed" if failed else f"all {count} checks hold"))
+
+
+def render_methods(methods: Sequence[Body]) -> str:
+    """Step kinds with their settings."""
+    return _page(*(part for method in methods for part in _method(method)))
+
+
+def render_stats(stats: Stats, out: str = "") -> str:
+    """What was measured and what went wrong."""
+    layers = {unit.layer for unit in stats.values if unit.layer is not None}
+    # Weights are measured without text.
+    tokens = [("tokens", f"{stats.tokens:,}")] if stats.tokens else []
+    rows = [*tokens, ("layers", words.spans(layers)), ("measured", ", ".join(stats.needs))]
+    return _page(
+        _title("measured", "", out and f"into {out}"), _pairs(*rows), *_listed("trouble", stats.trouble)
+    )
+
+
+def render_plan(plan: Plan, out: str = "") -> str:
+    """What is to happen to each unit, stage by stage."""
+    parts: list[RenderableType] = [_title("plan", "", out and f"in {out}")]
+    for number, stage in enumerate(plan.stages, start=1):
+        settings = ", ".join(
+            f"{name}={value}" for name, value in stage.method.items() if name != "kind" and value is not None
+        )
+        table = _table("unit", "treatment")
+        for unit, treatment in sorted(stage.treatments.items()):
+            table.add_row(
+                str(unit), "; ".join(f"{name} {_value(value)}" for name, value in treatment.as_dict().items())
+            )
+        parts += [Text(f"stage {number}: {stage.method.get('kind', '')} ({settings})"), table]
+    return _page(*parts, *([] if plan.stages else [Text("nothing is changed")]))
+
+
+def render_demo(result: Body) -> str:
+    """The demo on one page: what was pressed, that it is right, how good it is."""
+    parts = (
+        render_report(result["press"]),
+        render_verdict(result["verify"]),
+        render_evaluation(result["evaluate"]),
+    )
+    return "\n".join(parts)
+
+
+def _page(*parts: RenderableType) -> str:
+    """Lay the parts out with a blank line between, as text."""
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False,
+                      markup=False, emoji=False, highlight=False, no_color=True)  # fmt: skip
+    pages: list[str] = []
+    for part in parts:
+        with console.capture() as caught:
+            console.print(part)
+        lines = [line.rstrip() for line in caught.get().splitlines()]
+        pages.append("\n".join(line for line in lines if line))
+    return "\n\n".join(page for page in pages if page) + "\n"
+
+
+def _table(*columns: str, right: Iterable[int] = ()) -> Table:
+    """An open table; the columns numbered in `right` hold numbers."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=True, show_header=any(columns))
+    numbers = set(right)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index in numbers else "left", overflow="fold")
+    return table
+
+
+def _pairs(*rows: tuple[str, str]) -> Table:
+    table = _table("", "")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _title(verb: str, model: str | None, where: str) -> Text:
+    return Text(" ".join(filter(None, (verb, model, where))), overflow="fold")
+
+
+def _listed(title: str, lines: Iterable[str]) -> list[RenderableType]:
+    """A titled list, or nothing."""
+    rows = list(lines)
+    if not rows:
+        return []
+    table = Table.grid(padding=(0, 1))
+    for row in rows:
+        table.add_row("-", row)
+    return [_under(title, table)]
+
+
+def _under(title: str, inner: RenderableType) -> Table:
+    grid = Table.grid()
+    grid.add_row(Text(title))
+    grid.add_row(Padding(inner, (0, 0, 0, 1)))
+    return grid
+
+
+def _costs(body: Body) -> Table:
+    table = _table("", "before", "after", "change", right=(1, 2, 3))
+    for key, name, say in COSTS:
+        before, after = body[key]["before"], body[key]["after"]
+        table.add_row(name, say(before), say(after), words.change(before, after))
+    return table
+
+
+def _dropped(scores: Mapping[str, Body]) -> list[RenderableType]:
+    """Experts by layer; layers that lose none are summed up in one line."""
+    losing = {layer: row for layer, row in scores.items() if row["dropped"]}
+    if not losing:
+        return []
+    shielded = any(row["protected"] for row in losing.values())
+    table = _table("layer", "experts", "dropped", *(["super experts, kept"] if shielded else []), right=(1,))
+    for layer, row in losing.items():
+        count = f"{len(row['kept']) + len(row['dropped'])} → {len(row['kept'])}"
+        lists = [words.spans(row["dropped"]), *([words.spans(row["protected"])] if shielded else [])]
+        table.add_row(layer, count, *lists)
+    whole = [layer for layer in scores if layer not in losing]
+    return [table, *_listed("no expert dropped in", [", ".join(whole)] if whole else [])]
+
+
+def _effort(body: Body) -> Table:
+    """Time by phase and peak memory: what of it was taken."""
+    phases = " · ".join(f"{name} {words.duration(value)}" for name, value in body.get("phases", {}).items())
+    total = words.duration(body["seconds"])
+    rows = [("time", f"{total} ({phases})" if phases else total)]
+    if body.get("peak_rss_bytes"):
+        rows.append(("peak memory", _memory(body)))
+    if body.get("machine"):
+        rows.append(("machine", _machine(body["machine"])))
+    return _pairs(*rows)
+
+
+def _memory(body: Body) -> str:
+    resident, anonymous = body["peak_rss_bytes"], body.get("peak_anonymous_bytes")
+    return words.size(resident) + (f", of which {words.size(anonymous)} anonymous" if anonymous else "")
+
+
+def _machine(found: Body) -> str:
+    parts = [
+        found["cpu"],
+        f"{found['cores']} cores",
+        words.size(found["memory_bytes"]),
+        *found.get("accelerators", ()),
+    ]
+    return ", ".join(parts)
+
+
+def _layers(layers: Sequence[Body]) -> Table:
+    keys = ("mixer", "experts", "shared_experts", "top_k")
+    table = _table("layers", "mixer", "experts", "shared", "top_k", right=(2, 3, 4))
+    for kind, run in groupby(layers, key=lambda layer: tuple(layer[key] for key in keys)):
+        indices = [layer["index"] for layer in run]
+        numbers = ["-" if value == 0 else str(value) for value in kind[1:]]
+        table.add_row(words.spans(indices), str(kind[0]), *numbers)
+    return table
+
+
+def _shares(sizes: Mapping[str, int]) -> Table:
+    table = _table("part", "bytes", "share", right=(1, 2))
+    total = sizes["total"]
+    for part, count in sizes.items():
+        if part != "total" and count:
+            table.add_row(part, words.size(count), words.percent(count / total))
+    return table
+
+
+def _with_interval(score: Body) -> str:
+    value = words.figure(score["value"] if "value" in score else score["mean"])
+    low_high = score.get("ci95")
+    return (
+        f"{value}  (95 %: {words.figure(low_high[0])} to {words.figure(low_high[1])})" if low_high else value
+    )
+
+
+def _method(method: Body) -> list[RenderableType]:
+    table = _table("setting", "type", "default", "")
+    for setting in method["settings"]:
+        default = setting["default"]
+        table.add_row(
+            setting["name"],
+            _type(setting["type"]),
+            "" if default is None else str(default),
+            setting.get("doc") or "",
+        )
+    _, _, story = method["doc"].partition("\n\n")
+    story = _reflowed(story)
+    told = [Padding(Text(story), (0, 0, 0, 1))] if story else []
+    return [Text(f"{method['kind']}: {method['summary']}"), *told, table]
+
+
+def _reflowed(story: str) -> str:
+    """Join the lines of running text; indented lines (formulas) stay as they are."""
+    return re.sub(r"(?<=\S)\n(?=[^\s])", " ", story)
+
+
+def _type(name: str) -> str:
+    """A type as people write it: ``Literal['layer', 'global']`` is ``layer | global``."""
+    return re.sub(r"Literal\[(.*)\]", lambda found: found[1].replace("'", "").replace(", ", " | "), str(name))
+
+
+def _value(value: Any) -> str:
+    return words.spans(value) if isinstance(value, tuple) else str(value)

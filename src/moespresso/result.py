@@ -1,0 +1,148 @@
+"""A result folder: claimed, written, described and finished, the manifest last.
+
+The manifest `moespresso.json` says what the folder is and how it came about, with the digest of every file; it holds no
+clock and no path, so the same recipe gives the same bytes. A report can be made from it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moespresso._versions import VERSION
+from moespresso.checkpoint import (
+    MANIFEST,
+    Journal,
+    Written,
+    claim,
+    finish,
+    read_manifest,
+    write_text,
+)
+from moespresso.core.blueprint import LayerSpec
+from moespresso.core.cost import Cost
+from moespresso.core.errors import UserError
+from moespresso.core.plan import Plan
+from moespresso.core.runtime import Runtime
+from moespresso.core.unit import Unit
+from moespresso.export import check_target
+from moespresso.model import View
+from moespresso.pipeline import Clock, Decided, write
+from moespresso.recipe import Request
+from moespresso.report import LayerScores, Report, machine, model_card, shareable, source_licence, versions
+from moespresso.stream import PeakMemory, peak_rss_bytes
+
+
+def produce(
+    view: View,
+    out: Path,
+    identity: str,
+    make: Callable[[Path], Decided],
+    request: Request,
+    runtime: Runtime,
+    clock: Clock,
+) -> Report:
+    """Claim the folder, make the plan, write everything, the manifest last."""
+    done = _already_done(out, identity) if runtime.resume else None
+    if done is not None:
+        return _report(view, out, done, clock, ("already finished: nothing was done",))
+    with claim(out, view.checkpoint.folder, resume=runtime.resume) as work, PeakMemory() as memory:
+        journal = Journal(out, identity)
+        decided = make(work)
+        check_target(request.target, decided.plan, view.source)
+        pressed = replace(view, plan=decided.plan)
+        with clock.phase("build"):
+            files, left = write(pressed, out, journal, runtime)
+        manifest = _manifest(pressed, identity, request, files, decided, [*left, *outside_notes(view)])
+        card = model_card(
+            _report(view, Path(), manifest, clock), None, source_licence(view.checkpoint.folder)
+        )
+        manifest["files"]["README.md"] = _row(Written("README.md", *write_text(out / "README.md", card)))
+        finish(out, manifest)
+    return _report(view, out, manifest, clock, anonymous=memory.peak)
+
+
+def _already_done(out: Path, identity: str) -> dict[str, Any] | None:
+    if not (out / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(out)
+    if manifest["identity"] != identity:
+        raise UserError(
+            f"{out} holds another finished result: choose another --out, or add --no-resume to replace it"
+        )
+    return manifest
+
+
+def _row(file: Written) -> dict[str, Any]:
+    return {"bytes": file.nbytes, "sha256": file.sha256}
+
+
+def _manifest(
+    view: View, identity: str, request: Request, files: Sequence[Written], decided: Decided, notes: list[str]
+) -> dict[str, Any]:
+    """What the folder is and how it came about. No clock and no path in it: the same recipe gives the same bytes."""
+    nonfinite = {name: count for file in files for name, count in file.nonfinite.items()}
+    kept = [f"{name}: {count} NaN or infinite values, kept as they are" for name, count in nonfinite.items()]
+    return {
+        "moespresso": VERSION,
+        "identity": identity,
+        "source": {"name": view.checkpoint.folder.resolve().name, "family": view.source.family, "digest": view.source.digest},
+        "recipe": shareable({key: value for key, value in request.recipe.items() if key != "model"}),
+        "plan": json.loads(view.plan.to_json()),
+        "cost": dataclasses.asdict(view.blueprint.cost()),
+        "experts": {str(layer.index): layer.experts for layer in view.blueprint.moe_layers},
+        "scores": {str(unit): decided.scores[unit] for unit in sorted(decided.scores)},
+        "protected": [str(unit) for unit in sorted(decided.protected)],
+        "files": {file.name: _row(file) for file in files},
+        "nonfinite": nonfinite,
+        "trouble": [*decided.trouble, *kept],
+        "notes": [*decided.notes, *notes],
+        "seed": request.seed,
+        "versions": versions(),
+    }  # fmt: skip
+
+
+def _report(
+    view: View,
+    out: Path,
+    manifest: dict[str, Any],
+    clock: Clock,
+    notes: tuple[str, ...] = (),
+    anonymous: int = 0,
+) -> Report:
+    made = Plan.from_json(json.dumps(manifest["plan"]))
+    recipe = {"model": manifest["source"]["name"], **manifest["recipe"]}
+    return Report(
+        recipe=recipe, plan=made, before=view.source.cost(), after=Cost(**manifest["cost"]),
+        scores={layer.index: _layer_scores(layer, made, manifest) for layer in view.source.moe_layers if made.stages},
+        seconds=clock.seconds, machine=machine(), versions=manifest["versions"], out=str(out),
+        trouble=tuple(manifest["trouble"]), notes=(*manifest["notes"], *notes), peak_rss_bytes=peak_rss_bytes(),
+        peak_anonymous_bytes=anonymous,
+    )  # fmt: skip
+
+
+def _layer_scores(layer: LayerSpec, made: Plan, manifest: dict[str, Any]) -> LayerScores:
+    kept = made.kept_experts(layer.index, layer.experts)
+    units = [str(Unit(layer.index, "experts", expert)) for expert in range(layer.experts)]
+    values = [manifest["scores"].get(unit) for unit in units]
+    return LayerScores(
+        kept=kept,
+        dropped=tuple(expert for expert in range(layer.experts) if expert not in kept),
+        values=tuple(values) if all(value is not None for value in values) else (),
+        name=str(made.stages[-1].method.get("score", "")),
+        protected=tuple(expert for expert, unit in enumerate(units) if unit in manifest["protected"]),
+    )
+
+
+def outside_notes(view: View) -> list[str]:
+    outside = view.blueprint.outside
+    if not outside:
+        return []
+    example = outside[0].ref.name
+    return [
+        f"{len(outside)} tensors outside the model's graph (such as {example}) are passed through unchanged"
+    ]

@@ -1,0 +1,204 @@
+"""The one loop: layer in, visit, layer out.
+
+`sweep` runs token batches through a model that is on disk. Every batch waits at the same layer (`model.lockstep`); the
+layer is loaded once, the visitor looks at it and at what flows through it, the batches go on, the layer goes. A visitor
+never sees the loop and the loop never sees a method. With a `Memento` the hidden states are kept after each layer, so
+that a killed sweep goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from moespresso.checkpoint import TORCH_DTYPES, as_bytes, header, write_file
+from moespresso.core.blueprint import TensorRef
+from moespresso.core.layer import Call, Layer, LayerWeights, Routed, Taps
+from moespresso.core.progress import Progress, Silent
+from moespresso.model import Skeleton, Waiting, start
+
+Visitor = Callable[[Layer, Taps], LayerWeights | None]
+# Tokens that pass a layer at once: enough to keep matrix products busy, few enough that one batch stays small.
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Memento:
+    """Where a sweep keeps what it needs to go on after a kill: the next layer, hidden states, the visitor's notes."""
+
+    path: Path
+    notes: Callable[[], Any]
+    recall: Callable[[Any], None]
+
+    def save(self, layer: int, hidden: list[Tensor]) -> None:
+        """Remember that `layer` comes next, with what it is to be fed (atomically, and synced)."""
+        parts = [tensor.reshape(-1).cpu() for tensor in hidden]
+        names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+        refs = [
+            TensorRef(str(i), tuple(tensor.shape), names[tensor.dtype], "") for i, tensor in enumerate(hidden)
+        ]
+        metadata = {"layer": str(layer), "notes": json.dumps(self.notes())}
+        write_file(self.path, [memoryview(header(refs, metadata)), *map(as_bytes, parts)])
+
+    def load(self) -> tuple[int, list[Tensor]]:
+        """The next layer and its inputs, or layer 0 and none; gives the visitor its notes back."""
+        if not self.path.is_file():
+            return 0, []
+        with safe_open(self.path, "pt") as file:
+            metadata = file.metadata()
+            hidden = [file.get_tensor(f"{i}") for i in range(len(file.keys()))]
+        self.recall(json.loads(metadata["notes"]))
+        return int(metadata["layer"]), hidden
+
+
+@torch.inference_mode()
+def sweep(
+    skeleton: Skeleton,
+    ids: Tensor,
+    mask: Tensor,
+    visit: Visitor | None = None,
+    *,
+    carry: str = "original",
+    memento: Memento | None = None,
+    spill: Path | None = None,
+    progress: Progress | None = None,
+    label: str = "layers",
+) -> Tensor:
+    """Run `ids` [N, L] (int64; `mask` False on padding) through the model; return last hidden states [N, L, H].
+
+    `visit(layer, taps)` sees each loaded layer; with `carry="rebuilt"` the weights it returns are put in place before
+    the batches go on. `spill` is a folder for hidden states that would not fit in memory.
+    """
+    watch = progress or Silent()
+    next_layer, remembered = memento.load() if memento else (0, [])
+    with ExitStack() as stack:
+        parked = stack.enter_context(_parking(spill))
+        waiting = _start(skeleton, ids, mask)
+        masks = _batches(mask)
+        watch.stage(label, len(skeleton.layers))
+        for index in range(len(skeleton.layers)):
+            if index < next_layer:
+                _skip(waiting, remembered if index == next_layer - 1 else None, skeleton.device)
+            else:
+                _pass(skeleton, index, waiting, masks, visit, carry, parked)
+                if memento:
+                    memento.save(index + 1, [batch.hidden for batch in waiting])
+            watch.advance()
+        return torch.cat([batch.hidden.cpu() for batch in waiting])
+
+
+def _start(skeleton: Skeleton, ids: Tensor, mask: Tensor) -> list[Waiting]:
+    device = skeleton.device
+    # Without padding no mask is built at all, and the attention kernels take their causal path.
+    masks = [None if bool(part.all()) else part.long().to(device) for part in _batches(mask)]
+    with skeleton.outer():
+        return start(skeleton.base, skeleton.layers_name, [part.to(device) for part in _batches(ids)], masks)
+
+
+def _batches(rows: Tensor) -> list[Tensor]:
+    return list(rows.split(max(1, BATCH_TOKENS // rows.shape[1])))
+
+
+def _skip(waiting: list[Waiting], remembered: list[Tensor] | None, device: torch.device) -> None:
+    for number, batch in enumerate(waiting):
+        batch.go_on(batch.hidden if remembered is None else remembered[number].to(device))
+
+
+def _pass(
+    skeleton: Skeleton,
+    index: int,
+    waiting: list[Waiting],
+    masks: list[Tensor],
+    visit: Visitor | None,
+    carry: str,
+    parked: Callable[[int, Tensor], Tensor],
+) -> None:
+    """Take all batches through one layer."""
+    with skeleton.layer(index) as layer:
+        taps = _LayerTaps(layer, waiting, masks)
+        new = visit(layer, taps) if visit else None
+        if new is not None and carry == "rebuilt":
+            for name, tensor in new.items():
+                layer.module.get_parameter(name).data = tensor
+            taps = _LayerTaps(layer, waiting, masks)
+        outputs = taps.outputs(parked)
+    for batch, output in zip(waiting, outputs, strict=True):
+        batch.go_on(output)
+
+
+class _LayerTaps:
+    """Runs each batch through the layer once; what the visitor did not ask for is run when the loop needs it."""
+
+    def __init__(self, layer: Layer, waiting: list[Waiting], masks: list[Tensor]) -> None:
+        self._layer, self._waiting, self._masks = layer, waiting, masks
+        self._outputs: dict[int, Tensor] = {}
+
+    def __iter__(self) -> Iterator[Call]:
+        for number, (batch, valid) in enumerate(zip(self._waiting, self._masks, strict=True)):
+            with _listening(self._layer) as heard:
+                output = batch.run(self._layer.module)
+            self._outputs[number] = output
+            yield Call(batch.hidden, output, valid.to(output.device), heard[0] if heard else None)
+
+    def outputs(self, parked: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
+        """Outputs of all batches, put where they may wait for the next layer."""
+        return [
+            parked(
+                number,
+                self._outputs.pop(number) if number in self._outputs else batch.run(self._layer.module),
+            )
+            for number, batch in enumerate(self._waiting)
+        ]
+
+
+@contextmanager
+def _listening(layer: Layer) -> Iterator[list[Routed]]:
+    """While the layer runs, hear what its router and its experts say."""
+    heard: list[Routed] = []
+    if layer.experts is None or layer.router is None:
+        yield heard
+        return
+    said: dict[str, Any] = {}
+
+    def on_router(_: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        said["args"], said["logits"] = args, output[0]
+
+    def on_experts(hidden: Tensor, index: Tensor, weights: Tensor, outputs: Tensor) -> None:
+        logits = said["logits"].reshape(hidden.shape[0], -1)
+        heard.append(Routed(hidden, logits, index, weights, outputs, said["args"]))
+
+    handle = layer.router.register_forward_hook(on_router)
+    layer.experts.__dict__["moespresso_tap"] = on_experts
+    try:
+        yield heard
+    finally:
+        handle.remove()
+        del layer.experts.__dict__["moespresso_tap"]
+
+
+@contextmanager
+def _parking(folder: Path | None) -> Iterator[Callable[[int, Tensor], Tensor]]:
+    """Where hidden states wait between layers: in memory, or in mapped files that the kernel may write out."""
+    if folder is None:
+        yield lambda _, tensor: tensor
+        return
+    with tempfile.TemporaryDirectory(dir=folder, prefix="hidden-") as name:
+        turn: dict[int, int] = {}
+
+        def park(number: int, tensor: Tensor) -> Tensor:
+            # The layer reads one file while the other is written.
+            turn[number] = 1 - turn.get(number, 0)
+            path = Path(name) / f"{number}-{turn[number]}"
+            mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+            return mapped.view(tensor.shape).copy_(tensor)
+
+        yield park

@@ -1,0 +1,206 @@
+"""The checks of `verify`, cheapest first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from moespresso.checkpoint import MANIFEST, Reader, count_nonfinite, open_checkpoint, read_manifest
+from moespresso.core.blueprint import Blueprint
+from moespresso.core.errors import UserError
+from moespresso.core.plan import Plan
+from moespresso.core.progress import Progress
+from moespresso.core.rewrite import pieces
+from moespresso.model import Skeleton, View, read_blueprint
+from moespresso.stream import sweep
+
+_CHUNK = 16 << 20
+# Stock loading holds the whole model in float32; larger ones are checked by streaming and by digests.
+STOCK_BYTES = 4 << 30
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check: what it looked at, whether it held, and what it found."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def verify(folder: Path, source: View | None, progress: Progress) -> list[Check]:
+    """Run all checks on a folder we wrote; `source` is the original it was made from."""
+    manifest = read_manifest(folder)
+    found = [_run("files are the ones that were written", lambda: _digests(folder, manifest, progress))]
+    state: dict[str, View] = {}
+    found.append(_run("names, shapes and experts make the whole model", lambda: _complete(folder, state)))
+    if "view" in state:
+        view = state["view"]
+        found.append(_run("every value is finite", lambda: _finite(view, manifest, progress)))
+        found.append(
+            _run(
+                "stock transformers loads it and agrees", lambda: _stock(folder, view, manifest["nonfinite"])
+            )
+        )
+        found.append(_run("counts are those of the plan", lambda: _planned_counts(view.blueprint, manifest)))
+        if source is not None:
+            found.append(_run("every tensor is what the plan makes of the original",
+                              lambda: _against(view, source, manifest, progress)))  # fmt: skip
+    return found
+
+
+def _run(name: str, check: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, check())
+    except (UserError, AssertionError) as error:
+        return Check(name, False, str(error))
+    except Exception as error:  # whatever a library raises on a damaged folder is a finding, not a crash
+        first = (str(error).splitlines() or [""])[0]
+        return Check(name, False, f"{type(error).__name__}: {first}")
+
+
+def _require(holds: bool, words: str) -> None:
+    if not holds:
+        raise AssertionError(words)
+
+
+def _digests(folder: Path, manifest: dict[str, Any], progress: Progress) -> str:
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    progress.stage("check files", len(files))
+    for name, row in files.items():
+        path = folder / name
+        _require(path.is_file(), f"{name} is missing")
+        _require(
+            path.stat().st_size == row["bytes"], f"{name} has {path.stat().st_size} bytes, not {row['bytes']}"
+        )
+        _require(_sha256(path) == row["sha256"], f"{name} was changed after it was written")
+        progress.advance()
+    strangers = sorted({path.name for path in folder.iterdir()} - set(files) - {MANIFEST})
+    shards = [name for name in strangers if name.endswith((".safetensors", ".json"))]
+    _require(not shards, f"{', '.join(shards)} was not written by moespresso and may be loaded with it")
+    return f"{len(files)} files, SHA-256 equal"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _complete(folder: Path, state: dict[str, View]) -> str:
+    checkpoint = open_checkpoint(folder)
+    blueprint = read_blueprint(checkpoint)
+    state["view"] = View(checkpoint, blueprint, Plan(blueprint.digest))
+    experts = sum(layer.experts for layer in blueprint.moe_layers)
+    outside = f", {len(blueprint.outside)} outside the model's graph" if blueprint.outside else ""
+    return (
+        f"{len(blueprint.entries)} tensors, {experts} experts in {len(blueprint.moe_layers)} layers{outside}"
+    )
+
+
+def _finite(view: View, manifest: dict[str, Any], progress: Progress) -> str:
+    bad: dict[str, int] = {}
+    progress.stage("check values", len(view.pieces))
+    with Reader(view.checkpoint.folder) as reader:
+        for piece in view.pieces:
+            count = sum(map(count_nonfinite, reader.tensor(piece.source.ref).reshape(-1).split(_CHUNK)))
+            if count:
+                bad[piece.name] = count
+            progress.advance()
+    allowed: dict[str, int] = manifest["nonfinite"]
+    _require(bad == allowed, f"not finite: {', '.join(f'{name} ({count})' for name, count in bad.items())}")
+    return f"{sum(bad.values())} non-finite values, as the manifest says" if bad else "all of them"
+
+
+def _planned_counts(blueprint: Blueprint, manifest: dict[str, Any]) -> str:
+    planned: dict[str, int] = manifest["experts"]
+    counts = {str(layer.index): layer.experts for layer in blueprint.moe_layers}
+    _require(counts == planned, f"experts per layer are {counts}, the plan says {planned}")
+    return f"{min(counts.values())} experts a layer" if counts else "a dense model"
+
+
+def _stock(folder: Path, view: View, nonfinite: dict[str, int]) -> str:
+    """Load with stock transformers and compare logits with the streamed forward of the same files."""
+    if view.blueprint.cost().bytes > STOCK_BYTES:
+        return (
+            f"not run: the model is larger than {STOCK_BYTES >> 30} GiB (names and shapes were checked above)"
+        )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = loaded
+    with Reader(folder, allow_nonfinite=True) as reader:
+        skeleton = view.skeleton(reader, torch.float32, torch.device("cpu"))
+        outside = {skeleton.in_memory(entry.ref.name) for entry in view.blueprint.outside}
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            wrong = {str(key) for key in info[kind]} - outside
+            _require(not wrong, f"{kind.replace('_', ' ')}: {', '.join(sorted(wrong)[:3])}")
+        if nonfinite:
+            return "no key missing, unexpected or mismatched; logits not compared, since the source was not finite"
+        return f"no key missing, unexpected or mismatched; {_same_logits(model.eval(), skeleton, view.blueprint.vocab)}"
+
+
+@torch.inference_mode()
+def _same_logits(model: nn.Module, skeleton: Skeleton, vocab: int) -> str:
+    ids = torch.randint(vocab, (2, 32), generator=torch.Generator().manual_seed(0))
+    stock = model(input_ids=ids, use_cache=False).logits.float()
+    hidden = sweep(skeleton, ids, torch.ones_like(ids, dtype=torch.bool))
+    with skeleton.outer():
+        streamed = skeleton.logits(hidden.flatten(0, 1)).view_as(stock)
+    distance = float((stock - streamed).abs().max() / stock.abs().max())
+    _require(
+        distance <= _TOLERANCE, f"its logits differ from the streamed ones by {distance:.1e} of the largest"
+    )
+    return f"logits within {distance:.0e} of the largest"
+
+
+def _against(view: View, source: View, manifest: dict[str, Any], progress: Progress) -> str:
+    plan = Plan.from_json(json.dumps(manifest["plan"]))
+    plan.validated(source.source)
+    config = View(source.checkpoint, source.source, plan).config
+    changed = [
+        key
+        for key in config.keys() | view.checkpoint.config.keys()
+        if config.get(key) != view.checkpoint.config.get(key)
+    ]
+    _require(not changed, f"config.json differs from the plan's in {_some(set(changed))}")
+    wanted = {piece.name: piece for piece in pieces(source.source, plan)}
+    have = view.checkpoint.tensors
+    _require(
+        wanted.keys() == have.keys(), f"tensors differ from the plan's: {_some(wanted.keys() ^ have.keys())}"
+    )
+    progress.stage("compare tensors", len(wanted))
+    with Reader(source.checkpoint.folder, allow_nonfinite=True) as old, Reader(view.checkpoint.folder) as new:
+        for name, piece in wanted.items():
+            equal = have[name].shape == piece.shape and have[name].dtype == piece.source.ref.dtype
+            _require(
+                equal,
+                f"{name} is {have[name].dtype} {have[name].shape}, not {piece.source.ref.dtype} {piece.shape}",
+            )
+            _require(
+                _same(old.chunks(piece), new.tensor(have[name])),
+                f"{name} is not what the plan makes of the original",
+            )
+            progress.advance()
+    return f"config.json, and {len(wanted)} tensors byte for byte"
+
+
+def _same(chunks: Iterator[torch.Tensor], written: torch.Tensor) -> bool:
+    """Compare bytes, so that NaN equals itself and -0.0 differs from 0.0."""
+    flat, start = written.reshape(-1).view(torch.uint8), 0
+    for chunk in chunks:
+        raw = chunk.contiguous().view(torch.uint8)
+        if not torch.equal(raw, flat[start : start + raw.numel()]):
+            return False
+        start += raw.numel()
+    return start == flat.numel()
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:3])

@@ -1,0 +1,81 @@
+"""What all tests share: the zoo on disk with a tokenizer beside each model, and a text to calibrate on.
+
+Whatever is handed out here is shared by the whole session: read it, never write into it.
+"""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from families import COMMON, write_checkpoint
+
+Zoo = Callable[[str], Path]
+
+# With <pad>, <s> and </s> in front, and a few merges behind, all fit into the zoo's 96 token ids.
+_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 \n.,;:!?'()-_=+*/"
+_MERGES = ["th", "he", "in", "er", "an", "on", "re"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _calm() -> None:
+    """Tiny matrices are slower on many threads, and transformers talks a lot."""
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """`zoo(name)` is the folder of that family's tiny checkpoint with a tokenizer, written when first asked for."""
+    root = tmp_path_factory.mktemp("zoo")
+
+    def folder(name: str) -> Path:
+        path = root / name
+        if not path.exists():
+            write_model(name, path)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain text of some 3,000 tokens in the zoo's tokenizer, different all the way."""
+    return write_words(tmp_path_factory.mktemp("text") / "words.txt", 800)
+
+
+def write_model(family: str, folder: Path, **options) -> Path:
+    """Write the zoo's checkpoint of `family` and a tokenizer; `options` are those of `write_checkpoint`."""
+    write_checkpoint(family, folder, **options)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_words(path: Path, count: int, *, seed: int = 0) -> Path:
+    """Write `count` random words, ten on a line."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("etaoinshrdlucmfw", k=rng.randint(1, 7))) for _ in range(count)]
+    lines = [" ".join(words[start : start + 10]) for start in range(0, count, 10)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE for lower-case English within the zoo's vocabulary; what it does not know becomes <pad>."""
+    byte = {letter: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(letter)[0][0]
+            for letter in _LETTERS}  # fmt: skip
+    tokens = ["<pad>", "<s>", "</s>", *byte.values(), *_MERGES]
+    assert len(tokens) <= COMMON["vocab_size"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    bare = Tokenizer(models.BPE(vocab=vocab, merges=[(a, b) for a, b in _MERGES], unk_token="<pad>"))
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bare, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
+    )

@@ -1,0 +1,250 @@
+"""The streaming engine against stock transformers, family by family (levers A, B and C of docs/architecture.md).
+
+The references of `families.py` share no code with the product: checkpoints of non-default shapes, the stock model in
+memory, and Expert Drop cut into that model by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import families
+from moespresso import api
+from moespresso.checkpoint import Reader, open_checkpoint
+from moespresso.core.errors import UserError
+from moespresso.core.plan import Plan, Stage, Treatment
+from moespresso.core.rewrite import kept_by_layer
+from moespresso.core.unit import Unit
+from moespresso.data import Source
+from moespresso.model import Skeleton, View, read_blueprint, start
+from moespresso.stream import sweep
+
+FAMILIES = list(families.FAMILIES)
+TOLERANCE = 2e-5
+Zoo = Callable[[str], Path]
+
+
+def view_of(folder: Path) -> View:
+    checkpoint = open_checkpoint(folder)
+    blueprint = read_blueprint(checkpoint)
+    return View(checkpoint, blueprint, Plan(blueprint.digest))
+
+
+def skeleton_of(view: View, reader: Reader, dtype: torch.dtype = torch.float32) -> Skeleton:
+    return view.skeleton(reader, dtype, torch.device("cpu"))
+
+
+def streamed_logits(view: View, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    with Reader(view.checkpoint.folder) as reader:
+        skeleton = skeleton_of(view, reader)
+        hidden = sweep(skeleton, ids, mask)
+        with skeleton.outer(), torch.inference_mode():
+            return skeleton.logits(hidden.flatten(0, 1)).view(*ids.shape, -1)
+
+
+def quarter_dropped(view: View, seed: int = 3) -> Plan:
+    """A plan that drops about a quarter of the experts at random, as the router's groups and floor allow."""
+    generator = torch.Generator().manual_seed(seed)
+    treatments = {}
+    for layer in view.source.moe_layers:
+        size = layer.experts // layer.groups
+        each = max(size - max(1, round(size / 4)), -(-layer.floor // layer.groups))
+        kept = [
+            group * size + int(expert)
+            for group in range(layer.groups)
+            for expert in torch.randperm(size, generator=generator)[:each]
+        ]
+        treatments[Unit(layer.index, "experts")] = Treatment(keep=tuple(sorted(kept)))
+    return Plan(view.source.digest, (Stage({"kind": "expert_drop"}, treatments),)).validated(view.source)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert float((found - wanted).abs().max()) <= TOLERANCE * max(1.0, float(wanted.abs().max()))
+
+
+def written(view: View, plan: Plan, out: Path) -> Path:
+    path = out.with_suffix(".plan.json")
+    plan.save(path)
+    api.build(view.checkpoint.folder, plan=path, out=out)
+    return out
+
+
+def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """Name -> dtype, shape and digest of the bytes, read by safetensors itself."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)
+                raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+                found[name] = (str(tensor.dtype), tuple(tensor.shape), hashlib.sha256(raw).hexdigest())
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_logits_are_the_models(zoo: Zoo, family: str) -> None:
+    reference = families.reference(zoo(family))
+    ids = families.random_ids(reference.config, 3, 17, 0)
+    close(streamed_logits(view_of(zoo(family)), ids), families.logits_of(reference, ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_on_the_right_changes_no_real_token(zoo: Zoo, family: str) -> None:
+    view = view_of(zoo(family))
+    ids = torch.randint(view.source.vocab, (2, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, 7:] = False
+    close(streamed_logits(view, ids, mask)[1, :7], streamed_logits(view, ids[1:, :7])[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_empty_plan_writes_the_same_bytes(zoo: Zoo, tmp_path: Path, family: str) -> None:
+    view = view_of(zoo(family))
+    out = written(view, view.plan, tmp_path / "out")
+    assert tensors(out) == tensors(zoo(family))
+    assert view.config == {k: v for k, v in view.checkpoint.config.items() if k != "auto_map"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_quarter_of_the_experts_dropped_is_the_model_cut_by_hand(
+    zoo: Zoo, tmp_path: Path, family: str
+) -> None:
+    view = view_of(zoo(family))
+    plan = quarter_dropped(view)
+    out = written(view, plan, tmp_path / "out")
+    # `reference` asserts that stock from_pretrained misses, ignores and reshapes nothing.
+    loaded = families.reference(out)
+    kept = {layer: list(experts) for layer, experts in kept_by_layer(plan, view.source).items()}
+    ids = families.random_ids(loaded.config, 3, 17, 0)
+    wanted = families.logits_of(families.cut_by_hand(families.reference(zoo(family)), kept), ids)
+    close(families.logits_of(loaded, ids), wanted)
+    close(streamed_logits(view_of(out), ids), wanted)
+    close(streamed_logits(replace(view, plan=plan), ids), wanted)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_priced_bytes_are_the_bytes_written(zoo: Zoo, tmp_path: Path, family: str) -> None:
+    view = view_of(zoo(family))
+    plan = quarter_dropped(view)
+    out = written(view, plan, tmp_path / "out")
+    assert plan.cost(view.source) == view_of(out).blueprint.cost()
+    assert plan.cost(view.source).bytes == sum(ref.nbytes for ref in open_checkpoint(out).tensors.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layers_state_goes_back_to_the_names_and_values_on_disk(zoo: Zoo, family: str) -> None:
+    """Reversal, with another layer loaded between load and reversal (the loader forgets the mapping it did not use)."""
+    view = view_of(zoo(family))
+    with Reader(view.checkpoint.folder) as reader:
+        skeleton = skeleton_of(view, reader)
+        for layer in view.source.moe_layers:
+            with skeleton.layer(layer.index):
+                state = {name: tensor.clone() for name, tensor in skeleton.layer_state(layer.index).items()}
+            dense = [spec.index for spec in view.source.layers if not spec.experts]
+            with skeleton.layer(dense[0] if dense else 0):
+                pass
+            on_disk = {entry.ref.name: entry.ref for entry in view.source.by_layer[layer.index]}
+            back = skeleton.to_disk(state)
+            assert back.keys() == on_disk.keys()
+            for name, tensor in back.items():
+                assert torch.equal(tensor.float(), reader.tensor(on_disk[name]).float()), name
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_precision_follows_stock_loading_in_bfloat16(zoo: Zoo, family: str) -> None:
+    """Tensors that must stay float32 (correction biases) do, or routing would change."""
+    reference = families.reference(zoo(family), dtype=torch.bfloat16)
+    view = view_of(zoo(family))
+    with Reader(view.checkpoint.folder) as reader:
+        skeleton = skeleton_of(view, reader, torch.bfloat16)
+        for index in range(len(skeleton.layers)):
+            with skeleton.layer(index):
+                loaded = skeleton.layer_state(index)
+            for name, tensor in loaded.items():
+                stock = reference.state_dict()[name]
+                assert tensor.dtype == stock.dtype, name
+                assert torch.equal(tensor, stock), name
+
+
+def test_hidden_states_may_wait_on_disk(zoo: Zoo, tmp_path: Path) -> None:
+    view = view_of(zoo("qwen3_moe"))
+    ids = torch.randint(view.source.vocab, (300, 20), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with Reader(view.checkpoint.folder) as reader:
+        in_memory = sweep(skeleton_of(view, reader), ids, mask)
+        on_disk = sweep(skeleton_of(view, reader), ids, mask, spill=tmp_path)
+    assert torch.equal(in_memory, on_disk)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_mask_serves_all_batches_of_a_shape(zoo: Zoo) -> None:
+    view = view_of(zoo("gpt_oss"))
+    ids = torch.randint(view.source.vocab, (4, 10))
+    with Reader(view.checkpoint.folder) as reader, torch.inference_mode():
+        skeleton = skeleton_of(view, reader)
+        with skeleton.outer():
+            waiting = start(skeleton.base, skeleton.layers_name, list(ids.split(2)), [None, None])
+        first, second = (batch._kwargs["position_embeddings"][0] for batch in waiting)
+        assert first.data_ptr() == second.data_ptr()
+
+
+def test_rebuilt_weights_carry_on_to_the_next_layer(zoo: Zoo) -> None:
+    """`carry="rebuilt"`: what a visitor returns is in place before the batches go on."""
+    view = view_of(zoo("mixtral"))
+    ids = torch.randint(view.source.vocab, (2, 9))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+
+    def silence(layer, taps):
+        return {"mlp.experts.down_proj": torch.zeros_like(layer.module.mlp.experts.down_proj)}
+
+    reference = families.reference(zoo("mixtral"))
+    for layer in reference.model.layers:
+        layer.mlp.experts.down_proj.data.zero_()
+    with Reader(view.checkpoint.folder) as reader:
+        hidden = sweep(skeleton_of(view, reader), ids, mask, silence, carry="rebuilt")
+    with torch.inference_mode():
+        close(hidden, reference.model(ids, use_cache=False).last_hidden_state)
+
+
+@pytest.mark.parametrize("family", ["llama4", "dbrx", "jetmoe", "longcat_flash"])
+def test_families_without_the_experts_interface_are_refused(tmp_path: Path, family: str) -> None:
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{family}"}}')
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(UserError, match=f"{family}.*not supported"):
+        api.inspect(tmp_path)
+
+
+def test_tensors_outside_the_graph_pass_through_and_are_named(zoo: Zoo, tmp_path: Path) -> None:
+    """A multi-token-prediction layer, as DeepSeek-V3 checkpoints carry one behind the last layer."""
+    from safetensors.torch import load_file, save_file
+
+    source = tmp_path / "source"
+    families.write_checkpoint("deepseek_v3", source, shards=1)
+    stored = load_file(source / "model.safetensors")
+    extra = {
+        "model.layers.4.mlp.experts.0.up_proj.weight": torch.ones(20, 48),
+        "model.layers.4.eh_proj.weight": torch.ones(8, 8),
+    }
+    save_file(stored | extra, source / "model.safetensors", {"format": "pt"})
+    report = api.press(source, out=tmp_path / "out", steps=["expert_drop:ratio=0.25,score=aimer"])
+    assert extra.keys() <= tensors(tmp_path / "out").keys()
+    assert any("2 tensors outside the model's graph" in note for note in report.notes)
+    assert api.verify(tmp_path / "out", against=source)["ok"]
+
+
+def test_press_measures_text_and_its_result_verifies(zoo: Zoo, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = api.press(zoo("deepseek_v2"), out=out, texts=[text], samples=8, length=32,
+                       steps=["expert_drop:ratio=0.25,score=reap,renormalise=compensate"])  # fmt: skip
+    assert report.after.bytes < report.before.bytes
+    assert api.verify(out, against=zoo("deepseek_v2"))["ok"]
+    figures = api.evaluate(out, against=zoo("deepseek_v2"), texts=[Source(str(text))], length=32, limit=4)
+    assert figures["kl"]["mean"] > 0
