@@ -7,7 +7,10 @@ a folder that stock engines load; the other verbs (`inspect`, `measure`, `plan`,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from moespresso._versions import VERSION as __version__
 from moespresso._versions import check_versions
@@ -32,10 +35,19 @@ __all__ = [
 check_versions()
 
 
-def __getattr__(name: str) -> Any:
-    """Open `moespresso.api` (and with it torch) only when a verb is used."""
-    if name not in __all__:
-        raise AttributeError(f"module 'moespresso' has no attribute {name!r}")
-    from moespresso import api
+class _Door(ModuleType):
+    """Opens `moespresso.api` (and with it torch) only when a verb is used.
 
-    return getattr(api, name)
+    Some verbs share their name with a room (`moespresso.evaluate`). Importing the room would put the module in the
+    verb's place, so verbs are properties of the package's class, which win over whatever the import machinery sets.
+    """
+
+
+def _verb(name: str) -> property:
+    return property(lambda _: getattr(import_module("moespresso.api"), name), lambda _, __: None)
+
+
+for _name in __all__:
+    if not _name.startswith("_"):
+        setattr(_Door, _name, _verb(_name))
+sys.modules[__name__].__class__ = _Door

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,10 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import moespresso.methods  # noqa: F401  (registers them)
 from moespresso._versions import VERSION
 from moespresso.bundled import MODELS, TEXT
-from moespresso.checkpoint import (
-    Reader,
-    write_text,
-)
+from moespresso.checkpoint import Reader, claim, write_text
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan
 from moespresso.core.registry import parse_step
@@ -40,6 +38,7 @@ from moespresso.pipeline import (
     decide,
     describe_step,
     make_skeleton,
+    must_spill,
     open_view,
 )
 from moespresso.pipeline import measure as measure_view
@@ -136,16 +135,26 @@ def measure(
     """Measure what the request's steps need and save it to `out`; an interrupted measurement is continued."""
     runtime, request = runtime or Runtime(), _asked(model, request, options)
     view = open_view(locate(model))
+    _check_file(out, view.checkpoint.folder)
     _rehearse(view, request)
     batches = _calibration(view, request)
-    work = out.parent / f".{out.name}.moespresso"
-    work.mkdir(parents=True, exist_ok=True)
-    stats = measure_view(view, batches, all_needs(request.steps), work, runtime)
-    write_text(out, stats.to_json())
-    for path in work.iterdir():
-        path.unlink()
-    work.rmdir()
+    must_spill(view, batches, runtime)
+    work_folder = out.parent / f".{out.name}.moespresso"
+    with claim(work_folder, view.checkpoint.folder, resume=runtime.resume) as work:
+        stats = measure_view(view, batches, all_needs(request.steps), work, runtime)
+        write_text(out, stats.to_json())
+        shutil.rmtree(work_folder)
     return stats
+
+
+def _check_file(out: Path, source: Path) -> None:
+    """A file to write must not be a folder, nor lie in the source."""
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: give a file name")
+    if source.resolve() in out.resolve().parents:
+        raise UserError(
+            f"--out {out} lies in the source folder {source}, which is never written to: choose another"
+        )
 
 
 def plan(
@@ -160,6 +169,8 @@ def plan(
     """Decide from saved stats (or measure now, where text is given), and save the plan to `out`."""
     runtime, request = runtime or Runtime(), _asked(model, request, options)
     view = open_view(locate(model))
+    if out is not None:
+        _check_file(out, view.checkpoint.folder)
     request = _rehearse(view, request)
     given = _given_stats(stats, view)
     batches = _calibration(view, request) if given is None else None
@@ -207,10 +218,11 @@ def press(
         view = open_view(locate(model))
         request = _rehearse(view, request)
         batches = _calibration(view, request)
+        must_spill(view, batches, runtime)
     tokens = batches.digest if batches is not None else ""
     settings = json.dumps([dict(describe_step(step)) for step in request.steps], sort_keys=True)
     identity = stats_key("press", VERSION, view.source.digest, settings, tokens, request.target, str(request.seed),
-                         runtime.dtype, str(runtime.allow_nonfinite))  # fmt: skip
+                         runtime.dtype)  # fmt: skip
 
     def make(work: Path) -> Decided:
         return _signed(decide(view, request.steps, batches, None, work, runtime, clock), request)
@@ -231,8 +243,9 @@ def build(
     with clock.phase("open"):
         view = open_view(locate(model))
         made = Plan.load(plan).validated(view.source)
+        check_target(request.target, made, view.source)
     _check_text(view, made, request)
-    identity = stats_key("build", VERSION, view.source.digest, made.digest, str(runtime.allow_nonfinite))
+    identity = stats_key("build", VERSION, view.source.digest, made.digest)
     return produce(view, out, identity, lambda _: Decided(made), request, runtime, clock)
 
 

@@ -45,6 +45,8 @@ MENDABLE = {
     errno.EACCES: "choose another place or change its permissions",
     errno.EPERM: "choose another place or change its permissions",
     errno.EROFS: "choose another place",
+    errno.ENOENT: "choose another place",
+    errno.ENOTDIR: "choose another place",
 }
 REQUEST = ("model", "samples", "length", "mode", "seed", "target", "size")
 
@@ -155,8 +157,20 @@ def _failed(error: Exception) -> int:
         )
     if hasattr(error, "format_message"):
         return _refuse(_usage(error), 2)
+    if _out_of_memory(error):
+        return _refuse("not enough memory: try --dtype bfloat16 or --max-memory, or free some", 2)
     traceback.print_exc()
     return _refuse("this is a fault of moespresso, not yours: please report it with the lines above", 1)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python, the kernel and torch each have their own way to say it."""
+    words = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and ("allocate memory" in words or "out of memory" in words))
+    )
 
 
 def _refuse(sentence: str, code: int) -> int:

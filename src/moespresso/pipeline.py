@@ -45,6 +45,7 @@ from moespresso.stream import Memento, sweep
 
 # Formats of what is measured: raise when the same needs would give other numbers.
 _STATS_VERSION = "1"
+# Memory beside the layer and its hidden states.
 _OVERHEAD = 512 << 20
 
 
@@ -161,32 +162,35 @@ def _sweep(
     view: View, batches: Batches, needs: frozenset[str], path: Path, reader: Reader, runtime: Runtime
 ) -> Measurer:
     skeleton = make_skeleton(view, reader, runtime)
-    measurer = Measurer(needs, batches.ids.shape[0])
+    measurer = Measurer(needs, batches.num_tokens)
 
     def recall(notes: dict[str, Any]) -> None:
         measurer.recall(notes["measured"])
         reader.nonfinite = notes["nonfinite"]
 
     memento = Memento(path, lambda: {"measured": measurer.notes(), "nonfinite": reader.nonfinite}, recall)
-    spill = path.parent if _must_spill(view, batches, skeleton, runtime) else None
+    spill = path.parent if must_spill(view, batches, runtime) else None
     sweep(skeleton, batches.ids, batches.mask, measurer, memento=memento, spill=spill, progress=runtime.progress,
           label="measure layers")  # fmt: skip
     return measurer
 
 
-def _must_spill(view: View, batches: Batches, skeleton: Skeleton, runtime: Runtime) -> bool:
+def must_spill(view: View, batches: Batches | None, runtime: Runtime) -> bool:
     """Whether hidden states go to disk between layers; raises `UserError` when not even one layer fits the limit."""
-    if runtime.max_memory is None:
+    if runtime.max_memory is None or batches is None:
         return False
-    width = skeleton.dtype.itemsize
-    layer = view.blueprint.cost().peak_load_bytes // 2 * width
-    needed = int(layer * 1.5) + _OVERHEAD
+    dtype = pick_dtype(runtime.dtype, view, torch.device(pick_device(runtime.device)))
+    largest = max(
+        sum(entry.ref.numel for entry in view.blueprint.by_layer[layer.index])
+        for layer in view.blueprint.layers
+    )
+    needed = int(largest * dtype.itemsize) + _OVERHEAD
     if needed > runtime.max_memory:
         raise UserError(
             f"--max-memory {runtime.max_memory >> 20} MiB is too little to measure: one layer takes about "
-            f"{needed >> 20} MiB in {skeleton.dtype}; give that much, try --dtype bfloat16, or score=aimer"
+            f"{needed >> 20} MiB in {dtype}; give that much, try --dtype bfloat16, or score=aimer"
         )
-    return needed + 2 * batches.ids.numel() * view.blueprint.hidden * width > runtime.max_memory
+    return needed + 2 * batches.ids.numel() * view.blueprint.hidden * dtype.itemsize > runtime.max_memory
 
 
 @dataclass

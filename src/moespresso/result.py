@@ -139,6 +139,7 @@ def _layer_scores(layer: LayerSpec, made: Plan, manifest: dict[str, Any]) -> Lay
 
 
 def outside_notes(view: View) -> list[str]:
+    """Say what happens to tensors that the model's class does not know."""
     outside = view.blueprint.outside
     if not outside:
         return []

@@ -8,6 +8,7 @@ from moespresso.checkpoint.writer import (
     Shard,
     Written,
     as_bytes,
+    disk_full_is_told,
     header,
     layout,
     shard_limit,
@@ -19,6 +20,6 @@ from moespresso.checkpoint.writer import (
 
 __all__ = [
     "MANIFEST", "TORCH_DTYPES", "Checkpoint", "Journal", "Lazy", "Reader", "Shard", "Written", "as_bytes", "claim",
-    "copy_sidecar", "count_nonfinite", "finish", "header", "is_ours", "layout", "open_checkpoint", "read_manifest",
+    "copy_sidecar", "count_nonfinite", "disk_full_is_told", "finish", "header", "is_ours", "layout", "open_checkpoint", "read_manifest",
     "shard_limit", "sidecars", "sweep_up", "write_file", "write_index", "write_shard", "write_text",
 ]  # fmt: skip

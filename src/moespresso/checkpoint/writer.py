@@ -10,9 +10,11 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -25,6 +27,8 @@ from moespresso.core.format import DTYPE_BYTES
 from moespresso.core.rewrite import Piece
 
 _SMALLEST, _LARGEST, _AIM = 256 << 20, 4 << 30, 32
+# Bytes after which the disk is asked to start writing.
+_FLUSH = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,7 @@ def write_shard(folder: Path, shard: Shard, reader: Reader) -> Written:
 
     def parts() -> Iterator[memoryview]:
         yield memoryview(header((piece.ref for piece in shard.pieces), {"format": "pt"}))
-        for piece in shard.pieces:
+        for piece in reader.ahead(shard.pieces):
             yield from map(as_bytes, reader.chunks(piece))
 
     size, digest = write_file(folder / shard.name, parts())
@@ -112,29 +116,53 @@ def write_shard(folder: Path, shard: Shard, reader: Reader) -> Written:
 def write_file(path: Path, parts: Iterable[memoryview]) -> tuple[int, str]:
     """Write `parts` to `path` by way of a temporary name; return size and SHA-256. A full disk is a `UserError`."""
     temporary = path.with_name(f".{path.name}.tmp")
-    digest, size = hashlib.sha256(), 0
     try:
-        with temporary.open("wb") as file, ThreadPoolExecutor(1) as hasher:
-            pending: Future[None] | None = None
-            for part in parts:
-                if pending is not None:
-                    pending.result()
-                pending = hasher.submit(digest.update, part)
-                file.write(part)
-                size += part.nbytes
-            file.flush()
+        with disk_full_is_told(path.parent), temporary.open("wb", buffering=0) as file:
+            size, digest = _stream(file, parts)
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except BaseException as error:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"the disk is full ({path.parent}): free some space and run the same command again, "
-                "finished shards are kept"
-            ) from error
         raise
+    return size, digest
+
+
+def _stream(file: FileIO, parts: Iterable[memoryview]) -> tuple[int, str]:
+    """Write, hash and flush at the same time: the disk works while the next part is read, and the final sync is short."""
+    digest, size, unflushed = hashlib.sha256(), 0, 0
+    with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as flusher:
+        hashing: Future[None] | None = None
+        flushing: Future[None] | None = None
+        for part in parts:
+            if hashing is not None:
+                hashing.result()
+            hashing = hasher.submit(digest.update, part)
+            written = 0
+            while written < part.nbytes:  # an unbuffered write may take less than it is given
+                written += file.write(part[written:])
+            size += part.nbytes
+            unflushed += part.nbytes
+            if unflushed >= _FLUSH and (flushing is None or flushing.done()):
+                if flushing is not None:
+                    flushing.result()
+                flushing, unflushed = flusher.submit(os.fdatasync, file.fileno()), 0
+        for last in filter(None, (hashing, flushing)):
+            last.result()
     return size, digest.hexdigest()
+
+
+@contextmanager
+def disk_full_is_told(folder: Path) -> Generator[None]:
+    """Turn a full disk into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"the disk is full ({folder}): free some space and run the same command again, finished shards are kept"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> tuple[int, str]:

@@ -91,7 +91,8 @@ def check_routable(plan: Plan, blueprint: Blueprint) -> None:
             layer = known.get(-1 if unit.layer is None else unit.layer)
             if layer is None or unit != Unit(layer.index, "experts"):
                 raise UserError(
-                    f"the plan treats {unit}: this version treats the routed experts of MoE layers, as L3.experts"
+                    f"the plan treats {unit}, but {blueprint.source} has no routed experts there "
+                    "(this version treats them layer by layer, as L3.experts)"
                 )
             if replace(treatment, keep=None, scale=1.0) != Treatment():
                 extra = ", ".join(sorted(treatment.as_dict().keys() - {"keep", "scale"}))

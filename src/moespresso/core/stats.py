@@ -36,13 +36,14 @@ class Stats:
         try:
             return [self.values[Unit(layer, "experts", expert)][name] for expert in range(experts)]
         except KeyError as missing:
-            raise UserError(
-                f"the stats hold no {name!r} for L{layer}: measure again with a step that needs it"
-            ) from missing
+            raise _not_measured(layer, name) from missing
 
-    def layer(self, layer: int) -> Mapping[str, float]:
-        """Values of the layer's experts taken together."""
-        return self.values.get(Unit(layer, "experts"), {})
+    def layer(self, layer: int, name: str) -> float:
+        """The value `name` of the layer's experts taken together; raises `UserError` when it was not measured."""
+        row = self.values.get(Unit(layer, "experts"), {})
+        if name not in row:
+            raise _not_measured(layer, name)
+        return row[name]
 
     def to_json(self) -> str:
         """The stats as JSON."""
@@ -65,6 +66,10 @@ class Stats:
             raise UserError(
                 f"{path} is not a moespresso stats file: write one with `moespresso measure`"
             ) from error
+
+
+def _not_measured(layer: int, name: str) -> UserError:
+    return UserError(f"the stats hold no {name!r} for L{layer}: measure again with a step that needs it")
 
 
 def stats_key(*parts: str) -> str:

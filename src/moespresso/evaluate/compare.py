@@ -20,6 +20,7 @@ from moespresso.stream import sweep
 
 # Logits computed at once: 64 MiB in float32.
 _LOGITS = 16 << 20
+_LARGEST_EXPONENT = 709.0
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,19 @@ def summary(scored: Scored, batches: Batches, *, compared: bool) -> dict[str, An
     result: dict[str, Any] = {
         "tokens": batches.num_tokens,
         "sequences": len(batches),
-        "perplexity": {"value": math.exp(nll), "ci95": [math.exp(low), math.exp(high)]},
+        "perplexity": {"value": _exp(nll), "ci95": [_exp(low), _exp(high)]},
     }
     if compared:
         kl, kl_low, kl_high = mean_interval(scored.kl, scored.compared)
         result["kl"] = {"mean": kl, "ci95": [kl_low, kl_high]}
         result["top1_agreement"] = float(scored.agreed.sum() / scored.compared.sum())
-        result["perplexity_ratio"] = math.exp(nll - float(scored.original_nll.sum() / scored.predicted.sum()))
+        result["perplexity_ratio"] = _exp(nll - float(scored.original_nll.sum() / scored.predicted.sum()))
     return result
+
+
+def _exp(value: float) -> float:
+    """e to the `value`; a ruined model may be beyond what a float holds."""
+    return math.exp(value) if not value > _LARGEST_EXPONENT else math.inf
 
 
 @torch.inference_mode()
@@ -96,6 +102,9 @@ def _per_token(logs: list[Tensor], targets: Tensor, has_target: Tensor) -> dict[
     values = {"nll": nll(pressed), "predicted": known.float(), "compared": torch.ones_like(pressed[:, 0])}
     if len(logs) == 2:
         values["original_nll"] = nll(original)
-        values["kl"] = (original.exp() * (original - pressed)).nan_to_num(0.0).sum(1)
+        # What the original rules out adds nothing, whatever the pressed model says (0 x inf would be NaN); a NaN of
+        # either model stays one.
+        terms = original.exp() * (original - pressed)
+        values["kl"] = terms.masked_fill(original == -math.inf, 0.0).sum(1)
         values["agreed"] = (pressed.argmax(1) == original.argmax(1)).float()
     return values

@@ -24,8 +24,8 @@ NEEDS = ("routing", "reconstruction", "weights")
 class Measurer:
     """Visits the layers of a sweep and keeps `values[unit][name]` and `trouble`."""
 
-    def __init__(self, needs: Iterable[str], batches: int) -> None:
-        self._needs, self._batches = set(needs), batches
+    def __init__(self, needs: Iterable[str], tokens: int) -> None:
+        self._needs, self._tokens = set(needs), tokens
         self.values: dict[Unit, dict[str, float]] = {}
         self.trouble: list[str] = []
 
@@ -39,19 +39,21 @@ class Measurer:
         for call in taps:
             sums.add(layer, call)
             if search is not None:
-                search.add(call, self._batches)
+                search.add(call, self._tokens)
         per_expert = sums.values() | (search.search(layer) if search is not None else {})
         for name, values in per_expert.items():
             for expert, value in enumerate(values):
                 self.values.setdefault(Unit(spec.index, "experts", expert), {})[name] = value
-        self.values[Unit(spec.index, "experts")] = sums.of_layer()
+        self.values[Unit(spec.index, "experts")] = sums.of_layer(layer)
         self._note_trouble(spec.index, sums)
 
     def _note_trouble(self, layer: int, sums: RoutingSums) -> None:
         silent = [expert for expert, count in enumerate(sums.values()["tokens"]) if count == 0]
         if silent:
             names = ", ".join(str(Unit(layer, "experts", expert)) for expert in silent)
-            self.trouble.append(f"no calibration token reached {names}: scored as least needed")
+            self.trouble.append(
+                f"no calibration token reached {names}: every score but routing puts them last"
+            )
         if sums.nonfinite:
             self.trouble.append(f"L{layer}: {sums.nonfinite} answers of experts were not finite")
 

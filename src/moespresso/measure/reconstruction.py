@@ -35,12 +35,12 @@ class Reconstruction:
         self._calls: list[tuple[Tensor, tuple[Tensor, ...]]] = []
         self._have = 0
 
-    def add(self, call: Call, batches: int) -> None:
-        """Take an evenly spaced share of the batch's tokens, so that all batches are heard."""
+    def add(self, call: Call, total: int) -> None:
+        """Take the batch's share of the sample (`total`: tokens of all batches), evenly spaced over its tokens."""
         assert call.routed is not None
         tokens = valid_tokens(call)
-        share = math.ceil(self._wanted / batches)
-        tokens = tokens[:: max(1, tokens.numel() // share)][:share]
+        share = min(tokens.numel(), math.ceil(self._wanted * tokens.numel() / total))
+        tokens = tokens[torch.linspace(0, tokens.numel() - 1, share).round().long()]
         self._calls.append((call.routed.hidden[tokens], call.routed.router_args[1:]))
 
     def search(self, layer: Layer) -> dict[str, list[float]]:

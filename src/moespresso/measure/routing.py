@@ -35,7 +35,7 @@ class RoutingSums:
         self.total_tokens = 0
         self._sums = {name: torch.zeros(experts, dtype=torch.float64) for name in SUMS}
         self._largest = torch.zeros(experts, dtype=torch.float64)
-        self._sigmoid = False
+        self._router_args: tuple[Tensor, ...] = ()
         self.nonfinite = 0
 
     def add(self, layer: Layer, call: Call) -> None:
@@ -50,7 +50,9 @@ class RoutingSums:
         chosen = scores.gather(1, index)
         change = _change(layer, call, tokens, outputs, gate)
         self.total_tokens += tokens.numel()
-        self._sigmoid = layer.sigmoid_router
+        if not self._router_args:
+            first, *rest = routed.router_args
+            self._router_args = (first.reshape(-1, first.shape[-1])[:1], *rest)
         self._sums["score"] += scores.sum(0).double().cpu()
         per_slot = {"tokens": torch.ones_like(norm), "score_selected": chosen, "gate": gate, "norm": norm,
                     "norm_squared": norm**2, "gate_norm": gate * norm, "score_norm": chosen * norm,
@@ -66,18 +68,22 @@ class RoutingSums:
             "largest": self._largest.tolist()
         }
 
-    def of_layer(self) -> dict[str, float]:
+    def of_layer(self, layer: Layer) -> dict[str, float]:
         """Values of the layer: its tokens, and whether its gates are plain shares of one softmax (1) or not (0)."""
-        return {
-            "tokens": float(self.total_tokens),
-            "softmax_gates": float(not self._sigmoid and self._proportional()),
-        }
+        return {"tokens": float(self.total_tokens), "softmax_gates": float(self._softmax_gates(layer))}
 
-    def _proportional(self) -> bool:
-        """Whether gates are routing scores times one factor, for every expert (no renormalisation over the selected)."""
+    def _softmax_gates(self, layer: Layer) -> bool:
+        """Gates are routing scores times one factor, the same for every expert on this text and for a token without
+        any preference. (A router that renormalises over the selected experts can look so on text where it is sure.)"""
         reached = self._sums["score_selected"] > 0
-        ratio = self._sums["gate"][reached] / self._sums["score_selected"][reached]
-        return bool(reached.any()) and float(ratio.max() - ratio.min()) < 1e-2 * float(ratio.mean())
+        if layer.sigmoid_router or not bool(reached.any()):
+            return False
+        factors = self._sums["gate"][reached] / self._sums["score_selected"][reached]
+        assert layer.router is not None
+        logits, gate, index = layer.router(torch.zeros_like(self._router_args[0]), *self._router_args[1:])
+        undecided = gate.double().sum() / layer.scores(logits).gather(1, index).double().sum()
+        factors = torch.cat([factors, undecided.cpu().reshape(1)])
+        return float(factors.max() - factors.min()) < 1e-2 * float(factors.mean())
 
 
 def _by_expert(values: Tensor, index: Tensor, experts: int) -> Tensor:

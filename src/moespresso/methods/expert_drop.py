@@ -13,7 +13,7 @@ Scores, one value per expert j over its routed tokens X_j of N (gate weight g re
     reconstruction   least error of the re-routed output              arXiv 2402.14800
     random           seeded; the control every score must beat
 
-An expert that no token reached scores lowest. Super experts (an answer with a value above both the 99.5th percentile
+An expert that no token reached scores lowest, but for `routing`, which counts it like any other. Super experts (an answer with a value above both the 99.5th percentile
 of all experts' largest and a tenth of the global largest, first three quarters of the layers; arXiv 2507.23279; and, so that a model
 of few experts does not always have one, ten times the median) are kept unless told otherwise. No layer goes under what its router needs, and group-limited routers lose the same number in
 every group.
@@ -154,7 +154,7 @@ class ExpertDrop:
         ranked = {
             layer.index: self._ranking(layer, scores[layer.index], supers) for layer in blueprint.moe_layers
         }
-        counts = self._counts(blueprint, ranked, scores)
+        counts = self._counts(blueprint, ranked, scores, supers)
         treatments: dict[Unit, Treatment] = {}
         for layer in blueprint.moe_layers:
             kept = self._best(stats, layer, ranked[layer.index], counts[layer.index], supers)
@@ -165,7 +165,11 @@ class ExpertDrop:
             for layer, row in scores.items()
             for expert, score in enumerate(row)
         }
-        return Decision(treatments, tuple(self._notes(blueprint, treatments, supers)), by_unit, supers)
+        # Where a group holds more of them than it keeps, the rest go, and are not said to be protected.
+        saved = frozenset(
+            unit for unit in supers if unit.expert in (treatments[Unit(unit.layer, "experts")].keep or ())
+        )
+        return Decision(treatments, tuple(self._notes(blueprint, treatments, saved)), by_unit, saved)
 
     def _notes(
         self, blueprint: Blueprint, treatments: dict[Unit, Treatment], supers: frozenset[Unit]
@@ -216,7 +220,11 @@ class ExpertDrop:
         return [sorted(range(group * size, (group + 1) * size), key=key) for group in range(layer.groups)]
 
     def _counts(
-        self, blueprint: Blueprint, ranked: dict[int, list[list[int]]], scores: dict[int, list[float]]
+        self,
+        blueprint: Blueprint,
+        ranked: dict[int, list[list[int]]],
+        scores: dict[int, list[float]],
+        supers: frozenset[Unit],
     ) -> dict[int, int]:
         """How many experts each layer keeps."""
         counts = {layer.index: self._keep_count(layer) for layer in blueprint.moe_layers}
@@ -226,15 +234,29 @@ class ExpertDrop:
         counts = {layer.index: layer.floor for layer in blueprint.moe_layers}
         # A row takes the next best expert of every group of a layer, since groups must stay equal.
         rows = [
-            (sum(scores[layer.index][group[row]] for group in ranked[layer.index]) / layer.groups, layer, row)
+            (
+                self._row_score(
+                    [group[row] for group in ranked[layer.index]], layer, scores[layer.index], supers
+                ),
+                layer,
+                row,
+            )
             for layer in blueprint.moe_layers
             for row in range(layer.floor // layer.groups, layer.experts // layer.groups)
         ]
-        rows.sort(key=lambda entry: ((entry[0] if self.reverse else -entry[0]), entry[1].index, entry[2]))
+        rows.sort(key=lambda entry: (-entry[0], entry[1].index, entry[2]))
         for _, layer, _ in rows:
             if sum(counts.values()) + layer.groups <= budget:
                 counts[layer.index] += layer.groups
         return counts
+
+    def _row_score(
+        self, experts: list[int], layer: LayerSpec, scores: list[float], supers: frozenset[Unit]
+    ) -> float:
+        """What a row of experts, one per group, is worth to keep; super experts above all."""
+        if any(Unit(layer.index, "experts", expert) in supers for expert in experts):
+            return math.inf
+        return sum(scores[expert] for expert in experts) / len(experts) * (-1 if self.reverse else 1)
 
     def _best(
         self, stats: Stats, layer: LayerSpec, ranked: list[list[int]], count: int, supers: frozenset[Unit]
@@ -269,7 +291,7 @@ def _raw_scores(settings: ExpertDrop, stats: Stats, layer: LayerSpec) -> list[fl
         ]
     if settings.score == "reconstruction":
         return of("reconstruction")
-    total = stats.layer(index)["tokens"]
+    total = stats.layer(index, "tokens")
     over_all = {"routing": "score", "routing_topk": "score_selected", "frequency": "tokens"}
     if settings.score in over_all:
         return [value / total for value in of(over_all[settings.score])]
@@ -312,7 +334,7 @@ def super_experts(stats: Stats, blueprint: Blueprint) -> frozenset[Unit]:
 def kept_mass(stats: Stats, layer: LayerSpec, kept: Sequence[int]) -> float:
     """Mean softmax mass on the kept experts: the factor that undoes the swelling of gates when the softmax has fewer
     terms. 1 where gates do not swell: sigmoid routers, and those that renormalise over the selected experts."""
-    if not stats.layer(layer.index)["softmax_gates"]:
+    if not stats.layer(layer.index, "softmax_gates"):
         return 1.0
     scores = stats.of(layer.index, layer.experts, "score")
     return sum(scores[expert] for expert in kept) / sum(scores)

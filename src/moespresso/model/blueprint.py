@@ -148,6 +148,7 @@ class _Classifier:
         self._head = _module_name(model, model.get_output_embeddings())
         self._tied = set(model.all_tied_weights_keys)
         self._seen: dict[str, list[TensorRef]] = defaultdict(list)
+        self._transformed: dict[str, bool] = {}
         self._numbers: dict[tuple[int, str], list[int]] = defaultdict(list)
 
     def __call__(self, ref: TensorRef) -> Entry:
@@ -156,6 +157,7 @@ class _Classifier:
             found = re.search(r"layers\.(\d+)\.", ref.name)
             return Entry(ref, Unit(int(found[1]) if found else None), in_graph=False)
         self._seen[name].append(ref)
+        self._transformed[name] = pattern is not None and not self._names.only_stacks(pattern)
         layer = layer_number(name, self._layers_name)
         if layer is None:
             return Entry(ref, Unit(None, self._outer_part(name)))
@@ -228,17 +230,18 @@ class _Classifier:
             )
 
     def _check_shapes(self, place: str, name: str, wanted: tuple[int, ...], refs: list[TensorRef]) -> None:
-        whole = math.prod(wanted)
-        if len(refs) == 1 and refs[0].numel == whole:
-            return
-        share, rest = divmod(whole, len(refs))
-        usual = [ref.shape for ref in refs]
-        common = max(set(usual), key=usual.count)
-        odd = [ref for ref in refs if ref.shape != common] or refs
-        if rest or any(ref.numel != share for ref in refs):
+        """Each tensor must have the shape that the parameter's own says, unless the library transforms it."""
+        if self._transformed.get(name):
+            shapes = {refs[0].shape} if sum(ref.numel for ref in refs) == math.prod(wanted) else set()
+        elif len(refs) == 1:
+            shapes = {wanted}
+        else:  # stacked over experts, gate and up one after the other
+            shapes = {(wanted[1] * wanted[0] // len(refs), *wanted[2:])}
+        odd = [ref for ref in refs if ref.shape not in shapes]
+        if odd:
             raise UserError(
-                f"{place}: {len(refs)} tensors such as {odd[0].name} {list(odd[0].shape)} do not make {name} "
-                f"{list(wanted)}, as the config asks: the files or the config were changed"
+                f"{place}: tensor {odd[0].name} has shape {list(odd[0].shape)}, which does not make "
+                f"{name} {list(wanted)} as the config asks: the files or the config were changed"
             )
 
 

@@ -2,7 +2,8 @@
 
 On disk an expert is `block_sparse_moe.experts.3.w1.weight`; in memory it is rows of `mlp.experts.gate_up_proj`. The
 library knows the way for every family (`WeightConverter`s), and this file asks it: `Names.in_memory` renames a
-key, `Names.load` loads the tensors of one layer into a model on `meta`, `Names.to_disk` turns a layer's state back.
+key, `Names.load` loads the tensors of one layer into a model on `meta` (plain stacks of experts are filled in place,
+everything else goes through the library's loader), `Names.to_disk` turns a layer's state back.
 Pinned to transformers 5.23; the family tests fail loudly when a release moves any of this.
 """
 
@@ -12,13 +13,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
+    dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
 )
@@ -52,11 +56,55 @@ class Names:
             return key, None
         return name, pattern
 
+    def only_stacks(self, pattern: str) -> bool:
+        """Whether the converter behind a source pattern stacks experts and joins gate and up, and nothing else."""
+        operations = self._converter(pattern).operations
+        return [(type(operation), getattr(operation, "dim", None)) for operation in operations] in (
+            [(MergeModulelist, 0)],
+            [(MergeModulelist, 0), (Concatenate, 1)],
+        )
+
+    def _converter(self, pattern: str) -> WeightConverter:
+        return next(entry for entry in self._converters if pattern in entry.source_patterns)
+
     def load(self, tensors: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
         """Load `tensors` (on-disk name to anything that answers `[...]`) into the model's modules.
 
         Raises `UserError` when a tensor's shape is not the one the config asks for.
         """
+        stacked: dict[str, dict[str, list[str]]] = {}
+        rest: dict[str, Any] = {}
+        for key, tensor in tensors.items():
+            name, pattern = self.in_memory(key)
+            if pattern is not None and self.only_stacks(pattern):
+                stacked.setdefault(name, {}).setdefault(pattern, []).append(key)
+            else:
+                rest[key] = tensor
+        self._load_by_library(rest, dtype, device)
+        for name, keys in stacked.items():
+            self._fill(name, keys, tensors, device)
+
+    def _fill(
+        self, name: str, keys: dict[str, list[str]], tensors: Mapping[str, Any], device: torch.device
+    ) -> None:
+        """Copy experts straight to their place in the stack; the library would hold every one of them twice."""
+        wanted = self.state[name]
+        stack = torch.empty(wanted.shape, dtype=wanted.dtype, device=device)
+        patterns = [
+            pattern for pattern in self._converter(next(iter(keys))).source_patterns if pattern in keys
+        ]
+        for place, pattern in enumerate(patterns):
+            slots = stack.chunk(len(patterns), dim=1)[place]
+            for slot, key in zip(slots, sorted(keys[pattern], key=dot_natural_key), strict=True):
+                tensor = tensors[key][...]
+                assert tensor.shape == slot.shape, (
+                    f"{key} has shape {list(tensor.shape)}, not {list(slot.shape)}"
+                )
+                slot.copy_(tensor)
+        module, _, parameter = name.rpartition(".")
+        self._model.get_submodule(module)._parameters[parameter] = nn.Parameter(stack, requires_grad=False)
+
+    def _load_by_library(self, tensors: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
         info, _ = convert_and_load_state_dict_in_model(
             self._model,
             dict(tensors),
@@ -70,7 +118,7 @@ class Names:
         )
         if info.conversion_errors:
             name, error = next(iter(info.conversion_errors.items()))
-            raise UserError(f"tensors of {name} cannot be put together ({str(error).splitlines()[0]})")
+            raise _conversion_failed(name, [line for line in str(error).splitlines() if line.strip()])
         for name, found, wanted in info.mismatched_keys:
             raise UserError(
                 f"{name} has shape {list(found)} in the files, the config asks for {list(wanted)}"
@@ -80,3 +128,11 @@ class Names:
         """On-disk names and per-expert tensors of (part of) an in-memory state."""
         self._model._weight_conversions = self._saving
         return revert_weight_conversion(self._model, dict(state))
+
+
+def _conversion_failed(name: str, traceback: list[str]) -> Exception:
+    """What the library tells as a traceback in text, as the error it was."""
+    last = (traceback or ["unknown"])[-1].strip()
+    if any("allocate memory" in line or "MemoryError" in line for line in traceback):
+        return MemoryError(last)
+    return UserError(f"tensors of {name} cannot be put together ({last})")

@@ -9,6 +9,8 @@ that a killed sweep goes on where it was.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from moespresso.checkpoint import TORCH_DTYPES, as_bytes, header, write_file
+from moespresso.checkpoint import TORCH_DTYPES, as_bytes, disk_full_is_told, header, write_file
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.layer import Call, Layer, LayerWeights, Routed, Taps
 from moespresso.core.progress import Progress, Silent
@@ -191,6 +193,8 @@ def _parking(folder: Path | None) -> Iterator[Callable[[int, Tensor], Tensor]]:
     if folder is None:
         yield lambda _, tensor: tensor
         return
+    for left_by_a_killed_run in folder.glob("hidden-*"):
+        shutil.rmtree(left_by_a_killed_run)
     with tempfile.TemporaryDirectory(dir=folder, prefix="hidden-") as name:
         turn: dict[int, int] = {}
 
@@ -198,7 +202,14 @@ def _parking(folder: Path | None) -> Iterator[Callable[[int, Tensor], Tensor]]:
             # The layer reads one file while the other is written.
             turn[number] = 1 - turn.get(number, 0)
             path = Path(name) / f"{number}-{turn[number]}"
+            _reserve(path, tensor.nbytes)
             mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
             return mapped.view(tensor.shape).copy_(tensor)
 
         yield park
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Take the disk space now: writing through a map into a full disk would kill the process without a word."""
+    with disk_full_is_told(path.parent), path.open("ab") as file:
+        os.posix_fallocate(file.fileno(), 0, max(size, 1))

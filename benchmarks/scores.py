@@ -1,0 +1,135 @@
+"""Which score finds the experts a model can spare? The KL table of the README.
+
+For each bundled model: measure once on the bundled calibration text, drop a quarter of the experts by every score (and
+by controls: random seeds, the best experts instead of the worst), stream the held-out text through the original and
+each pressed view, and report mean token KL with a 95% bootstrap interval over sequences, and the perplexity ratio.
+Nothing is written: a plan is evaluated as a view of the checkpoint.
+
+    python benchmarks/scores.py [--ratio 0.25] [--out benchmarks/results/FILE.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import Tensor
+
+import moespresso.methods
+from moespresso.api import load_tokenizer
+from moespresso.bundled import MODELS, TEXT
+from moespresso.checkpoint import Reader
+from moespresso.core.registry import parse_step
+from moespresso.core.runtime import Runtime
+from moespresso.data import Batches, Source, calibration, sequences
+from moespresso.evaluate import score_tokens
+from moespresso.evaluate.compare import summary
+from moespresso.methods.expert_drop import Score
+from moespresso.model import View
+from moespresso.pipeline import Clock, decide, make_skeleton, measure, open_view
+from moespresso.report import machine, versions
+from moespresso.stream import sweep
+
+RANDOM_SEEDS = 3
+NEEDS = frozenset({"routing", "reconstruction", "weights"})
+LENGTH = 512
+
+
+def steps(ratio: float) -> dict[str, str]:
+    """Label -> step: every score, and the controls."""
+    named = {score: f"score={score}" for score in get_args(Score) if score != "random"}
+    named |= {f"random, seed {seed}": f"score=random,seed={seed}" for seed in range(RANDOM_SEEDS)}
+    named |= {"reap, gates=softmax": "score=reap,gates=softmax", "reap, compensate": "score=reap,renormalise=compensate",
+              "reap, reversed": "score=reap,reverse=true,protect_super=false"}  # fmt: skip
+    return {label: f"expert_drop:ratio={ratio},{settings}" for label, settings in named.items()}
+
+
+class Bench:
+    """One model with its original's hidden states, ready to compare views with it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.view = open_view(folder)
+        tokenizer = load_tokenizer(folder)
+        self.calibration = calibration([Source(str(TEXT / "calibration"))], tokenizer, 64, LENGTH)
+        self.heldout: Batches = sequences([Source(str(TEXT / "heldout"))], tokenizer, LENGTH)
+        self.original = self.hidden(self.view)
+
+    def hidden(self, view: View) -> Tensor:
+        """Last hidden states of the held-out text."""
+        with Reader(view.checkpoint.folder) as reader:
+            return sweep(make_skeleton(view, reader, Runtime()), self.heldout.ids, self.heldout.mask)
+
+    def compare(self, view: View) -> dict[str, Any]:
+        """The figures of a view against the original."""
+        with Reader(view.checkpoint.folder) as reader:
+            models = [make_skeleton(v, reader, Runtime()) for v in (view, self.view)]
+            scored = score_tokens(models, [self.hidden(view), self.original], self.heldout)
+        return summary(scored, self.heldout, compared=True)
+
+
+def run(name: str, ratio: float) -> dict[str, Any]:
+    """All scores on one bundled model."""
+    bench, rows = Bench(MODELS[name]), {}
+    with tempfile.TemporaryDirectory() as work:
+        stats = measure(bench.view, bench.calibration, NEEDS, Path(work), Runtime())
+        for label, text in steps(ratio).items():
+            decided = decide(
+                bench.view, [parse_step(text)], bench.calibration, stats, Path(work), Runtime(), Clock()
+            )
+            rows[label] = bench.compare(replace(bench.view, plan=decided.plan))
+            print(f"{name:12} {label:22} KL {rows[label]['kl']['mean']:.4f}", flush=True)
+    base = summary(score_tokens_alone(bench), bench.heldout, compared=False)
+    return {
+        "perplexity": base["perplexity"],
+        "tokens": bench.heldout.num_tokens,
+        "trouble": list(stats.trouble),
+        "scores": rows,
+    }
+
+
+def score_tokens_alone(bench: Bench) -> Any:
+    """The original by itself."""
+    with Reader(bench.view.checkpoint.folder) as reader:
+        return score_tokens([make_skeleton(bench.view, reader, Runtime())], [bench.original], bench.heldout)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The README's table, best first by the first model."""
+    first = next(iter(results.values()))["scores"]
+    head = " | ".join(f"{name}: KL (95% CI) | perplexity x" for name in results)
+    lines = [f"| score | {head} |", "|---|" + "---|---|" * len(results)]
+    for label in sorted(first, key=lambda key: first[key]["kl"]["mean"]):
+        cells = [f"{row['kl']['mean']:.3f} ({row['kl']['ci95'][0]:.3f} to {row['kl']['ci95'][1]:.3f}) | {row['perplexity_ratio']:.3f}"
+                 for row in (result["scores"][label] for result in results.values())]  # fmt: skip
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run, print and save."""
+    assert moespresso.methods
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ratio", type=float, default=0.25)
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    results = {name: run(name, asked.ratio) for name in asked.models}
+    print(table(results))
+    if asked.out:
+        body = {
+            "date": date.today().isoformat(),
+            "ratio": asked.ratio,
+            "models": results,
+            "machine": machine(),
+            "versions": versions(),
+        }
+        asked.out.write_text(json.dumps(body, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
