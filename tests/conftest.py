@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -20,6 +21,10 @@ Zoo = Callable[[str], Path]
 # With <pad>, <s> and </s> in front, and a few merges behind, all fit into the zoo's 96 token ids.
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 \n.,;:!?'()-_=+*/"
 _MERGES = ["th", "he", "in", "er", "an", "on", "re"]
+
+# How long an example takes says more about the machine's other work than about ours.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -46,9 +46,7 @@ from moespresso.core.rewrite import Piece
 from moespresso.core.unit import Unit
 
 # Hypothesis' examples share the folder of a function-scoped fixture; each writes its own files anew.
-same_folder = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+same_folder = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def write_raw(path: Path, rows: object, data: bytes = bytes(64), *, length: int | None = None) -> Path:
@@ -439,6 +437,18 @@ class TestSidecars:
         assert copied.nbytes == 7
         assert (tmp_path / "out" / "LICENSE").read_bytes() == b"free\r\n\xff"
         assert (tmp_path / "out" / "LICENSE").stat().st_mode & 0o777 == 0o444
+
+    def test_follows_links_as_the_hub_cache_has_them(self, tmp_path: Path):
+        snapshot, blobs, out = (tmp_path / name for name in ("snapshot", "blobs", "out"))
+        for folder in (snapshot, blobs, out):
+            folder.mkdir()
+        (blobs / "a1b2").write_text("{}")
+        (snapshot / "tokenizer.json").symlink_to(blobs / "a1b2")
+        (snapshot / "vocab.json").symlink_to(blobs / "lost")
+        assert sidecars(snapshot) == (["tokenizer.json"], ["vocab.json"])
+        copy_sidecar(snapshot, out, "tokenizer.json")
+        assert not (out / "tokenizer.json").is_symlink()
+        assert (out / "tokenizer.json").read_text() == "{}"
 
 
 @pytest.fixture

@@ -45,8 +45,6 @@ MENDABLE = {
     errno.EACCES: "choose another place or change its permissions",
     errno.EPERM: "choose another place or change its permissions",
     errno.EROFS: "choose another place",
-    errno.ENOENT: "choose another place",
-    errno.ENOTDIR: "choose another place",
 }
 REQUEST = ("model", "samples", "length", "mode", "seed", "target", "size")
 

@@ -21,6 +21,7 @@ from moespresso.checkpoint import (
     claim,
     finish,
     read_manifest,
+    sweep_up,
     write_text,
 )
 from moespresso.core.blueprint import LayerSpec
@@ -74,6 +75,7 @@ def _already_done(out: Path, identity: str) -> dict[str, Any] | None:
         raise UserError(
             f"{out} holds another finished result: choose another --out, or add --no-resume to replace it"
         )
+    sweep_up(out)  # a run killed between its manifest and its last breath leaves its work folder
     return manifest
 
 

@@ -76,7 +76,10 @@ def claim(folder: Path, source: Path, *, resume: bool = True) -> Generator[Path]
     """Take `folder` for one run: create it, refuse what is not ours, lock it; yields the work folder."""
     _refuse_foreign(folder, source)
     work = folder / WORK
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+        raise UserError(f"--out {folder} cannot be made ({error.strerror}): choose another place") from error
     with (work / "lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,7 +140,8 @@ def sweep_up(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name.endswith(".tmp") and _OUR_FILES.fullmatch(path.name):
             path.unlink()
-    shutil.rmtree(folder / WORK, ignore_errors=True)
+    if (folder / WORK).is_dir():
+        shutil.rmtree(folder / WORK, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
