@@ -127,13 +127,13 @@ def inspect(model: str | Path) -> dict[str, Any]:
 def measure(
     model: str | Path,
     *,
-    out: Path,
+    out: str | Path,
     request: Request | None = None,
     runtime: Runtime | None = None,
     **options: Unpack[Options],
 ) -> Stats:
     """Measure what the request's steps need and save it to `out`; an interrupted measurement is continued."""
-    runtime, request = runtime or Runtime(), _asked(model, request, options)
+    runtime, request, out = runtime or Runtime(), _asked(model, request, options), Path(out)
     view = open_view(locate(model))
     _check_file(out, view.checkpoint.folder)
     _rehearse(view, request)
@@ -160,8 +160,8 @@ def _check_file(out: Path, source: Path) -> None:
 def plan(
     model: str | Path,
     *,
-    stats: Path | None = None,
-    out: Path | None = None,
+    stats: str | Path | None = None,
+    out: str | Path | None = None,
     request: Request | None = None,
     runtime: Runtime | None = None,
     **options: Unpack[Options],
@@ -170,22 +170,21 @@ def plan(
     runtime, request = runtime or Runtime(), _asked(model, request, options)
     view = open_view(locate(model))
     if out is not None:
-        _check_file(out, view.checkpoint.folder)
+        _check_file(Path(out), view.checkpoint.folder)
     request = _rehearse(view, request)
-    given = _given_stats(stats, view)
-    batches = _calibration(view, request) if given is None else None
+    given = _given_stats(Path(stats), view) if stats is not None else None
+    # A later step that is re-scored needs the text even where the first one's stats are given.
+    batches = _calibration(view, request) if given is None or request.texts else None
     with tempfile.TemporaryDirectory() as work:
         decided = decide(view, request.steps, batches, given, Path(work), runtime, Clock())
     made = _signed(decided, request).plan
     check_target(request.target, made, view.source)
     if out is not None:
-        write_text(out, made.to_json() + "\n")
+        write_text(Path(out), made.to_json() + "\n")
     return made
 
 
-def _given_stats(path: Path | None, view: View) -> Stats | None:
-    if path is None:
-        return None
+def _given_stats(path: Path, view: View) -> Stats:
     stats = Stats.load(path)
     if stats.blueprint != view.source.digest:
         raise UserError(
@@ -207,7 +206,7 @@ def _signed(decided: Decided, request: Request) -> Decided:
 def press(
     model: str | Path,
     *,
-    out: Path,
+    out: str | Path,
     request: Request | None = None,
     runtime: Runtime | None = None,
     **options: Unpack[Options],
@@ -227,14 +226,14 @@ def press(
     def make(work: Path) -> Decided:
         return _signed(decide(view, request.steps, batches, None, work, runtime, clock), request)
 
-    return produce(view, out, identity, make, request, runtime, clock)
+    return produce(view, Path(out), identity, make, request, runtime, clock)
 
 
 def build(
     model: str | Path,
     *,
-    plan: Path,
-    out: Path,
+    plan: str | Path,
+    out: str | Path,
     request: Request | None = None,
     runtime: Runtime | None = None,
 ) -> Report:
@@ -242,21 +241,25 @@ def build(
     runtime, clock, request = runtime or Runtime(), Clock(), request or Request()
     with clock.phase("open"):
         view = open_view(locate(model))
-        made = Plan.load(plan).validated(view.source)
+        made = Plan.load(Path(plan)).validated(view.source)
         check_target(request.target, made, view.source)
     _check_text(view, made, request)
+    # What is built is what the plan says, whatever else the request holds.
+    recipe = {"calibration": dict(made.calibration), "steps": [dict(stage.method) for stage in made.stages],
+              "target": request.target, "seed": made.seed}  # fmt: skip
+    request = replace(request, recipe=recipe, seed=made.seed)
     identity = stats_key("build", VERSION, view.source.digest, made.digest)
-    return produce(view, out, identity, lambda _: Decided(made), request, runtime, clock)
+    return produce(view, Path(out), identity, lambda _: Decided(made), request, runtime, clock)
 
 
 def _check_text(view: View, made: Plan, request: Request) -> None:
     """Text given to `build` must be the text the plan was made on."""
-    if not request.texts:
-        return
     wanted = made.calibration
+    if not request.texts or "digest" not in wanted:
+        return
     found = calibration(request.texts, load_tokenizer(view.checkpoint.folder), int(wanted.get("samples", request.samples)),
                         int(wanted.get("length", request.length)), int(wanted.get("seed", request.seed)), wanted.get("mode", request.mode))  # fmt: skip
-    if found.digest != wanted.get("digest"):
+    if found.digest != wanted["digest"]:
         raise UserError(
             "the text given is not the one the plan was calibrated on: give the same files in the same order"
         )
@@ -356,10 +359,10 @@ def methods(kind: str | None = None) -> list[dict[str, Any]]:
     return describe_methods(kind)
 
 
-def demo(*, out: Path | None = None, runtime: Runtime | None = None) -> dict[str, Any]:
+def demo(*, out: str | Path | None = None, runtime: Runtime | None = None) -> dict[str, Any]:
     """Press a bundled model by a quarter of its experts, verify and evaluate it: no network, a minute or two."""
     runtime = runtime or Runtime()
-    folder = (out or Path("moespresso-demo")) / "mixtral-quarter"
+    folder = Path(out or "moespresso-demo") / "mixtral-quarter"
     request = Request.from_options(
         model=str(MODELS["mixtral"].name), texts=[str(TEXT / "calibration")], samples=64, length=512,
         steps=[parse_step("expert_drop:ratio=0.25,score=reap")],

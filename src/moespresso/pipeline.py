@@ -90,19 +90,26 @@ def open_view(folder: Path) -> View:
 
 def make_skeleton(view: View, reader: Reader, runtime: Runtime) -> Skeleton:
     """The view's model on `meta`, for the runtime's device and precision."""
-    device = torch.device(pick_device(runtime.device))
+    device = pick_device(runtime.device)
     return view.skeleton(reader, pick_dtype(runtime.dtype, view, device), device)
 
 
-def pick_device(name: str) -> str:
+def pick_device(name: str) -> torch.device:
     """`auto` is a GPU where there is one."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {name!r} is not to be had here ({str(error).splitlines()[0]})") from error
 
 
 def pick_dtype(name: str, view: View, device: torch.device) -> torch.dtype:
     """`auto` is float32 on a CPU (statistics should not carry rounding) and the checkpoint's own elsewhere."""
     if name == "auto":
-        name = "float32" if device.type == "cpu" else str(view.checkpoint.config.get("dtype") or "bfloat16")
+        config = view.checkpoint.config
+        stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+        name = "float32" if device.type == "cpu" else str(stored)
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
         raise UserError(f"dtype {name!r} is unknown: use float32, bfloat16 or float16")
@@ -179,7 +186,7 @@ def must_spill(view: View, batches: Batches | None, runtime: Runtime) -> bool:
     """Whether hidden states go to disk between layers; raises `UserError` when not even one layer fits the limit."""
     if runtime.max_memory is None or batches is None:
         return False
-    dtype = pick_dtype(runtime.dtype, view, torch.device(pick_device(runtime.device)))
+    dtype = pick_dtype(runtime.dtype, view, pick_device(runtime.device))
     largest = max(
         sum(entry.ref.numel for entry in view.blueprint.by_layer[layer.index])
         for layer in view.blueprint.layers

@@ -60,7 +60,7 @@ def produce(
             files, left = write(pressed, out, journal, runtime)
         manifest = _manifest(pressed, identity, request, files, decided, [*left, *outside_notes(view)])
         card = model_card(
-            _report(view, Path(), manifest, clock), None, source_licence(view.checkpoint.folder)
+            _report(view, Path(), manifest, clock), _hub_id(view), source_licence(view.checkpoint.folder)
         )
         manifest["files"]["README.md"] = _row(Written("README.md", *write_text(out / "README.md", card)))
         finish(out, manifest)
@@ -79,6 +79,12 @@ def _already_done(out: Path, identity: str) -> dict[str, Any] | None:
     return manifest
 
 
+def _hub_id(view: View) -> str | None:
+    """`owner/name` of a model in the hub's cache (`models--owner--name/snapshots/REVISION`), else None."""
+    cached = [part for part in view.checkpoint.folder.parts if part.startswith("models--")]
+    return cached[-1].removeprefix("models--").replace("--", "/") if cached else None
+
+
 def _row(file: Written) -> dict[str, Any]:
     return {"bytes": file.nbytes, "sha256": file.sha256}
 
@@ -92,7 +98,7 @@ def _manifest(
     return {
         "moespresso": VERSION,
         "identity": identity,
-        "source": {"name": view.checkpoint.folder.resolve().name, "family": view.source.family, "digest": view.source.digest},
+        "source": {"name": _hub_id(view) or view.checkpoint.folder.resolve().name, "family": view.source.family, "digest": view.source.digest},
         "recipe": shareable({key: value for key, value in request.recipe.items() if key != "model"}),
         "plan": json.loads(view.plan.to_json()),
         "cost": dataclasses.asdict(view.blueprint.cost()),
