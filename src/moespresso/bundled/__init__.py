@@ -5,6 +5,8 @@ Made by ``tools/corpus.py`` and ``tools/train_demo.py``; docs/demo-models.md tel
 
 from pathlib import Path
 
+__all__ = ["FACTS", "MODELS", "TEXT"]
+
 _HERE = Path(__file__).parent
 
 MODELS: dict[str, Path] = {form: _HERE / form for form in ("mixtral", "deepseek_v2")}
