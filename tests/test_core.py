@@ -374,7 +374,8 @@ def _config(
 ) -> dict[str, Any]:
     """The fields that all configs have, and `rest`."""
     return {"model_type": family, "hidden_size": hidden, "vocab_size": vocab, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "tie_word_embeddings": False, **rest}  # fmt: skip
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "tie_word_embeddings": False,
+            **rest}  # fmt: skip
 
 
 def mixtral_8x7b() -> tuple[dict[str, Any], Shapes]:
@@ -388,14 +389,15 @@ def mixtral_8x7b() -> tuple[dict[str, Any], Shapes]:
 
 
 def deepseek_v2_lite() -> tuple[dict[str, Any], Shapes]:
-    config = _config("deepseek_v2", 2048, 102400, 27, 16, 16, intermediate_size=10944, moe_intermediate_size=1408,
-                     n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6, first_k_dense_replace=1,
-                     kv_lora_rank=512, q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-                     topk_method="greedy", n_group=1, topk_group=1, routed_scaling_factor=1.0)  # fmt: skip
+    config = _config("deepseek_v2", 2048, 102400, 27, 16, 16, intermediate_size=10944,
+                     moe_intermediate_size=1408, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6,
+                     first_k_dense_replace=1, kv_lora_rank=512, q_lora_rank=None, qk_nope_head_dim=128,
+                     qk_rope_head_dim=64, v_head_dim=128, topk_method="greedy", n_group=1, topk_group=1,
+                     routed_scaling_factor=1.0)  # fmt: skip
     shapes = _frame(2048, 102400, 27) | _gated("model.layers.0.mlp", 2048, 10944)
     for layer in range(27):
-        attention = {"q_proj": (16 * 192, 2048), "kv_a_proj_with_mqa": (512 + 64, 2048), "kv_a_layernorm": (512,),
-                     "kv_b_proj": (16 * 256, 512), "o_proj": (2048, 16 * 128)}  # fmt: skip
+        attention = {"q_proj": (16 * 192, 2048), "kv_a_proj_with_mqa": (512 + 64, 2048),
+                     "kv_a_layernorm": (512,), "kv_b_proj": (16 * 256, 512), "o_proj": (2048, 16 * 128)}  # fmt: skip
         shapes |= {
             f"model.layers.{layer}.self_attn.{name}.weight": shape for name, shape in attention.items()
         }
@@ -470,7 +472,7 @@ def test_mixtral_8x7b_is_priced_as_the_paper_prices_it(tmp_path: Path):
     assert round(whole.bytes / 2**30, 2) == 86.99
     assert round(pressed.bytes / 2**30, 2) == 65.99
     assert whole.flops == pytest.approx(54.4e12, rel=0.01)
-    # Dropping experts saves memory, not work: as many are active as before, and the router is two rows shorter.
+    # Dropping experts saves memory, not work: as many are active, and the router is two rows shorter.
     assert whole.active_params - pressed.active_params == 32 * 2 * 4096
     assert pressed.flops == pytest.approx(whole.flops, rel=1e-4)
     assert pressed.kv_bytes_per_token == whole.kv_bytes_per_token

@@ -23,7 +23,7 @@ from families import FAMILIES, random_ids, reference, tensor_files, write_checkp
 from moespresso.checkpoint import Reader
 from moespresso.core.progress import Silent
 from moespresso.data import Batches
-from moespresso.evaluate import evaluate, mean_interval
+from moespresso.evaluate import compare, evaluate, mean_interval
 from moespresso.model import Skeleton
 from moespresso.pipeline import open_view
 
@@ -124,7 +124,7 @@ def test_figures_are_those_of_all_logits_at_once(
     name: str, chunk: int | None, pairs: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
 ):
     if chunk is not None:
-        monkeypatch.setattr("moespresso.evaluate.compare._LOGITS", chunk * 96)
+        monkeypatch.setattr(compare, "_LOGITS", chunk * 96)
     batches = text()
     got, truth = evaluated(batches, *pairs(name)), in_memory(batches, *pairs(name))
     predicted, compared = float(truth.predicted.sum()), float(truth.compared.sum())
@@ -223,8 +223,11 @@ def test_the_interval_holds_the_truth_nineteen_times_in_twenty():
 
 
 def test_the_mean_is_over_tokens_and_not_over_sequences():
-    mean, _, _ = mean_interval(torch.tensor([10.0, 0.0]), torch.tensor([1.0, 9.0]))
-    assert mean == 1.0
+    # Twenty words of 10 nats each, and twenty texts of 99 tokens and none.
+    sums, counts = torch.tensor([10.0, 0.0] * 20), torch.tensor([1.0, 99.0] * 20)
+    mean, low, high = mean_interval(sums, counts)
+    assert mean == pytest.approx(0.1)
+    assert 0.03 < low < 0.1 < high < 0.3
 
 
 def test_one_sequence_tells_nothing_about_the_spread():

@@ -33,7 +33,7 @@ from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.data import Batches
-from moespresso.measure import Measurer, Reconstruction
+from moespresso.measure import Measurer, Reconstruction, reconstruction
 from moespresso.measure.reconstruction import _only
 from moespresso.methods import ExpertDrop
 from moespresso.model import View
@@ -207,7 +207,7 @@ def measured(view: View, ids: Tensor) -> Stats:
 def test_what_is_kept_is_nested_and_the_same_in_every_group(
     name: str, zoo: Zoo, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("moespresso.measure.reconstruction.EXHAUSTIVE", 0)
+    monkeypatch.setattr(reconstruction, "EXHAUSTIVE", 0)
     view = open_view(zoo(name))
     stats, layer = measured(view, tokens_for(name)), view.source.moe_layers[0]
     kept: list[set[int]] = []
@@ -288,13 +288,13 @@ def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     seen: list[Tensor] = []
 
     class Blank:
-        def __init__(self, _: Layer, hidden: Tensor, __: tuple[Tensor, ...]) -> None:
+        def __init__(self, _: Layer, hidden: Tensor, *__: object) -> None:
             seen.append(hidden)
 
         def error(self, _: tuple[int, ...]) -> float:
             return 0.0
 
-    monkeypatch.setattr("moespresso.measure.reconstruction._Problem", Blank)
+    monkeypatch.setattr(reconstruction, "_Problem", Blank)
     return seen
 
 

@@ -243,6 +243,7 @@ def build(
         view = open_view(locate(model))
         made = Plan.load(Path(plan)).validated(view.source)
         check_target(request.target, made, view.source)
+        replace(view, plan=made).check_fits()
     _check_text(view, made, request)
     # What is built is what the plan says, whatever else the request holds.
     recipe = {"calibration": dict(made.calibration), "steps": [dict(stage.method) for stage in made.stages],
@@ -282,6 +283,7 @@ def _rehearse(view: View, request: Request) -> Request:
             )
         made = replace(made, stages=(*made.stages, step.outline(view.source, made)))
         check_target(request.target, made, view.source)
+    replace(view, plan=made).check_fits()
     return request
 
 
@@ -290,9 +292,7 @@ def _fit_budget(view: View, request: Request) -> Request:
     whole = view.source.cost().bytes
     size = parse_size(str(request.size), whole)
     if len(request.steps) != 1:
-        raise UserError(
-            "--size needs exactly one step to fit in this version, such as --step expert_drop:score=reap"
-        )
+        raise UserError("--size needs exactly one step to fit in this version, such as --step expert_drop")
     step = request.steps[0]
     smallest = whole
     for candidate in step.amounts(view.source):
@@ -365,7 +365,7 @@ def demo(*, out: str | Path | None = None, runtime: Runtime | None = None) -> di
     folder = Path(out or "moespresso-demo") / "mixtral-quarter"
     request = Request.from_options(
         model=str(MODELS["mixtral"].name), texts=[str(TEXT / "calibration")], samples=64, length=512,
-        steps=[parse_step("expert_drop:ratio=0.25,score=reap")],
+        steps=[parse_step("expert_drop:ratio=0.25")],
     )  # fmt: skip
     report = press(MODELS["mixtral"], out=folder, request=request, runtime=replace(runtime, resume=False))
     return {

@@ -32,7 +32,7 @@ class Reconstruction:
 
     def __init__(self, experts: int, hidden: int) -> None:
         self._wanted = max(16, min(MOST_TOKENS, ANSWER_BYTES // (4 * experts * hidden)))
-        self._calls: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+        self._calls: list[tuple[Tensor, Tensor, tuple[Tensor, ...]]] = []
         self._have = 0
 
     def add(self, call: Call, total: int) -> None:
@@ -41,12 +41,17 @@ class Reconstruction:
         tokens = valid_tokens(call)
         share = min(tokens.numel(), math.ceil(self._wanted * tokens.numel() / total))
         tokens = tokens[torch.linspace(0, tokens.numel() - 1, share).round().long()]
-        self._calls.append((call.routed.hidden[tokens], call.routed.router_args[1:]))
+        seen, *extra = call.routed.router_args
+        # As many dimensions as the router is used to; what it sees need not be what the experts see.
+        asked = seen.reshape(-1, seen.shape[-1])[tokens].view(*[1] * (seen.ndim - 2), len(tokens), -1)
+        self._calls.append((call.routed.hidden[tokens], asked, tuple(extra)))
 
     def search(self, layer: Layer) -> dict[str, list[float]]:
         """Per expert: `reconstruction` (position in the greedy order of removal, last removed highest) and
         `reconstruction@K` (1 in the best set of K, 0 outside) for every K whose sets were all tried."""
-        problem = _Problem(layer, torch.cat([hidden for hidden, _ in self._calls]), self._calls[0][1])
+        hidden = torch.cat([hidden for hidden, _, _ in self._calls])
+        asked = torch.cat([asked for _, asked, _ in self._calls], -2)
+        problem = _Problem(layer, hidden, (asked, *self._calls[0][2]))
         spec = layer.spec
         values = {"reconstruction": _greedy(problem, spec.experts, spec.groups, spec.floor)}
         for keep in range(spec.floor, spec.experts):
@@ -60,10 +65,10 @@ class Reconstruction:
 class _Problem:
     """A layer's tokens, every expert's answer to them, and the output to come close to."""
 
-    def __init__(self, layer: Layer, hidden: Tensor, extra: tuple[Tensor, ...]) -> None:
+    def __init__(self, layer: Layer, hidden: Tensor, router_args: tuple[Tensor, ...]) -> None:
         assert layer.experts is not None
         assert layer.router is not None
-        self._router, self._hidden, self._extra = layer.router, hidden, extra
+        self._router, self._asked, self._extra = layer.router, router_args[0], router_args[1:]
         self._experts = layer.spec.experts
         self._answers = torch.stack(
             [expert_forward(layer.experts, e, hidden) for e in range(self._experts)], 1
@@ -75,7 +80,7 @@ class _Problem:
         return float((self._output(kept) - self._target).square().mean())
 
     def _output(self, kept: tuple[int, ...]) -> Tensor:
-        with _only(self._router, kept, self._experts, self._hidden, self._extra) as (hidden, extra):
+        with _only(self._router, kept, self._experts, self._asked, self._extra) as (hidden, extra):
             _, weights, index = self._router(hidden, *extra)
         chosen = self._answers.gather(1, index.unsqueeze(-1).expand(-1, -1, self._answers.shape[-1]))
         return (chosen * weights.float().unsqueeze(-1)).sum(1)
@@ -99,7 +104,7 @@ def _only(
         router.hidden_dim = width + 1
     try:
         yield (
-            torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1),
+            torch.cat([hidden, hidden.new_ones(*hidden.shape[:-1], 1)], -1),
             tuple(_blinded(e, gone, "bias") for e in extra),
         )
     finally:

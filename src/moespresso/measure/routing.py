@@ -37,6 +37,7 @@ class RoutingSums:
         self._largest = torch.zeros(experts, dtype=torch.float64)
         self._router_args: tuple[Tensor, ...] = ()
         self.nonfinite = 0
+        self._one_stream = True
 
     def add(self, layer: Layer, call: Call) -> None:
         """Take in one batch."""
@@ -48,11 +49,17 @@ class RoutingSums:
         norm = outputs.norm(dim=-1)
         self.nonfinite += int((~norm.isfinite()).sum())
         chosen = scores.gather(1, index)
-        change = _change(layer, call, tokens, outputs, gate)
+        # Some families carry several hidden states a token: what an expert turns is then not to be told from outside.
+        self._one_stream = call.output.shape == (*call.valid.shape, outputs.shape[-1])
+        change = (
+            _change(layer, call, tokens, outputs, gate) if self._one_stream else torch.zeros_like(norm[:, 0])
+        )
         self.total_tokens += tokens.numel()
         if not self._router_args:
             first, *rest = routed.router_args
-            self._router_args = (first.reshape(-1, first.shape[-1])[:1], *rest)
+            # One token, in as many dimensions as the router is used to.
+            one = first.reshape(-1, first.shape[-1])[:1].view(*[1] * (first.ndim - 1), -1)
+            self._router_args = (one, *rest)
         self._sums["score"] += scores.sum(0).double().cpu()
         per_slot = {"tokens": torch.ones_like(norm), "score_selected": chosen, "gate": gate, "norm": norm,
                     "norm_squared": norm**2, "gate_norm": gate * norm, "score_norm": chosen * norm,
@@ -63,10 +70,11 @@ class RoutingSums:
         self._largest.scatter_reduce_(0, index.reshape(-1).cpu(), peaks, "amax")
 
     def values(self) -> dict[str, list[float]]:
-        """Every sum per expert, and `largest`, the largest absolute value an expert ever answered."""
-        return {name: sums.tolist() for name, sums in self._sums.items()} | {
-            "largest": self._largest.tolist()
+        """Every sum that could be told per expert, and `largest`, the largest absolute value an expert ever answered."""
+        told = {
+            name: sums for name, sums in self._sums.items() if self._one_stream or name != "change_gate_norm"
         }
+        return {name: sums.tolist() for name, sums in told.items()} | {"largest": self._largest.tolist()}
 
     def of_layer(self, layer: Layer) -> dict[str, float]:
         """Values of the layer: its tokens, and whether its gates are plain shares of one softmax (1) or not (0)."""
@@ -94,6 +102,7 @@ def _by_expert(values: Tensor, index: Tensor, experts: int) -> Tensor:
 
 def _change(layer: Layer, call: Call, tokens: Tensor, outputs: Tensor, gate: Tensor) -> Tensor:
     """c_t = 1 - cos(before, after) [N]: how far the routed experts turn the residual stream."""
-    after = call.output.reshape(-1, call.output.shape[-1])[tokens].float()
-    routed = (outputs * gate.unsqueeze(-1)).sum(1) * layer.residual_multiplier
-    return 1 - torch.cosine_similarity(after - routed, after, dim=-1)
+    # In float64: 1 - cos of nearly parallel vectors loses all digits otherwise.
+    after = call.output.reshape(-1, call.output.shape[-1])[tokens].double()
+    routed = (outputs * gate.unsqueeze(-1)).sum(1).double() * layer.residual_multiplier
+    return (1 - torch.cosine_similarity(after - routed, after, dim=-1)).float()

@@ -59,14 +59,14 @@ class ExpertDrop:
     """Settings of one Expert Drop.
 
     keep: experts to keep in every MoE layer (with scope=global: on average).
-    ratio: share of the routed experts to remove, instead of `keep`.
+    ratio: share of the routed experts to remove, instead of `keep` (0.25 when neither is given).
     score: how experts are ranked (see the module's docstring).
     gates: the weight that `reap` uses: `model`, the gate really used, or `softmax`, the routing score.
     scope: `layer` removes the same number everywhere; `global` ranks over the whole model (unequal layers).
     router: `rows` deletes the dropped experts' router rows; `preserve` keeps them and skips their terms.
     renormalise: `model` leaves gates as the router makes them; `compensate` scales the routed part by the mean kept
         routing mass where the router does not renormalise.
-    protect_super: never drop super experts.
+    protect_super: never drop super experts (found on text: aimer and random do not know them).
     reverse: drop the best instead, as a control.
     rescore: measure on the model as the earlier steps leave it.
     seed: for score=random.
@@ -75,7 +75,7 @@ class ExpertDrop:
     kind: ClassVar[str] = "expert_drop"
     keep: int | None = None
     ratio: float | None = None
-    score: Score = "reap"
+    score: Score = "easy_ep"
     gates: Literal["model", "softmax"] = "model"
     scope: Literal["layer", "global"] = "layer"
     router: Literal["rows", "preserve"] = "rows"
@@ -295,6 +295,11 @@ def _raw_scores(settings: ExpertDrop, stats: Stats, layer: LayerSpec) -> list[fl
     over_all = {"routing": "score", "routing_topk": "score_selected", "frequency": "tokens"}
     if settings.score in over_all:
         return [value / total for value in of(over_all[settings.score])]
+    measured = stats.values.get(Unit(index, "experts", 0), {})
+    if settings.score == "easy_ep" and "norm" in measured and "change_gate_norm" not in measured:
+        raise UserError(
+            "score=easy_ep needs one residual stream, and this model has several: use score=routing_topk"
+        )
     sums = {"ean": "norm", "easy_ep": "change_gate_norm"}
     if settings.score in sums:
         return of(sums[settings.score])

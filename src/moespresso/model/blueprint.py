@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,14 +22,18 @@ from moespresso.core.blueprint import Blueprint, Entry, LayerSpec, TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.unit import Part, Unit
 from moespresso.model import quirks
+from moespresso.model.counts import expert_axes
+from moespresso.model.experts import is_experts
 from moespresso.model.names import Names
 from moespresso.model.skeleton import (
     build_meta,
     decoder_layers,
     find_router,
+    layer_config,
     layer_number,
     moe_block,
     read_config,
+    scores_groups_by_two,
 )
 
 _EXPERT = re.compile(r"experts\.(\d+)\.")
@@ -40,9 +45,14 @@ def read_blueprint(checkpoint: Checkpoint) -> Blueprint:
     config = read_config(checkpoint.config, place)
     model = build_meta(config, torch.bfloat16, place)
     layers_name, layers = decoder_layers(model, place)
-    specs = tuple(_layer_spec(index, layer, config) for index, layer in enumerate(layers))
+    for layer in layers:
+        _check_block(layer, config, place)
+    try:
+        specs = tuple(_layer_spec(index, layer, config) for index, layer in enumerate(layers))
+    except AttributeError as error:  # a config or a router without what every family so far has
+        raise UserError(f"{place}: model_type {config.model_type!r} is not supported ({error})") from error
     _check_experts_seen(config, specs, place)
-    classify = _Classifier(model, layers_name, layers)
+    classify = _Classifier(model, layers_name, layers, expert_axes(checkpoint.config, model, place))
     entries = tuple(classify(ref) for ref in checkpoint.tensors.values())
     classify.check_complete(place)
     text = config.get_text_config()
@@ -58,12 +68,47 @@ def read_blueprint(checkpoint: Checkpoint) -> Blueprint:
     )
 
 
+def check_tensors(raw: Mapping[str, Any], refs: Iterable[TensorRef], place: str) -> None:
+    """Raise `UserError` when `refs` are not what the model of the config `raw` asks for."""
+    model = build_meta(read_config(raw, place), torch.bfloat16, place)
+    classify = _Classifier(model, *decoder_layers(model, place), expert_axes(raw, model, place))
+    for ref in refs:
+        classify(ref)
+    classify.check_complete(place)
+
+
+def _check_block(layer: nn.Module, config: PreTrainedConfig, place: str) -> None:
+    """A layer's experts must be of the one shape that is measured and cut: one stack, one router, in one block."""
+    reason = _block_trouble(layer)
+    if reason:
+        raise UserError(
+            f"{place}: model_type {config.model_type!r} is not supported by this version ({reason})"
+        )
+
+
+def _block_trouble(layer: nn.Module) -> str | None:
+    stacks = [name for name, module in layer.named_modules() if is_experts(module)]
+    if not stacks:
+        return None
+    if len(stacks) > 1:
+        return f"its layers have {len(stacks)} sets of experts"
+    if not stacks[0].endswith(".experts"):
+        return "its experts are not in a block of their own"
+    block = layer.get_submodule(stacks[0].removesuffix(".experts"))
+    found = find_router(block)
+    if found is None or not isinstance(getattr(found[1], "top_k", None), int):
+        return "it has no router of the kind this version measures"
+    tables = [name for name, tensor in block.state_dict().items() if not tensor.is_floating_point()]
+    return f"{tables[0]} is a table of expert numbers, which cannot be cut" if tables else None
+
+
 def _check_experts_seen(config: PreTrainedConfig, specs: tuple[LayerSpec, ...], place: str) -> None:
     """A mixture whose experts the general code cannot see must not pass for a dense model."""
+    text = config.get_text_config()
     promised = [
         key
         for key in quirks.COUNT_KEYS
-        if isinstance(getattr(config, key, None), int) and getattr(config, key) > 1
+        if isinstance(getattr(text, key, None), int) and getattr(text, key) > 1
     ]
     if promised and not any(spec.experts for spec in specs):
         raise UserError(
@@ -73,8 +118,8 @@ def _check_experts_seen(config: PreTrainedConfig, specs: tuple[LayerSpec, ...], 
 
 
 def _layer_spec(index: int, layer: nn.Module, config: PreTrainedConfig) -> LayerSpec:
-    mixer = next((quirks.MIXERS[name] for name, _ in layer.named_children() if name in quirks.MIXERS), "none")
-    widths = _attention_widths(config) if mixer == "attention" else (0, 0, 0)
+    mixer = _mixer(index, layer, config)
+    widths = _attention_widths(layer_config(config, index)) if mixer == "attention" else (0, 0, 0)
     found = moe_block(layer)
     if found is None:
         return LayerSpec(
@@ -82,7 +127,9 @@ def _layer_spec(index: int, layer: nn.Module, config: PreTrainedConfig) -> Layer
         )
     block = found[1]
     experts: Any = block.get_submodule("experts")
-    router = find_router(block)[1]
+    found_router = find_router(block)
+    assert found_router is not None
+    router = found_router[1]
     count, top_k = _as_int(experts.num_experts), _as_int(router.top_k)
     groups = _groups(router)
     return LayerSpec(
@@ -91,19 +138,32 @@ def _layer_spec(index: int, layer: nn.Module, config: PreTrainedConfig) -> Layer
     )  # fmt: skip
 
 
+def _mixer(index: int, layer: nn.Module, config: PreTrainedConfig) -> str:
+    """What mixes tokens in a layer: by the name of the submodule, and by the config where one name serves several."""
+    named = next((quirks.MIXERS[name] for name, _ in layer.named_children() if name in quirks.MIXERS), None)
+    types = getattr(config.get_text_config(), "layer_types", None) or ()
+    said = types[index] if index < len(types) else getattr(layer, "block_type", "")
+    if named is None and not hasattr(layer, "block_type"):
+        return "none"
+    if said == "linear_attention":
+        return named if named not in (None, "attention") else "linear_attention"
+    return named or ("attention" if said.endswith("attention") else "none")
+
+
 def _as_int(value: Any) -> int:
     return int(value)
 
 
 def _groups(router: nn.Module) -> int:
     grouped = getattr(router, "topk_method", "group_limited_greedy") == "group_limited_greedy"
-    return _as_int(getattr(router, "num_group", None) or 1) if grouped else 1
+    count = getattr(router, "num_group", None) or getattr(router, "n_group", None) or 1
+    return _as_int(count) if grouped else 1
 
 
 def _floor(router: nn.Module, groups: int, top_k: int, config: PreTrainedConfig) -> int:
     fewest = quirks.FEWEST_EXPERTS.get(config.model_type, 1)
     per_group = math.ceil(top_k / _as_int(getattr(router, "topk_group", None) or 1)) if groups > 1 else 1
-    if config.model_type in quirks.TOP2_GROUPS:
+    if scores_groups_by_two(router):
         per_group = max(per_group, 2)
     return max(top_k, fewest, groups * per_group)
 
@@ -140,7 +200,9 @@ def _attention_widths(config: PreTrainedConfig) -> tuple[int, int, int]:
 class _Classifier:
     """Turns tensor references into entries, and remembers what has been seen of each parameter."""
 
-    def __init__(self, model: PreTrainedModel, layers_name: str, layers: nn.ModuleList) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layers_name: str, layers: nn.ModuleList, axes: Mapping[str, int]
+    ) -> None:
         self._names = Names(model)
         self._layers_name = layers_name
         self._blocks = [moe_block(layer) for layer in layers]
@@ -150,9 +212,18 @@ class _Classifier:
         self._seen: dict[str, list[TensorRef]] = defaultdict(list)
         self._transformed: dict[str, bool] = {}
         self._numbers: dict[tuple[int, str], list[int]] = defaultdict(list)
+        self._axes = axes
+        self._uncut: list[TensorRef] = []
 
     def __call__(self, ref: TensorRef) -> Entry:
+        """What a stored tensor is."""
         name, pattern = self._names.in_memory(ref.name)
+        entry = self._entry(ref, name, pattern)
+        if name in self._axes and entry.expert_axis is None and entry.unit.expert is None:
+            self._uncut.append(ref)
+        return entry
+
+    def _entry(self, ref: TensorRef, name: str, pattern: str | None) -> Entry:
         if name not in self._names.state:
             found = re.search(r"layers\.(\d+)\.", ref.name)
             return Entry(ref, Unit(int(found[1]) if found else None), in_graph=False)
@@ -162,17 +233,26 @@ class _Classifier:
         if layer is None:
             return Entry(ref, Unit(None, self._outer_part(name)))
         inner = name[len(f"{self._layers_name}.{layer}.") :]
-        return self._in_layer(ref, layer, inner, pattern)
+        return self._in_layer(ref, layer, inner, pattern, self._expert_axis(ref, name, layer))
+
+    def _expert_axis(self, ref: TensorRef, name: str, layer: int) -> int | None:
+        """The axis of a stored tensor that counts experts, where it is laid out as in memory."""
+        block, axis = self._blocks[layer], self._axes.get(name)
+        if block is None or axis is None or axis >= len(ref.shape):
+            return None
+        return axis if ref.shape[axis] == _as_int(block[1].get_submodule("experts").num_experts) else None
 
     def _outer_part(self, name: str) -> Part:
         module = name.rpartition(".")[0]
         return "embedding" if module == self._embedding else "head" if module == self._head else "norm"
 
-    def _in_layer(self, ref: TensorRef, layer: int, inner: str, pattern: str | None) -> Entry:
+    def _in_layer(
+        self, ref: TensorRef, layer: int, inner: str, pattern: str | None, axis: int | None
+    ) -> Entry:
         block = self._blocks[layer]
         child = inner.split(".", 1)[0]
         if block is not None and inner.startswith(block[0] + "."):
-            return self._in_block(ref, layer, inner[len(block[0]) + 1 :], pattern)
+            return self._in_block(ref, layer, inner[len(block[0]) + 1 :], pattern, axis)
         if child in quirks.MIXERS:
             return Entry(
                 ref,
@@ -182,20 +262,20 @@ class _Classifier:
             )
         return Entry(ref, Unit(layer, "norm" if "norm" in child else "dense"))
 
-    def _in_block(self, ref: TensorRef, layer: int, inner: str, pattern: str | None) -> Entry:
-        block = self._blocks[layer]
-        assert block is not None
-        count = _as_int(block[1].get_submodule("experts").num_experts)
+    def _in_block(
+        self, ref: TensorRef, layer: int, inner: str, pattern: str | None, axis: int | None
+    ) -> Entry:
         if inner.startswith("experts."):
             number = _EXPERT.search(ref.name)
             matrix = _matrix(inner, pattern)
             if number is not None:
                 self._numbers[layer, matrix].append(int(number[1]))
                 return Entry(ref, Unit(layer, "experts", int(number[1]), matrix))
-            return Entry(ref, Unit(layer, "experts", None, matrix), expert_axis=0)
+            return Entry(ref, Unit(layer, "experts", None, matrix), expert_axis=axis)
         if "shared" in inner:
             return Entry(ref, Unit(layer, "shared"))
-        axis = ref.shape.index(count) if count in ref.shape else None
+        if axis is None and "norm" in inner.split(".", 1)[0]:
+            return Entry(ref, Unit(layer, "norm"))
         return Entry(
             ref, Unit(layer, "router", None, "bias" if "bias" in inner else "weight"), expert_axis=axis
         )
@@ -213,6 +293,11 @@ class _Classifier:
                     f"{place} lacks the tensors of {name}, which its config asks for: download it again"
                 )
             self._check_shapes(place, name, tuple(wanted.shape), refs)
+        if self._uncut:
+            raise UserError(
+                f"{place}: {self._uncut[0].name} depends on the number of experts in a way this version does not "
+                "understand, so the model is not supported"
+            )
 
     def _check_numbers(self, place: str, layer: int, matrix: str, numbers: list[int]) -> None:
         """Experts must be numbered 0 to count - 1, each once: the loader goes by order and would not notice."""

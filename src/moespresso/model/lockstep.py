@@ -19,6 +19,9 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moespresso.core.errors import UserError
+from moespresso.model import quirks
+
 _MASKS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
 
 
@@ -41,8 +44,10 @@ class _StandIn(nn.Module):
 class Waiting:
     """One batch on its way: its hidden states at the layer it waits for, or the last ones when it is through."""
 
-    def __init__(self, forward: Callable[[], Tensor]) -> None:
+    def __init__(self, forward: Callable[[], Tensor], *, hands_on: bool = False) -> None:
         self._greenlet = greenlet(forward)
+        self._hands_on = hands_on
+        self._beside: tuple[Any, ...] | None = None
         self._args: tuple[Any, ...] = ()
         self._kwargs: dict[str, Any] = {}
         self.hidden = self._take(self._greenlet.switch())
@@ -50,12 +55,26 @@ class Waiting:
     def run(self, layer: nn.Module) -> Tensor:
         """The layer's output for this batch (the batch goes on waiting: this may be called again)."""
         output = layer(self.hidden, *self._args, **self._kwargs)
-        assert isinstance(output, Tensor), f"{type(layer).__name__} returned {type(output).__name__}"
+        if self._hands_on and isinstance(output, tuple):
+            output, *beside = cast("tuple[Any, ...]", output)
+            self._beside = tuple(beside)
+        if not isinstance(output, Tensor):
+            raise UserError(
+                f"{type(layer).__name__} answers with more than hidden states, which this version does not understand"
+            )
         return output
 
     def go_on(self, output: Tensor) -> None:
         """Hand `output` back as the layer's result and run on to the next layer."""
-        self.hidden = self._take(self._greenlet.switch(output))
+        answer: Any = output
+        if self._hands_on:
+            if self._beside is None:
+                raise UserError(
+                    "the layers of this model hand on more than hidden states, so a measurement that was interrupted "
+                    "cannot be continued: start it afresh (--no-resume)"
+                )
+            answer, self._beside = (output, *self._beside), None
+        self.hidden = self._take(self._greenlet.switch(answer))
 
     def _take(self, yielded: Any) -> Tensor:
         if self._greenlet.dead:
@@ -78,7 +97,8 @@ def start(
                 Waiting(
                     lambda i=batch, m=mask: (
                         base(input_ids=i, attention_mask=m, use_cache=False).last_hidden_state
-                    )
+                    ),
+                    hands_on=base.config.model_type in quirks.HANDS_ON,
                 )
                 for batch, mask in zip(ids, masks, strict=True)
             ]

@@ -12,17 +12,14 @@ REFUSED: dict[str, str] = {
     "longcat_flash": "its router also selects zero-computation experts",
 }
 
-# Routers that score with a sigmoid instead of a softmax (modeling_<family>.py, class *TopKRouter).
-SIGMOID_ROUTERS = frozenset({"deepseek_v3", "glm4_moe", "dots1", "minimax_m2"})
-
 # Keys of config.json that count routed experts. A stale alias wins over the right key, so all present are edited.
 COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 # Families that also need an alias written: other engines read `num_experts`, transformers saves `num_local_experts`.
 COUNT_ALIASES: dict[str, tuple[str, ...]] = {"qwen3_moe": ("num_experts", "num_local_experts")}
 
-# Group-limited routers that score a group by the sum of its two best experts: two must remain in each group.
-TOP2_GROUPS = frozenset({"deepseek_v3", "glm4_moe", "dots1"})
+# Families whose decoder layers return, beside hidden states, what the next layer takes up (chosen positions).
+HANDS_ON = frozenset({"glm_moe_dsa", "hy_v4"})
 
 # Fewest experts a family's code takes as a mixture at all: with one, JambaConfig.layers_num_experts says dense, and
 # phimoe's sparsemixer always picks two.

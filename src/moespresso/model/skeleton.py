@@ -7,9 +7,12 @@ made by the family's own initialiser.
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -18,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moespresso.core.blueprint import LayerSpec
 from moespresso.core.errors import UserError, did_you_mean
@@ -46,7 +50,9 @@ def read_config(raw: Mapping[str, Any], place: str) -> PreTrainedConfig:
         )
         raise UserError(f"{place}: model_type {family!r} is unknown to transformers{custom}")
     try:
-        return CONFIG_MAPPING[family].from_dict(dict(raw))
+        # JSON has no infinity; transformers writes it as a tagged object and undoes that only when reading files.
+        plain = PreTrainedConfig._decode_special_floats(dict(raw))  # pyright: ignore[reportPrivateUsage]
+        return CONFIG_MAPPING[family].from_dict(plain)
     except Exception as error:  # the family's own validation, whatever it raises
         raise UserError(
             f"{place}/config.json is not a valid {family} config ({_first_line(error)})"
@@ -55,6 +61,10 @@ def read_config(raw: Mapping[str, Any], place: str) -> PreTrainedConfig:
 
 def build_meta(config: PreTrainedConfig, dtype: torch.dtype, place: str) -> PreTrainedModel:
     """The causal language model of `config`, every parameter and buffer on `meta`, experts observable."""
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"{place}: transformers has no causal language model for model_type {config.model_type!r}"
+        )
     try:
         with torch.device("meta"), no_init_weights():
             model = cast("PreTrainedModel", AutoModelForCausalLM.from_config(config, dtype=dtype))
@@ -96,12 +106,32 @@ def moe_block(layer: nn.Module) -> tuple[str, nn.Module] | None:
     return None
 
 
-def find_router(block: nn.Module) -> tuple[str, nn.Module]:
+def find_router(block: nn.Module) -> tuple[str, nn.Module] | None:
     """Name and module of the router in a MoE block."""
-    for name in ("gate", "router"):
-        if hasattr(block, name):
-            return name, getattr(block, name)
-    raise AssertionError(f"{type(block).__name__} has neither gate nor router")
+    children = dict(block.named_children())
+    return next(((name, children[name]) for name in ("gate", "router") if name in children), None)
+
+
+def scores_by_sigmoid(router: nn.Module, config: PreTrainedConfig) -> bool:
+    """Whether a router scores with a sigmoid instead of a softmax, which only its code says."""
+    chosen = getattr(config.get_text_config(), "expert_selection_fn", None)
+    return chosen == "sigmoid" if chosen else "sigmoid(" in _code(type(router))
+
+
+def scores_groups_by_two(router: nn.Module) -> bool:
+    """Whether a router scores a group of experts by the sum of its two best, so that two must remain in each."""
+    return re.search(r"topk\(\s*2\b", _code(type(router))) is not None
+
+
+@cache
+def _code(kind: type[nn.Module]) -> str:
+    return inspect.getsource(kind)
+
+
+def layer_config(config: PreTrainedConfig, index: int) -> PreTrainedConfig:
+    """The language model's config as layer `index` has it (a few families let layers differ)."""
+    text = config.get_text_config()
+    return text.per_layer_config[index] if getattr(text, "per_layer_config", None) else text
 
 
 class Skeleton:
@@ -171,13 +201,14 @@ class Skeleton:
         if found is None:
             return Layer(self.specs[index], module, residual_multiplier=multiplier)
         block = found[1]
-        sigmoid = self.config.model_type in quirks.SIGMOID_ROUTERS
+        router = find_router(block)
+        assert router is not None
         return Layer(
             self.specs[index],
             module,
             block.get_submodule("experts"),
-            find_router(block)[1],
-            sigmoid,
+            router[1],
+            scores_by_sigmoid(router[1], self.config),
             multiplier,
         )
 

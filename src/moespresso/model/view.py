@@ -17,9 +17,11 @@ import torch
 from moespresso.checkpoint.index import Checkpoint
 from moespresso.checkpoint.reader import Lazy, Reader
 from moespresso.core.blueprint import Blueprint
+from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan
 from moespresso.core.rewrite import Piece, pieces, pressed_blueprint
-from moespresso.model import quirks
+from moespresso.model.blueprint import check_tensors
+from moespresso.model.counts import with_count
 from moespresso.model.skeleton import Skeleton
 
 
@@ -50,7 +52,14 @@ class View:
         if counts == {layer.experts for layer in self.source.moe_layers}:
             return config
         assert len(counts) == 1, f"config.json has one count of experts, the plan {sorted(counts)}"
-        return _with_count(config, self.source.family, counts.pop())
+        return with_count(config, self.source.family, counts.pop())
+
+    def check_fits(self) -> None:
+        """Raise `UserError` when the tensors to write are not the ones that the model of the edited config asks for."""
+        try:
+            check_tensors(self.config, [piece.ref for piece in self.pieces], self.source.source)
+        except UserError as error:
+            raise UserError(f"the plan's tensors do not fit the model its config makes: {error}") from error
 
     def skeleton(self, reader: Reader, dtype: torch.dtype, device: torch.device) -> Skeleton:
         """The model on `meta`, ready to load the pieces layer by layer."""
@@ -58,10 +67,3 @@ class View:
         return Skeleton(
             self.config, tensors, self.blueprint.layers, place=self.source.source, dtype=dtype, device=device
         )
-
-
-def _with_count(config: dict[str, Any], family: str, count: int) -> dict[str, Any]:
-    present = {key for key in quirks.COUNT_KEYS if key in config}
-    for key in sorted(present | set(quirks.COUNT_ALIASES.get(family, ()))):
-        config[key] = [count] * len(config[key]) if isinstance(config.get(key), list) else count
-    return config
