@@ -173,7 +173,7 @@ def test_routers_of_other_shapes_are_measured(
 
 def test_what_a_family_cannot_tell_is_not_made_up(checkpoint: Written, text: Path, tmp_path: Path) -> None:
     """With several hidden states a token, how far an expert turns the residual stream is not known."""
-    with pytest.raises(UserError, match="change_gate_norm"):
+    with pytest.raises(UserError, match="several: use score=routing_topk"):
         api.press(checkpoint("hy_v4", MIXTURES["hy_v4"]), out=tmp_path / "out", texts=[text], samples=4, length=16,
                   steps=["expert_drop:ratio=0.25,score=easy_ep"])  # fmt: skip
     assert not list((tmp_path / "out").glob("*.safetensors"))
