@@ -41,12 +41,12 @@ from moespresso.core.unit import Unit
 from moespresso.data import Batches
 from moespresso.measure import Measurer, weight_sums
 from moespresso.model import Skeleton, View, read_blueprint
-from moespresso.stream import Memento, sweep
+from moespresso.stream import ANSWER_BYTES, Memento, sweep
 
 # Formats of what is measured: raise when the same needs would give other numbers.
 _STATS_VERSION = "1"
-# Memory beside the layer and its hidden states.
-_OVERHEAD = 512 << 20
+# Memory beside the layer and its hidden states: a few copies of what all selected experts answer to one batch, and more.
+_OVERHEAD = 4 * ANSWER_BYTES
 
 
 class Step(Protocol):

@@ -8,6 +8,8 @@ Sums are float64; padding is left out of all of them.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,9 @@ class RoutingSums:
         assert routed is not None
         tokens = valid_tokens(call)
         index, gate = routed.index[tokens], routed.weights[tokens].float()
-        outputs, scores = routed.outputs[tokens].float(), layer.scores(routed.logits[tokens])
+        # The largest tensor of all: copied only where there is padding to leave out.
+        outputs = routed.outputs if bool(call.valid.all()) else routed.outputs[tokens]
+        outputs, scores = outputs.float(), layer.scores(routed.logits[tokens])
         norm = outputs.norm(dim=-1)
         self.nonfinite += int((~norm.isfinite()).sum())
         chosen = scores.gather(1, index)
@@ -66,7 +70,7 @@ class RoutingSums:
                     "change_gate_norm": change.unsqueeze(1) * gate * norm}  # fmt: skip
         for name, values in per_slot.items():
             self._sums[name] += _by_expert(values, index, self.experts)
-        peaks = outputs.abs().amax(-1).double().cpu().reshape(-1)
+        peaks = torch.linalg.vector_norm(outputs, math.inf, dim=-1).double().cpu().reshape(-1)
         self._largest.scatter_reduce_(0, index.reshape(-1).cpu(), peaks, "amax")
 
     def values(self) -> dict[str, list[float]]:
@@ -104,5 +108,5 @@ def _change(layer: Layer, call: Call, tokens: Tensor, outputs: Tensor, gate: Ten
     """c_t = 1 - cos(before, after) [N]: how far the routed experts turn the residual stream."""
     # In float64: 1 - cos of nearly parallel vectors loses all digits otherwise.
     after = call.output.reshape(-1, call.output.shape[-1])[tokens].double()
-    routed = (outputs * gate.unsqueeze(-1)).sum(1).double() * layer.residual_multiplier
+    routed = torch.einsum("tkh,tk->th", outputs, gate).double() * layer.residual_multiplier
     return (1 - torch.cosine_similarity(after - routed, after, dim=-1)).float()

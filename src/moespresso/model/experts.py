@@ -27,6 +27,8 @@ def experts_forward(
     tap: Tap | None = self.__dict__.get("moespresso_tap")
     if tap is not None:
         tap(hidden_states, top_k_index, top_k_weights, outputs)
+    if outputs.dtype == top_k_weights.dtype:  # no copy of all answers
+        return torch.einsum("tkh,tk->th", outputs, top_k_weights)
     return (outputs * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +23,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from moespresso.checkpoint import TORCH_DTYPES, as_bytes, disk_full_is_told, header, write_file
-from moespresso.core.blueprint import TensorRef
+from moespresso.core.blueprint import LayerSpec, TensorRef
 from moespresso.core.layer import Call, Layer, LayerWeights, Routed, Taps
 from moespresso.core.progress import Progress, Silent
 from moespresso.model import Skeleton, Waiting, start
 
 Visitor = Callable[[Layer, Taps], LayerWeights | None]
-# Tokens that pass a layer at once: enough to keep matrix products busy, few enough that one batch stays small.
-BATCH_TOKENS = 4096
+# Tokens that pass a layer at once: enough to keep matrix products busy, few enough that what all selected experts answer
+# (tokens x top_k x hidden) stays within a bound.
+BATCH_TOKENS, ANSWER_BYTES = 4096, 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,9 @@ def sweep(
     next_layer, remembered = memento.load() if memento else (0, [])
     with ExitStack() as stack:
         parked = stack.enter_context(_parking(spill))
-        waiting = _start(skeleton, ids, mask)
-        masks = _batches(mask)
+        rows = rows_at_once(ids.shape[1], skeleton.specs, skeleton.config.get_text_config().hidden_size)
+        waiting = _start(skeleton, ids.split(rows), mask.split(rows))
+        masks = mask.split(rows)
         watch.stage(label, len(skeleton.layers))
         for index in range(len(skeleton.layers)):
             if index < next_layer:
@@ -98,16 +100,18 @@ def sweep(
         return torch.cat([batch.hidden.cpu() for batch in waiting])
 
 
-def _start(skeleton: Skeleton, ids: Tensor, mask: Tensor) -> list[Waiting]:
+def rows_at_once(length: int, specs: Sequence[LayerSpec], hidden: int) -> int:
+    """Rows of `length` tokens in one batch."""
+    answers = 4 * hidden * max((spec.top_k for spec in specs), default=0)
+    return max(1, min(BATCH_TOKENS, ANSWER_BYTES // answers if answers else BATCH_TOKENS) // length)
+
+
+def _start(skeleton: Skeleton, ids: Sequence[Tensor], mask: Sequence[Tensor]) -> list[Waiting]:
     device = skeleton.device
     # Without padding no mask is built at all, and the attention kernels take their causal path.
-    masks = [None if bool(part.all()) else part.long().to(device) for part in _batches(mask)]
+    masks = [None if bool(part.all()) else part.long().to(device) for part in mask]
     with skeleton.outer():
-        return start(skeleton.base, skeleton.layers_name, [part.to(device) for part in _batches(ids)], masks)
-
-
-def _batches(rows: Tensor) -> list[Tensor]:
-    return list(rows.split(max(1, BATCH_TOKENS // rows.shape[1])))
+        return start(skeleton.base, skeleton.layers_name, [part.to(device) for part in ids], masks)
 
 
 def _skip(waiting: list[Waiting], remembered: list[Tensor] | None, device: torch.device) -> None:
@@ -119,7 +123,7 @@ def _pass(
     skeleton: Skeleton,
     index: int,
     waiting: list[Waiting],
-    masks: list[Tensor],
+    masks: Sequence[Tensor],
     visit: Visitor | None,
     carry: str,
     parked: Callable[[int, Tensor], Tensor],
@@ -140,7 +144,7 @@ def _pass(
 class _LayerTaps:
     """Runs each batch through the layer once; what the visitor did not ask for is run when the loop needs it."""
 
-    def __init__(self, layer: Layer, waiting: list[Waiting], masks: list[Tensor]) -> None:
+    def __init__(self, layer: Layer, waiting: list[Waiting], masks: Sequence[Tensor]) -> None:
         self._layer, self._waiting, self._masks = layer, waiting, masks
         self._outputs: dict[int, Tensor] = {}
 
