@@ -39,7 +39,7 @@ from moespresso.pipeline import Clock, decide, make_skeleton, measure, open_view
 from moespresso.report import machine, versions
 from moespresso.stream import sweep
 
-RANDOM_SEEDS = 3
+RANDOM_SEEDS = 8
 NEEDS = frozenset({"routing", "reconstruction", "weights"})
 LENGTH = 512
 
@@ -49,6 +49,7 @@ def steps(ratio: float) -> dict[str, str]:
     named = {score: f"score={score}" for score in get_args(Score) if score != "random"}
     named |= {f"random, seed {seed}": f"score=random,seed={seed}" for seed in range(RANDOM_SEEDS)}
     named |= {"reap, gates=softmax": "score=reap,gates=softmax", "reap, compensate": "score=reap,renormalise=compensate",
+              "easy_ep, compensate": "score=easy_ep,renormalise=compensate", "aimer, reversed": "score=aimer,reverse=true",
               "reap, reversed": "score=reap,reverse=true,protect_super=false"}  # fmt: skip
     return {label: f"expert_drop:ratio={ratio},{settings}" for label, settings in named.items()}
 
