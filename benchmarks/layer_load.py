@@ -1,0 +1,42 @@
+"""What does it take to load one layer for measuring, and to measure on real widths?
+
+Uses the checkpoint that `build_speed.py` made (OLMoE-1B-7B's shape): seconds and peak anonymous memory of loading a layer,
+in sizes of the layer, per precision.
+
+    python benchmarks/layer_load.py --work /tmp/bench [--layers 4]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from moespresso.checkpoint import Reader
+from moespresso.core.runtime import Runtime
+from moespresso.pipeline import make_skeleton, open_view
+from moespresso.stream import PeakMemory
+
+
+def main() -> None:
+    """Load the first two layers in each precision and print what it took (the first one warms up)."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=4)
+    asked = parser.parse_args()
+    view = open_view(asked.work / f"olmoe-{asked.layers}")
+    for dtype in ("float32", "bfloat16"):
+        with Reader(view.checkpoint.folder) as reader:
+            skeleton = make_skeleton(view, reader, Runtime(dtype=dtype))
+            for index in (0, 1):
+                start = time.perf_counter()
+                with PeakMemory() as memory, skeleton.layer(index) as layer:
+                    size = sum(parameter.nbytes for parameter in layer.module.parameters())
+                    seconds = time.perf_counter() - start
+                print(
+                    f"{dtype} layer {index}: {size >> 20} MiB in {seconds:.1f} s, peak {memory.peak / size:.2f} layers"
+                )
+
+
+if __name__ == "__main__":
+    main()
