@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moespresso.checkpoint import Reader
 from moespresso.core.runtime import Runtime
-from moespresso.pipeline import make_skeleton, open_view
+from moespresso.model import make_skeleton, open_view
 from moespresso.stream import PeakMemory
 
 

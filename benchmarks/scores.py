@@ -34,8 +34,8 @@ from moespresso.data import Batches, Source, calibration, sequences
 from moespresso.evaluate import score_tokens
 from moespresso.evaluate.compare import summary
 from moespresso.methods.expert_drop import Score
-from moespresso.model import View
-from moespresso.pipeline import Clock, decide, make_skeleton, measure, open_view
+from moespresso.model import View, make_skeleton, open_view
+from moespresso.pipeline import Clock, decide, measure
 from moespresso.report import machine, versions
 from moespresso.stream import sweep
 

@@ -248,7 +248,24 @@ class TestSettings:
             ("expert_drop:keep=5,score=reep", "did you mean 'reap'"),
             ("expert_drop:keep=5,scope=globl", "did you mean 'global'"),
             ("expert_drop:keep=5,protect_super=maybe", "must be true or false"),
-            ("expert_drop:keep=5,router=preserve", "router=preserve is not available in this version"),
+            (
+                "expert_drop:keep=5,router=preserve",
+                "routers whole .* which transformers cannot load; the nearest plan",
+            ),
+            ("expert_drop:keep=5,scope=global", "unequal layers, which transformers cannot load"),
+            ("layer_drop:drop=99", "has only . layers with experts to drop"),
+            ("layer_drop:drop=0", "must be at least 1"),
+            (
+                "layer_drop:part=attention",
+                "without attention, which transformers cannot load; the nearest plan",
+            ),
+            ("layer_drop:part=attention,score=cosine_moe", "use score=cosine"),
+            ("layer_drop:score=kll", "did you mean 'kl'"),
+            ("block_drop:drop=99", "one must stay"),
+            ("block_drop:drop=99,contiguous=true", "no such run of them exists"),
+            ("block_drop:repair=bias", "no place"),
+            ("expert_merge:keep=99", "is more than the"),
+            ("expert_merge:keep=5,ratio=0.5", "not both"),
             ("expertdrop:keep=5", "did you mean 'expert_drop'"),
             ("prune", "is unknown"),
             ("wanda:sparsity=0.5", "'wanda' is not available in this version"),
@@ -270,7 +287,6 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            (("--target", "plugin"), "'plugin' is not available in this version"),
             (("--target", "vlm"), "did you mean 'vllm'"),
             (("--size", "1KiB"), "cannot be reached by expert_drop alone: it leaves at least"),
             (("--size", "lots"), "lots"),

@@ -466,7 +466,7 @@ def record(folder: Path, journal: Journal, name: str, text: str = "done") -> Wri
 
 def manifest_of(*files: Written) -> dict[str, object]:
     """The least that a manifest says."""
-    parts = ("experts", "cost", "source", "nonfinite", "plan")
+    parts = ("layers", "cost", "source", "nonfinite", "plan", "stock")
     return {"identity": "run", "files": {file.name: {"bytes": file.nbytes} for file in files}} | {
         part: {} for part in parts
     }

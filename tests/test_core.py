@@ -311,7 +311,9 @@ def test_survivors_move_up_and_shared_tensors_give_their_rows():
         _entry("layers.1.mlp.experts.down", (4, 6, 8), Unit(1, "experts", None, "down"), axis=0),
         _entry("layers.1.mlp.shared.0.down.weight", (8, 6), Unit(1, "shared")),
     )
-    blueprint = Blueprint("made", "made-up", "x", 8, 16, False, (LayerSpec(1, "attention", 4),), entries)
+    blueprint = Blueprint(
+        "made", "made-up", "x", 8, 16, False, (LayerSpec(0, "none"), LayerSpec(1, "attention", 4)), entries
+    )
     router, bias, first, second, fused, shared = pieces(blueprint, keeping({1: (1, 3)}, scale=0.5))
     assert (router.shape, router.axis, router.take, router.scale) == ((2, 8), 0, (1, 3), 1.0)
     assert (bias.shape, bias.axis, bias.take) == ((1, 2), 1, (1, 3))
@@ -541,7 +543,7 @@ def test_stats_survive_a_file(tmp_path: Path):
     stats = Stats("k", "b", 7, values, ("oh",), {"samples": 2}, ("routing",))
     (tmp_path / "stats.json").write_text(stats.to_json())
     assert Stats.load(tmp_path / "stats.json") == stats
-    with pytest.raises(UserError, match="hold no 'gate' for L3: measure again"):
+    with pytest.raises(UserError, match=r"hold no 'gate' for L3\.experts: measure again"):
         stats.of(3, 2, "gate")
     (tmp_path / "plan.json").write_text(Plan("x").to_json())
     with pytest.raises(UserError, match="is not a moespresso stats file"):

@@ -24,8 +24,7 @@ from moespresso.checkpoint import Reader
 from moespresso.core.progress import Silent
 from moespresso.data import Batches
 from moespresso.evaluate import compare, evaluate, mean_interval
-from moespresso.model import Skeleton
-from moespresso.pipeline import open_view
+from moespresso.model import Skeleton, open_view
 
 # A plain head, one that scales its logits (and is tied), one with a bias.
 HEADS = ["mixtral", "granitemoe", "phimoe"]

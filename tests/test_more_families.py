@@ -192,7 +192,7 @@ def test_a_plan_that_its_config_does_not_fit_is_refused_before_any_work(
 ) -> None:
     """Should a count of experts ever be written where the family does not read it."""
     folder = checkpoint("flex_olmo", MIXTURES["flex_olmo"])
-    monkeypatch.setattr("moespresso.model.view.with_count", lambda config, family, count: config)
+    monkeypatch.setattr("moespresso.model.unequal.with_count", lambda config, family, count: config)
     with pytest.raises(UserError, match="do not fit the model its config makes"):
         api.press(folder, out=tmp_path / "out", steps=["expert_drop:ratio=0.25,score=aimer"])
     assert not (tmp_path / "out").exists()

@@ -33,11 +33,11 @@ from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.data import Batches
-from moespresso.measure import Measurer, Reconstruction, reconstruction
+from moespresso.measure import Measurer, Reconstruction, Sample, reconstruction
 from moespresso.measure.reconstruction import _only
 from moespresso.methods import ExpertDrop
-from moespresso.model import View
-from moespresso.pipeline import measure, open_view
+from moespresso.model import View, open_view
+from moespresso.pipeline import measure
 from moespresso.stream import sweep
 
 Zoo = Callable[[str], Path]
@@ -54,10 +54,10 @@ def searched(view: View, ids: Tensor, layers: Sequence[int]) -> dict[int, dict[s
 
     def visit(layer: Layer, taps: Taps) -> None:
         if layer.spec.index in layers:
-            search = Reconstruction(layer.spec.experts, view.source.hidden)
+            sample = Sample(layer.spec.experts, view.source.hidden, ids.numel())
             for call in taps:
-                search.add(call, ids.numel())
-            found[layer.spec.index] = search.search(layer)
+                sample.add(call)
+            found[layer.spec.index] = Reconstruction(sample).search(layer)
 
     with Reader(view.checkpoint.folder) as reader:
         skeleton = view.skeleton(reader, torch.float32, torch.device("cpu"))
@@ -288,8 +288,8 @@ def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     seen: list[Tensor] = []
 
     class Blank:
-        def __init__(self, _: Layer, hidden: Tensor, *__: object) -> None:
-            seen.append(hidden)
+        def __init__(self, _: Layer, sample: Sample) -> None:
+            seen.append(sample.hidden)
 
         def error(self, _: tuple[int, ...]) -> float:
             return 0.0
@@ -321,9 +321,9 @@ def test_padding_is_not_looked_at(zoo: Zoo, looked_at: list[Tensor], tmp_path: P
 def test_the_sample_is_spread_over_the_whole_batch(tokens: int, looked_at: list[Tensor]):
     numbers = torch.arange(tokens, dtype=torch.float32).unsqueeze(1)
     routed = Routed(numbers, numbers, numbers.long(), numbers, numbers.unsqueeze(2), (numbers,))
-    search = Reconstruction(8, 16)
-    search.add(Call(numbers[None], numbers[None], torch.ones(1, tokens, dtype=torch.bool), routed), tokens)
-    search.search(Layer(LayerSpec(0, "attention", 8, top_k=2, floor=8), nn.Identity()))
+    sample = Sample(8, 16, tokens)
+    sample.add(Call(numbers[None], numbers[None], torch.ones(1, tokens, dtype=torch.bool), routed))
+    Reconstruction(sample).search(Layer(LayerSpec(0, "attention", 8, top_k=2, floor=8), nn.Identity()))
     (taken,) = looked_at
     assert 500 < len(taken) <= 1024
     assert taken.max() > 0.95 * tokens

@@ -83,7 +83,7 @@ INSPECTION = {
     "num_layers": 4,
     "layers": [
         {"index": index, "mixer": "attention", "experts": 64 * bool(index), "shared_experts": 2 * bool(index),
-         "top_k": 6 * bool(index)}
+         "top_k": 6 * bool(index), "width": 1408 if index else 10944}
         for index in range(4)
     ],
     "params": {"total": 15_700_000_000, "active": 2_400_000_000},
@@ -156,8 +156,8 @@ def test_a_report_read_back_from_json_gives_the_same_page():
 def test_the_page_of_an_inspection_joins_equal_layers():
     page = render_inspection(INSPECTION)
     lines = [line.split() for line in page.splitlines()]
-    assert ["1-3", "attention", "64", "2", "6"] in lines
-    assert ["0", "attention", "-", "-", "-"] in lines
+    assert ["1-3", "attention", "64", "2", "6", "1408"] in lines
+    assert ["0", "attention", "-", "-", "-", "10944"] in lines
     assert "15.7 B parameters, 2.4 B active per token" in page
     assert "90.0 %" in page
     assert "3 tensors outside" in page

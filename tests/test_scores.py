@@ -48,8 +48,8 @@ from moespresso.data import Batches
 from moespresso.measure import Measurer, weight_sums
 from moespresso.methods import ExpertDrop
 from moespresso.methods.expert_drop import expert_scores, super_experts
-from moespresso.model import View
-from moespresso.pipeline import Clock, Decided, decide, open_view
+from moespresso.model import View, open_view
+from moespresso.pipeline import Clock, Decided, decide
 from moespresso.stream import sweep
 
 Zoo = Callable[[str], Path]
@@ -356,7 +356,7 @@ def test_a_number_that_cannot_be_kept_is_refused(
         ({"ratio": 1.0}, r"ratio=1.0 is the share removed and must be in \[0, 1\)"),
         ({"ratio": -0.1}, "must be in"),
         ({"ratio": math.nan}, "must be in"),
-        ({"router": "preserve"}, "router=preserve is not available in this version"),
+        ({"router": "preserve", "renormalise": "compensate"}, "for routers that lose rows"),
     ],
 )
 def test_settings_that_contradict_are_refused_at_once(options: dict[str, Any], sentence: str):

@@ -270,7 +270,7 @@ class TestPlanted:
 
     def test_counts_that_are_not_the_plans(self, folder: Path):
         manifest = json.loads((folder / MANIFEST).read_text())
-        manifest["experts"]["1"] = 6
+        manifest["layers"][1]["experts"] = 6
         (folder / MANIFEST).write_text(json.dumps(manifest))
         assert failed(folder) == {COUNTS}
 

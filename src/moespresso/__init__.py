@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from moespresso._versions import VERSION as __version__
 from moespresso._versions import check_versions
+from moespresso.runtime.hook import watch
 
 if TYPE_CHECKING:
     from moespresso.api import build, demo, evaluate, inspect, load, measure, methods, plan, press, verify
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 check_versions()
+watch()
 
 
 class _Door(ModuleType):

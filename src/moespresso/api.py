@@ -10,12 +10,14 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from huggingface_hub import snapshot_download
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import moespresso.methods  # noqa: F401  (registers them)
@@ -23,24 +25,25 @@ from moespresso._versions import VERSION
 from moespresso.bundled import MODELS, TEXT
 from moespresso.checkpoint import Reader, claim, write_text
 from moespresso.core.errors import UserError
+from moespresso.core.fits import needs_fit
 from moespresso.core.plan import Plan
 from moespresso.core.registry import parse_step
 from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats, stats_key
 from moespresso.data import Batches, Source, calibration, sequences
 from moespresso.evaluate import evaluate as evaluate_models
-from moespresso.export import check_target, find_target
-from moespresso.model import View, quiet_transformers
-from moespresso.pipeline import (
-    Clock,
-    Decided,
-    all_needs,
-    decide,
-    describe_step,
+from moespresso.export import find_target, formed
+from moespresso.fitting import fit
+from moespresso.model import (
+    View,
+    is_rehoused,
+    is_unequal,
     make_skeleton,
-    must_spill,
     open_view,
+    quiet_transformers,
+    rehoused_views,
 )
+from moespresso.pipeline import Clock, Decided, all_needs, decide, describe_step, must_spill
 from moespresso.pipeline import measure as measure_view
 from moespresso.recipe import Recipe, Request, parse_size
 from moespresso.report import Report, describe_methods
@@ -99,6 +102,12 @@ def inspect(model: str | Path) -> dict[str, Any]:
     view = open_view(locate(model))
     blueprint, cost = view.blueprint, view.blueprint.cost()
     notes = outside_notes(view)
+    if is_unequal(view.checkpoint.config):
+        notes.append("its layers differ: transformers loads it where moespresso is imported")
+    if is_rehoused(view.checkpoint):
+        notes.append(
+            f"read as {blueprint.family}, whose code computes the same: transformers does not have its own family"
+        )
     if "auto_map" in view.checkpoint.config:
         notes.append(
             "config.json names custom code (auto_map), which is never run: the family is transformers' own"
@@ -109,7 +118,8 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "num_layers": len(blueprint.layers),
         "layers": [
             {"index": layer.index, "mixer": layer.mixer, "experts": layer.experts, "shared_experts": layer.shared_experts,
-             "top_k": layer.top_k, "groups": layer.groups, "width": layer.width}
+             "top_k": layer.top_k, "groups": layer.groups, "width": layer.width, "skipped": layer.skipped,
+             "parts": sorted(layer.bodies)}
             for layer in blueprint.layers
         ],
         "hidden": blueprint.hidden,
@@ -136,7 +146,7 @@ def measure(
     runtime, request, out = runtime or Runtime(), _asked(model, request, options), Path(out)
     view = open_view(locate(model))
     _check_file(out, view.checkpoint.folder)
-    _rehearse(view, request)
+    view, request = _rehearse(view, request)
     batches = _calibration(view, request)
     must_spill(view, batches, runtime)
     work_folder = out.parent / f".{out.name}.moespresso"
@@ -171,14 +181,14 @@ def plan(
     view = open_view(locate(model))
     if out is not None:
         _check_file(Path(out), view.checkpoint.folder)
-    request = _rehearse(view, request)
+    view, request = _rehearse(view, request)
     given = _given_stats(Path(stats), view) if stats is not None else None
     # A later step that is re-scored needs the text even where the first one's stats are given.
     batches = _calibration(view, request) if given is None or request.texts else None
     with tempfile.TemporaryDirectory() as work:
         decided = decide(view, request.steps, batches, given, Path(work), runtime, Clock())
     made = _signed(decided, request).plan
-    check_target(request.target, made, view.source)
+    formed(request.target, replace(view, plan=made))
     if out is not None:
         write_text(Path(out), made.to_json() + "\n")
     return made
@@ -214,8 +224,7 @@ def press(
     """Measure, decide and build in one go; killed anywhere and run again it ends with the same bytes."""
     runtime, clock, request = runtime or Runtime(), Clock(), _asked(model, request, options)
     with clock.phase("open"):
-        view = open_view(locate(model))
-        request = _rehearse(view, request)
+        view, request = _rehearse(open_view(locate(model)), request)
         batches = _calibration(view, request)
         must_spill(view, batches, runtime)
     tokens = batches.digest if batches is not None else ""
@@ -239,52 +248,93 @@ def build(
 ) -> Report:
     """Do exactly what a saved plan says."""
     runtime, clock, request = runtime or Runtime(), Clock(), request or Request()
+    target = request.target
     with clock.phase("open"):
         view = open_view(locate(model))
         made = Plan.load(Path(plan)).validated(view.source)
-        check_target(request.target, made, view.source)
-        replace(view, plan=made).check_fits()
-    _check_text(view, made, request)
+        view = _housed(view, lambda at_home: formed(target, replace(at_home, plan=made)).check_fits())
+    batches = _text_of_plan(view, made, request)
     # What is built is what the plan says, whatever else the request holds.
     recipe = {"calibration": dict(made.calibration), "steps": [dict(stage.method) for stage in made.stages],
               "target": request.target, "seed": made.seed}  # fmt: skip
     request = replace(request, recipe=recipe, seed=made.seed)
     identity = stats_key("build", VERSION, view.source.digest, made.digest)
-    return produce(view, Path(out), identity, lambda _: Decided(made), request, runtime, clock)
+
+    def make(work: Path) -> Decided:
+        with clock.phase("fit"):
+            return Decided(made, _fitted(view, made, batches, work, runtime))
+
+    return produce(view, Path(out), identity, make, request, runtime, clock)
 
 
-def _check_text(view: View, made: Plan, request: Request) -> None:
-    """Text given to `build` must be the text the plan was made on."""
+def _fitted(
+    view: View, made: Plan, batches: Batches | None, work: Path, runtime: Runtime
+) -> dict[str, Tensor]:
+    """What each stage of a plan needs, found again on the text it was made on."""
+    fits: dict[str, Tensor] = {}
+    for stage in range(len(made.stages)):
+        before = replace(view, plan=replace(made, stages=made.stages[:stage]), fits=dict(fits))
+        fits |= fit(before, replace(made, stages=made.stages[: stage + 1]), batches, work, runtime)
+    return fits
+
+
+def _text_of_plan(view: View, made: Plan, request: Request) -> Batches | None:
+    """The text given to `build`, which must be the text the plan was made on; a plan that is fitted needs it."""
     wanted = made.calibration
+    fitted = any("text" in needs_fit(made, stage) for stage in range(len(made.stages)))
+    if not request.texts and fitted:
+        raise UserError(
+            "this plan is fitted on real text: give --text FILE or --dataset NAME, as it was made with"
+        )
     if not request.texts or "digest" not in wanted:
-        return
+        return None
     found = calibration(request.texts, load_tokenizer(view.checkpoint.folder), int(wanted.get("samples", request.samples)),
                         int(wanted.get("length", request.length)), int(wanted.get("seed", request.seed)), wanted.get("mode", request.mode))  # fmt: skip
     if found.digest != wanted["digest"]:
         raise UserError(
             "the text given is not the one the plan was calibrated on: give the same files in the same order"
         )
+    return found
 
 
-def _rehearse(view: View, request: Request) -> Request:
-    """Walk through all steps on shapes alone: what cannot be done, or not be loaded by the target, shows here."""
-    target = find_target(request.target)
+def _rehearse(view: View, request: Request) -> tuple[View, Request]:
+    """Walk through all steps on shapes alone: what cannot be done, or not be loaded by the target, shows here.
+
+    Returns the view in the house that the target can load the result from, and the request with its budget filled in.
+    """
+    find_target(request.target)
     if not request.steps and request.size is None:
-        return request
+        return view, request
     request = _fit_budget(view, request) if request.size is not None else request
-    made = view.plan
+    return _housed(view, lambda at_home: _walk(at_home, request)), request
+
+
+def _housed(view: View, try_out: Callable[[View], None]) -> View:
+    """The view, or the same checkpoint under another family's name, in which `try_out` raises no `UserError`; its first
+    complaint where there is none."""
+    try:
+        try_out(view)
+    except UserError as error:
+        for other in rehoused_views(view):
+            with suppress(UserError):
+                try_out(other)
+                return other
+        raise error from None
+    return view
+
+
+def _walk(view: View, request: Request) -> None:
+    target, made = find_target(request.target), view.plan
     for step in request.steps:
         now = replace(view, plan=made)
         step.check(now.blueprint)
-        if step.uneven and not target.unequal_experts:
+        if step.uneven and not target.plugin:
             raise UserError(
                 f"{step.kind}: scope=global leaves unequal layers, which {target.name} cannot load; the nearest plan "
-                f"that it can is scope=layer,keep={step.even_keep(now.blueprint)}"
+                f"that it can is scope=layer,keep={step.even_keep(now.blueprint)}, or say --target plugin"
             )
-        made = replace(made, stages=(*made.stages, step.outline(view.source, made)))
-        check_target(request.target, made, view.source)
-    replace(view, plan=made).check_fits()
-    return request
+        made = replace(made, stages=(*made.stages, step.outline(view.source, made))).validated(view.source)
+    formed(request.target, replace(view, plan=made)).check_fits()
 
 
 def _fit_budget(view: View, request: Request) -> Request:
@@ -378,5 +428,5 @@ def demo(*, out: str | Path | None = None, runtime: Runtime | None = None) -> di
 
 
 def load(folder: str | Path) -> PreTrainedModel:
-    """The model in any folder we write, as transformers loads it."""
+    """The model in any folder we write, stock or with layers that differ."""
     return AutoModelForCausalLM.from_pretrained(folder)

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-import torch
+from torch import Tensor
 
 from moespresso.checkpoint import (
-    Checkpoint,
     Journal,
     Reader,
     Written,
     copy_sidecar,
     layout,
-    open_checkpoint,
     shard_limit,
     sidecars,
     write_index,
@@ -33,15 +31,23 @@ from moespresso.checkpoint import (
 )
 from moespresso.core.blueprint import Blueprint
 from moespresso.core.errors import UserError
-from moespresso.core.plan import Decision, Plan, Stage
-from moespresso.core.rewrite import kept_by_layer
+from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats, stats_key
 from moespresso.core.unit import Unit
 from moespresso.data import Batches
-from moespresso.measure import Measurer, weight_sums
-from moespresso.model import Skeleton, View, read_blueprint
-from moespresso.stream import ANSWER_BYTES, Memento, sweep
+from moespresso.evaluate import token_kl
+from moespresso.fitting import fit, unrepaired
+from moespresso.measure import PAIRS, Measurer, weight_sums
+from moespresso.model import (
+    View,
+    is_rehoused,
+    make_skeleton,
+    pick_device,
+    pick_dtype,
+    tokenizer_config,
+)
+from moespresso.stream import ANSWER_BYTES, Cuts, Memento, lanes_at_once, sweep, sweep_variants
 
 # Formats of what is measured: raise when the same needs would give other numbers.
 _STATS_VERSION = "1"
@@ -54,7 +60,9 @@ class Step(Protocol):
 
     kind: str
     rescore: bool
-    uneven: bool
+
+    @property
+    def uneven(self) -> bool: ...
 
     def needs(self) -> frozenset[str]: ...
 
@@ -63,6 +71,17 @@ class Step(Protocol):
     def decide(self, stats: Stats, blueprint: Blueprint) -> Decision: ...
 
     def outline(self, source: Blueprint, before: Plan) -> Stage: ...
+
+    @property
+    def searches(self) -> bool: ...
+
+
+class SearchingStep(Step, Protocol):
+    """A step that compares candidates by the whole model's KL, on so many rows of text."""
+
+    rows: int
+
+    def search(self, blueprint: Blueprint, judge: Callable[[Sequence[Cuts]], list[float]]) -> Decision: ...
 
 
 @dataclass
@@ -81,41 +100,6 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def open_view(folder: Path) -> View:
-    """The checkpoint in `folder`, as it is."""
-    checkpoint: Checkpoint = open_checkpoint(folder)
-    blueprint = read_blueprint(checkpoint)
-    return View(checkpoint, blueprint, Plan(blueprint.digest))
-
-
-def make_skeleton(view: View, reader: Reader, runtime: Runtime) -> Skeleton:
-    """The view's model on `meta`, for the runtime's device and precision."""
-    device = pick_device(runtime.device)
-    return view.skeleton(reader, pick_dtype(runtime.dtype, view, device), device)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device {name!r} is not to be had here ({str(error).splitlines()[0]})") from error
-
-
-def pick_dtype(name: str, view: View, device: torch.device) -> torch.dtype:
-    """`auto` is float32 on a CPU (statistics should not carry rounding) and the checkpoint's own elsewhere."""
-    if name == "auto":
-        config = view.checkpoint.config
-        stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-        name = "float32" if device.type == "cpu" else str(stored)
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise UserError(f"dtype {name!r} is unknown: use float32, bfloat16 or float16")
-    return found
-
-
 def all_needs(steps: Sequence[Step]) -> frozenset[str]:
     """What all steps together must have measured."""
     return frozenset().union(*(step.needs() for step in steps))
@@ -125,7 +109,7 @@ def measure(
     view: View, batches: Batches | None, needs: frozenset[str], work: Path, runtime: Runtime
 ) -> Stats:
     """Measure `needs` on the view; a finished measurement in `work` is taken up, an unfinished one continued."""
-    text = needs - {"weights"}
+    text = needs - {"weights", "text"}
     if text and batches is None:
         raise UserError("these steps score on real text: give --text FILE or --dataset NAME")
     tokens = batches.digest if batches is not None and text else ""
@@ -175,9 +159,11 @@ def _sweep(
         measurer.recall(notes["measured"])
         reader.nonfinite = notes["nonfinite"]
 
+    # What is held of runs of blocks is not kept: such a measurement starts afresh.
+    resumable = not any(need.startswith("run@") for need in needs)
     memento = Memento(path, lambda: {"measured": measurer.notes(), "nonfinite": reader.nonfinite}, recall)
     spill = path.parent if must_spill(view, batches, runtime) else None
-    sweep(skeleton, batches.ids, batches.mask, measurer, memento=memento, spill=spill, progress=runtime.progress,
+    sweep(skeleton, batches.ids, batches.mask, measurer, memento=memento if resumable else None, spill=spill, progress=runtime.progress,
           label="measure layers")  # fmt: skip
     return measurer
 
@@ -202,9 +188,11 @@ def must_spill(view: View, batches: Batches | None, runtime: Runtime) -> bool:
 
 @dataclass
 class Decided:
-    """A plan with what it stands on: stats, notes for the user, and every expert's score (in source numbers)."""
+    """A plan with what it stands on: stats, fitted values, notes for the user, and every unit's score (in source
+    numbers)."""
 
     plan: Plan
+    fits: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     stats: list[Stats] = field(default_factory=list[Stats])
     notes: list[str] = field(default_factory=list[str])
     scores: dict[Unit, float] = field(default_factory=dict[Unit, float])
@@ -225,44 +213,98 @@ def decide(
     runtime: Runtime,
     clock: Clock,
 ) -> Decided:
-    """Choose for every step in order."""
-    done = Decided(view.plan)
+    """Choose for every step in order, and fit what stands in for what goes."""
+    done = Decided(view.plan, dict(view.fits))
     for step in steps:
-        now = replace(view, plan=done.plan)
-        seen = now if step.rescore and done.plan.stages else view
+        now = replace(view, plan=done.plan, fits=done.fits)
         step.check(now.blueprint)
-        with clock.phase("measure"):
-            shared = [other for other in steps if other is step or other is steps[0] or not other.rescore]
-            needs = all_needs(shared) if seen is view else step.needs()
-            stats = (
-                given if given is not None and seen is view else measure(seen, batches, needs, work, runtime)
-            )
-        if stats not in done.stats:
-            done.stats.append(stats)
-        with clock.phase("plan"):
-            _take(step, stats if seen is now else _restricted(stats, now), now, done)
+        if step.searches:
+            with clock.phase("search"):
+                decision = _searched(cast("SearchingStep", step), now, view, batches, runtime)
+        else:
+            decision = _measured(step, steps, now, view, batches, given, work, runtime, clock, done)
+        _take(step, decision, now, done)
+        with clock.phase("fit"):
+            done.fits |= fit(now, done.plan, batches, work, runtime)
     return done
 
 
-def _take(step: Step, stats: Stats, now: View, done: Decided) -> None:
-    """Let a step decide on the model as it is now, and add that to what is decided."""
-    decision = step.decide(stats, now.blueprint)
-    kept = kept_by_layer(now.plan, now.source)
+def _measured(
+    step: Step,
+    steps: Sequence[Step],
+    now: View,
+    view: View,
+    batches: Batches | None,
+    given: Stats | None,
+    work: Path,
+    runtime: Runtime,
+    clock: Clock,
+    done: Decided,
+) -> Decision:
+    """Let a step decide by what is measured: on the model as it is now, or (`rescore: false`) on the original."""
+    seen = now if step.rescore and done.plan.stages else view
+    with clock.phase("measure"):
+        shared = [other for other in steps if other is step or other is steps[0] or not other.rescore]
+        needs = all_needs(shared) if seen is view else step.needs()
+        stats = given if given is not None and seen is view else measure(seen, batches, needs, work, runtime)
+    if stats not in done.stats:
+        done.stats.append(stats)
+    with clock.phase("plan"):
+        return step.decide(stats if seen is now else _restricted(stats, now), now.blueprint)
 
-    def in_source(unit: Unit) -> Unit:
-        assert unit.layer is not None
-        return unit if unit.expert is None else replace(unit, expert=kept[unit.layer][unit.expert])
 
+def _searched(
+    step: SearchingStep, now: View, view: View, batches: Batches | None, runtime: Runtime
+) -> Decision:
+    """Let a step try candidates on the model as it is now, against the original."""
+    if batches is None:
+        raise UserError(f"{step.kind}: score=kl compares on real text: give --text FILE or --dataset NAME")
+    ids, mask = batches.ids[: step.rows], batches.mask[: step.rows]
+    with Reader(view.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as reader:
+        model, source = (make_skeleton(each, reader, runtime) for each in (now, view))
+        truth = sweep(source, ids, mask, progress=runtime.progress, label="layers, original")
+
+        def judge(candidates: Sequence[Cuts]) -> list[float]:
+            losses: list[float] = []
+            most = lanes_at_once(ids.numel() * view.source.hidden)
+            for first in range(0, len(candidates), most):
+                some = candidates[first : first + most]
+                hidden = sweep_variants(
+                    model, ids, mask, some, progress=runtime.progress, label=f"try {len(some)} cuts"
+                )
+                losses += token_kl([model, source], hidden, truth, mask)
+            return losses
+
+        return step.search(now.blueprint, judge)
+
+
+def _take(step: Step, decision: Decision, now: View, done: Decided) -> None:
+    """Add what a step decided on the model as it is now to the plan, in the source's numbers."""
     treatments = {
-        unit: replace(t, keep=tuple(kept[unit.layer][position] for position in t.keep))
-        if t.keep is not None and unit.layer is not None else t
-        for unit, t in decision.treatments.items()
-    }  # fmt: skip
+        _in_source(unit, now): _numbered(unit, what, now) for unit, what in decision.treatments.items()
+    }
     done.notes += decision.notes
-    done.scores |= {in_source(unit): score for unit, score in decision.scores.items()}
-    done.protected |= {in_source(unit) for unit in decision.protected}
+    done.scores |= {_in_source(unit, now): score for unit, score in decision.scores.items()}
+    done.protected |= {_in_source(unit, now) for unit in decision.protected}
     stage = Stage(describe_step(step), treatments)
     done.plan = replace(done.plan, stages=(*done.plan.stages, stage)).validated(now.source)
+    done.notes += unrepaired(done.plan, now)
+
+
+def _in_source(unit: Unit, now: View) -> Unit:
+    """A unit of the model as it is now, in the source's numbers."""
+    assert unit.layer is not None
+    layer = now.left.layers[unit.layer]
+    expert = None if unit.expert is None else now.left.experts[layer][unit.expert]
+    return replace(unit, layer=layer, expert=expert)
+
+
+def _numbered(unit: Unit, treatment: Treatment, now: View) -> Treatment:
+    """A treatment with the source's numbers of experts in it."""
+    assert unit.layer is not None
+    there = now.left.experts.get(now.left.layers[unit.layer], ())
+    kept = None if treatment.keep is None else tuple(there[position] for position in treatment.keep)
+    return replace(treatment, keep=kept, into=None if treatment.into is None else there[treatment.into])
 
 
 def describe_step(step: Step) -> Mapping[str, Any]:
@@ -272,15 +314,32 @@ def describe_step(step: Step) -> Mapping[str, Any]:
 
 
 def _restricted(stats: Stats, now: View) -> Stats:
-    """Stats of the original, renumbered to the experts that are left (`rescore: false`)."""
-    values = {unit: row for unit, row in stats.values.items() if unit.expert is None}
+    """Stats of the original, renumbered to what is left (`rescore: false`)."""
     whole = not now.plan.stages
-    for layer, experts in kept_by_layer(now.plan, now.source).items():
-        for position, expert in enumerate(experts):
-            row = stats.values.get(Unit(layer, "experts", expert), {})
-            # Sets found by trying all subsets of the original say nothing about the rest.
-            values[Unit(layer, "experts", position)] = {k: v for k, v in row.items() if whole or "@" not in k}
+    values: dict[Unit, Mapping[str, float]] = {}
+    for position, layer in enumerate(now.left.layers):
+        experts = now.left.experts.get(layer, ())
+        units = {Unit(layer): Unit(position)}
+        units |= {Unit(layer, part): Unit(position, part) for part in ("attention", "experts", "dense")}
+        units |= {Unit(layer, "experts", e): Unit(position, "experts", at) for at, e in enumerate(experts)}
+        for old, new in units.items():
+            row = stats.values.get(old)
+            if row is not None:
+                values[new] = row if whole else _still_true(row, experts)
     return replace(stats, values=values)
+
+
+def _still_true(row: Mapping[str, float], experts: Sequence[int]) -> dict[str, float]:
+    """What a row of the original still says when others are gone: nothing of sets of experts or runs of blocks, and of
+    pairs what is left."""
+    found: dict[str, float] = {}
+    for name, value in row.items():
+        what, at, number = name.partition("@")
+        if not at:
+            found[name] = value
+        elif what in PAIRS and int(number) in experts:
+            found[f"{what}@{experts.index(int(number))}"] = value
+    return found
 
 
 def write(view: View, folder: Path, journal: Journal, runtime: Runtime) -> tuple[list[Written], list[str]]:
@@ -301,5 +360,18 @@ def write(view: View, folder: Path, journal: Journal, runtime: Runtime) -> tuple
         Written("config.json", *write_text(folder / "config.json", json.dumps(view.config, indent=2) + "\n"))
     )
     travel, left = sidecars(source)
-    written += [copy_sidecar(source, folder, name) for name in travel]
+    written += [_sidecar(view, folder, name) for name in travel]
     return written, [f"left behind: {', '.join(left)}"] if left else []
+
+
+def _sidecar(view: View, folder: Path, name: str) -> Written:
+    """A side file as it is, but for what goes by the family's name, where that is another one now."""
+    source = view.checkpoint.folder
+    if (
+        name != "tokenizer_config.json"
+        or not is_rehoused(view.checkpoint)
+        or not (source / "tokenizer.json").is_file()
+    ):
+        return copy_sidecar(source, folder, name)
+    said = tokenizer_config(json.loads((source / name).read_text()))
+    return Written(name, *write_text(folder / name, json.dumps(said, indent=2, ensure_ascii=False) + "\n"))

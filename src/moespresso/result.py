@@ -28,10 +28,11 @@ from moespresso.core.blueprint import LayerSpec
 from moespresso.core.cost import Cost
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan
+from moespresso.core.remains import dropped_units, merged_into, remains
 from moespresso.core.runtime import Runtime
 from moespresso.core.unit import Unit
-from moespresso.export import check_target
-from moespresso.model import View
+from moespresso.export import formed
+from moespresso.model import View, is_unequal
 from moespresso.pipeline import Clock, Decided, write
 from moespresso.recipe import Request
 from moespresso.report import LayerScores, Report, machine, model_card, shareable, source_licence, versions
@@ -54,11 +55,11 @@ def produce(
     with claim(out, view.checkpoint.folder, resume=runtime.resume) as work, PeakMemory() as memory:
         journal = Journal(out, identity)
         decided = make(work)
-        check_target(request.target, decided.plan, view.source)
-        pressed = replace(view, plan=decided.plan)
+        pressed = formed(request.target, replace(view, plan=decided.plan, fits=decided.fits))
         with clock.phase("build"):
             files, left = write(pressed, out, journal, runtime)
-        manifest = _manifest(pressed, identity, request, files, decided, [*left, *outside_notes(view)])
+        told = [*left, *outside_notes(view), *form_notes(pressed)]
+        manifest = _manifest(pressed, identity, request, files, decided, told)
         card = model_card(
             _report(view, Path(), manifest, clock), _hub_id(view), source_licence(view.checkpoint.folder)
         )
@@ -103,6 +104,12 @@ def _manifest(
         "plan": json.loads(view.plan.to_json()),
         "cost": dataclasses.asdict(view.blueprint.cost()),
         "experts": {str(layer.index): layer.experts for layer in view.blueprint.moe_layers},
+        "family": view.blueprint.family,
+        "target": request.target,
+        "stock": view.stock,
+        "plugin": is_unequal(view.config),
+        "layers": [layer.facts() for layer in view.blueprint.layers],
+        "fitted": sorted(decided.fits),
         "scores": {str(unit): decided.scores[unit] for unit in sorted(decided.scores)},
         "protected": [str(unit) for unit in sorted(decided.protected)],
         "files": {file.name: _row(file) for file in files},
@@ -123,11 +130,14 @@ def _report(
     anonymous: int = 0,
 ) -> Report:
     made = Plan.from_json(json.dumps(manifest["plan"]))
+    left = remains(made, view.source)
     recipe = {"model": manifest["source"]["name"], **manifest["recipe"]}
     return Report(
-        recipe=recipe, plan=made, before=view.source.cost(), after=Cost(**manifest["cost"]),
-        scores={layer.index: _layer_scores(layer, made, manifest) for layer in view.source.moe_layers if made.stages},
-        seconds=clock.seconds, machine=machine(), versions=manifest["versions"], out=str(out),
+        recipe=recipe, plan=made, before=(view.origin or view.source).cost(), after=Cost(**manifest["cost"]),
+        scores={layer.index: _layer_scores(layer, made, manifest) for layer in view.source.moe_layers
+                if made.stages and layer.index in left.experts},
+        gone={unit: manifest["scores"].get(str(unit)) for unit in sorted(dropped_units(made))},
+        seconds=clock.seconds, machine=machine(), versions=manifest["versions"], out=str(out), plugin=manifest["plugin"],
         trouble=tuple(manifest["trouble"]), notes=(*manifest["notes"], *notes), peak_rss_bytes=peak_rss_bytes(),
         peak_anonymous_bytes=anonymous,
     )  # fmt: skip
@@ -142,8 +152,27 @@ def _layer_scores(layer: LayerSpec, made: Plan, manifest: dict[str, Any]) -> Lay
         dropped=tuple(expert for expert in range(layer.experts) if expert not in kept),
         values=tuple(values) if all(value is not None for value in values) else (),
         name=str(made.stages[-1].method.get("score", "")),
+        merged=merged_into(made, layer.index),
         protected=tuple(expert for expert, unit in enumerate(units) if unit in manifest["protected"]),
     )
+
+
+def form_notes(view: View) -> list[str]:
+    """Say in what form the result is written, where that is not the source's own."""
+    notes: list[str] = []
+    if view.origin is not None:
+        notes.append(
+            f"written as a {view.source.family} model, whose code computes the same and can say that layers lack a part"
+        )
+    if view.stubs:
+        width = view.blueprint.layers[view.stubs[0]].width
+        names = ", ".join(f"L{view.left.layers[position]}" for position in view.stubs)
+        notes.append(f"in place of what {names} lost stands a dense part of zeros, {width} wide")
+    if is_unequal(view.config):
+        notes.append(
+            "layers differ: transformers loads it where moespresso is imported (`import moespresso`)"
+        )
+    return notes
 
 
 def outside_notes(view: View) -> list[str]:

@@ -152,7 +152,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} has no {MANIFEST}{unfinished}: it is not a finished moespresso result")
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
-        missing = {"identity", "files", "plan", "experts", "cost", "source", "nonfinite"} - manifest.keys()
+        missing = {
+            "identity",
+            "files",
+            "plan",
+            "layers",
+            "cost",
+            "source",
+            "nonfinite",
+            "stock",
+        } - manifest.keys()
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): press the model again with --no-resume") from error
     if missing:

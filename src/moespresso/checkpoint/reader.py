@@ -16,7 +16,7 @@ import torch
 
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import NonFiniteError, UserError
-from moespresso.core.rewrite import Piece
+from moespresso.core.rewrite import Fold, Member, Piece
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -53,7 +53,7 @@ class Reader:
         self._maps.clear()
 
     def tensor(self, ref: TensorRef) -> torch.Tensor:
-        """The stored tensor, as a view of the mapped file (do not write into it)."""
+        """The tensor: a view of the mapped file (do not write into it), a copy where it has a factor, or zeros."""
         if ref.dtype not in TORCH_DTYPES:
             raise UserError(
                 f"{self._folder / ref.file}: {ref.name} has dtype {ref.dtype}, which torch cannot hold"
@@ -61,10 +61,13 @@ class Reader:
         dtype = TORCH_DTYPES[ref.dtype]
         if ref.numel == 0:
             return torch.empty(ref.shape, dtype=dtype)
+        if not ref.file:
+            return torch.zeros(ref.shape, dtype=dtype)
         flat = torch.frombuffer(self._map(ref.file), dtype=torch.uint8, count=ref.nbytes, offset=ref.offset)
         # Shards of other writers may be unaligned; torch refuses such views, so copy those.
         flat = flat.clone() if ref.offset % dtype.itemsize else flat
-        return flat.view(dtype).view(ref.shape)
+        stored = flat.view(dtype).view(ref.shape)
+        return stored if ref.factor == 1 else _times(stored, ref.factor)
 
     def drop_pages(self, file: str) -> None:
         """Tell the kernel that the mapped pages of `file` are not needed any more by this process."""
@@ -72,8 +75,8 @@ class Reader:
             self._maps[file].madvise(mmap.MADV_DONTNEED)
 
     def piece(self, piece: Piece) -> torch.Tensor:
-        """The tensor as a plan leaves it (a view of the mapped file where nothing is taken or scaled)."""
-        if piece.take is None and piece.scale == 1:
+        """The tensor as a plan leaves it (a view of the mapped file where nothing is done to it)."""
+        if piece.take is None and piece.copied:
             tensor = self.tensor(piece.source.ref)
             self._look(piece, tensor)
             return tensor
@@ -81,6 +84,9 @@ class Reader:
 
     def chunks(self, piece: Piece) -> Iterator[torch.Tensor]:
         """The piece's elements in stored order, as flat tensors of its dtype and bounded size."""
+        if piece.blend or piece.folds:
+            yield self._computed(piece).reshape(-1)
+            return
         tensor = self.tensor(piece.source.ref)
         if piece.take is None:
             slabs = [tensor]
@@ -94,7 +100,37 @@ class Reader:
             step = _CHUNK // flat.element_size()
             for chunk in (flat[start : start + step] for start in range(0, flat.numel(), step)):
                 self._look(piece, chunk)
-                yield chunk if piece.scale == 1 else (chunk.float() * piece.scale).to(chunk.dtype)
+                yield chunk if piece.scale == 1 else _times(chunk, piece.scale)
+
+    def _computed(self, piece: Piece) -> torch.Tensor:
+        """A piece whose values are new, in float32 and then in its own dtype: averaged, scaled, mapped, in that order."""
+        if piece.blend:
+            averages = [self._average(piece, members) for members in piece.blend]
+            values = averages[0] if piece.axis is None else torch.stack(averages, piece.axis)
+        else:
+            values = self.tensor(piece.source.ref)
+            self._look(piece, values)
+            values = (
+                values
+                if piece.take is None
+                else values.index_select(piece.axis or 0, torch.tensor(piece.take))
+            )
+            values = values.float()
+        values = values * piece.scale if piece.scale != 1 else values
+        for fold in piece.folds:
+            values = folded(values, fold)
+        return values.to(TORCH_DTYPES[piece.ref.dtype])
+
+    def _average(self, piece: Piece, members: Sequence[Member]) -> torch.Tensor:
+        total: torch.Tensor | None = None
+        for member in members:
+            values = self.tensor(member.entry.ref)
+            self._look(piece, values)
+            values = values if piece.axis is None else values.select(piece.axis, member.expert)
+            part = in_order(values.float(), member) * member.share
+            total = part if total is None else total + part
+        assert total is not None
+        return total
 
     def ahead(self, pieces: Sequence[Piece]) -> Iterator[Piece]:
         """Go through `pieces` in order, with the kernel reading a little ahead (page faults alone read in small bites)."""
@@ -109,7 +145,7 @@ class Reader:
 
     def _will_need(self, ref: TensorRef) -> None:
         start = ref.offset // mmap.PAGESIZE * mmap.PAGESIZE
-        if ref.nbytes:
+        if ref.nbytes and ref.file:
             self._map(ref.file).madvise(mmap.MADV_WILLNEED, start, ref.offset + ref.nbytes - start)
 
     def _look(self, piece: Piece, values: torch.Tensor) -> None:
@@ -140,6 +176,33 @@ class Lazy:
     def __getitem__(self, index: object) -> torch.Tensor:
         assert index is Ellipsis
         return self._reader.piece(self.piece)
+
+
+def _times(values: torch.Tensor, factor: float) -> torch.Tensor:
+    """Multiply in float32, then back: powers of two are exact."""
+    return (values.float() * factor).to(values.dtype)
+
+
+def folded(values: torch.Tensor, fold: Fold) -> torch.Tensor:
+    """`values` with what `fold` does to their output axis. Raises `AssertionError` when it was never fitted."""
+    assert fold.values is not None, f"a {fold.kind} repair has no values: it was never fitted"
+    given = fold.values.float()
+    if fold.kind == "bias":
+        return values + given
+    moved = values.movedim(fold.axis, -1)
+    return (moved @ given.T if fold.kind == "linear" else moved * given).movedim(-1, fold.axis)
+
+
+def in_order(values: torch.Tensor, member: Member) -> torch.Tensor:
+    """One expert's tensor with its channels in the member's order (channel c of the result is its channel order[c])."""
+    axis, joined, order = member.entry.channel_axis, member.entry.joined, member.order
+    if order is None or axis is None:
+        return values
+    if joined == "interleaved":
+        order = torch.stack([2 * order, 2 * order + 1], 1).flatten()
+    elif joined == "halves":
+        order = torch.cat([order, order + len(order)])
+    return values.index_select(axis, order)
 
 
 def runs(numbers: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -8,25 +8,34 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 from moespresso.core.cost import Cost
 from moespresso.core.format import DTYPE_BYTES
-from moespresso.core.unit import Unit
+from moespresso.core.unit import Part, Unit
 
 FLOPS_TOKENS = 2048
+# What a decoder layer adds to the residual stream, in order.
+Branch = Literal["attention", "mlp"]
+BRANCHES: tuple[Branch, ...] = ("attention", "mlp")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A tensor before it is read: where its bytes lie (`offset` counts from the start of `file`)."""
+    """A tensor before it is read: where its bytes lie (`offset` counts from the start of `file`).
+
+    Without a `file` it is stored nowhere and reads as zeros; what is read is multiplied by `factor`.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     file: str
     offset: int = 0
+    factor: float = 1.0
 
     @property
     def numel(self) -> int:
@@ -45,13 +54,20 @@ class Entry:
 
     `expert_axis` is the axis that counts experts in a tensor shared by all of them (router rows, stacked experts);
     None for a tensor that belongs to one expert (`unit.expert`) or to none. `in_graph` is False for tensors the
-    model's class does not know (multi-token prediction layers, for example).
+    model's class does not know (multi-token prediction layers, for example). `branch` is the residual branch of the
+    layer that goes with the tensor, norms included; `out_axis` the axis of its output, for what a branch ends with.
+    `channel_axis` runs along the intermediate channels of an expert, counted from the last axis; gate and up may be
+    `joined` there, one behind the other or interleaved.
     """
 
     ref: TensorRef
     unit: Unit
     expert_axis: int | None = None
     in_graph: bool = True
+    branch: Branch | None = None
+    out_axis: int | None = None
+    channel_axis: int | None = None
+    joined: Literal["", "halves", "interleaved"] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +77,8 @@ class LayerSpec:
     `mixer` is `attention` or the name of what mixes tokens instead; `experts` the routed experts (0: dense);
     `groups` the router's groups (1: none); `floor` the fewest experts its router can work with; `width` the intermediate width of one expert (or of the dense MLP);
     `qk_width` and `v_width` the summed widths of all query and value heads; `kv_width` the cached elements a token.
+    `bodies` names the module of each residual branch that the layer has; `skipped` counts experts that the router may
+    select but that are gone.
     """
 
     index: int
@@ -74,11 +92,27 @@ class LayerSpec:
     qk_width: int = 0
     v_width: int = 0
     kv_width: int = 0
+    bodies: Mapping[Branch, str] = field(default_factory=dict[Branch, str])
+    skipped: int = 0
+
+    def facts(self) -> dict[str, int | str | list[str]]:
+        """What tells two layers apart, as plain data."""
+        return {"index": self.index, "mixer": self.mixer, "experts": self.experts, "skipped": self.skipped,
+                "width": self.width, "parts": sorted(self.bodies)}  # fmt: skip
+
+    def unit(self, branch: Branch) -> Unit:
+        """The address of one of the layer's residual branches."""
+        feed_forward: Part = "experts" if self.experts else "dense"
+        return Unit(self.index, "attention" if branch == "attention" else feed_forward)
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What the model is. `digest` identifies the checkpoint's content (see `checkpoint.index`)."""
+    """What the model is. `digest` identifies the checkpoint's content (see `checkpoint.index`).
+
+    `layers_name` is where its class keeps the decoder layers; `indivisible` says why single branches of them cannot
+    go, where that is so.
+    """
 
     family: str
     source: str
@@ -88,6 +122,15 @@ class Blueprint:
     tied: bool
     layers: tuple[LayerSpec, ...]
     entries: tuple[Entry, ...] = field(repr=False)
+    layers_name: str = "model.layers"
+    indivisible: str = ""
+
+    @cached_property
+    def branches(self) -> tuple[tuple[int, Branch], ...]:
+        """Every residual branch, in the order in which they add to the residual stream."""
+        return tuple(
+            (layer.index, branch) for layer in self.layers for branch in BRANCHES if branch in layer.bodies
+        )
 
     @cached_property
     def moe_layers(self) -> tuple[LayerSpec, ...]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from moespresso.core.blueprint import LayerSpec
+from moespresso.core.blueprint import Branch, LayerSpec
 
 # In-memory parameter names inside the layer -> new values.
 LayerWeights = Mapping[str, Tensor]
@@ -38,12 +38,19 @@ class Routed:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One batch through a layer: `input` and `output` [B, L, H], `valid` [B, L] (False: padding)."""
+    """One batch through a layer: `input` and `output` [B, L, H], `valid` [B, L] (False: padding).
+
+    `middle` is the residual stream before the feed-forward part, `fed` what that is given behind its norm, `answer`
+    what it answers; None where the layer has no such part, or is not a plain sum of branches.
+    """
 
     input: Tensor
     output: Tensor
     valid: Tensor
     routed: Routed | None
+    middle: Tensor | None = None
+    fed: Tensor | None = None
+    answer: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +58,8 @@ class Layer:
     """A decoder layer in memory. `experts` and `router` are None in a dense layer.
 
     `scores` turns router logits into routing scores (softmax, or sigmoid where the family's router uses it);
-    `residual_multiplier` is what the block's output is multiplied with before it joins the residual stream.
+    `residual_multiplier` is what the block's output is multiplied with before it joins the residual stream;
+    `anatomy` names the modules of its branches (`runtime.anatomy.Anatomy`; None where they cannot be told apart).
     """
 
     spec: LayerSpec
@@ -60,6 +68,7 @@ class Layer:
     router: nn.Module | None = None
     sigmoid_router: bool = False
     residual_multiplier: float = 1.0
+    anatomy: Any = None
 
     def scores(self, logits: Tensor) -> Tensor:
         """Routing scores [T, E] over all experts, in float32."""
@@ -67,9 +76,23 @@ class Layer:
 
 
 class Taps(Protocol):
-    """The calibration batches, run through the layer as they are asked for (once each)."""
+    """The calibration batches, run through the layer as they are asked for (once each).
+
+    A visitor may take the batches through the layer itself: `inputs` are their hidden states [B, L, H], `valid` their
+    masks, `branch` runs one branch of the layer by itself on any hidden states of a batch, and `put` says what goes on.
+    """
 
     def __iter__(self) -> Iterator[Call]: ...
+
+    @property
+    def inputs(self) -> list[Tensor]: ...
+
+    @property
+    def valid(self) -> list[Tensor]: ...
+
+    def branch(self, number: int, hidden: Tensor, branch: Branch) -> Tensor: ...
+
+    def put(self, number: int, output: Tensor) -> None: ...
 
 
 def valid_tokens(call: Call) -> Tensor:

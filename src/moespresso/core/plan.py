@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,18 @@ from moespresso.core.unit import Unit
 class Treatment:
     """What happens to one unit. Default: nothing.
 
-    `keep` holds kept expert numbers (ascending) of a layer's experts; `scale` multiplies the layer's routed part
-    (folded into the down projections). `into`, `channels`, `rank`, `format`, `repair` are for merging and slimming.
+    `keep` holds kept expert numbers (ascending) of a layer's experts. `drop` lets a whole block (`L3`) go, or its
+    attention (`L3.attention`) or feed-forward part (`L3.experts`, `L3.dense`), norm included. `scale` multiplies the layer's routed part (folded into the down projections). An expert that merges `into`
+    another has a `share` of the average, and so has that one itself.
+    `repair` says what stands in for what goes, or how members of a merge are put in line (see `moespresso.core.fits`).
+    `channels`, `rank`, `format` are for slimming.
     """
 
     keep: tuple[int, ...] | None = None
+    drop: bool = False
     scale: float = 1.0
     into: int | None = None
+    share: float = 1.0
     channels: tuple[int, ...] | None = None
     rank: int | None = None
     format: Format | None = None
@@ -53,8 +58,11 @@ class Treatment:
         if values.get("format") is not None:
             values["format"] = Format(**values["format"])
         values["scale"] = float(values.get("scale", 1.0))
+        values["share"] = float(values.get("share", 1.0))
         if not 0 < values["scale"] < math.inf:
             raise ValueError(f"scale {values['scale']} is not a positive number")
+        if not 0 <= values["share"] <= 1:
+            raise ValueError(f"share {values['share']} is not between 0 and 1")
         return cls(**values)
 
 
@@ -90,7 +98,7 @@ class Plan:
     seed: int = 0
 
     def kept_experts(self, layer: int, experts: int) -> tuple[int, ...]:
-        """Source numbers of the experts of `layer` that survive all stages."""
+        """Source numbers of the experts of `layer` that survive all stages (a layer that goes as a whole aside)."""
         kept = set(range(experts))
         for treatment in self._on_experts(layer):
             if treatment.keep is not None:
@@ -110,14 +118,14 @@ class Plan:
 
     def validated(self, blueprint: Blueprint) -> Plan:
         """Return the plan, or raise `UserError` where it does not fit the blueprint or leaves a layer unroutable."""
-        from moespresso.core.rewrite import check_routable
+        from moespresso.core.check import check_plan
 
         if self.blueprint != blueprint.digest:
             raise UserError(
                 f"the plan was made for another checkpoint (digest {self.blueprint[:12]}, "
                 f"{blueprint.source} has {blueprint.digest[:12]}): make a new plan for this one"
             )
-        check_routable(self, blueprint)
+        check_plan(self, blueprint)
         return self
 
     def cost(self, blueprint: Blueprint) -> Cost:
@@ -140,6 +148,11 @@ class Plan:
     def digest(self) -> str:
         """SHA-256 of the plan's JSON."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def digest_of_stages(self) -> str:
+        """SHA-256 of checkpoint and treatments alone: what is done, whoever made the plan and from what."""
+        return replace(self, calibration={}, made_by="", seed=0).digest
 
     def to_json(self) -> str:
         """The plan as stable, readable JSON."""

@@ -1,26 +1,59 @@
 """What a plan does to each stored tensor: the one function that pricing, building and verifying share.
 
-`rewrite` turns an entry of the source into a `Piece` of the result (or None when it is dropped), from names and
-shapes alone: which bytes are taken, under which name and shape they are written, and what is multiplied in.
+`pieces` turns the entries of the source into `Piece`s of the result, from names and shapes alone: which bytes are
+taken, under which name and shape they are written, and what is done to them on the way: rows taken, a scale, experts
+averaged, an output mapped. Fitted values (`core.fits`) are put in where they are known; pricing needs none.
 `pressed_blueprint` is the source's blueprint after that, so a plan's cost is the sum of what will be written.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from moespresso.core.blueprint import Blueprint, Entry, LayerSpec, TensorRef
-from moespresso.core.errors import UserError
+from torch import Tensor
+
+from moespresso.core.blueprint import Blueprint, Branch, Entry, TensorRef
+from moespresso.core.fits import Fits, Repair, cuts, key
 from moespresso.core.plan import Plan, Treatment
+from moespresso.core.remains import pressed_layers, remains
 from moespresso.core.unit import Unit
 
 _EXPERT_NUMBER = re.compile(r"(?<=experts\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True, slots=True)
+class Member:
+    """One expert of an average: its tensor (its entry along the expert axis, in a stack), share and channel order, which
+    is fitted where it is `aligned`."""
+
+    entry: Entry
+    expert: int
+    share: float
+    order: Tensor | None = None
+    aligned: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fold:
+    """What a branch's output is mapped by, for a tensor whose output runs along `axis`.
+
+    `values` [H, H], or [H] for scale; for `bias` whatever is added. None where it is not fitted yet.
+    """
+
+    kind: Repair
+    axis: int
+    values: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """One tensor to write: `source` bytes, of which only `take` along `axis` (None: all), times `scale`."""
+    """One tensor to write: `source` bytes, of which only `take` along `axis` (None: all), times `scale`.
+
+    With `blend` it is an average of experts: of one expert's tensors, or along `axis` one average per kept expert.
+    `folds` come last, in order. `unit` is its address in the result.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -28,95 +61,250 @@ class Piece:
     axis: int | None = None
     take: tuple[int, ...] | None = None
     scale: float = 1.0
+    blend: tuple[tuple[Member, ...], ...] = ()
+    folds: tuple[Fold, ...] = ()
+    place: Unit | None = None
+
+    @property
+    def unit(self) -> Unit:
+        """Address in the result."""
+        return self.place or self.source.unit
 
     @property
     def ref(self) -> TensorRef:
         """The tensor as it will be written (its file is not known yet)."""
-        return replace(self.source.ref, name=self.name, shape=self.shape, file="", offset=0)
+        return replace(self.source.ref, name=self.name, shape=self.shape, file="", offset=0, factor=1.0)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether its values depend on what was fitted, known or not."""
+        return bool(self.folds) or any(member.aligned for members in self.blend for member in members)
+
+    @property
+    def copied(self) -> bool:
+        """Whether every byte of it is a byte of the source."""
+        return self.scale == 1 and not self.blend and not self.folds and self.source.ref.factor == 1
 
 
 def kept_by_layer(plan: Plan, blueprint: Blueprint) -> dict[int, tuple[int, ...]]:
-    """Kept experts of every MoE layer, in source numbers."""
-    return {layer.index: plan.kept_experts(layer.index, layer.experts) for layer in blueprint.moe_layers}
+    """Kept experts of every MoE layer that is left, in source numbers."""
+    return dict(remains(plan, blueprint).experts)
 
 
-def rewrite(entry: Entry, kept: dict[int, tuple[int, ...]], scales: dict[int, float]) -> Piece | None:
-    """Say what becomes of one entry, given the kept experts and the routed scale of every MoE layer."""
-    layer = entry.unit.layer
-    if layer is None or layer not in kept or not entry.in_graph:
-        return Piece(entry.ref.name, entry.ref.shape, entry)
-    scale = scales[layer] if _is_routed_output(entry.unit) else 1.0
-    if entry.unit.expert is not None:
-        if entry.unit.expert not in kept[layer]:
-            return None
-        position = kept[layer].index(entry.unit.expert)
-        return Piece(_EXPERT_NUMBER.sub(str(position), entry.ref.name), entry.ref.shape, entry, scale=scale)
-    axis = entry.expert_axis
-    if axis is None or len(kept[layer]) == entry.ref.shape[axis]:
-        return Piece(entry.ref.name, entry.ref.shape, entry, scale=scale)
-    shape = (*entry.ref.shape[:axis], len(kept[layer]), *entry.ref.shape[axis + 1 :])
-    return Piece(entry.ref.name, shape, entry, axis, kept[layer], scale)
+def pieces(blueprint: Blueprint, plan: Plan, fits: Fits | None = None, *, stock: bool = False) -> list[Piece]:
+    """Everything that `plan` writes, in the source's order, with what is new at the end. In a `stock` form the norm of a
+    feed-forward part that goes stays: the engine's class has one there."""
+    rewriter = _Rewriter(blueprint, plan, fits or {}, stock)
+    rewritten = (rewriter(entry) for entry in blueprint.entries)
+    return [*(piece for piece in rewritten if piece is not None), *rewriter.added()]
 
 
-def _is_routed_output(unit: Unit) -> bool:
-    return unit.part == "experts" and (unit.matrix or "").startswith("down")
-
-
-def pieces(blueprint: Blueprint, plan: Plan) -> list[Piece]:
-    """Everything that `plan` writes, in the source's order."""
-    kept = kept_by_layer(plan, blueprint)
-    scales = {layer: plan.routed_scale(layer) for layer in kept}
-    rewritten = (rewrite(entry, kept, scales) for entry in blueprint.entries)
-    return [piece for piece in rewritten if piece is not None]
-
-
-def pressed_blueprint(blueprint: Blueprint, plan: Plan) -> Blueprint:
-    """The blueprint of what `plan` makes of `blueprint`, before anything is written."""
-    kept = kept_by_layer(plan, blueprint)
-    layers = tuple(_pressed_layer(layer, kept) for layer in blueprint.layers)
-    entries = tuple(replace(piece.source, ref=piece.ref) for piece in pieces(blueprint, plan))
+def pressed_blueprint(blueprint: Blueprint, plan: Plan, made: list[Piece] | None = None) -> Blueprint:
+    """The blueprint of what `plan` makes of `blueprint` (of the pieces `made`), before anything is written."""
+    layers = pressed_layers(blueprint, remains(plan, blueprint))
+    made = pieces(blueprint, plan) if made is None else made
+    entries = tuple(replace(piece.source, ref=piece.ref, unit=piece.unit) for piece in made)
     return replace(blueprint, layers=layers, entries=entries)
 
 
-def _pressed_layer(layer: LayerSpec, kept: dict[int, tuple[int, ...]]) -> LayerSpec:
-    return replace(layer, experts=len(kept[layer.index])) if layer.experts else layer
+class _Rewriter:
+    """Says what becomes of one entry after another."""
+
+    def __init__(self, blueprint: Blueprint, plan: Plan, fits: Fits, stock: bool) -> None:
+        self._blueprint, self._plan, self._fits, self._stock = blueprint, plan, fits, stock
+        self._left = remains(plan, blueprint)
+        self._folds: dict[tuple[int, str], list[Fold]] = {}
+        self._biases: dict[tuple[int, Branch], Tensor | None] = {}
+        self._gather_folds()
+        self._groups = {layer: _groups(plan, layer, kept) for layer, kept in self._left.experts.items()}
+        self._by_role = {_role(entry): entry for entry in blueprint.entries if entry.unit.expert is not None}
+
+    def _gather_folds(self) -> None:
+        for stage in range(len(self._plan.stages)):
+            for cut in cuts(self._plan, stage, self._blueprint):
+                at = cut.before if folds_into(self._blueprint, cut.before, cut.repair) else None
+                if at is not None:
+                    values = self._fits.get(key(stage, _unit(self._blueprint, at), cut.repair))
+                    self._folds.setdefault(at, []).append(Fold(cut.repair, -1, values))
+                elif cut.repair == "bias" and cut.stub is not None:
+                    self._biases[cut.stub] = self._fits.get(
+                        key(stage, _unit(self._blueprint, cut.stub), "bias")
+                    )
+
+    def __call__(self, entry: Entry) -> Piece | None:
+        """The piece that `entry` becomes, or None when it goes."""
+        layer = entry.unit.layer
+        if layer is None:
+            return Piece(entry.ref.name, entry.ref.shape, entry)
+        if not entry.in_graph and layer >= len(self._blueprint.layers):
+            beyond = len(self._left.layers) + layer - len(self._blueprint.layers)
+            return self._moved(Piece(entry.ref.name, entry.ref.shape, entry), layer, beyond)
+        if layer not in self._left.layers or self._is_cut(entry, layer):
+            return None
+        piece = self._of_experts(entry, layer) if layer in self._left.experts and entry.in_graph else None
+        if entry.unit.expert is not None and layer in self._left.experts and piece is None:
+            return None
+        piece = piece or Piece(entry.ref.name, entry.ref.shape, entry)
+        return self._moved(
+            replace(piece, folds=self._folds_on(entry, layer)), layer, self._left.position(layer)
+        )
+
+    def _is_cut(self, entry: Entry, layer: int) -> bool:
+        keeps_norm = self._stock and entry.branch == "mlp" and entry.unit.part == "norm"
+        return entry.branch is not None and (layer, entry.branch) in self._left.cut and not keeps_norm
+
+    def _moved(self, piece: Piece, layer: int, position: int) -> Piece:
+        place = replace(piece.unit, layer=position)
+        if position == layer:
+            return replace(piece, place=place)
+        name = re.sub(rf"(?<=\.){layer}(?=\.)", str(position), piece.name, count=1)
+        return replace(piece, name=name, place=place)
+
+    def _of_experts(self, entry: Entry, layer: int) -> Piece | None:
+        """A tensor of one expert, or one that all experts of the layer share."""
+        kept = self._left.experts[layer]
+        routed = entry.unit.part == "experts" and (entry.unit.matrix or "").startswith("down")
+        scale = self._plan.routed_scale(layer) if routed else 1.0
+        if entry.unit.expert is not None:
+            if entry.unit.expert not in kept:
+                return None
+            position = kept.index(entry.unit.expert)
+            name = _EXPERT_NUMBER.sub(str(position), entry.ref.name)
+            blend = self._average(entry, layer, entry.unit.expert)
+            return Piece(name, entry.ref.shape, entry, scale=scale, blend=(blend,) if blend else (),
+                         place=replace(entry.unit, expert=position))  # fmt: skip
+        axis = entry.expert_axis
+        router_stays = layer in self._left.gone and entry.unit.part == "router"
+        if axis is None or router_stays or len(kept) == entry.ref.shape[axis]:
+            return Piece(entry.ref.name, entry.ref.shape, entry, scale=scale)
+        shape = (*entry.ref.shape[:axis], len(kept), *entry.ref.shape[axis + 1 :])
+        return Piece(entry.ref.name, shape, entry, axis, kept, scale, self._averages(entry, layer))
+
+    def _average(self, entry: Entry, layer: int, expert: int) -> tuple[Member, ...]:
+        """The members whose average expert `expert` becomes, for tensors that each expert has of its own."""
+        members = self._groups[layer].get(expert, ())
+        return tuple(
+            self._member(self._by_role[_role(entry, number)], layer, number, share)
+            for number, share in members
+        )
+
+    def _averages(self, entry: Entry, layer: int) -> tuple[tuple[Member, ...], ...]:
+        """The same for a tensor that holds all experts; a router's rows are averaged only where the plan says so."""
+        groups = self._groups[layer]
+        if not groups or (entry.unit.part == "router" and not self._averages_router(layer)):
+            return ()
+        return tuple(
+            tuple(
+                self._member(entry, layer, number, share)
+                for number, share in groups.get(expert, ((expert, 1.0),))
+            )
+            for expert in self._left.experts[layer]
+        )
+
+    def _averages_router(self, layer: int) -> bool:
+        unit = Unit(layer, "router")
+        return any(
+            stage.treatments[unit].repair == "mean" for stage in self._plan.stages if unit in stage.treatments
+        )
+
+    def _member(self, entry: Entry, layer: int, expert: int, share: float) -> Member:
+        """A member of an average; the last merge that puts it in line says its channels' order."""
+        unit = Unit(layer, "experts", expert)
+        stages = [number for number, stage in enumerate(self._plan.stages)
+                  if stage.treatments.get(unit, Treatment()).repair == "align"]  # fmt: skip
+        if not stages or entry.channel_axis is None:
+            return Member(entry, expert, share)
+        return Member(entry, expert, share, self._fits.get(key(stages[-1], unit, "order")), aligned=True)
+
+    def _folds_on(self, entry: Entry, layer: int) -> tuple[Fold, ...]:
+        if entry.out_axis is None or entry.branch is None:
+            return ()
+        folds = self._folds.get((layer, entry.branch), [])
+        is_bias = len(entry.ref.shape) == 1
+        return tuple(replace(fold, axis=entry.out_axis) for fold in folds if fold.kind != "bias" or is_bias)
+
+    def added(self) -> Iterator[Piece]:
+        """Tensors that the source does not have: constants where branches or experts were."""
+        dtypes = {
+            entry.unit.layer: entry.ref.dtype
+            for entry in self._blueprint.entries
+            if entry.out_axis is not None
+        }
+        specs = {layer.index: layer for layer in self._blueprint.layers}
+        for (layer, branch), bias in sorted(self._biases.items(), key=lambda item: item[0]):
+            if (layer, branch) in self._left.cut:
+                name = f"{specs[layer].bodies[branch]}.bias"
+                yield self._constant(layer, name, (self._blueprint.hidden,), bias, dtypes[layer])
+        for layer, gone in self._left.gone.items():
+            stage = _novice_stage(self._plan, layer)
+            if stage is not None:
+                values = self._fits.get(key(stage, Unit(layer, "experts"), "novices"))
+                shape = (len(gone), self._blueprint.hidden)
+                yield self._constant(
+                    layer, f"{specs[layer].bodies['mlp']}.experts.novices", shape, values, dtypes[layer]
+                )
+
+    def _constant(
+        self, layer: int, name: str, shape: tuple[int, ...], values: Tensor | None, dtype: str
+    ) -> Piece:
+        position = self._left.position(layer)
+        ref = TensorRef(f"{self._blueprint.layers_name}.{position}.{name}", shape, dtype, "")
+        return Piece(ref.name, shape, Entry(ref, Unit(position)), folds=(Fold("bias", 0, values),))
 
 
-def check_routable(plan: Plan, blueprint: Blueprint) -> None:
-    """Raise `UserError` when a treatment names what is not there, asks for what this version cannot do, or leaves a
-    router without enough experts."""
-    known = {layer.index: layer for layer in blueprint.moe_layers}
+def folds_into(blueprint: Blueprint, at: tuple[int, str] | None, repair: Repair) -> bool:
+    """Whether a repair can be put into the weights of branch `at`; a bias needs a plain one there."""
+    outputs = [
+        entry
+        for entry in blueprint.entries
+        if entry.out_axis is not None and at == (entry.unit.layer, entry.branch)
+    ]
+    if repair != "bias":
+        return bool(outputs)
+    routed = any(entry.unit.part == "experts" for entry in outputs)
+    return not routed and any(len(entry.ref.shape) == 1 for entry in outputs)
+
+
+def biased_stubs(blueprint: Blueprint, plan: Plan) -> frozenset[tuple[int, Branch]]:
+    """Branches that go but leave a constant in their place, since no weight before them can hold it."""
+    found = (
+        cut
+        for stage in range(len(plan.stages))
+        for cut in cuts(plan, stage, blueprint)
+        if cut.repair == "bias"
+    )
+    left = remains(plan, blueprint)
+    return frozenset(
+        cut.stub for cut in found
+        if cut.stub is not None and not folds_into(blueprint, cut.before, "bias") and cut.stub[0] in left.layers
+    )  # fmt: skip
+
+
+def _unit(blueprint: Blueprint, at: tuple[int, str]) -> Unit:
+    spec = next(layer for layer in blueprint.layers if layer.index == at[0])
+    return spec.unit("attention" if at[1] == "attention" else "mlp")
+
+
+def _role(entry: Entry, expert: int | None = None) -> tuple[int | None, int | None, str | None]:
+    """What names one expert's tensor: two experts' tensors of the same layer and matrix belong together."""
+    return entry.unit.layer, entry.unit.expert if expert is None else expert, entry.unit.matrix
+
+
+def _novice_stage(plan: Plan, layer: int) -> int | None:
+    unit = Unit(layer, "experts")
+    return next((number for number, stage in enumerate(plan.stages)
+                 if stage.treatments.get(unit, Treatment()).repair == "novice"), None)  # fmt: skip
+
+
+def _groups(plan: Plan, layer: int, kept: tuple[int, ...]) -> dict[int, tuple[tuple[int, float], ...]]:
+    """Members and shares of every kept expert that is an average. Merges of several stages are averages of averages."""
+    groups: dict[int, dict[int, float]] = {}
     for stage in plan.stages:
+        merged: dict[int, dict[int, float]] = {}
         for unit, treatment in stage.treatments.items():
-            layer = known.get(-1 if unit.layer is None else unit.layer)
-            if layer is None or unit != Unit(layer.index, "experts"):
-                raise UserError(
-                    f"the plan treats {unit}, but {blueprint.source} has no routed experts there "
-                    "(this version treats them layer by layer, as L3.experts)"
-                )
-            if replace(treatment, keep=None, scale=1.0) != Treatment():
-                extra = ", ".join(sorted(treatment.as_dict().keys() - {"keep", "scale"}))
-                raise UserError(
-                    f"the plan's treatment of {unit} has {extra}, which is not available in this version"
-                )
-            strangers = [number for number in treatment.keep or () if not 0 <= number < layer.experts]
-            if strangers:
-                raise UserError(
-                    f"the plan keeps expert {strangers[0]} of L{layer.index}, which has {layer.experts}"
-                )
-    for index, kept in kept_by_layer(plan, blueprint).items():
-        _check_layer(known[index], kept)
-
-
-def _check_layer(layer: LayerSpec, kept: tuple[int, ...]) -> None:
-    if len(kept) < layer.floor:
-        raise UserError(
-            f"L{layer.index} would keep {len(kept)} experts, but its router (top_k={layer.top_k}, "
-            f"{layer.groups} groups) needs at least {layer.floor}: keep more"
-        )
-    size = layer.experts // layer.groups
-    per_group = {sum(number // size == group for number in kept) for group in range(layer.groups)}
-    if len(per_group) > 1:
-        raise UserError(
-            f"L{layer.index} routes in {layer.groups} groups, which must all keep the same number of experts"
-        )
+            if unit.layer == layer and unit.expert is not None and treatment.into is not None:
+                into = merged.setdefault(treatment.into, {})
+                for member, share in groups.get(unit.expert, {unit.expert: 1.0}).items():
+                    into[member] = into.get(member, 0.0) + treatment.share * share
+        groups |= merged
+    return {expert: tuple(sorted(groups[expert].items())) for expert in kept if expert in groups}

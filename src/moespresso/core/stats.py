@@ -36,13 +36,17 @@ class Stats:
         try:
             return [self.values[Unit(layer, "experts", expert)][name] for expert in range(experts)]
         except KeyError as missing:
-            raise _not_measured(layer, name) from missing
+            raise _not_measured(Unit(layer, "experts"), name) from missing
 
     def layer(self, layer: int, name: str) -> float:
         """The value `name` of the layer's experts taken together; raises `UserError` when it was not measured."""
-        row = self.values.get(Unit(layer, "experts"), {})
+        return self.at(Unit(layer, "experts"), name)
+
+    def at(self, unit: Unit, name: str) -> float:
+        """The value `name` of one unit; raises `UserError` when it was not measured."""
+        row = self.values.get(unit, {})
         if name not in row:
-            raise _not_measured(layer, name)
+            raise _not_measured(unit, name)
         return row[name]
 
     def to_json(self) -> str:
@@ -68,8 +72,8 @@ class Stats:
             ) from error
 
 
-def _not_measured(layer: int, name: str) -> UserError:
-    return UserError(f"the stats hold no {name!r} for L{layer}: measure again with a step that needs it")
+def _not_measured(unit: Unit, name: str) -> UserError:
+    return UserError(f"the stats hold no {name!r} for {unit}: measure again with a step that needs it")
 
 
 def stats_key(*parts: str) -> str:

@@ -6,6 +6,6 @@ bootstrap intervals over sequences.
 """
 
 from moespresso.evaluate.bootstrap import mean_interval
-from moespresso.evaluate.compare import Scored, evaluate, score_tokens
+from moespresso.evaluate.compare import Scored, evaluate, score_tokens, token_kl
 
-__all__ = ["Scored", "evaluate", "mean_interval", "score_tokens"]
+__all__ = ["Scored", "evaluate", "mean_interval", "score_tokens", "token_kl"]

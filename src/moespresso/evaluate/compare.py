@@ -90,6 +90,38 @@ def score_tokens(models: Sequence[Skeleton], hidden: Sequence[Tensor], batches: 
     return Scored(**sums)
 
 
+@torch.inference_mode()
+def token_kl(
+    models: Sequence[Skeleton], candidates: Sequence[Tensor], original: Tensor, mask: Tensor
+) -> list[float]:
+    """Mean token KL(original || candidate) of every candidate, from last hidden states [N, L, H].
+
+    `models` are the candidates' model and the original: heads and all that lies outside the layers.
+    """
+    positions = torch.nonzero(mask.reshape(-1)).squeeze(-1)
+    flat = [states.reshape(-1, states.shape[-1]) for states in candidates]
+    truth, sums = original.reshape(-1, original.shape[-1]), torch.zeros(len(flat), dtype=torch.float64)
+    model, source = models
+
+    def logs(skeleton: Skeleton, states: Tensor) -> Tensor:
+        return F.log_softmax(skeleton.logits(states.to(skeleton.device)).float(), -1)
+
+    with model.outer(), source.outer():
+        rows = max(1, _LOGITS // model.model.config.get_text_config().vocab_size)
+        for chunk in positions.split(rows):
+            wanted = logs(source, truth[chunk])
+            for at, states in enumerate(flat):
+                sums[at] += _kl(wanted, logs(model, states[chunk])).sum().double().cpu()
+    return (sums / positions.numel()).tolist()
+
+
+def _kl(original: Tensor, pressed: Tensor) -> Tensor:
+    """KL per position [n] from log-probabilities [n, V]."""
+    # What the original rules out adds nothing, whatever the pressed model says (0 x inf would be NaN); a NaN of either
+    # model stays one.
+    return (original.exp() * (original - pressed)).masked_fill(original == -math.inf, 0.0).sum(1)
+
+
 def _per_token(logs: list[Tensor], targets: Tensor, has_target: Tensor) -> dict[str, Tensor]:
     """What each position [n] adds, from log-probabilities [n, V]."""
     pressed, original = logs[0], logs[-1]
@@ -102,9 +134,6 @@ def _per_token(logs: list[Tensor], targets: Tensor, has_target: Tensor) -> dict[
     values = {"nll": nll(pressed), "predicted": known.float(), "compared": torch.ones_like(pressed[:, 0])}
     if len(logs) == 2:
         values["original_nll"] = nll(original)
-        # What the original rules out adds nothing, whatever the pressed model says (0 x inf would be NaN); a NaN of
-        # either model stays one.
-        terms = original.exp() * (original - pressed)
-        values["kl"] = terms.masked_fill(original == -math.inf, 0.0).sum(1)
+        values["kl"] = _kl(original, pressed)
         values["agreed"] = (pressed.argmax(1) == original.argmax(1)).float()
     return values

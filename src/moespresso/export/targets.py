@@ -2,53 +2,114 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-from moespresso.core.blueprint import Blueprint
+from moespresso.core.blueprint import LayerSpec
 from moespresso.core.errors import UserError, did_you_mean
-from moespresso.core.plan import Plan
-from moespresso.core.rewrite import pressed_blueprint
+from moespresso.core.rewrite import biased_stubs
+from moespresso.model import View
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One engine. `unequal_experts`: it loads layers with different numbers of experts."""
+    """One engine. `plugin`: it loads with moespresso imported, so that layers may differ in any way. `stubs`: families
+    in which it was seen to load layers whose mixture is a dense part of zeros (None: all that can say so)."""
 
     name: str
-    available: bool = True
-    unequal_experts: bool = False
+    plugin: bool = False
+    stubs: frozenset[str] | None = frozenset()
 
 
 TARGETS = {
     target.name: target
     for target in (
-        Target("transformers"),
-        Target("vllm"),
+        Target("transformers", stubs=None),
+        Target("vllm", stubs=frozenset({"qwen2_moe", "qwen3_moe"})),
         Target("llama.cpp"),
-        Target("plugin", available=False, unequal_experts=True),
+        Target("plugin", plugin=True),
     )
 }
 
 
 def find_target(name: str) -> Target:
-    """The target called `name`; raises `UserError` when there is none or it is not built yet."""
+    """The target called `name`; raises `UserError` when there is none."""
     if name not in TARGETS:
         raise UserError(f"target {name!r} is unknown{did_you_mean(name, TARGETS)}")
-    if not TARGETS[name].available:
-        raise UserError(f"target {name!r} is not available in this version")
     return TARGETS[name]
 
 
-def check_target(name: str, plan: Plan, blueprint: Blueprint) -> None:
-    """Raise `UserError` when `plan` makes something that the target cannot load, naming the nearest plan that it can."""
+def formed(name: str, view: View) -> View:
+    """The view in the form that the target loads; raises `UserError` when it cannot load what the plan makes, naming the
+    nearest plan that it can."""
     target = find_target(name)
-    layers = pressed_blueprint(blueprint, plan).moe_layers
+    if target.plugin:
+        return replace(view, stock=False)
+    _check_experts(target, view)
+    cut = [f"L{layer}" for layer, branch in sorted(view.left.cut) if branch == "attention"]
+    if cut:
+        raise _beyond(target, f"leaves {_some(cut)} without attention", f"block_drop:drop={len(cut)}")
+    biased = [f"L{layer}" for layer, _ in sorted(biased_stubs(view.source, view.plan))]
+    if biased:
+        raise _beyond(
+            target, f"leaves a constant where {_some(biased)} lost a part", "repair=linear or repair=scale"
+        )
+    return _stubbed(target, replace(view, stock=True))
+
+
+def _check_experts(target: Target, view: View) -> None:
+    layers = _moe_layers(view)
+    gone = [f"L{layer}" for layer in view.left.gone]
+    if gone:
+        raise _beyond(
+            target,
+            f"leaves routers whole that select experts that are gone ({_some(gone)})",
+            "router=rows,replace=none",
+        )
     counts = [layer.experts for layer in layers]
-    if target.unequal_experts or len(set(counts)) <= 1:
-        return
-    steps = max(layer.groups for layer in layers)
-    nearest = max(round(sum(counts) / len(counts) / steps) * steps, *(layer.floor for layer in layers))
-    raise UserError(
-        f"this plan leaves unequal layers ({min(counts)} to {max(counts)} experts), which {target.name} cannot load; "
-        f"the nearest plan that it can is scope=layer,keep={nearest}"
+    if len(set(counts)) > 1:
+        steps = max(layer.groups for layer in layers)
+        nearest = max(round(sum(counts) / len(counts) / steps) * steps, *(layer.floor for layer in layers))
+        raise _beyond(
+            target,
+            f"leaves unequal layers ({min(counts)} to {max(counts)} experts)",
+            f"scope=layer,keep={nearest}",
+        )
+
+
+def _moe_layers(view: View) -> list[LayerSpec]:
+    kept: Mapping[int, tuple[int, ...]] = view.left.experts
+    return [
+        replace(layer, experts=len(kept[layer.index]))
+        for layer in view.source.moe_layers
+        if layer.index in kept
+    ]
+
+
+def _stubbed(target: Target, view: View) -> View:
+    """The stock form: what lost its feed-forward part has a dense one of zeros, where the family can say so."""
+    if not view.stubs:
+        return view
+    names = [f"L{view.left.layers[position]}" for position in view.stubs]
+    what = f"leaves {_some(names)} without a feed-forward part"
+    instead = f"block_drop:drop={len(names)}"
+    if not view.source.moe_layers:
+        raise _beyond(target, f"{what}, and a dense model has one width for all layers", instead)
+    if target.stubs is not None and view.source.family not in target.stubs:
+        raise _beyond(target, what, instead)
+    try:
+        _ = view.config
+    except UserError as error:
+        raise _beyond(target, f"{what} ({error})", instead) from error
+    return view
+
+
+def _beyond(target: Target, what: str, instead: str) -> UserError:
+    return UserError(
+        f"this plan {what}, which {target.name} cannot load; the nearest plan that it can is {instead}, or say "
+        "--target plugin (loads where moespresso is imported)"
     )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

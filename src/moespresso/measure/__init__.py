@@ -1,24 +1,40 @@
 """Running statistics that never keep activations.
 
-`Measurer` is the visitor of a measuring sweep: it gathers, per MoE layer, what the given needs ask for, and can be
-saved and recalled between layers.
+`Measurer` is the visitor of a measuring sweep: it gathers, per layer, what the given needs ask for, and can be saved
+and recalled between layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from moespresso.core.layer import Layer, Taps
+from moespresso.core.layer import Call, Layer, Taps
 from moespresso.core.unit import Unit
+from moespresso.measure.align import channel_order
+from moespresso.measure.folds import Folds
+from moespresso.measure.means import MeanAnswers
+from moespresso.measure.pairs import PAIRS, pair_values
 from moespresso.measure.reconstruction import Reconstruction
 from moespresso.measure.routing import SUMS, RoutingSums
+from moespresso.measure.sample import Sample
+from moespresso.measure.similarity import CosineSums, Runs
 from moespresso.measure.weights import weight_sums
 
-__all__ = ["NEEDS", "SUMS", "Measurer", "Reconstruction", "RoutingSums", "weight_sums"]
+__all__ = [
+    "NEEDS", "PAIRS", "SUMS", "CosineSums", "Folds", "MeanAnswers", "Measurer", "Reconstruction", "RoutingSums", "Runs", "Sample",
+    "channel_order", "is_need", "pair_values", "weight_sums",
+]  # fmt: skip
 
-# What a method may ask for: sums over routed tokens, the search by reconstruction, sums over weights (no text).
-NEEDS = ("routing", "reconstruction", "weights")
+# What a method may ask for: sums over routed tokens, the search by reconstruction, how alike experts are, how much a
+# layer turns the stream, sums over weights (no text); `run@N`, the same across N blocks; and `text`, for steps that take
+# text but no stats.
+NEEDS = ("routing", "reconstruction", "pairs", "similarity", "weights", "text")
+
+
+def is_need(name: str) -> bool:
+    """Whether something is measured under this name."""
+    return name in NEEDS or (name.startswith("run@") and name[4:].isdigit())
 
 
 class Measurer:
@@ -26,36 +42,37 @@ class Measurer:
 
     def __init__(self, needs: Iterable[str], tokens: int) -> None:
         self._needs, self._tokens = set(needs), tokens
+        lengths = sorted(int(need[4:]) for need in self._needs if need.startswith("run@"))
+        self._runs = [Runs(length, tokens) for length in lengths]
         self.values: dict[Unit, dict[str, float]] = {}
         self.trouble: list[str] = []
 
     def __call__(self, layer: Layer, taps: Taps) -> None:
         """Measure one layer."""
-        spec = layer.spec
-        if not spec.experts or not self._needs & {"routing", "reconstruction"}:
+        of_experts = bool(layer.spec.experts) and bool(self._needs & {"routing", "reconstruction", "pairs"})
+        turns = "similarity" in self._needs
+        if not (of_experts or turns or self._runs):
             return
-        sums = RoutingSums(spec.experts)
-        search = Reconstruction(spec.experts, next(iter(layer.router.parameters())).shape[-1]) if "reconstruction" in self._needs and layer.router is not None else None  # fmt: skip
+        experts = _Experts(layer, self._needs, self._tokens) if of_experts else None
+        cosine = CosineSums()
+        sampled: list[list[Any]] = [[] for _ in self._runs]
         for call in taps:
-            sums.add(layer, call)
-            if search is not None:
-                search.add(call, self._tokens)
-        per_expert = sums.values() | (search.search(layer) if search is not None else {})
-        for name, values in per_expert.items():
-            for expert, value in enumerate(values):
-                self.values.setdefault(Unit(spec.index, "experts", expert), {})[name] = value
-        self.values[Unit(spec.index, "experts")] = sums.of_layer(layer)
-        self._note_trouble(spec.index, sums)
+            if experts is not None:
+                experts.add(call)
+            if turns:
+                cosine.add(call)
+            for held, run in zip(sampled, self._runs, strict=True):
+                held.append(run.sample(call))
+        if experts is not None:
+            self._keep(experts.values())
+            self.trouble += experts.trouble()
+        self._keep(cosine.values(layer).items())
+        for held, run in zip(sampled, self._runs, strict=True):
+            self._keep(run.add(layer.spec.index, held).items())
 
-    def _note_trouble(self, layer: int, sums: RoutingSums) -> None:
-        silent = [expert for expert, count in enumerate(sums.values()["tokens"]) if count == 0]
-        if silent:
-            names = ", ".join(str(Unit(layer, "experts", expert)) for expert in silent)
-            self.trouble.append(
-                f"no calibration token reached {names}: every score but routing puts them last"
-            )
-        if sums.nonfinite:
-            self.trouble.append(f"L{layer}: {sums.nonfinite} answers of experts were not finite")
+    def _keep(self, rows: Iterable[tuple[Unit, dict[str, float]]]) -> None:
+        for unit, row in rows:
+            self.values.setdefault(unit, {}).update(row)
 
     def notes(self) -> dict[str, Any]:
         """What has been measured so far, as plain data."""
@@ -65,3 +82,41 @@ class Measurer:
         """Take up what `notes` gave."""
         self.values = {Unit.parse(unit): row for unit, row in notes["values"].items()}
         self.trouble = list(notes["trouble"])
+
+
+class _Experts:
+    """What is measured of the experts of one layer."""
+
+    def __init__(self, layer: Layer, needs: set[str], tokens: int) -> None:
+        assert layer.router is not None
+        spec, self._layer, self._needs = layer.spec, layer, needs
+        self._sums = RoutingSums(spec.experts)
+        width = next(iter(layer.router.parameters())).shape[-1]
+        self._sample = Sample(spec.experts, width, tokens) if needs & {"reconstruction", "pairs"} else None
+
+    def add(self, call: Call) -> None:
+        self._sums.add(self._layer, call)
+        if self._sample is not None:
+            self._sample.add(call)
+
+    def values(self) -> Iterator[tuple[Unit, dict[str, float]]]:
+        """Rows of every expert, and of the layer's experts together."""
+        columns = self._sums.values()
+        if self._sample is not None and "reconstruction" in self._needs:
+            columns |= Reconstruction(self._sample).search(self._layer)
+        if self._sample is not None and "pairs" in self._needs:
+            columns |= pair_values(self._layer, self._sample)
+        index = self._layer.spec.index
+        for expert in range(self._layer.spec.experts):
+            yield Unit(index, "experts", expert), {name: column[expert] for name, column in columns.items()}
+        yield Unit(index, "experts"), self._sums.of_layer(self._layer)
+
+    def trouble(self) -> Iterator[str]:
+        """What went wrong, in sentences."""
+        layer = self._layer.spec.index
+        silent = [expert for expert, count in enumerate(self._sums.values()["tokens"]) if count == 0]
+        if silent:
+            names = ", ".join(str(Unit(layer, "experts", expert)) for expert in silent)
+            yield f"no calibration token reached {names}: every score but routing puts them last"
+        if self._sums.nonfinite:
+            yield f"L{layer}: {self._sums.nonfinite} answers of experts were not finite"

@@ -16,13 +16,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from moespresso.core.layer import Call, Layer, valid_tokens
-from moespresso.model.experts import expert_forward
+from moespresso.core.layer import Layer
+from moespresso.measure.sample import Sample
 
 # Try all subsets of a size up to this many.
 EXHAUSTIVE = 300
-# Memory for the answers of all experts, and the most tokens looked at.
-ANSWER_BYTES, MOST_TOKENS = 256 << 20, 1024
 # A router logit that no softmax or sigmoid lets through.
 _NEVER = -1e30
 
@@ -30,28 +28,13 @@ _NEVER = -1e30
 class Reconstruction:
     """Collects a sample of a layer's tokens, then searches for the experts to lose."""
 
-    def __init__(self, experts: int, hidden: int) -> None:
-        self._wanted = max(16, min(MOST_TOKENS, ANSWER_BYTES // (4 * experts * hidden)))
-        self._calls: list[tuple[Tensor, Tensor, tuple[Tensor, ...]]] = []
-        self._have = 0
-
-    def add(self, call: Call, total: int) -> None:
-        """Take the batch's share of the sample (`total`: tokens of all batches), evenly spaced over its tokens."""
-        assert call.routed is not None
-        tokens = valid_tokens(call)
-        share = min(tokens.numel(), math.ceil(self._wanted * tokens.numel() / total))
-        tokens = tokens[torch.linspace(0, tokens.numel() - 1, share).round().long()]
-        seen, *extra = call.routed.router_args
-        # As many dimensions as the router is used to; what it sees need not be what the experts see.
-        asked = seen.reshape(-1, seen.shape[-1])[tokens].view(*[1] * (seen.ndim - 2), len(tokens), -1)
-        self._calls.append((call.routed.hidden[tokens], asked, tuple(extra)))
+    def __init__(self, sample: Sample) -> None:
+        self._sample = sample
 
     def search(self, layer: Layer) -> dict[str, list[float]]:
         """Per expert: `reconstruction` (position in the greedy order of removal, last removed highest) and
         `reconstruction@K` (1 in the best set of K, 0 outside) for every K whose sets were all tried."""
-        hidden = torch.cat([hidden for hidden, _, _ in self._calls])
-        asked = torch.cat([asked for _, asked, _ in self._calls], -2)
-        problem = _Problem(layer, hidden, (asked, *self._calls[0][2]))
+        problem = _Problem(layer, self._sample)
         spec = layer.spec
         values = {"reconstruction": _greedy(problem, spec.experts, spec.groups, spec.floor)}
         for keep in range(spec.floor, spec.experts):
@@ -65,14 +48,11 @@ class Reconstruction:
 class _Problem:
     """A layer's tokens, every expert's answer to them, and the output to come close to."""
 
-    def __init__(self, layer: Layer, hidden: Tensor, router_args: tuple[Tensor, ...]) -> None:
-        assert layer.experts is not None
+    def __init__(self, layer: Layer, sample: Sample) -> None:
         assert layer.router is not None
-        self._router, self._asked, self._extra = layer.router, router_args[0], router_args[1:]
-        self._experts = layer.spec.experts
-        self._answers = torch.stack(
-            [expert_forward(layer.experts, e, hidden) for e in range(self._experts)], 1
-        ).float()
+        self._router, self._experts = layer.router, layer.spec.experts
+        self._asked, self._extra = sample.asked, sample.extra
+        self._answers = sample.answers(layer)
         self._target = self._output(tuple(range(self._experts)))
 
     def error(self, kept: tuple[int, ...]) -> float:

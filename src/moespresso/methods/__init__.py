@@ -3,7 +3,9 @@
 Importing this package registers all of them (`moespresso.core.registry`).
 """
 
-from moespresso.methods import expert_drop
+from moespresso.methods.block_drop import BlockDrop
 from moespresso.methods.expert_drop import ExpertDrop
+from moespresso.methods.expert_merge import ExpertMerge
+from moespresso.methods.layer_drop import LayerDrop
 
-__all__ = ["ExpertDrop", "expert_drop"]
+__all__ = ["BlockDrop", "ExpertDrop", "ExpertMerge", "LayerDrop"]

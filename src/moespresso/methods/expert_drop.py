@@ -32,8 +32,10 @@ from moespresso.core.blueprint import Blueprint, LayerSpec
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.registry import method
+from moespresso.core.remains import remains
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
+from moespresso.methods._counts import keep_count, outlined, refuse_skipped
 
 Score = Literal[
     "routing",
@@ -63,7 +65,9 @@ class ExpertDrop:
     score: how experts are ranked (see the module's docstring).
     gates: the weight that `reap` uses: `model`, the gate really used, or `softmax`, the routing score.
     scope: `layer` removes the same number everywhere; `global` ranks over the whole model (unequal layers).
-    router: `rows` deletes the dropped experts' router rows; `preserve` keeps them and skips their terms.
+    router: `rows` deletes the dropped experts' router rows; `preserve` keeps them and skips their terms (plugin target).
+    replace: `novice` leaves a dropped expert's mean answer in its place, behind a whole router (MoNE, arXiv 2507.00390;
+        plugin target).
     renormalise: `model` leaves gates as the router makes them; `compensate` scales the routed part by the mean kept
         routing mass where the router does not renormalise.
     protect_super: never drop super experts (found on text: aimer and random do not know them).
@@ -79,6 +83,7 @@ class ExpertDrop:
     gates: Literal["model", "softmax"] = "model"
     scope: Literal["layer", "global"] = "layer"
     router: Literal["rows", "preserve"] = "rows"
+    replace: Literal["none", "novice"] = "none"
     renormalise: Literal["model", "compensate"] = "model"
     protect_super: bool = True
     reverse: bool = False
@@ -91,9 +96,9 @@ class ExpertDrop:
             raise UserError("expert_drop: give keep or ratio, not both")
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise UserError(f"expert_drop: ratio={self.ratio} is the share removed and must be in [0, 1)")
-        if self.router == "preserve":
+        if self.renormalise == "compensate" and self._repair:
             raise UserError(
-                "expert_drop: router=preserve is not available in this version (it needs the plugin target)"
+                "expert_drop: renormalise=compensate is for routers that lose rows, which this one keeps"
             )
 
     def needs(self) -> frozenset[str]:
@@ -103,6 +108,8 @@ class ExpertDrop:
             needs.add("reconstruction")
         if self.renormalise == "compensate":
             needs.add("routing")
+        if self.replace == "novice":
+            needs.add("text")
         return frozenset(needs)
 
     def check(self, blueprint: Blueprint) -> None:
@@ -111,8 +118,21 @@ class ExpertDrop:
             raise UserError(
                 f"expert_drop needs routed experts, but {blueprint.source} ({blueprint.family}) is dense"
             )
+        refuse_skipped(self.kind, blueprint)
         for layer in blueprint.moe_layers:
             self._keep_count(layer)
+
+    @property
+    def _repair(self) -> str | None:
+        """What stands in for dropped experts: their mean answer, nothing behind a whole router, or the next best."""
+        if self.replace == "novice":
+            return "novice"
+        return "skip" if self.router == "preserve" else None
+
+    @property
+    def searches(self) -> bool:
+        """Whether it asks for the whole model's KL instead of stats."""
+        return False
 
     @property
     def uneven(self) -> bool:
@@ -134,17 +154,9 @@ class ExpertDrop:
 
     def outline(self, source: Blueprint, before: Plan) -> Stage:
         """A stage of the right size, before anything is measured: the lowest numbers of every group are kept."""
-        treatments: dict[Unit, Treatment] = {}
-        for layer in source.moe_layers:
-            left, size = before.kept_experts(layer.index, layer.experts), layer.experts // layer.groups
-            each = self._keep_count(replace(layer, experts=len(left))) // layer.groups
-            groups = [
-                [expert for expert in left if expert // size == group][:each] for group in range(layer.groups)
-            ]
-            treatments[Unit(layer.index, "experts")] = Treatment(
-                keep=tuple(expert for g in groups for expert in g)
-            )
-        return Stage({"kind": self.kind}, treatments)
+        return Stage(
+            {"kind": self.kind}, outlined(self, source, remains(before, source), repair=self._repair)
+        )
 
     def decide(self, stats: Stats, blueprint: Blueprint) -> Decision:
         """Choose what to keep: a treatment per MoE layer, experts by position in `blueprint`."""
@@ -159,7 +171,7 @@ class ExpertDrop:
         for layer in blueprint.moe_layers:
             kept = self._best(stats, layer, ranked[layer.index], counts[layer.index], supers)
             scale = kept_mass(stats, layer, kept) if self.renormalise == "compensate" else 1.0
-            treatments[Unit(layer.index, "experts")] = Treatment(keep=kept, scale=scale)
+            treatments[Unit(layer.index, "experts")] = Treatment(keep=kept, scale=scale, repair=self._repair)
         by_unit = {
             Unit(layer, "experts", expert): score
             for layer, row in scores.items()
@@ -184,24 +196,7 @@ class ExpertDrop:
 
     def _keep_count(self, layer: LayerSpec) -> int:
         """Experts to keep in `layer`, a multiple of its groups."""
-        if self.keep is not None:
-            wanted = self.keep
-        else:
-            share = 1 - (0.25 if self.ratio is None else self.ratio)
-            wanted = round(layer.experts * share / layer.groups) * layer.groups
-        place = f"expert_drop: keep={wanted} in L{layer.index}"
-        if wanted > layer.experts:
-            raise UserError(f"{place} is more than the {layer.experts} experts there are")
-        if wanted < layer.floor:
-            raise UserError(
-                f"{place} is under {layer.floor}, the fewest its router (top_k={layer.top_k}) works with"
-            )
-        if wanted % layer.groups and self.scope == "layer":
-            lower = max(wanted // layer.groups * layer.groups, layer.floor)
-            raise UserError(
-                f"{place} does not divide into {layer.groups} router groups: keep {lower} or {lower + layer.groups}"
-            )
-        return wanted
+        return keep_count(self, layer, even=self.scope == "layer")
 
     def _rounding(self, layer: LayerSpec) -> str | None:
         exact = layer.experts * (1 - self.ratio) if self.ratio is not None else None

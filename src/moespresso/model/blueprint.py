@@ -11,6 +11,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moespresso.checkpoint.index import Checkpoint
-from moespresso.core.blueprint import Blueprint, Entry, LayerSpec, TensorRef
+from moespresso.core.blueprint import Blueprint, Branch, Entry, LayerSpec, TensorRef
 from moespresso.core.errors import UserError
+from moespresso.core.remains import SILENT_KV
 from moespresso.core.unit import Part, Unit
 from moespresso.model import quirks
 from moespresso.model.counts import expert_axes
@@ -35,6 +37,9 @@ from moespresso.model.skeleton import (
     read_config,
     scores_groups_by_two,
 )
+from moespresso.runtime.anatomy import MIXERS, Anatomy, NotResidual, find_anatomy
+from moespresso.runtime.anatomy import Branch as BranchParts
+from moespresso.runtime.parts import Silent, SilentMixer
 
 _EXPERT = re.compile(r"experts\.(\d+)\.")
 
@@ -53,6 +58,7 @@ def read_blueprint(checkpoint: Checkpoint) -> Blueprint:
         raise UserError(f"{place}: model_type {config.model_type!r} is not supported ({error})") from error
     _check_experts_seen(config, specs, place)
     classify = _Classifier(model, layers_name, layers, expert_axes(checkpoint.config, model, place))
+    indivisible = next((anatomy for anatomy in classify.anatomies if isinstance(anatomy, str)), "")
     entries = tuple(classify(ref) for ref in checkpoint.tensors.values())
     classify.check_complete(place)
     text = config.get_text_config()
@@ -63,9 +69,23 @@ def read_blueprint(checkpoint: Checkpoint) -> Blueprint:
         hidden=text.hidden_size,
         vocab=text.vocab_size,
         tied=not any(entry.unit.part == "head" and entry.ref.name.endswith("weight") for entry in entries),
-        layers=specs,
+        layers=specs if indivisible else tuple(map(_with_bodies, specs, classify.anatomies, layers)),
         entries=entries,
+        layers_name=layers_name,
+        indivisible=indivisible,
     )
+
+
+def _with_bodies(spec: LayerSpec, anatomy: Anatomy | str, layer: nn.Module) -> LayerSpec:
+    """The spec with the names of the bodies of its branches; what only stands where one was is none."""
+    silent = {name for name, child in layer.named_children() if isinstance(child, Silent)}
+    assert not isinstance(anatomy, str)
+    bodies: dict[Branch, str] = {}
+    if anatomy.attention is not None:
+        bodies["attention"] = anatomy.attention.body
+    if anatomy.mlp is not None:
+        bodies["mlp"] = anatomy.mlp.body
+    return replace(spec, bodies={name: body for name, body in bodies.items() if body not in silent})
 
 
 def check_tensors(raw: Mapping[str, Any], refs: Iterable[TensorRef], place: str) -> None:
@@ -120,6 +140,8 @@ def _check_experts_seen(config: PreTrainedConfig, specs: tuple[LayerSpec, ...], 
 def _layer_spec(index: int, layer: nn.Module, config: PreTrainedConfig) -> LayerSpec:
     mixer = _mixer(index, layer, config)
     widths = _attention_widths(layer_config(config, index)) if mixer == "attention" else (0, 0, 0)
+    if any(isinstance(child, SilentMixer) for child in layer.children()):
+        mixer, widths = "none", (0, 0, SILENT_KV)
     found = moe_block(layer)
     if found is None:
         return LayerSpec(
@@ -135,12 +157,13 @@ def _layer_spec(index: int, layer: nn.Module, config: PreTrainedConfig) -> Layer
     return LayerSpec(
         index, mixer, count, _shared_experts(block, config), top_k, groups, _floor(router, groups, top_k, config),
         experts.down_proj.shape[1 if experts.is_transposed else 2], *widths,
+        skipped=len(getattr(experts, "places", ())) and len(experts.places) - count,
     )  # fmt: skip
 
 
 def _mixer(index: int, layer: nn.Module, config: PreTrainedConfig) -> str:
     """What mixes tokens in a layer: by the name of the submodule, and by the config where one name serves several."""
-    named = next((quirks.MIXERS[name] for name, _ in layer.named_children() if name in quirks.MIXERS), None)
+    named = next((MIXERS[name] for name, _ in layer.named_children() if name in MIXERS), None)
     types = getattr(config.get_text_config(), "layer_types", None) or ()
     said = types[index] if index < len(types) else getattr(layer, "block_type", "")
     if named is None and not hasattr(layer, "block_type"):
@@ -206,6 +229,7 @@ class _Classifier:
         self._names = Names(model)
         self._layers_name = layers_name
         self._blocks = [moe_block(layer) for layer in layers]
+        self.anatomies = [_anatomy(layer) for layer in layers]
         self._embedding = _module_name(model, model.get_input_embeddings())
         self._head = _module_name(model, model.get_output_embeddings())
         self._tied = set(model.all_tied_weights_keys)
@@ -219,9 +243,19 @@ class _Classifier:
         """What a stored tensor is."""
         name, pattern = self._names.in_memory(ref.name)
         entry = self._entry(ref, name, pattern)
-        if name in self._axes and entry.expert_axis is None and entry.unit.expert is None:
+        if (
+            name in self._axes
+            and entry.expert_axis is None
+            and entry.unit.expert is None
+            and not self._skips(entry)
+        ):
             self._uncut.append(ref)
         return entry
+
+    def _skips(self, entry: Entry) -> bool:
+        """Whether a layer's router selects from more experts than there are: its rows are no experts any more."""
+        block = None if entry.unit.layer is None else self._blocks[entry.unit.layer]
+        return block is not None and hasattr(block[1].get_submodule("experts"), "places")
 
     def _entry(self, ref: TensorRef, name: str, pattern: str | None) -> Entry:
         if name not in self._names.state:
@@ -233,7 +267,36 @@ class _Classifier:
         if layer is None:
             return Entry(ref, Unit(None, self._outer_part(name)))
         inner = name[len(f"{self._layers_name}.{layer}.") :]
-        return self._in_layer(ref, layer, inner, pattern, self._expert_axis(ref, name, layer))
+        entry = self._in_layer(ref, layer, inner, pattern, self._expert_axis(ref, name, layer))
+        return replace(entry, branch=self._branch(layer, inner), **self._axes_of(entry, layer, inner))
+
+    def _branch(self, layer: int, inner: str) -> Branch | None:
+        """The residual branch that a tensor of a layer goes with."""
+        anatomy, child = self.anatomies[layer], inner.split(".", 1)[0]
+        if isinstance(anatomy, str):
+            return None
+        parts: dict[Branch, BranchParts | None] = {"attention": anatomy.attention, "mlp": anatomy.mlp}
+        for name, part in parts.items():
+            if part is not None and child in (
+                part.body,
+                part.pre,
+                part.post,
+                *(body for body, _ in part.beside),
+            ):
+                return name
+        return None
+
+    def _axes_of(self, entry: Entry, layer: int, inner: str) -> dict[str, Any]:
+        """Which axes of a stored tensor run along a branch's output, and along an expert's channels."""
+        if self._transformed[self._names.in_memory(entry.ref.name)[0]]:
+            return {}
+        module, _, kind = inner.rpartition(".")
+        if entry.unit.part != "experts":
+            ends = module.rpartition(".")[2] in quirks.OUTPUTS and entry.unit.part != "router"
+            return {"out_axis": 0} if ends and kind in ("weight", "bias") else {}
+        block = self._blocks[layer]
+        assert block is not None
+        return _expert_axes_of(entry.unit.matrix or "", block[1].get_submodule("experts"))
 
     def _expert_axis(self, ref: TensorRef, name: str, layer: int) -> int | None:
         """The axis of a stored tensor that counts experts, where it is laid out as in memory."""
@@ -253,7 +316,7 @@ class _Classifier:
         child = inner.split(".", 1)[0]
         if block is not None and inner.startswith(block[0] + "."):
             return self._in_block(ref, layer, inner[len(block[0]) + 1 :], pattern, axis)
-        if child in quirks.MIXERS:
+        if child in MIXERS:
             return Entry(
                 ref,
                 Unit(
@@ -328,6 +391,29 @@ class _Classifier:
                 f"{place}: tensor {odd[0].name} has shape {list(odd[0].shape)}, which does not make "
                 f"{name} {list(wanted)} as the config asks: the files or the config were changed"
             )
+
+
+def _expert_axes_of(matrix: str, experts: Any) -> dict[str, Any]:
+    """Of an expert's tensor: both axes counted from the last, as some are stored one by one and some in a stack."""
+    rows, columns = (-1, -2) if experts.is_transposed else (-2, -1)
+    if matrix == "novices":
+        return {"out_axis": -1}
+    if matrix.startswith("down"):
+        return {"out_axis": -1} if matrix.endswith("_bias") else {"out_axis": rows, "channel_axis": columns}
+    joined = (
+        ("halves" if getattr(experts, "is_concatenated", True) else "interleaved")
+        if matrix.startswith("gate_up")
+        else ""
+    )
+    return {"channel_axis": -1 if matrix.endswith("_bias") else rows, "joined": joined}
+
+
+def _anatomy(layer: nn.Module) -> Anatomy | str:
+    """The layer's residual branches, or why they cannot be told."""
+    try:
+        return find_anatomy(layer)
+    except NotResidual as error:
+        return str(error)
 
 
 def _matrix(inner: str, pattern: str | None) -> str:

@@ -8,7 +8,7 @@ other way (router rows for shared or skipped experts, say) cannot be cut, and is
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,20 @@ from moespresso.model.skeleton import build_meta, read_config
 
 
 def with_count(config: Mapping[str, Any], family: str, count: int) -> dict[str, Any]:
-    """`config` (a config.json) with `count` experts wherever it says their number."""
+    """`config` (a config.json) with `count` experts wherever it says their number for all layers."""
+    return _changed(config, family, lambda _: count)
+
+
+def _doubled(config: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """The config with twice as many experts in every layer."""
+    edited = _changed(config, family, lambda count: 2 * count)
+    for part in (edited, edited.get("text_config")):
+        for said in (part or {}).get("per_layer_config", {}).values():
+            said |= {key: 2 * said[key] for key in quirks.COUNT_KEYS if key in said}
+    return edited
+
+
+def _changed(config: Mapping[str, Any], family: str, change: Callable[[int], int]) -> dict[str, Any]:
     edited = copy.deepcopy(dict(config))
     # A composite model keeps the keys of its language model one level down.
     parts = [part for part in (edited, edited.get("text_config")) if isinstance(part, dict)]
@@ -31,50 +44,62 @@ def with_count(config: Mapping[str, Any], family: str, count: int) -> dict[str, 
         default = CONFIG_MAPPING[parts[-1].get("model_type", family)]().to_dict()
         parts[-1].update({key: default[key] for key in _present(default)})
     for part in parts:
-        _set_count(part, family, count)
+        _set_count(part, family, change)
     return edited
+
+
+def is_unequal(config: Mapping[str, Any]) -> bool:
+    """Whether layers differ in a way that only moespresso's runtime can load."""
+    return any(
+        part.get("per_layer_config") for part in (config, config.get("text_config")) if isinstance(part, dict)
+    )
 
 
 def _present(config: Mapping[str, Any]) -> set[str]:
     return {key for key in quirks.COUNT_KEYS if config.get(key) is not None}
 
 
-def _set_count(config: dict[str, Any], family: str, count: int) -> None:
+def _set_count(config: dict[str, Any], family: str, change: Callable[[int], int]) -> None:
     present = _present(config)
     aliases = quirks.COUNT_ALIASES.get(config.get("model_type", family), ()) if present else ()
-    for key in sorted(present | set(aliases)):
-        config[key] = [count] * len(config[key]) if isinstance(config.get(key), list) else count
+    before = {key: config.get(key, config[min(present)]) for key in sorted(present | set(aliases))}
+    for key, said in before.items():
+        config[key] = [change(count) for count in said] if isinstance(said, list) else change(said)
 
 
 def expert_axes(raw: Mapping[str, Any], model: PreTrainedModel, place: str) -> dict[str, int]:
     """Axis that counts experts of every in-memory tensor that has one; raises `UserError` where it is not that simple."""
     stacks = {name: module for name, module in model.named_modules() if is_experts(module)}
-    counts = {int(module.num_experts) for module in stacks.values()}  # pyright: ignore[reportArgumentType]
-    if not counts:
+    if not stacks:
         return {}
+    # A router that may still select experts that are gone has more rows than there are experts.
+    counts = {len(getattr(module, "places", range(int(module.num_experts)))) for module in stacks.values()}  # pyright: ignore[reportArgumentType]
     family = str(raw["model_type"])
-    if len(counts) > 1:
+    if len(counts) > 1 and not is_unequal(raw):
         raise _refused(place, family, "its layers have different numbers of experts")
-    count = counts.pop()
     try:
-        double = build_meta(
-            read_config(with_count(raw, family, 2 * count), place), torch.bfloat16, place
-        ).state_dict()
+        double = build_meta(read_config(_doubled(raw, family), place), torch.bfloat16, place).state_dict()
     except UserError as error:
         raise _refused(place, family, f"its number of experts cannot be changed: {error}") from error
     axes: dict[str, int] = {}
     for name, tensor in model.state_dict().items():
         changed = _changed_axes(tensor.shape, double[name].shape) if name in double else [-1]
-        if changed and (len(changed) > 1 or changed[0] < 0 or tensor.shape[changed[0]] != count
-                        or double[name].shape[changed[0]] != 2 * count):  # fmt: skip
+        if changed and not _follows(tensor.shape, double[name].shape, changed, counts):
             raise _refused(place, family, f"{name} does not follow the number of experts as one entry each")
         if changed:
             axes[name] = changed[0]
     for stack, module in stacks.items():
         for name, _ in module.named_parameters(recurse=False):
-            if axes.get(f"{stack}.{name}") != 0:
+            if axes.get(f"{stack}.{name}") != 0 and name != "novices":
                 raise _refused(place, family, "no known key of its config sets the number of experts")
     return axes
+
+
+def _follows(before: torch.Size, after: torch.Size, changed: list[int], counts: set[int]) -> bool:
+    """Whether a tensor has one entry per expert: twice the experts, that many entries more."""
+    if len(changed) > 1 or changed[0] < 0:
+        return False
+    return after[changed[0]] - before[changed[0]] in counts and before[changed[0]] <= max(counts)
 
 
 def _changed_axes(before: torch.Size, after: torch.Size) -> list[int]:

@@ -52,9 +52,10 @@ class Waiting:
         self._kwargs: dict[str, Any] = {}
         self.hidden = self._take(self._greenlet.switch())
 
-    def run(self, layer: nn.Module) -> Tensor:
-        """The layer's output for this batch (the batch goes on waiting: this may be called again)."""
-        output = layer(self.hidden, *self._args, **self._kwargs)
+    def run(self, layer: nn.Module, hidden: Tensor | None = None) -> Tensor:
+        """The layer's output for this batch, or for other hidden states in its place (the batch goes on waiting: this
+        may be called again)."""
+        output = layer(self.hidden if hidden is None else hidden, *self._args, **self._kwargs)
         if self._hands_on and isinstance(output, tuple):
             output, *beside = cast("tuple[Any, ...]", output)
             self._beside = tuple(beside)

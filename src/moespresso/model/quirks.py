@@ -25,6 +25,45 @@ HANDS_ON = frozenset({"glm_moe_dsa", "hy_v4"})
 # phimoe's sparsemixer always picks two.
 FEWEST_EXPERTS: dict[str, int] = {"jamba": 2, "phimoe": 2}
 
-# Names of submodules that mix tokens; anything else beside norms is the feed-forward part.
-MIXERS: dict[str, str] = {"self_attn": "attention", "mamba": "mamba", "linear_attn": "linear_attention",
-                          "conv": "convolution", "short_conv": "convolution"}  # fmt: skip
+# Names of the linear maps that attention, dense and shared feed-forward parts end with.
+OUTPUTS = frozenset({"o_proj", "out_proj", "wo", "down_proj", "w2", "fc2", "c_proj", "output_linear"})
+
+
+# Depth: how configs say what each decoder layer is (model/depth.py)
+
+# Fields with one entry a layer (lists, or strings of letters). Entries beyond the last layer belong to extra heads.
+LAYER_LISTS = (
+    "layer_types", "mlp_layer_types", "layers_block_type", "hybrid_override_pattern", "hybrid_layer_pattern",
+    "indexer_types", "index_topk_pattern", "compress_ratios", "sparse_attention_freq", "no_rope_layers",
+    "layer_rope_theta", "num_attention_heads_per_layer", "num_key_value_heads_per_layer", "swiglu_limits",
+    "swiglu_limits_shared", "activation_sparsity_pattern", "intermediate_size", "moe_layer_freq", "moe_topk",
+    "moe_intermediate_size", "num_shared_expert", *COUNT_KEYS,
+)  # fmt: skip
+
+# Fields that list layers by number, and the number that the first layer has there.
+LAYER_NUMBERS: dict[str, int] = {"mlp_only_layers": 0, "attn_layer_indices": 0, "full_attn_idxs": 0, "moe_layers": 0,
+                                 "cross_attention_layers": 0, "local_layer_ids": 0, "full_attn_layers": 1, "kda_layers": 1,
+                                 "ple_layer_ids": 1}  # fmt: skip
+
+# Numbers that part the layers: how many lie before the border, the number of the last one before it, and how many lie
+# behind it. A value beyond the last layer means no border and stays.
+LAYERS_BEFORE = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "max_window_layers")
+LAST_LAYER = ("moe_layer_end_index",)
+LAYERS_BEHIND = ("num_kv_shared_layers",)
+
+# Sub-dictionaries of a language model's config that hold fields of the kinds above.
+LAYERS_INSIDE = ("linear_attn_config", "sparse_attention_config")
+
+# What a layer takes from an earlier one, so that it cannot be the first.
+TAKEN_FROM_EARLIER: dict[str, str] = {"indexer_types": "shared"}
+
+# Attributes of modules that only number a layer. (MiniMax derives decays from them, but checkpoints store those.)
+NUMBERING = frozenset({"layer_idx", "layer_id", "layer_number", "num_hidden_layers"})
+
+# Lists of LAYER_LISTS that tell mixtures from dense layers, and the two words they use.
+DENSE_WORDS: dict[str, tuple[str | int, str | int]] = {"mlp_layer_types": ("sparse", "dense"), "moe_layer_freq": (1, 0),
+                                                       "layers_block_type": ("moe", "mlp"),
+                                                       "hybrid_override_pattern": ("E", "-")}  # fmt: skip
+
+# Fields that may be the width of dense layers; what counts is the model they make.
+DENSE_WIDTHS = ("prefix_dense_intermediate_size", "dense_intermediate_size", "intermediate_size")

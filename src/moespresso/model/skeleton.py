@@ -29,6 +29,7 @@ from moespresso.core.layer import Layer
 from moespresso.model import experts as experts_function
 from moespresso.model import quirks
 from moespresso.model.names import Names
+from moespresso.runtime.anatomy import Anatomy, NotResidual, find_anatomy
 
 
 def read_config(raw: Mapping[str, Any], place: str) -> PreTrainedConfig:
@@ -157,6 +158,7 @@ class Skeleton:
         self.specs, self.place, self.dtype, self.device = specs, place, dtype, device
         self._names = Names(self.model)
         self._tensors = self._by_layer(tensors)
+        self._anatomies: dict[int, Anatomy | None] = {}
         self._materialise_buffers()
 
     @property
@@ -197,9 +199,9 @@ class Skeleton:
 
     def _handle(self, index: int, module: nn.Module) -> Layer:
         found = moe_block(module)
-        multiplier = float(getattr(module, "residual_multiplier", 1.0))
+        multiplier, anatomy = float(getattr(module, "residual_multiplier", 1.0)), self._anatomy(index)
         if found is None:
-            return Layer(self.specs[index], module, residual_multiplier=multiplier)
+            return Layer(self.specs[index], module, residual_multiplier=multiplier, anatomy=anatomy)
         block = found[1]
         router = find_router(block)
         assert router is not None
@@ -210,7 +212,17 @@ class Skeleton:
             router[1],
             scores_by_sigmoid(router[1], self.config),
             multiplier,
+            anatomy,
         )
+
+    def _anatomy(self, index: int) -> Anatomy | None:
+        """The layer's branches; None where they cannot be told apart."""
+        if index not in self._anatomies:
+            try:
+                self._anatomies[index] = find_anatomy(self.layers[index])
+            except NotResidual:
+                self._anatomies[index] = None
+        return self._anatomies[index]
 
     @contextmanager
     def outer(self) -> Iterator[None]:

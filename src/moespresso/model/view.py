@@ -3,12 +3,14 @@
 A `View` answers with the edited config, the tensors to write (`pieces`) and a `Skeleton` that loads them: so a later
 step is measured on the model as the earlier ones leave it, pricing and writing agree by construction, and `verify`
 compares files with what they ought to be. With an empty plan it is the checkpoint itself.
+
+Layers that differ are said in the words of moespresso's runtime. In its `stock` form a view says what it can in words
+that engines know on their own: a feed-forward part that is gone is a dense one of zeros there.
 """
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,43 +18,108 @@ import torch
 
 from moespresso.checkpoint.index import Checkpoint
 from moespresso.checkpoint.reader import Lazy, Reader
-from moespresso.core.blueprint import Blueprint
+from moespresso.core.blueprint import Blueprint, Entry, LayerSpec, TensorRef
 from moespresso.core.errors import UserError
+from moespresso.core.fits import Fits
 from moespresso.core.plan import Plan
+from moespresso.core.remains import Remains, remains
 from moespresso.core.rewrite import Piece, pieces, pressed_blueprint
+from moespresso.core.unit import Unit
 from moespresso.model.blueprint import check_tensors
-from moespresso.model.counts import with_count
-from moespresso.model.skeleton import Skeleton
+from moespresso.model.depth import with_dense
+from moespresso.model.skeleton import Skeleton, build_meta, read_config
+from moespresso.model.unequal import pressed_config
 
 
 @dataclass(frozen=True)
 class View:
-    """A source checkpoint with its blueprint, seen through a plan."""
+    """A source checkpoint with its blueprint, seen through a plan and what was fitted for it."""
 
     checkpoint: Checkpoint
     source: Blueprint
     plan: Plan = field(default=Plan(""))
+    fits: Fits = field(default_factory=dict[str, torch.Tensor], repr=False)
+    stock: bool = False
+    # The blueprint under its own family's name, where the checkpoint is presented as one of another.
+    origin: Blueprint | None = None
+
+    @cached_property
+    def left(self) -> Remains:
+        """What of the source is left."""
+        return remains(self.plan, self.source)
+
+    @cached_property
+    def stubs(self) -> tuple[int, ...]:
+        """New numbers of the layers whose feed-forward part is a dense one of zeros."""
+        if not self.stock:
+            return ()
+        return tuple(self.left.position(layer) for layer, branch in sorted(self.left.cut) if branch == "mlp")
 
     @cached_property
     def blueprint(self) -> Blueprint:
         """What the plan makes of the source."""
-        return pressed_blueprint(self.source, self.plan)
+        pressed = pressed_blueprint(self.source, self.plan, self.pieces)
+        bodies = {position: self._body(position) for position in self.stubs}
+        layers = tuple(_as_stub(layer, bodies, self._config[1]) for layer in pressed.layers)
+        return replace(pressed, layers=layers)
 
     @cached_property
     def pieces(self) -> list[Piece]:
         """Every tensor of the result, in the source's order."""
-        return pieces(self.source, self.plan)
+        return [*pieces(self.source, self.plan, self.fits, stock=self.stock), *self._stub_pieces()]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config.json of the result; raises `UserError` where none can say what is left."""
+        return self._config[0]
 
     @cached_property
-    def config(self) -> dict[str, Any]:
-        """The config.json of the result. Unequal layers need a target that can say so (`export.check_target`)."""
-        config = copy.deepcopy(self.checkpoint.config)
-        config.pop("auto_map", None)  # custom code is not copied; the family is transformers' own
-        counts = {layer.experts for layer in self.blueprint.moe_layers}
-        if counts == {layer.experts for layer in self.source.moe_layers}:
-            return config
-        assert len(counts) == 1, f"config.json has one count of experts, the plan {sorted(counts)}"
-        return with_count(config, self.source.family, counts.pop())
+    def _config(self) -> tuple[dict[str, Any], int]:
+        """The config, and the width of dense stubs."""
+        if not self.stubs:
+            return pressed_config(self.checkpoint.config, self.source, self.plan, self.left), 0
+        whole = frozenset(at for at in self.left.cut if at[1] != "mlp")
+        kept = {
+            **{layer.index: tuple(range(layer.experts)) for layer in self.source.moe_layers},
+            **self.left.experts,
+        }
+        experts = {layer: kept[layer] for layer in self.left.layers if layer in kept}
+        # Their number of experts does not matter: they will have none.
+        most = max(map(len, self.left.experts.values()), default=0)
+        experts |= {
+            layer: kept[layer][:most] or kept[layer] for layer in experts if layer not in self.left.experts
+        }
+        config = pressed_config(
+            self.checkpoint.config, self.source, self.plan, replace(self.left, cut=whole, experts=experts)
+        )
+        return with_dense(config, self.stubs, self.source.source)
+
+    def _body(self, position: int) -> str:
+        layer = self.left.layers[position]
+        return next(spec for spec in self.source.layers if spec.index == layer).bodies["mlp"]
+
+    def _stub_pieces(self) -> list[Piece]:
+        """The zeros that stand where feed-forward parts were, as the model of the config has them."""
+        if not self.stubs:
+            return []
+        place = self.source.source
+        state = build_meta(read_config(self.config, place), torch.bfloat16, place).state_dict()
+        dtypes = {
+            entry.unit.layer: entry.ref.dtype for entry in self.source.entries if entry.out_axis is not None
+        }
+        made: list[Piece] = []
+        for position in self.stubs:
+            prefix = f"{self.source.layers_name}.{position}.{self._body(position)}."
+            dtype = dtypes[self.left.layers[position]]
+            refs = [
+                TensorRef(name, tuple(t.shape), dtype, "")
+                for name, t in state.items()
+                if name.startswith(prefix)
+            ]
+            made += [
+                Piece(ref.name, ref.shape, Entry(ref, Unit(position, "dense"), branch="mlp")) for ref in refs
+            ]
+        return made
 
     def check_fits(self) -> None:
         """Raise `UserError` when the tensors to write are not the ones that the model of the edited config asks for."""
@@ -67,3 +134,9 @@ class View:
         return Skeleton(
             self.config, tensors, self.blueprint.layers, place=self.source.source, dtype=dtype, device=device
         )
+
+
+def _as_stub(layer: LayerSpec, bodies: dict[int, str], width: int) -> LayerSpec:
+    if layer.index not in bodies:
+        return layer
+    return replace(layer, width=width, bodies={**layer.bodies, "mlp": bodies[layer.index]})

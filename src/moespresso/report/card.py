@@ -20,6 +20,10 @@ from moespresso.report.tables import COSTS
 Body = Mapping[str, Any]
 
 TAGS = ("moespresso", "mixture-of-experts", "pruned")
+PLUGIN = """\
+Its layers differ, which transformers on its own cannot build: put `import moespresso` (`pip install moespresso`) first.
+
+"""
 LOAD = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,7 +70,7 @@ def model_card(report: Report, base_model: str | None = None, licence: Licence |
         _numbers(report),
         _dropped(report.scores),
         _listed((*report.trouble, *report.notes)),
-        f"## Load it\n\n{LOAD}",
+        f"## Load it\n\n{PLUGIN + LOAD if report.plugin else LOAD}",
         _check(base_model),
         f"## Recipe\n\n```yaml\n{_yaml(recipe)}```\n",
         f"Made with moespresso {report.versions['moespresso']}.\n",
@@ -110,9 +114,16 @@ def _deed(name: str, report: Report) -> str:
     dropped = sum(len(row.dropped) for row in report.scores.values())
     experts = sum(len(row.kept) for row in report.scores.values()) + dropped
     sizes = f"{words.size(report.before.bytes)} of tensors became {words.size(report.after.bytes)}"
-    if not dropped:
+    merged = sum(len(row.merged) for row in report.scores.values())
+    deeds = [
+        f"{', '.join(map(str, report.gone))} were taken out whole" if report.gone else "",
+        f"{dropped - merged} of its {experts} routed experts were dropped" if dropped > merged else "",
+        f"{merged} of its {experts} routed experts were averaged into others" if merged else "",
+    ]
+    done = ", ".join(filter(None, deeds))
+    if not done:
         return f"A smaller {name}: {sizes}.\n"
-    return f"A smaller {name}: {dropped} of its {experts} routed experts were dropped, and {sizes}. Nothing was trained.\n"
+    return f"A smaller {name}: {done}, and {sizes}. Nothing was trained.\n"
 
 
 def _numbers(report: Report) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from moespresso.core.cost import Cost
 from moespresso.core.plan import Plan
+from moespresso.core.unit import Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class LayerScores:
     """What became of one layer's routed experts, in the source's numbers.
 
     `values` is the score of every expert (empty when none was taken) under the score's `name`; `protected` are
-    the super experts that were kept whatever their score.
+    the super experts that were kept whatever their score; `merged` says of dropped ones whose average they went into.
     """
 
     kept: tuple[int, ...]
@@ -30,11 +31,14 @@ class LayerScores:
     values: tuple[float, ...] = ()
     name: str = ""
     protected: tuple[int, ...] = ()
+    merged: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What came of a run. `scores` by layer index; `seconds` by phase; peaks in bytes; `out` the folder written.
+    """What came of a run. `scores` by layer index; `gone` the blocks and parts of layers that were dropped, each with
+    its score where it has one; `seconds` by phase; peaks in bytes; `out` the folder written, and whether only
+    moespresso's `plugin` loads it.
 
     `trouble` is what went wrong and was survived, `notes` what a reader should know; both are whole sentences.
     """
@@ -44,10 +48,12 @@ class Report:
     before: Cost
     after: Cost
     scores: Mapping[int, LayerScores] = field(default_factory=dict)
+    gone: Mapping[Unit, float | None] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     out: str | Path = ""
+    plugin: bool = False
     trouble: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     peak_rss_bytes: int = 0
@@ -64,6 +70,7 @@ class Report:
         both = {name: {"before": before[name], "after": after[name]} for name in before}
         return {
             "out": str(self.out),
+            "plugin": self.plugin,
             **both,
             "seconds": self.total_seconds,
             "phases": {name: value for name, value in self.seconds.items() if name != "total"},
@@ -71,6 +78,7 @@ class Report:
             "peak_anonymous_bytes": self.peak_anonymous_bytes,
             "plan": json.loads(self.plan.to_json()),
             "scores": {f"L{layer}": asdict(scores) for layer, scores in sorted(self.scores.items())},
+            "gone": {str(unit): score for unit, score in self.gone.items()},
             "trouble": list(self.trouble),
             "notes": list(self.notes),
             "recipe": dict(self.recipe),

@@ -42,6 +42,7 @@ def render_report(report: Report | Body) -> str:
     return _page(
         _title("pressed", body.get("recipe", {}).get("model"), body["out"] and f"into {body['out']}"),
         _costs(body),
+        *_gone(body.get("gone", {}), body["plan"]["stages"]),
         *_dropped(body.get("scores", {})),
         *_listed("trouble", body.get("trouble", ())),
         *_listed("notes", body.get("notes", ())),
@@ -197,6 +198,17 @@ def _costs(body: Body) -> Table:
     return table
 
 
+def _gone(gone: Mapping[str, float | None], stages: Sequence[Body]) -> list[RenderableType]:
+    """Blocks and parts of layers that went, with what stands in for them."""
+    if not gone:
+        return []
+    table = _table("dropped", "score", "in its place", right=(1,))
+    for unit, score in gone.items():
+        repairs = [stage["treatments"][unit].get("repair") for stage in stages if unit in stage["treatments"]]
+        table.add_row(unit, "" if score is None else words.figure(score), next(filter(None, repairs), ""))
+    return [table]
+
+
 def _dropped(scores: Mapping[str, Body]) -> list[RenderableType]:
     """Experts by layer; layers that lose none are summed up in one line."""
     losing = {layer: row for layer, row in scores.items() if row["dropped"]}
@@ -206,10 +218,18 @@ def _dropped(scores: Mapping[str, Body]) -> list[RenderableType]:
     table = _table("layer", "experts", "dropped", *(["super experts, kept"] if shielded else []), right=(1,))
     for layer, row in losing.items():
         count = f"{len(row['kept']) + len(row['dropped'])} → {len(row['kept'])}"
-        lists = [words.spans(row["dropped"]), *([words.spans(row["protected"])] if shielded else [])]
+        lists = [_lost(row), *([words.spans(row["protected"])] if shielded else [])]
         table.add_row(layer, count, *lists)
     whole = [layer for layer in scores if layer not in losing]
     return [table, *_listed("no expert dropped in", [", ".join(whole)] if whole else [])]
+
+
+def _lost(row: Body) -> str:
+    """Dropped experts; those that were averaged into another one with it."""
+    merged = {int(expert): int(leader) for expert, leader in row.get("merged", {}).items()}
+    plain = [expert for expert in row["dropped"] if expert not in merged]
+    joined = [f"{expert} into {merged[expert]}" for expert in row["dropped"] if expert in merged]
+    return ", ".join(filter(None, (words.spans(plain), *joined)))
 
 
 def _effort(body: Body) -> Table:
@@ -240,13 +260,33 @@ def _machine(found: Body) -> str:
 
 
 def _layers(layers: Sequence[Body]) -> Table:
-    keys = ("mixer", "experts", "shared_experts", "top_k")
-    table = _table("layers", "mixer", "experts", "shared", "top_k", right=(2, 3, 4))
-    for kind, run in groupby(layers, key=lambda layer: tuple(layer[key] for key in keys)):
-        indices = [layer["index"] for layer in run]
-        numbers = ["-" if value == 0 else str(value) for value in kind[1:]]
-        table.add_row(words.spans(indices), str(kind[0]), *numbers)
+    """Equal neighbours on one line; widths, and parts that a layer lacks, where they are told."""
+    rows = [_layer(layer) for layer in layers]
+    shown = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
+    table = _table(
+        "layers", *shown, right=[at for at, name in enumerate(shown, 1) if name not in ("mixer", "without")]
+    )
+    numbered = zip((layer["index"] for layer in layers), rows, strict=True)
+    for row, run in groupby(numbered, key=lambda pair: pair[1]):
+        table.add_row(words.spans([index for index, _ in run]), *(row[name] or "-" for name in shown))
     return table
+
+
+def _layer(layer: Body) -> dict[str, str]:
+    """The columns of one layer; empty where there is nothing to say."""
+    skipped, parts = layer.get("skipped", 0), layer.get("parts", ("attention", "mlp"))
+    of = f" of {layer['experts'] + skipped}" if skipped else ""
+    lacks = [
+        told for part, told in (("attention", "attention"), ("mlp", "feed-forward")) if part not in parts
+    ]
+    return {
+        "mixer": str(layer["mixer"]),
+        "experts": f"{layer['experts'] or ''}{of}",
+        "shared": str(layer["shared_experts"] or ""),
+        "top_k": str(layer["top_k"] or ""),
+        "width": str(layer.get("width") or ""),
+        "without": ", ".join(lacks) if parts else "",
+    }
 
 
 def _shares(sizes: Mapping[str, int]) -> Table:

@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from moespresso.checkpoint import TORCH_DTYPES, as_bytes, disk_full_is_told, header, write_file
-from moespresso.core.blueprint import LayerSpec, TensorRef
-from moespresso.core.layer import Call, Layer, LayerWeights, Routed, Taps
+from moespresso.core.blueprint import BRANCHES, Branch, LayerSpec, TensorRef
+from moespresso.core.layer import Call, Layer, LayerWeights, Taps
 from moespresso.core.progress import Progress, Silent
-from moespresso.model import Skeleton, Waiting, start
+from moespresso.model import Skeleton, Waiting, start, without
+from moespresso.stream.listen import listening
 
 Visitor = Callable[[Layer, Taps], LayerWeights | None]
 # Tokens that pass a layer at once: enough to keep matrix products busy, few enough that what all selected experts answer
@@ -86,7 +87,7 @@ def sweep(
     with ExitStack() as stack:
         parked = stack.enter_context(_parking(spill))
         rows = rows_at_once(ids.shape[1], skeleton.specs, skeleton.config.get_text_config().hidden_size)
-        waiting = _start(skeleton, ids.split(rows), mask.split(rows))
+        waiting = begin(skeleton, ids.split(rows), mask.split(rows))
         masks = mask.split(rows)
         watch.stage(label, len(skeleton.layers))
         for index in range(len(skeleton.layers)):
@@ -106,7 +107,8 @@ def rows_at_once(length: int, specs: Sequence[LayerSpec], hidden: int) -> int:
     return max(1, min(BATCH_TOKENS, ANSWER_BYTES // answers if answers else BATCH_TOKENS) // length)
 
 
-def _start(skeleton: Skeleton, ids: Sequence[Tensor], mask: Sequence[Tensor]) -> list[Waiting]:
+def begin(skeleton: Skeleton, ids: Sequence[Tensor], mask: Sequence[Tensor]) -> list[Waiting]:
+    """Start the batches `ids` [B, L]; all of them wait at the first layer."""
     device = skeleton.device
     # Without padding no mask is built at all, and the attention kernels take their causal path.
     masks = [None if bool(part.all()) else part.long().to(device) for part in mask]
@@ -150,10 +152,38 @@ class _LayerTaps:
 
     def __iter__(self) -> Iterator[Call]:
         for number, (batch, valid) in enumerate(zip(self._waiting, self._masks, strict=True)):
-            with _listening(self._layer) as heard:
+            with listening(self._layer) as heard:
                 output = batch.run(self._layer.module)
             self._outputs[number] = output
-            yield Call(batch.hidden, output, valid.to(output.device), heard[0] if heard else None)
+            yield Call(
+                batch.hidden,
+                output,
+                valid.to(output.device),
+                heard.routed,
+                heard.middle,
+                heard.fed,
+                heard.answer,
+            )
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """Hidden states of every batch before the layer."""
+        return [batch.hidden for batch in self._waiting]
+
+    @property
+    def valid(self) -> list[Tensor]:
+        """Masks of every batch."""
+        return [mask.to(batch.hidden.device) for mask, batch in zip(self._masks, self._waiting, strict=True)]
+
+    def branch(self, number: int, hidden: Tensor, branch: Branch) -> Tensor:
+        """`hidden` and what one branch of the layer adds to it."""
+        others: list[Branch] = [other for other in BRANCHES if other != branch]
+        with without(self._layer.module, self._layer.anatomy, others):
+            return self._waiting[number].run(self._layer.module, hidden)
+
+    def put(self, number: int, output: Tensor) -> None:
+        """Let a batch go on with `output`."""
+        self._outputs[number] = output
 
     def outputs(self, parked: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
         """Outputs of all batches, put where they may wait for the next layer."""
@@ -164,31 +194,6 @@ class _LayerTaps:
             )
             for number, batch in enumerate(self._waiting)
         ]
-
-
-@contextmanager
-def _listening(layer: Layer) -> Iterator[list[Routed]]:
-    """While the layer runs, hear what its router and its experts say."""
-    heard: list[Routed] = []
-    if layer.experts is None or layer.router is None:
-        yield heard
-        return
-    said: dict[str, Any] = {}
-
-    def on_router(_: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        said["args"], said["logits"] = args, output[0]
-
-    def on_experts(hidden: Tensor, index: Tensor, weights: Tensor, outputs: Tensor) -> None:
-        logits = said["logits"].reshape(hidden.shape[0], -1)
-        heard.append(Routed(hidden, logits, index, weights, outputs, said["args"]))
-
-    handle = layer.router.register_forward_hook(on_router)
-    layer.experts.__dict__["moespresso_tap"] = on_experts
-    try:
-        yield heard
-    finally:
-        handle.remove()
-        del layer.experts.__dict__["moespresso_tap"]
 
 
 @contextmanager

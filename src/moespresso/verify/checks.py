@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ from moespresso.core.blueprint import Blueprint
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan
 from moespresso.core.progress import Progress
-from moespresso.core.rewrite import pieces
-from moespresso.model import Skeleton, View, read_blueprint
+from moespresso.model import Skeleton, View, is_unequal, read_blueprint, rehoused_views
 from moespresso.stream import sweep
 
 _CHUNK = 16 << 20
@@ -46,16 +45,17 @@ def verify(folder: Path, source: View | None, progress: Progress) -> list[Check]
     if "view" in state:
         view = state["view"]
         found.append(_run("every value is finite", lambda: _finite(view, manifest, progress)))
-        found.append(
-            _run(
-                "stock transformers loads it and agrees", lambda: _stock(folder, view, manifest["nonfinite"])
-            )
-        )
+        found.append(_run(_loads(view), lambda: _stock(folder, view, manifest["nonfinite"])))
         found.append(_run("counts are those of the plan", lambda: _planned_counts(view.blueprint, manifest)))
         if source is not None:
             found.append(_run("every tensor is what the plan makes of the original",
                               lambda: _against(view, source, manifest, progress)))  # fmt: skip
     return found
+
+
+def _loads(view: View) -> str:
+    plugin = is_unequal(view.checkpoint.config)
+    return f"{'transformers with moespresso' if plugin else 'stock transformers'} loads it and agrees"
 
 
 def _run(name: str, check: Callable[[], str]) -> Check:
@@ -121,10 +121,16 @@ def _finite(view: View, manifest: dict[str, Any], progress: Progress) -> str:
 
 
 def _planned_counts(blueprint: Blueprint, manifest: dict[str, Any]) -> str:
-    planned: dict[str, int] = manifest["experts"]
-    counts = {str(layer.index): layer.experts for layer in blueprint.moe_layers}
-    _require(counts == planned, f"experts per layer are {counts}, the plan says {planned}")
-    return f"{min(counts.values())} experts a layer" if counts else "a dense model"
+    """Every layer has the experts, and the parts, that the manifest says."""
+    planned: list[dict[str, Any]] = manifest["layers"]
+    layers = [layer.facts() for layer in blueprint.layers]
+    _require(len(layers) == len(planned), f"it has {len(layers)} layers, the plan says {len(planned)}")
+    for layer, wanted in zip(layers, planned, strict=True):
+        _require(layer == wanted, f"L{layer['index']} is {layer}, the plan says {wanted}")
+    counts = sorted({layer.experts for layer in blueprint.moe_layers})
+    if not counts:
+        return f"{len(layers)} layers without experts"
+    return f"{len(layers)} layers, {' or '.join(map(str, counts))} experts in each of {len(blueprint.moe_layers)}"
 
 
 def _stock(folder: Path, view: View, nonfinite: dict[str, int]) -> str:
@@ -161,16 +167,15 @@ def _same_logits(model: nn.Module, skeleton: Skeleton, vocab: int) -> str:
 
 
 def _against(view: View, source: View, manifest: dict[str, Any], progress: Progress) -> str:
-    plan = Plan.from_json(json.dumps(manifest["plan"]))
-    plan.validated(source.source)
-    config = View(source.checkpoint, source.source, plan).config
+    wanted_view = _as_planned(view, source, manifest)
+    config = wanted_view.config
     changed = [
         key
         for key in config.keys() | view.checkpoint.config.keys()
         if config.get(key) != view.checkpoint.config.get(key)
     ]
     _require(not changed, f"config.json differs from the plan's in {_some(set(changed))}")
-    wanted = {piece.name: piece for piece in pieces(source.source, plan)}
+    wanted = {piece.name: piece for piece in wanted_view.pieces}
     have = view.checkpoint.tensors
     _require(
         wanted.keys() == have.keys(), f"tensors differ from the plan's: {_some(wanted.keys() ^ have.keys())}"
@@ -184,11 +189,25 @@ def _against(view: View, source: View, manifest: dict[str, Any], progress: Progr
                 f"{name} is {have[name].dtype} {have[name].shape}, not {piece.source.ref.dtype} {piece.shape}",
             )
             _require(
-                _same(old.chunks(piece), new.tensor(have[name])),
+                piece.fitted or _same(old.chunks(piece), new.tensor(have[name])),
                 f"{name} is not what the plan makes of the original",
             )
             progress.advance()
-    return f"config.json, and {len(wanted)} tensors byte for byte"
+    fitted = sum(piece.fitted for piece in wanted.values())
+    apart = (
+        f"; {fitted} were fitted to text or weights, and are checked by name, shape and digest"
+        if fitted
+        else ""
+    )
+    return f"config.json, and {len(wanted) - fitted} tensors byte for byte{apart}"
+
+
+def _as_planned(view: View, source: View, manifest: dict[str, Any]) -> View:
+    """What the plan makes of the original, in the family and form that it was written in."""
+    plan = Plan.from_json(json.dumps(manifest["plan"])).validated(source.source)
+    houses = [each for each in (source, *rehoused_views(source)) if each.source.family == view.source.family]
+    _require(bool(houses), f"it is a {view.source.family} model, the original {source.source.family}")
+    return replace(houses[0], plan=plan, stock=bool(manifest["stock"]))
 
 
 def _same(chunks: Iterator[torch.Tensor], written: torch.Tensor) -> bool:

@@ -1,0 +1,96 @@
+"""What Layer Drop and Block Drop share: candidates, the order of similarity, and the greedy search on true KL.
+
+A candidate is a set of branches that go together: one branch of a layer, or both of a block, or of a run of blocks.
+`greedy` removes one candidate after the other, each time the one whose loss the whole model feels least, and then
+goes once through its choice: would another candidate in the place of one of them be better still? The judge answers
+for all candidates of a round at once, with one pass over the layers (`stream.sweep_variants`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Literal, TypeVar
+
+from moespresso.core.blueprint import BRANCHES, Blueprint, Branch
+from moespresso.core.errors import UserError
+from moespresso.core.plan import Treatment
+from moespresso.core.unit import Unit
+
+Cuts = frozenset[tuple[int, Branch]]
+# Mean token KL to the original, of the model without each of these.
+Judge = Callable[[Sequence[Cuts]], list[float]]
+Repair = Literal["none", "bias", "scale", "linear"]
+T = TypeVar("T", bound=Hashable)
+
+
+def whole_block(layer: int) -> Cuts:
+    """Both branches of a block."""
+    return frozenset((layer, branch) for branch in BRANCHES)
+
+
+def treatment(repair: Repair) -> Treatment:
+    """The treatment of what goes."""
+    return Treatment(drop=True, repair=None if repair == "none" else repair)
+
+
+def check_divisible(kind: str, blueprint: Blueprint) -> None:
+    """Raise `UserError` where the layers are no plain sum of branches, of which one could go."""
+    if blueprint.indivisible:
+        raise UserError(
+            f"{kind}: the layers of {blueprint.source} ({blueprint.family}) cannot lose a part ({blueprint.indivisible}); "
+            "drop whole blocks (block_drop) or experts"
+        )
+
+
+def most_similar(values: Mapping[T, float], count: int) -> tuple[list[T], list[str]]:
+    """The `count` keys of highest similarity, and a note where the last one was chosen among equals.
+
+    Deeper layers go first among equals.
+    """
+    order = sorted(values, key=lambda key: (-values[key], -_depth(key)))
+    chosen = order[:count]
+    if 0 < count < len(order) and values[order[count]] == values[chosen[-1]]:
+        return chosen, [
+            f"{order[count]} is exactly as similar as {chosen[-1]}, which goes: the deeper one was taken"
+        ]
+    return chosen, []
+
+
+def _depth(key: object) -> int:
+    return key.layer or 0 if isinstance(key, Unit) else int(str(key))
+
+
+def greedy(candidates: Mapping[Unit, Cuts], count: int, judge: Judge) -> tuple[dict[Unit, float], list[str]]:
+    """The `count` candidates to remove, each with the KL after its removal, in order; and what the swaps did."""
+    chosen: dict[Unit, float] = {}
+    while len(chosen) < count:
+        rest = [unit for unit in candidates if unit not in chosen]
+        losses = judge([_union(candidates, [*chosen, unit]) for unit in rest])
+        loss, best = min(zip(losses, rest, strict=True))
+        chosen[best] = loss
+    return _swapped(candidates, chosen, judge)
+
+
+def _swapped(
+    candidates: Mapping[Unit, Cuts], chosen: dict[Unit, float], judge: Judge
+) -> tuple[dict[Unit, float], list[str]]:
+    """One pass: each choice, first to last, against every candidate that was not taken."""
+    notes: list[str] = []
+    current = min(chosen.values(), default=0.0) if len(chosen) < 2 else list(chosen.values())[-1]
+    if len(chosen) < 2:
+        return chosen, notes  # the first choice already was the best of all
+    for old in list(chosen):
+        others = [unit for unit in chosen if unit != old]
+        rest = [unit for unit in candidates if unit not in chosen]
+        if not rest:
+            break
+        loss, new = min(zip(judge([_union(candidates, [*others, unit]) for unit in rest]), rest, strict=True))
+        if loss < current:
+            notes.append(f"{new} in the place of {old} lowers the KL from {current:.4g} to {loss:.4g}")
+            chosen = {(new if unit == old else unit): value for unit, value in chosen.items()} | {new: loss}
+            current = loss
+    return chosen, notes
+
+
+def _union(candidates: Mapping[Unit, Cuts], units: Sequence[Unit]) -> Cuts:
+    return frozenset().union(*(candidates[unit] for unit in units))

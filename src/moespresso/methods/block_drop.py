@@ -1,0 +1,122 @@
+"""Block Drop: remove whole decoder blocks, attention and feed-forward part; the rest is numbered anew.
+
+    cosine  mean cos(input, output) of a block, highest go; with `contiguous`, of the run that goes, across exactly its
+            blocks: cos(h_i, h_{i+n})                                                             arXiv 2406.02500
+    kl      true mean token KL of the whole model, greedily with swaps; of every run with `contiguous`
+
+The key-value cache shrinks with the blocks. What goes may be `repair`ed as in Layer Drop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from moespresso.core.blueprint import Blueprint
+from moespresso.core.errors import UserError
+from moespresso.core.plan import Decision, Plan, Stage
+from moespresso.core.registry import method
+from moespresso.core.remains import remains
+from moespresso.core.stats import Stats
+from moespresso.core.unit import Unit
+from moespresso.methods._depth import Judge, Repair, greedy, most_similar, treatment, whole_block
+
+
+@method
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockDrop:
+    """Settings of one Block Drop.
+
+    drop: how many blocks go.
+    score: how blocks are ranked (see the module's docstring).
+    contiguous: drop one run of neighbours instead of the best blocks wherever they are.
+    repair: what stands in for what goes.
+    rows: rows of the calibration text that score=kl compares on.
+    rescore: measure on the model as the earlier steps leave it.
+    """
+
+    kind: ClassVar[str] = "block_drop"
+    drop: int = 1
+    score: Literal["cosine", "kl"] = "cosine"
+    contiguous: bool = False
+    repair: Repair = "none"
+    rows: int = 16
+    rescore: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself."""
+        if self.drop < 1:
+            raise UserError(f"block_drop: drop={self.drop} must be at least 1")
+        if self.rows < 1:
+            raise UserError(f"block_drop: rows={self.rows} must be at least 1")
+
+    @property
+    def searches(self) -> bool:
+        """Whether it asks for the whole model's KL instead of stats."""
+        return self.score == "kl"
+
+    @property
+    def uneven(self) -> bool:
+        """Whether layers may end with different numbers of experts."""
+        return False
+
+    def needs(self) -> frozenset[str]:
+        """What must be measured for this step."""
+        if self.searches:
+            return frozenset({"text"})
+        return frozenset({f"run@{self.drop}"} if self.contiguous else {"similarity"})
+
+    def check(self, blueprint: Blueprint) -> None:
+        """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
+        there = len(blueprint.layers)
+        if self.drop >= there:
+            what = "run of them" if self.contiguous else "one of them"
+            raise UserError(
+                f"block_drop: drop={self.drop}, but {blueprint.source} has {there} blocks and one must stay, so no such "
+                f"{what} exists: drop at most {there - 1}"
+            )
+
+    def amounts(self, blueprint: Blueprint) -> list[BlockDrop]:
+        """This step with every number of blocks it could drop, fewest first (for a byte budget)."""
+        return [replace(self, drop=drop) for drop in range(1, len(blueprint.layers))]
+
+    def outline(self, source: Blueprint, before: Plan) -> Stage:
+        """A stage of the right size, before anything is measured: the deepest go."""
+        there = remains(before, source).layers
+        return Stage(
+            {"kind": self.kind}, {Unit(layer): treatment(self.repair) for layer in there[-self.drop :]}
+        )
+
+    def decide(self, stats: Stats, blueprint: Blueprint) -> Decision:
+        """Choose the blocks, or the run, that turn the stream least."""
+        if self.contiguous:
+            name = f"run@{self.drop}"
+            runs = {Unit(first): stats.at(Unit(first), name) for first in self._firsts(blueprint)}
+            [first], notes = most_similar(runs, 1)
+            return self._run(first, notes, runs)
+        values = {Unit(layer.index): stats.at(Unit(layer.index), "cosine") for layer in blueprint.layers}
+        chosen, notes = most_similar(values, self.drop)
+        return Decision({unit: treatment(self.repair) for unit in chosen}, tuple(notes), values)
+
+    def search(self, blueprint: Blueprint, judge: Judge) -> Decision:
+        """Choose the blocks, or the run, that the whole model misses least."""
+        if self.contiguous:
+            firsts = self._firsts(blueprint)
+            losses = judge([frozenset().union(*map(whole_block, self._blocks(first))) for first in firsts])
+            runs = {Unit(first): loss for first, loss in zip(firsts, losses, strict=True)}
+            return self._run(min(runs, key=lambda unit: (runs[unit], unit)), [], runs)
+        chosen, notes = greedy(
+            {Unit(la.index): whole_block(la.index) for la in blueprint.layers}, self.drop, judge
+        )
+        return Decision({unit: treatment(self.repair) for unit in chosen}, tuple(notes), chosen)
+
+    def _firsts(self, blueprint: Blueprint) -> range:
+        return range(len(blueprint.layers) - self.drop + 1)
+
+    def _blocks(self, first: int) -> range:
+        return range(first, first + self.drop)
+
+    def _run(self, first: Unit, notes: list[str], runs: dict[Unit, float]) -> Decision:
+        assert first.layer is not None
+        treatments = {Unit(layer): treatment(self.repair) for layer in self._blocks(first.layer)}
+        return Decision(treatments, tuple(notes), runs)

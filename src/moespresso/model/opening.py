@@ -1,0 +1,63 @@
+"""From a folder to a view, and from a view to a model that can be run: which family, which device, which precision."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from moespresso.checkpoint import Reader, open_checkpoint
+from moespresso.checkpoint.index import Checkpoint
+from moespresso.core.errors import UserError
+from moespresso.core.plan import Plan
+from moespresso.core.runtime import Runtime
+from moespresso.model.blueprint import read_blueprint
+from moespresso.model.rehouse import adopt, houses_of, obstacle, rehoused
+from moespresso.model.skeleton import Skeleton
+from moespresso.model.view import View
+
+
+def open_view(folder: Path) -> View:
+    """The checkpoint in `folder`, as it is; a family that transformers has under another name only, under that name."""
+    return _view(adopt(open_checkpoint(folder)))
+
+
+def rehoused_views(view: View) -> list[View]:
+    """The same checkpoint as one of every other family whose code computes the same."""
+    config = view.checkpoint.config
+    houses = [house for house in houses_of(view.source.family) if obstacle(house, config) is None]
+    return [replace(_view(rehoused(view.checkpoint, house)), origin=view.source) for house in houses]
+
+
+def _view(checkpoint: Checkpoint) -> View:
+    blueprint = read_blueprint(checkpoint)
+    return View(checkpoint, blueprint, Plan(blueprint.digest))
+
+
+def make_skeleton(view: View, reader: Reader, runtime: Runtime) -> Skeleton:
+    """The view's model on `meta`, for the runtime's device and precision."""
+    device = pick_device(runtime.device)
+    return view.skeleton(reader, pick_dtype(runtime.dtype, view, device), device)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {name!r} is not to be had here ({str(error).splitlines()[0]})") from error
+
+
+def pick_dtype(name: str, view: View, device: torch.device) -> torch.dtype:
+    """`auto` is float32 on a CPU (statistics should not carry rounding) and the checkpoint's own elsewhere."""
+    if name == "auto":
+        config = view.checkpoint.config
+        stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+        name = "float32" if device.type == "cpu" else str(stored)
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise UserError(f"dtype {name!r} is unknown: use float32, bfloat16 or float16")
+    return found

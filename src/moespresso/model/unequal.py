@@ -1,0 +1,102 @@
+"""The config.json of what a plan leaves, layers that differ included.
+
+Where all layers stay alike it is an ordinary config with other numbers. Where they do not, transformers' own key
+`per_layer_config` says what each has of its own, in the words that `moespresso.runtime.unequal` understands: another
+count of experts, branches and experts to skip. Beside a skipped branch stands a zero that makes transformers without
+moespresso stop instead of filling what is missing with random weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from moespresso.core.blueprint import Blueprint, Branch, LayerSpec
+from moespresso.core.plan import Plan
+from moespresso.core.remains import Remains, pressed_layers
+from moespresso.core.rewrite import biased_stubs
+from moespresso.model import quirks
+from moespresso.model.counts import with_count
+from moespresso.model.depth import with_layers
+
+Config = dict[str, Any]
+
+
+def pressed_config(raw: Mapping[str, Any], source: Blueprint, plan: Plan, left: Remains) -> Config:
+    """What `raw` (a config.json) becomes; raises `UserError` where no config can say which blocks are left."""
+    whole = len(left.layers) == len(source.layers)
+    config = copy.deepcopy(dict(raw)) if whole else with_layers(raw, left.layers, source.source)
+    config.pop("auto_map", None)  # custom code is not copied; the family is transformers' own
+    specs = {layer.index: layer for layer in source.layers}
+    layers, biased = pressed_layers(source, left), biased_stubs(source, plan)
+    rows = {layer.index: layer.experts + layer.skipped for layer in layers if layer.experts}
+    before = [layer.experts + layer.skipped for layer in source.moe_layers]
+    own = _own(config)
+    common = _common(rows, before)
+    if common is not None and (set(before) != {common} or len(set(rows.values())) > 1):
+        config = with_count(config, source.family, common)
+    for position, layer in enumerate(left.layers):
+        said = own.setdefault(position, {})
+        if position in rows:
+            _set(said, _count_key(source.family), rows[position], common)
+        skip = [*said.get("skip", ()), *_skipped(specs[layer], left, biased)]
+        if skip:
+            said |= {"skip": sorted(set(skip))} | _zeros(specs[layer], left, source.family)
+    _text(config)["per_layer_config"] = {str(position): said for position, said in own.items() if said}
+    if not _text(config)["per_layer_config"]:
+        del _text(config)["per_layer_config"]
+    return config
+
+
+def _text(config: Mapping[str, Any]) -> Any:
+    """The language model's part of a config."""
+    part = config.get("text_config")
+    return part if isinstance(part, dict) else config
+
+
+def _own(config: Mapping[str, Any]) -> dict[int, Config]:
+    said: Mapping[str, Config] = _text(config).get("per_layer_config") or {}
+    return {int(layer): copy.deepcopy(values) for layer, values in said.items()}
+
+
+def _common(rows: Mapping[int, int], before: list[int]) -> int | None:
+    """The number of experts that most layers have; that of the source where no mixture is left."""
+    counts = list(rows.values())
+    if not counts:
+        return max(before, default=None)
+    return max(sorted(set(counts), reverse=True), key=counts.count)
+
+
+def _count_key(family: str) -> str:
+    """What the family's config class itself calls the number of experts."""
+    known = CONFIG_MAPPING[family]().get_text_config().to_dict()
+    return next(key for key in quirks.COUNT_KEYS if key in known)
+
+
+def _set(said: Config, key: str, value: int, common: int | None) -> None:
+    said.pop(key, None)
+    if value != common:
+        said[key] = value
+
+
+def _skipped(layer: LayerSpec, left: Remains, biased: Collection[tuple[int, Branch]]) -> list[str]:
+    """The words for what the plan takes out of a layer while its place stays."""
+    cut = [(layer.index, branch) for branch in layer.bodies if (layer.index, branch) in left.cut]
+    words = [f"{at[1]}+bias" if at in biased else at[1] for at in cut]
+    gone = left.gone.get(layer.index, ())
+    rows = left.rows(layer.index) if gone else ()
+    end = "+novice" if layer.index in left.novices else ""
+    return [*words, *(f"expert.{rows.index(expert)}{end}" for expert in gone)]
+
+
+def _zeros(layer: LayerSpec, left: Remains, family: str) -> Config:
+    """Numbers that transformers on its own cannot build a model with."""
+    zeros: Config = {}
+    if (layer.index, "attention") in left.cut:
+        zeros["num_key_value_heads"] = 0
+    if (layer.index, "mlp") in left.cut:
+        zeros[_count_key(family) if layer.experts else "intermediate_size"] = 0
+    return zeros

@@ -1,0 +1,210 @@
+"""Models whose layers differ, as `per_layer_config` in config.json declares them.
+
+transformers reads, checks and saves this key for every family, but hardly any of its models act on it. `install` makes
+them: when a model ends its construction, each layer that the config changes gets a smaller mixture, loses a branch or
+loses single experts, by general code that knows no family. What a layer may say (`{"3": {...}}`):
+
+* a count of experts: `{"num_local_experts": 6}`, or what else the family calls it;
+* branches that add nothing, or one vector: `{"skip": ["mlp", "attention+bias"]}`;
+* experts that are gone while the router still selects them: `{"skip": ["expert.1", "expert.5+novice"]}`, where a
+  novice is a constant vector that answers in the expert's place.
+
+A zero beside a skipped branch (`"num_key_value_heads": 0`) says nothing more. It is there for transformers on its own,
+which then stops with an error instead of filling what is missing with random weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, wraps
+from typing import Any
+
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from moespresso.core.errors import UserError
+from moespresso.runtime.anatomy import Branch, NotResidual, find_anatomy
+from moespresso.runtime.parts import NoNorm, Silent, SilentMixer, thin_out
+
+# Keys of a config that count routed experts.
+COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+_BRANCH = re.compile(r"(attention|mlp)(\+bias)?")
+_EXPERT = re.compile(r"expert\.(\d+)(\+novice)?")
+# Marks a model whose layers have been changed, and our method.
+_DONE = "_moespresso"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What one layer has of its own: a `count` of experts (None: as all others), `silent` branches and experts that
+    are `gone`, each with whether it leaves a vector (a bias, a novice) in its place."""
+
+    count: int | None
+    silent: Mapping[str, bool]
+    gone: Mapping[int, bool]
+
+
+def install() -> None:
+    """Teach transformers to honour `per_layer_config`; called again, it does nothing."""
+    if not hasattr(PreTrainedModel.post_init, _DONE):
+        PreTrainedModel.__init__ = _admitting(PreTrainedModel.__init__)
+        PreTrainedModel.post_init = _reshaping(PreTrainedModel.post_init)
+
+
+def _admitting(original: Callable[..., None]) -> Callable[..., None]:
+    @wraps(original)
+    def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        if _is_ours(self, config):
+            _admit(config)
+        original(self, config, *args, **kwargs)
+
+    return __init__
+
+
+def _reshaping(original: Callable[..., None]) -> Callable[..., None]:
+    @wraps(original)
+    def post_init(self: PreTrainedModel) -> None:
+        # The model under a head has been through this before the head; a subclass may come twice.
+        if _is_ours(self, self.config) and not any(_DONE in part.__dict__ for part in self.modules()):
+            _reshape(self)
+        original(self)
+
+    post_init.__dict__[_DONE] = True
+    return post_init
+
+
+def _is_ours(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
+    """Whether layers differ in a way that is ours, and the family's own code does not look after it."""
+    return (
+        getattr(config, "is_heterogeneous", False)
+        and not any(map(_looks_after_itself, type(model).__mro__))
+        and bool(changes(config))
+    )
+
+
+@cache
+def _looks_after_itself(kind: type) -> bool:
+    """Whether a family's own code reads the key."""
+    if not kind.__module__.startswith(("transformers.models.", "transformers_modules.")):
+        return False
+    return "per_layer_config" in inspect.getsource(sys.modules[kind.__module__])
+
+
+def changes(config: PreTrainedConfig) -> dict[int, Change]:
+    """What a heterogeneous config changes, by layer; raises `UserError` for words in `skip` that are not understood."""
+    found = {layer: _change(layer, said) for layer, said in _said(config).items()}
+    return {layer: change for layer, change in found.items() if change != Change(None, {}, {})}
+
+
+def _said(config: PreTrainedConfig) -> Mapping[int, Mapping[str, Any]]:
+    return config._heterogeneity_spec.per_layer_overrides  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _change(layer: int, said: Mapping[str, Any]) -> Change:
+    words = said.get("skip", [])
+    branches = [found for found in map(_BRANCH.fullmatch, words) if found]
+    experts = [found for found in map(_EXPERT.fullmatch, words) if found]
+    if len(branches) + len(experts) < len(words):
+        raise UserError(
+            f"config.json: per_layer_config skips what moespresso does not know in layer {layer}: {words}"
+        )
+    silent = {found[1]: found[2] is not None for found in branches}
+    count = None if "mlp" in silent else next((said[key] for key in COUNT_KEYS if key in said), None)
+    return Change(count, silent, {int(found[1]): found[2] is not None for found in experts})
+
+
+def _admit(config: PreTrainedConfig) -> None:
+    """Let constructors read the global value of keys that are set right afterwards.
+
+    transformers forbids that for whatever differs between layers; for all that is not ours it goes on to.
+    """
+    live = {
+        key
+        for said in _said(config).values()
+        for key, value in said.items()
+        if key not in COUNT_KEYS and not (value == 0 and "skip" in said)
+    }
+    forbidden = config.per_layer_attributes
+    assert forbidden is not None
+    forbidden.intersection_update(live)
+
+
+def _reshape(model: PreTrainedModel) -> None:
+    """Change the decoder layers of a model under construction as its config says."""
+    layers = _decoder_layers(model)
+    for index, change in changes(model.config).items():
+        try:
+            _change_layer(layers[index], index, change, model.config)
+        except (NotResidual, UserError) as error:
+            raise UserError(
+                f"{type(model).__name__}: layer {index} cannot be changed as per_layer_config says: {error}"
+            ) from error
+    model.__dict__[_DONE] = True
+
+
+def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    for child in model.children():
+        if isinstance(child, nn.ModuleList) and len(child) == model.config.num_hidden_layers:
+            return child
+    raise UserError(
+        f"{type(model).__name__} has no list of decoder layers that per_layer_config could change"
+    )
+
+
+def _change_layer(layer: nn.Module, index: int, change: Change, config: PreTrainedConfig) -> None:
+    # Read before anything is changed.
+    anatomy = find_anatomy(layer) if change.silent else None
+    for kind, leaves_bias in change.silent.items():
+        branch: Branch | None = getattr(anatomy, kind)
+        if branch is None:
+            raise UserError(f"it has no {kind}")
+        _silence(
+            layer, branch, config.hidden_size if leaves_bias else None, index if kind == "attention" else None
+        )
+    if change.count is not None:
+        _resize(layer, index, change.count, config)
+    if change.gone:
+        experts: Any = _mixture(layer)[1].get_submodule("experts")
+        if not set(change.gone) < set(range(experts.num_experts)):
+            raise UserError(f"experts {sorted(change.gone)} cannot go where there are {experts.num_experts}")
+        thin_out(experts, change.gone)
+
+
+def _silence(layer: nn.Module, branch: Branch, width: int | None, index: int | None) -> None:
+    """Put what adds nothing, or a bias of `width`, in a branch's place; `index` is the layer's number if it mixes."""
+    stub = Silent(branch.answers) if index is None else SilentMixer(branch.answers, index)
+    if width is not None:
+        stub.add_bias(width, branch.multiplier)
+    bodies = {branch.body: stub} | {name: Silent(answers) for name, answers in branch.beside}
+    norms = {norm: NoNorm() for norm in (branch.pre, branch.post) if norm is not None}
+    for name, part in (bodies | norms).items():
+        setattr(layer, name, part)
+
+
+def _resize(layer: nn.Module, index: int, count: int, config: PreTrainedConfig) -> None:
+    """Build the layer's mixture anew for `count` experts, on the device and with the dtype the model is built with."""
+    name, block = _mixture(layer)
+    kind = type(block)
+    numbered = {"layer_idx": index} if "layer_idx" in inspect.signature(kind).parameters else {}
+    resized = kind(config.per_layer_config[index], **numbered)
+    experts: Any = resized.get_submodule("experts")
+    if experts.num_experts != count:
+        raise UserError(f"{kind.__name__} makes {experts.num_experts} experts of a config that says {count}")
+    # Which function computes experts is switched in the model's config.
+    experts.config = config
+    layer.set_submodule(name, resized)
+
+
+def _mixture(layer: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of a layer's MoE block: the parent of what goes through transformers' experts interface."""
+    for name, module in layer.named_modules():
+        if hasattr(module, "has_gate") and name.endswith(".experts"):
+            parent = name.rpartition(".")[0]
+            return parent, layer.get_submodule(parent)
+    raise UserError("it has no mixture of experts in a block of its own")
