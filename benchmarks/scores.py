@@ -55,13 +55,15 @@ def steps(ratio: float) -> dict[str, str]:
 
 
 class Bench:
-    """One model with its original's hidden states, ready to compare views with it."""
+    """One model with its original's hidden states, ready to compare views with it on every `stride`-th row of the held-out
+    text."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, stride: int = 1) -> None:
         self.view = open_view(folder)
         tokenizer = load_tokenizer(folder)
         self.calibration = calibration([Source(str(TEXT / "calibration"))], tokenizer, 64, LENGTH)
-        self.heldout: Batches = sequences([Source(str(TEXT / "heldout"))], tokenizer, LENGTH)
+        whole = sequences([Source(str(TEXT / "heldout"))], tokenizer, LENGTH)
+        self.heldout: Batches = replace(whole, ids=whole.ids[::stride], mask=whole.mask[::stride])
         self.original = self.hidden(self.view)
 
     def hidden(self, view: View) -> Tensor:

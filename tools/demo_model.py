@@ -3,11 +3,14 @@
 The classes are those of ``transformers``, so that what is saved is exactly that family's checkpoint.
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
+    MistralConfig,
     MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -24,7 +27,8 @@ PAD = 64
 # used unequally.
 BALANCE = 0.002
 
-FORMS = ("mixtral", "deepseek_v2", "qwen3_moe")
+# The bundled ones; one for benchmarks; and the Mixtral form's dense twin, with the width that a token passes there.
+FORMS = ("mixtral", "deepseek_v2", "qwen3_moe", "mistral")
 
 
 def config_of(form: str, vocabulary: int, end: int = 0, pad: int = 1) -> PretrainedConfig:
@@ -51,6 +55,16 @@ def config_of(form: str, vocabulary: int, end: int = 0, pad: int = 1) -> Pretrai
             num_local_experts=8,
             num_experts_per_tok=2,
             router_aux_loss_coef=BALANCE,
+            rope_parameters=rope,
+        )
+    if form == "mistral":
+        return MistralConfig(
+            **common,
+            intermediate_size=256,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=64,
+            sliding_window=None,
             rope_parameters=rope,
         )
     if form == "deepseek_v2":
@@ -229,10 +243,16 @@ def routers(model: PreTrainedModel) -> list[nn.Module]:
     return [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
 
 
-def build(form: str, vocabulary: int, experts: str = "sorted", attention: str = "plain") -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_config(
-        config_of(form, vocabulary), dtype=torch.float32, attn_implementation="sdpa"
-    )
-    model.set_experts_implementation(experts)
+def build(
+    form: str, vocabulary: int, experts: str = "sorted", attention: str = "plain", start: Path | None = None
+) -> PreTrainedModel:
+    """The form with new weights, or with those of the exported model ``start``."""
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    if start is None:
+        model = AutoModelForCausalLM.from_config(config_of(form, vocabulary), **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(start, **options)
+    if form != "mistral":
+        model.set_experts_implementation(experts)
     model.set_attn_implementation(attention)
     return model

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 MATRIX_RATE, VECTOR_RATE, EMBEDDING_RATE = 0.01, 0.002, 0.004
 DECAY = 0.1
+# Under AdamW, what the experts lose of themselves in a step at the full rate.
+EXPERT_DECAY = 0.005
 MOMENTUM = 0.95
 BETAS = (0.9, 0.98)
 
@@ -30,8 +32,10 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 class Optimizer:
     """Steps all parameters of a model, given a rate between nothing and one."""
 
-    def __init__(self, model: nn.Module, embedding: Tensor) -> None:
-        """``embedding`` is the float32 leaf used in place of the model's own tied embedding."""
+    def __init__(self, model: nn.Module, embedding: Tensor, adam_experts: bool = False) -> None:
+        """``embedding`` is the float32 leaf used in place of the model's own tied embedding; ``adam_experts`` steps
+        the experts' matrices by AdamW too."""
+        self.adam_experts = adam_experts
         self.parameters = dict(model.named_parameters())
         del self.parameters["model.embed_tokens.weight"]
         self.embedding = embedding
@@ -42,6 +46,8 @@ class Optimizer:
         self.steps = 0
 
     def is_matrix(self, name: str) -> bool:
+        if self.adam_experts and ".experts." in name:
+            return False
         return self.master[name].ndim >= 2 and not name.endswith("gate.weight") and name != "embedding"
 
     @torch.no_grad()
@@ -73,6 +79,8 @@ class Optimizer:
         first = self.first[name].lerp_(grad, 1 - BETAS[0])
         second = self.second[name].lerp_(grad.square(), 1 - BETAS[1])
         size = (second / (1 - BETAS[1] ** self.steps)).sqrt_().add_(1e-10)
+        if ".experts." in name:
+            self.master[name].mul_(1 - rate / VECTOR_RATE * EXPERT_DECAY)
         self.master[name].addcdiv_(first, size, value=-rate / (1 - BETAS[0] ** self.steps))
 
     def state_dict(self) -> dict:

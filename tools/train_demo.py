@@ -69,17 +69,26 @@ class Stream:
 class Trainer:
     """A model in training and everything a checkpoint holds."""
 
-    def __init__(self, form: str, work: Path, device: str) -> None:
+    def __init__(
+        self,
+        form: str,
+        work: Path,
+        device: str,
+        balance: float = BALANCE,
+        start: Path | None = None,
+        adam_experts: bool = False,
+    ) -> None:
+        """``start`` is an exported model to begin with, where there is no checkpoint yet."""
         torch.manual_seed(SEED)
-        self.form, self.folder, self.device = form, work / form, device
+        self.form, self.folder, self.device, self.balance = form, work / form, device, balance
         self.folder.mkdir(parents=True, exist_ok=True)
         self.stream = Stream(work / "train.bin")
         self.tokenizer = evaluation.tokenizer_of(work)
-        model = build(form, len(self.tokenizer)).to(device)
+        model = build(form, len(self.tokenizer), start=start).to(device)
         self.embedding = model.get_input_embeddings().weight.detach().clone().requires_grad_()
         self.model = model.to(torch.bfloat16)
         self.model.get_input_embeddings().weight.requires_grad_(False)
-        self.optimizer = Optimizer(self.model, self.embedding)
+        self.optimizer = Optimizer(self.model, self.embedding, adam_experts)
         self.routers: list[tuple[Tensor, Tensor]] = []
         for router in routers(self.model):
             router.register_forward_hook(
@@ -115,8 +124,9 @@ class Trainer:
         embedded = nn.functional.embedding(inputs, self.embedding).to(torch.bfloat16)
         hidden = self.model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         loss = TiedLoss.apply(hidden.flatten(0, 1), self.embedding, targets.flatten())
-        balance = sum(imbalance(logits, index) for logits, index in self.routers) / len(self.routers)
-        (loss + BALANCE * balance).backward()
+        balances = [imbalance(logits, index) for logits, index in self.routers]
+        balance = torch.stack(balances).mean() if balances else loss.new_zeros(())
+        (loss + self.balance * balance).backward()
         self.optimizer.step(rate)
         self.seen += inputs.numel()
         return loss.item(), balance.item()
@@ -187,13 +197,25 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=6, help="between evaluations")
+    parser.add_argument("--balance", type=float, default=BALANCE, help="weight of the load-balancing loss")
+    parser.add_argument(
+        "--start", type=Path, help="exported model to begin with (its optimizer starts afresh)"
+    )
+    parser.add_argument("--adam-experts", action="store_true", help="step the experts by AdamW, not Muon")
     parser.add_argument("--evaluate", action="store_true", help="only measure the last checkpoint")
     parser.add_argument(
         "--export", action="store_true", help="only write the last checkpoint as a model folder"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    trainer = Trainer(arguments.form, arguments.work, arguments.device)
+    trainer = Trainer(
+        arguments.form,
+        arguments.work,
+        arguments.device,
+        arguments.balance,
+        arguments.start,
+        arguments.adam_experts,
+    )
     if arguments.evaluate:
         evaluation.report(trainer.sync(), trainer.tokenizer, trainer.seen)
     elif arguments.export:
