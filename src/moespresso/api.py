@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from huggingface_hub import snapshot_download
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import moespresso.methods  # noqa: F401  (registers them)
@@ -33,9 +32,10 @@ from moespresso.core.stats import Stats, stats_key
 from moespresso.data import Batches, Source, calibration, sequences
 from moespresso.evaluate import evaluate as evaluate_models
 from moespresso.export import find_target, formed
-from moespresso.fitting import fit
+from moespresso.fitting import fit, unrepaired
 from moespresso.model import (
     View,
+    config_view,
     is_rehoused,
     is_unequal,
     make_skeleton,
@@ -98,10 +98,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def inspect(model: str | Path) -> dict[str, Any]:
-    """What a checkpoint is and weighs, from its config and headers (interfaces: `inspect --json`)."""
-    view = open_view(locate(model))
+    """What a checkpoint is and weighs, from its config and headers, or from a config.json alone."""
+    alone = Path(model).suffix == ".json"
+    view = config_view(Path(model)) if alone else open_view(locate(model))
     blueprint, cost = view.blueprint, view.blueprint.cost()
     notes = outside_notes(view)
+    if alone:
+        notes.append("priced from its config alone: no tensor was seen")
     if is_unequal(view.checkpoint.config):
         notes.append("its layers differ: transformers loads it where moespresso is imported")
     if is_rehoused(view.checkpoint):
@@ -187,7 +190,7 @@ def plan(
     batches = _calibration(view, request) if given is None or request.texts else None
     with tempfile.TemporaryDirectory() as work:
         decided = decide(view, request.steps, batches, given, Path(work), runtime, Clock())
-    made = _signed(decided, request).plan
+    made = _signed(decided, request, batches).plan
     formed(request.target, replace(view, plan=made))
     if out is not None:
         write_text(Path(out), made.to_json() + "\n")
@@ -203,8 +206,10 @@ def _given_stats(path: Path, view: View) -> Stats:
     return stats
 
 
-def _signed(decided: Decided, request: Request) -> Decided:
-    calibrated = dict(next((stats.calibration for stats in decided.stats if stats.calibration), {}))
+def _signed(decided: Decided, request: Request, batches: Batches | None) -> Decided:
+    measured = next((stats.calibration for stats in decided.stats if stats.calibration), None)
+    # A step that searches takes text and has no stats.
+    calibrated = dict(measured or (batches.describe() if batches is not None else {}))
     # A plan is made to be shared: it names texts, not where they lie on somebody's disk.
     if "sources" in calibrated:
         calibrated["sources"] = [{**source, "name": Path(source["name"]).name if Path(source["name"]).is_absolute()
@@ -233,7 +238,7 @@ def press(
                          runtime.dtype)  # fmt: skip
 
     def make(work: Path) -> Decided:
-        return _signed(decide(view, request.steps, batches, None, work, runtime, clock), request)
+        return _signed(decide(view, request.steps, batches, None, work, runtime, clock), request, batches)
 
     return produce(view, Path(out), identity, make, request, runtime, clock)
 
@@ -258,24 +263,25 @@ def build(
     recipe = {"calibration": dict(made.calibration), "steps": [dict(stage.method) for stage in made.stages],
               "target": request.target, "seed": made.seed}  # fmt: skip
     request = replace(request, recipe=recipe, seed=made.seed)
-    identity = stats_key("build", VERSION, view.source.digest, made.digest)
+    identity = stats_key("build", VERSION, view.source.digest, made.digest, request.target, runtime.dtype,
+                         batches.digest if batches is not None else "")  # fmt: skip
 
     def make(work: Path) -> Decided:
         with clock.phase("fit"):
-            return Decided(made, _fitted(view, made, batches, work, runtime))
+            return _fitted(view, made, batches, work, runtime)
 
     return produce(view, Path(out), identity, make, request, runtime, clock)
 
 
-def _fitted(
-    view: View, made: Plan, batches: Batches | None, work: Path, runtime: Runtime
-) -> dict[str, Tensor]:
-    """What each stage of a plan needs, found again on the text it was made on."""
-    fits: dict[str, Tensor] = {}
+def _fitted(view: View, made: Plan, batches: Batches | None, work: Path, runtime: Runtime) -> Decided:
+    """The plan with what each of its stages needs, found again on the text it was made on."""
+    done = Decided(made)
     for stage in range(len(made.stages)):
-        before = replace(view, plan=replace(made, stages=made.stages[:stage]), fits=dict(fits))
-        fits |= fit(before, replace(made, stages=made.stages[: stage + 1]), batches, work, runtime)
-    return fits
+        before = replace(view, plan=replace(made, stages=made.stages[:stage]), fits=dict(done.fits))
+        this_far = replace(made, stages=made.stages[: stage + 1])
+        done.fits |= fit(before, this_far, batches, work, runtime)
+        done.notes += unrepaired(this_far, before)
+    return done
 
 
 def _text_of_plan(view: View, made: Plan, request: Request) -> Batches | None:
@@ -286,11 +292,11 @@ def _text_of_plan(view: View, made: Plan, request: Request) -> Batches | None:
         raise UserError(
             "this plan is fitted on real text: give --text FILE or --dataset NAME, as it was made with"
         )
-    if not request.texts or "digest" not in wanted:
+    if not request.texts or not (fitted or "digest" in wanted):
         return None
     found = calibration(request.texts, load_tokenizer(view.checkpoint.folder), int(wanted.get("samples", request.samples)),
                         int(wanted.get("length", request.length)), int(wanted.get("seed", request.seed)), wanted.get("mode", request.mode))  # fmt: skip
-    if found.digest != wanted["digest"]:
+    if found.digest != wanted.get("digest", found.digest):
         raise UserError(
             "the text given is not the one the plan was calibrated on: give the same files in the same order"
         )

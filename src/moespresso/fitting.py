@@ -18,9 +18,10 @@ from torch import Tensor
 from moespresso.checkpoint import Reader, write_file
 from moespresso.core.blueprint import Branch
 from moespresso.core.errors import UserError
-from moespresso.core.fits import Cut, cuts, key, needs_fit
+from moespresso.core.fits import Cut, cuts, is_left, key, needs_fit
 from moespresso.core.layer import Layer, Taps
 from moespresso.core.plan import Plan
+from moespresso.core.remains import remains
 from moespresso.core.rewrite import folds_into
 from moespresso.core.runtime import Runtime
 from moespresso.core.stats import stats_key
@@ -88,8 +89,10 @@ def _on_text(
     homes = {cut.branches[0]: home for cut in made if (home := _home(cut, view)) is not None}
     here = [_moved(cut, view) for cut in made]
     fitted = [moved for cut, moved in zip(made, here, strict=True) if cut.branches[0] in homes]
-    others = [at for cut in here if cut not in fitted for at in cut.branches]
+    others = [at for at in _going(view, plan) if not any(at in cut.branches for cut in fitted)]
     novices = _novices(view, plan, stage)
+    if not fitted and not novices:
+        return {}
     both = _Both(Folds(fitted, others), MeanAnswers(set(novices)))
     last = sweep(skeleton, batches.ids, batches.mask, both, progress=runtime.progress, label="fit layers")
     both.folds.close([last])
@@ -101,6 +104,13 @@ def _on_text(
     for position, (unit, rows) in novices.items():
         found[key(stage, unit, "novices")] = both.means.values[position][list(rows)]
     return found
+
+
+def _going(view: View, plan: Plan) -> list[tuple[int, Branch]]:
+    """All branches that go in the last stage, in the numbers of the model as it is before it."""
+    after = remains(plan, view.source)
+    gone = [at for at in view.source.branches if is_left(at, view.left) and not is_left(at, after)]
+    return [(view.left.position(layer), branch) for layer, branch in gone]
 
 
 def _home(cut: Cut, view: View) -> tuple[int, Branch] | None:
@@ -139,20 +149,25 @@ def _on_weights(
     view: View, plan: Plan, stage: int, skeleton: Skeleton, runtime: Runtime
 ) -> dict[str, Tensor]:
     """The order of neurons of every expert that is put in line with the one it merges into."""
-    members: dict[int, list[tuple[Unit, int]]] = {}
-    for unit, treatment in sorted(plan.stages[stage].treatments.items()):
-        if treatment.repair == "align" and unit.layer is not None and treatment.into is not None:
-            members.setdefault(unit.layer, []).append((unit, treatment.into))
+    layers = sorted({unit.layer for unit, treatment in plan.stages[stage].treatments.items()
+                     if treatment.repair == "align" and unit.layer is not None})  # fmt: skip
     found: dict[str, Tensor] = {}
-    runtime.progress.stage("align experts", len(members))
-    for index, units in members.items():
-        there = view.left.experts[index]
+    runtime.progress.stage("align experts", len(layers))
+    for index in layers:
         with skeleton.layer(view.left.position(index)) as layer:
-            for unit, leader in units:
-                assert unit.expert is not None
-                experts: Any = layer.experts
-                found[key(stage, unit, "order")] = channel_order(
-                    experts, there.index(unit.expert), there.index(leader)
-                )
+            found |= orders_of(view, plan, layer)
         runtime.progress.advance()
     return found
+
+
+def orders_of(view: View, plan: Plan, layer: Layer) -> dict[str, Tensor]:
+    """The same for one layer, loaded as it is before the last stage of `plan`."""
+    stage, index = len(plan.stages) - 1, view.left.layers[layer.spec.index]
+    there = view.left.experts.get(index, ())
+    experts: Any = layer.experts
+    return {
+        key(stage, unit, "order"): channel_order(experts, there.index(unit.expert), there.index(treatment.into))
+        for unit, treatment in sorted(plan.stages[stage].treatments.items())
+        if unit.layer == index and unit.expert is not None and treatment.into is not None
+        and treatment.repair == "align"
+    }  # fmt: skip

@@ -31,7 +31,7 @@ from moespresso.checkpoint import (
 )
 from moespresso.core.blueprint import Blueprint
 from moespresso.core.errors import UserError
-from moespresso.core.plan import Decision, Plan, Stage, Treatment
+from moespresso.core.plan import Decision, Plan, Stage
 from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats, stats_key
 from moespresso.core.unit import Unit
@@ -47,6 +47,7 @@ from moespresso.model import (
     pick_dtype,
     tokenizer_config,
 )
+from moespresso.sequence import decide_in_sequence, in_source, numbered
 from moespresso.stream import ANSWER_BYTES, Cuts, Memento, lanes_at_once, sweep, sweep_variants
 
 # Formats of what is measured: raise when the same needs would give other numbers.
@@ -71,9 +72,6 @@ class Step(Protocol):
     def decide(self, stats: Stats, blueprint: Blueprint) -> Decision: ...
 
     def outline(self, source: Blueprint, before: Plan) -> Stage: ...
-
-    @property
-    def searches(self) -> bool: ...
 
 
 class SearchingStep(Step, Protocol):
@@ -110,8 +108,8 @@ def measure(
 ) -> Stats:
     """Measure `needs` on the view; a finished measurement in `work` is taken up, an unfinished one continued."""
     text = needs - {"weights", "text"}
-    if text and batches is None:
-        raise UserError("these steps score on real text: give --text FILE or --dataset NAME")
+    if text:
+        _needed(batches)
     tokens = batches.digest if batches is not None and text else ""
     key = stats_key(
         view.source.digest, view.plan.digest, tokens, *sorted(needs), runtime.dtype, _STATS_VERSION
@@ -197,11 +195,13 @@ class Decided:
     notes: list[str] = field(default_factory=list[str])
     scores: dict[Unit, float] = field(default_factory=dict[Unit, float])
     protected: set[Unit] = field(default_factory=set[Unit])
+    more_trouble: list[str] = field(default_factory=list[str])
 
     @property
     def trouble(self) -> list[str]:
         """What went wrong while measuring, each once."""
-        return list(dict.fromkeys(line for stats in self.stats for line in stats.trouble))
+        lines = [line for stats in self.stats for line in stats.trouble]
+        return list(dict.fromkeys([*lines, *self.more_trouble]))
 
 
 def decide(
@@ -218,7 +218,12 @@ def decide(
     for step in steps:
         now = replace(view, plan=done.plan, fits=done.fits)
         step.check(now.blueprint)
-        if step.searches:
+        # A user's own step need not say that it does neither.
+        if getattr(step, "sequential", False):
+            with clock.phase("measure"):
+                decision, trouble = decide_in_sequence(step, now, _needed(batches), runtime)
+            done.more_trouble += trouble
+        elif getattr(step, "searches", False):
             with clock.phase("search"):
                 decision = _searched(cast("SearchingStep", step), now, view, batches, runtime)
         else:
@@ -257,8 +262,7 @@ def _searched(
     step: SearchingStep, now: View, view: View, batches: Batches | None, runtime: Runtime
 ) -> Decision:
     """Let a step try candidates on the model as it is now, against the original."""
-    if batches is None:
-        raise UserError(f"{step.kind}: score=kl compares on real text: give --text FILE or --dataset NAME")
+    batches = _needed(batches)
     ids, mask = batches.ids[: step.rows], batches.mask[: step.rows]
     with Reader(view.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as reader:
         model, source = (make_skeleton(each, reader, runtime) for each in (now, view))
@@ -278,33 +282,23 @@ def _searched(
         return step.search(now.blueprint, judge)
 
 
+def _needed(batches: Batches | None) -> Batches:
+    if batches is None:
+        raise UserError("these steps score on real text: give --text FILE or --dataset NAME")
+    return batches
+
+
 def _take(step: Step, decision: Decision, now: View, done: Decided) -> None:
     """Add what a step decided on the model as it is now to the plan, in the source's numbers."""
     treatments = {
-        _in_source(unit, now): _numbered(unit, what, now) for unit, what in decision.treatments.items()
+        in_source(unit, now): numbered(unit, what, now) for unit, what in decision.treatments.items()
     }
     done.notes += decision.notes
-    done.scores |= {_in_source(unit, now): score for unit, score in decision.scores.items()}
-    done.protected |= {_in_source(unit, now) for unit in decision.protected}
+    done.scores |= {in_source(unit, now): score for unit, score in decision.scores.items()}
+    done.protected |= {in_source(unit, now) for unit in decision.protected}
     stage = Stage(describe_step(step), treatments)
     done.plan = replace(done.plan, stages=(*done.plan.stages, stage)).validated(now.source)
     done.notes += unrepaired(done.plan, now)
-
-
-def _in_source(unit: Unit, now: View) -> Unit:
-    """A unit of the model as it is now, in the source's numbers."""
-    assert unit.layer is not None
-    layer = now.left.layers[unit.layer]
-    expert = None if unit.expert is None else now.left.experts[layer][unit.expert]
-    return replace(unit, layer=layer, expert=expert)
-
-
-def _numbered(unit: Unit, treatment: Treatment, now: View) -> Treatment:
-    """A treatment with the source's numbers of experts in it."""
-    assert unit.layer is not None
-    there = now.left.experts.get(now.left.layers[unit.layer], ())
-    kept = None if treatment.keep is None else tuple(there[position] for position in treatment.keep)
-    return replace(treatment, keep=kept, into=None if treatment.into is None else there[treatment.into])
 
 
 def describe_step(step: Step) -> Mapping[str, Any]:

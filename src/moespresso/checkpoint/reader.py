@@ -85,7 +85,8 @@ class Reader:
     def chunks(self, piece: Piece) -> Iterator[torch.Tensor]:
         """The piece's elements in stored order, as flat tensors of its dtype and bounded size."""
         if piece.blend or piece.folds:
-            yield self._computed(piece).reshape(-1)
+            for values in self._computed(piece):
+                yield values.to(TORCH_DTYPES[piece.ref.dtype]).reshape(-1)
             return
         tensor = self.tensor(piece.source.ref)
         if piece.take is None:
@@ -102,24 +103,29 @@ class Reader:
                 self._look(piece, chunk)
                 yield chunk if piece.scale == 1 else _times(chunk, piece.scale)
 
-    def _computed(self, piece: Piece) -> torch.Tensor:
-        """A piece whose values are new, in float32 and then in its own dtype: averaged, scaled, mapped, in that order."""
-        if piece.blend:
-            averages = [self._average(piece, members) for members in piece.blend]
-            values = averages[0] if piece.axis is None else torch.stack(averages, piece.axis)
+    def _computed(self, piece: Piece) -> Iterator[torch.Tensor]:
+        """A piece whose values are new, in float32: averaged, scaled, mapped, in that order. A stack of experts comes one
+        by one, since each is a matrix of its own."""
+        for values in self._ingredients(piece):
+            result = values * piece.scale if piece.scale != 1 else values
+            for fold in piece.folds:
+                result = folded(result, fold)
+            yield result
+
+    def _ingredients(self, piece: Piece) -> Iterator[torch.Tensor]:
+        if piece.blend and piece.axis in (None, 0):
+            yield from (self._average(piece, members) for members in piece.blend)
+        elif piece.blend:
+            yield torch.stack([self._average(piece, members) for members in piece.blend], piece.axis or 0)
         else:
             values = self.tensor(piece.source.ref)
             self._look(piece, values)
-            values = (
+            taken = (
                 values
                 if piece.take is None
                 else values.index_select(piece.axis or 0, torch.tensor(piece.take))
             )
-            values = values.float()
-        values = values * piece.scale if piece.scale != 1 else values
-        for fold in piece.folds:
-            values = folded(values, fold)
-        return values.to(TORCH_DTYPES[piece.ref.dtype])
+            yield from (part.float() for part in (taken if taken.ndim == 3 else [taken]))
 
     def _average(self, piece: Piece, members: Sequence[Member]) -> torch.Tensor:
         total: torch.Tensor | None = None

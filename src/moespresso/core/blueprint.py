@@ -55,7 +55,8 @@ class Entry:
     `expert_axis` is the axis that counts experts in a tensor shared by all of them (router rows, stacked experts);
     None for a tensor that belongs to one expert (`unit.expert`) or to none. `in_graph` is False for tensors the
     model's class does not know (multi-token prediction layers, for example). `branch` is the residual branch of the
-    layer that goes with the tensor, norms included; `out_axis` the axis of its output, for what a branch ends with.
+    layer that goes with the tensor, norms included; `out_axis` the axis of its output, for what a branch ends with, and
+    `multiplier` what the layer multiplies that with.
     `channel_axis` runs along the intermediate channels of an expert, counted from the last axis; gate and up may be
     `joined` there, one behind the other or interleaved.
     """
@@ -66,6 +67,7 @@ class Entry:
     in_graph: bool = True
     branch: Branch | None = None
     out_axis: int | None = None
+    multiplier: float = 1.0
     channel_axis: int | None = None
     joined: Literal["", "halves", "interleaved"] = ""
 
@@ -144,6 +146,14 @@ class Blueprint:
         for entry in self.entries:
             grouped[entry.unit.layer].append(entry)
         return {layer: tuple(entries) for layer, entries in grouped.items()}
+
+    @cached_property
+    def dtypes(self) -> dict[int | None, str]:
+        """The dtype of each layer's weights: of those that a branch ends with, where there are such."""
+        found = {entry.unit.layer: entry.ref.dtype for entry in self.entries if len(entry.ref.shape) > 1}
+        return found | {
+            entry.unit.layer: entry.ref.dtype for entry in self.entries if entry.out_axis is not None
+        }
 
     @property
     def outside(self) -> tuple[Entry, ...]:

@@ -7,6 +7,8 @@ the unit's address, before a byte is written.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from moespresso.core.blueprint import BRANCHES, Blueprint, LayerSpec
 from moespresso.core.errors import UserError
@@ -30,6 +32,7 @@ def check_plan(plan: Plan, blueprint: Blueprint) -> None:
             if layer is None:
                 raise _nothing_there(unit, blueprint)
             _check_treatment(unit, treatment, layer, blueprint)
+        _check_there(stage, remains(Plan(plan.blueprint, plan.stages[:number]), blueprint).experts)
         _check_merges(stage)
         _check_cuts(plan, number, blueprint)
     left = remains(plan, blueprint)
@@ -47,7 +50,7 @@ def _check_treatment(unit: Unit, treatment: Treatment, layer: LayerSpec, bluepri
             f"the plan's treatment of {unit} has {', '.join(sorted(extra))}, which is not available in this version"
         )
     if treatment.drop:
-        _check_dropped(unit, layer, blueprint)
+        _check_dropped(unit, treatment, layer, blueprint)
     elif unit == Unit(layer.index, "experts") and layer.experts:
         _check_experts(unit, treatment, layer)
     elif unit.expert is not None and layer.experts:
@@ -63,7 +66,15 @@ def _nothing_there(unit: Unit, blueprint: Blueprint) -> UserError:
     )
 
 
-def _check_dropped(unit: Unit, layer: LayerSpec, blueprint: Blueprint) -> None:
+def _check_dropped(unit: Unit, treatment: Treatment, layer: LayerSpec, blueprint: Blueprint) -> None:
+    if treatment.repair not in (None, *REPAIRS):
+        raise UserError(
+            f"the plan repairs the cut of {unit} by {treatment.repair!r}: choose from {', '.join(REPAIRS)}"
+        )
+    if treatment.repair is not None and blueprint.indivisible:
+        raise UserError(
+            f"what {unit} leaves cannot be repaired in {blueprint.source} ({blueprint.indivisible}): leave the repair out"
+        )
     if unit == Unit(layer.index):
         return
     if unit not in {layer.unit(branch) for branch in BRANCHES if branch in layer.bodies}:
@@ -75,6 +86,10 @@ def _check_experts(unit: Unit, treatment: Treatment, layer: LayerSpec) -> None:
     strangers = [number for number in treatment.keep or () if not 0 <= number < layer.experts]
     if strangers:
         raise UserError(f"the plan keeps expert {strangers[0]} of L{layer.index}, which has {layer.experts}")
+    if treatment != replace(treatment, into=None, share=1.0):
+        raise UserError(
+            f"the plan merges {unit}: say of each expert by itself, as L3.E5, what it merges into"
+        )
     if treatment.repair not in (None, *ROWS_STAY):
         raise UserError(
             f"the plan repairs {unit} by {treatment.repair!r}: experts know {', '.join(ROWS_STAY)}"
@@ -92,30 +107,47 @@ def _check_member(unit: Unit, treatment: Treatment, layer: LayerSpec) -> None:
         for number in (unit.expert, treatment.into)
         if number is None or not 0 <= number < layer.experts
     ]
-    if wrong or unit.matrix is not None or treatment.repair not in (None, "align"):
+    plain = replace(treatment, into=None, share=1.0, repair=None) == Treatment()
+    if wrong or unit.matrix is not None or not plain or treatment.repair not in (None, "align"):
         raise UserError(f"the plan's treatment of {unit} does not merge it into an expert of L{layer.index}")
 
 
+def _check_there(stage: Stage, there: Mapping[int, Sequence[int]]) -> None:
+    """What merges, or leaves something in its place, must not have gone before."""
+    for unit, treatment in stage.treatments.items():
+        left = there.get(-1 if unit.layer is None else unit.layer, ())
+        if treatment.into is not None and unit.expert not in left:
+            raise UserError(f"the plan merges {unit}, which an earlier step let go")
+        if treatment.repair in ROWS_STAY and not left:
+            raise UserError(f"the plan repairs {unit} by {treatment.repair}, but an earlier step let it go")
+
+
 def _check_merges(stage: Stage) -> None:
-    """Each average is of shares that make one, and what others merge into is itself a member and kept."""
+    """Each average is of shares that make one, and what others merge into is itself a member, and the only one that is
+    kept."""
     sums: dict[Unit, float] = {}
     for unit, treatment in stage.treatments.items():
-        if treatment.into is not None:
-            target = Unit(unit.layer, "experts", treatment.into)
-            sums[target] = sums.get(target, 0.0) + treatment.share
+        if treatment.into is None:
+            continue
+        target = Unit(unit.layer, "experts", treatment.into)
+        sums[target] = sums.get(target, 0.0) + treatment.share
+        if unit != target and unit.expert in _kept(stage, unit):
+            raise UserError(f"the plan merges {unit} into {target} and keeps it as well: do one of the two")
     for target, total in sums.items():
         own = stage.treatments.get(target, Treatment())
-        kept = stage.treatments.get(Unit(target.layer, "experts"), Treatment()).keep
-        if own.into != target.expert or kept is None or target.expert not in kept:
+        if own.into != target.expert or target.expert not in _kept(stage, target):
             raise UserError(f"the plan merges experts into {target}, which it does not keep")
         if not math.isclose(total, 1.0, abs_tol=1e-6):
             raise UserError(f"the shares of what merges into {target} sum to {total:g}, not 1")
 
 
+def _kept(stage: Stage, expert: Unit) -> Sequence[int]:
+    """What a stage says it keeps of the layer of an expert."""
+    return stage.treatments.get(Unit(expert.layer, "experts"), Treatment()).keep or ()
+
+
 def _check_cuts(plan: Plan, stage: int, blueprint: Blueprint) -> None:
     for cut in cuts(plan, stage, blueprint):
-        if cut.repair not in REPAIRS:
-            raise UserError(f"the plan repairs a cut by {cut.repair!r}: choose from {', '.join(REPAIRS)}")
         if cut.repair == "bias" and not folds_into(blueprint, cut.before, "bias") and cut.stub is None:
             layer, _ = cut.branches[0]
             raise UserError(
@@ -128,7 +160,8 @@ def _check_rows(plan: Plan) -> None:
     """After a stage that leaves routers whole, positions and router rows part ways, so it must be a layer's last."""
     whole: set[int | None] = set()
     for stage in plan.stages:
-        for unit, treatment in stage.treatments.items():
+        for unit in sorted(stage.treatments):
+            treatment = stage.treatments[unit]
             if unit.part != "experts" or treatment.drop:
                 continue
             if unit.layer in whole:

@@ -79,7 +79,8 @@ class Taps(Protocol):
     """The calibration batches, run through the layer as they are asked for (once each).
 
     A visitor may take the batches through the layer itself: `inputs` are their hidden states [B, L, H], `valid` their
-    masks, `branch` runs one branch of the layer by itself on any hidden states of a batch, and `put` says what goes on.
+    masks, `branch` runs one branch of the layer by itself on any hidden states of a batch, `through` runs every batch through
+    another layer in its place, and `put` says what goes on.
     """
 
     def __iter__(self) -> Iterator[Call]: ...
@@ -91,6 +92,8 @@ class Taps(Protocol):
     def valid(self) -> list[Tensor]: ...
 
     def branch(self, number: int, hidden: Tensor, branch: Branch) -> Tensor: ...
+
+    def through(self, module: nn.Module) -> Iterator[Tensor]: ...
 
     def put(self, number: int, output: Tensor) -> None: ...
 

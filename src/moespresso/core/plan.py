@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -54,11 +55,13 @@ class Treatment:
         values = dict(data)
         for name in ("keep", "channels"):
             if values.get(name) is not None:
-                values[name] = tuple(int(number) for number in values[name])
+                values[name] = tuple(operator.index(number) for number in values[name])
         if values.get("format") is not None:
             values["format"] = Format(**values["format"])
         values["scale"] = float(values.get("scale", 1.0))
         values["share"] = float(values.get("share", 1.0))
+        if not isinstance(values.get("into"), int | None):
+            raise ValueError(f"into {values['into']!r} is not the number of an expert")
         if not 0 < values["scale"] < math.inf:
             raise ValueError(f"scale {values['scale']} is not a positive number")
         if not 0 <= values["share"] <= 1:

@@ -113,10 +113,11 @@ class _Rewriter:
     def __init__(self, blueprint: Blueprint, plan: Plan, fits: Fits, stock: bool) -> None:
         self._blueprint, self._plan, self._fits, self._stock = blueprint, plan, fits, stock
         self._left = remains(plan, blueprint)
-        self._folds: dict[tuple[int, str], list[Fold]] = {}
+        self._folds: dict[tuple[int, str], list[tuple[int, Fold]]] = {}  # with the stages they come from
         self._biases: dict[tuple[int, Branch], Tensor | None] = {}
         self._gather_folds()
-        self._groups = {layer: _groups(plan, layer, kept) for layer, kept in self._left.experts.items()}
+        self._groups = {layer: _groups(plan, layer) for layer in self._left.experts}
+        self._rows = {layer: _groups(plan, layer, of_rows=True) for layer in self._left.experts}
         self._by_role = {_role(entry): entry for entry in blueprint.entries if entry.unit.expert is not None}
 
     def _gather_folds(self) -> None:
@@ -125,7 +126,7 @@ class _Rewriter:
                 at = cut.before if folds_into(self._blueprint, cut.before, cut.repair) else None
                 if at is not None:
                     values = self._fits.get(key(stage, _unit(self._blueprint, at), cut.repair))
-                    self._folds.setdefault(at, []).append(Fold(cut.repair, -1, values))
+                    self._folds.setdefault(at, []).append((stage, Fold(cut.repair, -1, values)))
                 elif cut.repair == "bias" and cut.stub is not None:
                     self._biases[cut.stub] = self._fits.get(
                         key(stage, _unit(self._blueprint, cut.stub), "bias")
@@ -174,62 +175,55 @@ class _Rewriter:
             return Piece(name, entry.ref.shape, entry, scale=scale, blend=(blend,) if blend else (),
                          place=replace(entry.unit, expert=position))  # fmt: skip
         axis = entry.expert_axis
-        router_stays = layer in self._left.gone and entry.unit.part == "router"
-        if axis is None or router_stays or len(kept) == entry.ref.shape[axis]:
+        stay = self._left.rows(layer) if entry.unit.part == "router" else kept
+        if axis is None or len(stay) == entry.ref.shape[axis]:
             return Piece(entry.ref.name, entry.ref.shape, entry, scale=scale)
-        shape = (*entry.ref.shape[:axis], len(kept), *entry.ref.shape[axis + 1 :])
-        return Piece(entry.ref.name, shape, entry, axis, kept, scale, self._averages(entry, layer))
+        shape = (*entry.ref.shape[:axis], len(stay), *entry.ref.shape[axis + 1 :])
+        return Piece(entry.ref.name, shape, entry, axis, stay, scale, self._averages(entry, layer, stay))
 
     def _average(self, entry: Entry, layer: int, expert: int) -> tuple[Member, ...]:
         """The members whose average expert `expert` becomes, for tensors that each expert has of its own."""
-        members = self._groups[layer].get(expert, ())
+        members = self._groups[layer].get(expert, {})
         return tuple(
-            self._member(self._by_role[_role(entry, number)], layer, number, share)
-            for number, share in members
+            self._member(self._by_role[_role(entry, number)], number, part)
+            for number, part in sorted(members.items())
         )
 
-    def _averages(self, entry: Entry, layer: int) -> tuple[tuple[Member, ...], ...]:
+    def _averages(self, entry: Entry, layer: int, stay: tuple[int, ...]) -> tuple[tuple[Member, ...], ...]:
         """The same for a tensor that holds all experts; a router's rows are averaged only where the plan says so."""
-        groups = self._groups[layer]
-        if not groups or (entry.unit.part == "router" and not self._averages_router(layer)):
+        groups = self._rows[layer] if entry.unit.part == "router" else self._groups[layer]
+        if not groups.keys() & set(stay):
             return ()
         return tuple(
             tuple(
-                self._member(entry, layer, number, share)
-                for number, share in groups.get(expert, ((expert, 1.0),))
+                self._member(entry, number, part)
+                for number, part in sorted(groups.get(expert, {expert: _Part()}).items())
             )
-            for expert in self._left.experts[layer]
+            for expert in stay
         )
 
-    def _averages_router(self, layer: int) -> bool:
-        unit = Unit(layer, "router")
-        return any(
-            stage.treatments[unit].repair == "mean" for stage in self._plan.stages if unit in stage.treatments
-        )
-
-    def _member(self, entry: Entry, layer: int, expert: int, share: float) -> Member:
-        """A member of an average; the last merge that puts it in line says its channels' order."""
-        unit = Unit(layer, "experts", expert)
-        stages = [number for number, stage in enumerate(self._plan.stages)
-                  if stage.treatments.get(unit, Treatment()).repair == "align"]  # fmt: skip
-        if not stages or entry.channel_axis is None:
-            return Member(entry, expert, share)
-        return Member(entry, expert, share, self._fits.get(key(stages[-1], unit, "order")), aligned=True)
+    def _member(self, entry: Entry, expert: int, part: _Part) -> Member:
+        """A member of an average, with its channels in the order that all merges it has been through give them."""
+        if not part.lines or entry.channel_axis is None:
+            return Member(entry, expert, part.share)
+        order: Tensor | None = None
+        for line in part.lines:
+            fitted = self._fits.get(line)
+            if fitted is None:
+                return Member(entry, expert, part.share, aligned=True)
+            order = fitted if order is None else order[fitted]
+        return Member(entry, expert, part.share, order, aligned=True)
 
     def _folds_on(self, entry: Entry, layer: int) -> tuple[Fold, ...]:
         if entry.out_axis is None or entry.branch is None:
             return ()
-        folds = self._folds.get((layer, entry.branch), [])
+        folds = [fold for _, fold in self._folds.get((layer, entry.branch), ())]
         is_bias = len(entry.ref.shape) == 1
-        return tuple(replace(fold, axis=entry.out_axis) for fold in folds if fold.kind != "bias" or is_bias)
+        return tuple(_on(entry, fold) for fold in folds if fold.kind != "bias" or is_bias)
 
     def added(self) -> Iterator[Piece]:
         """Tensors that the source does not have: constants where branches or experts were."""
-        dtypes = {
-            entry.unit.layer: entry.ref.dtype
-            for entry in self._blueprint.entries
-            if entry.out_axis is not None
-        }
+        dtypes = self._blueprint.dtypes
         specs = {layer.index: layer for layer in self._blueprint.layers}
         for (layer, branch), bias in sorted(self._biases.items(), key=lambda item: item[0]):
             if (layer, branch) in self._left.cut:
@@ -240,9 +234,16 @@ class _Rewriter:
             if stage is not None:
                 values = self._fits.get(key(stage, Unit(layer, "experts"), "novices"))
                 shape = (len(gone), self._blueprint.hidden)
-                yield self._constant(
-                    layer, f"{specs[layer].bodies['mlp']}.experts.novices", shape, values, dtypes[layer]
-                )
+                name = f"{specs[layer].bodies['mlp']}.experts.novices"
+                novices = self._constant(layer, name, shape, values, self._dtype_of_answers(layer))
+                # They were measured with earlier maps in place; what later ones do to experts they do to novices.
+                later = tuple(fold for number, fold in self._folds.get((layer, "mlp"), ()) if number > stage)
+                yield replace(novices, folds=novices.folds + later)
+
+    def _dtype_of_answers(self, layer: int) -> str:
+        """The dtype of what the experts of a layer end with."""
+        return next(entry.ref.dtype for entry in self._blueprint.by_layer[layer]
+                    if entry.unit.part == "experts" and (entry.unit.matrix or "").startswith("down"))  # fmt: skip
 
     def _constant(
         self, layer: int, name: str, shape: tuple[int, ...], values: Tensor | None, dtype: str
@@ -250,6 +251,14 @@ class _Rewriter:
         position = self._left.position(layer)
         ref = TensorRef(f"{self._blueprint.layers_name}.{position}.{name}", shape, dtype, "")
         return Piece(ref.name, shape, Entry(ref, Unit(position)), folds=(Fold("bias", 0, values),))
+
+
+def _on(entry: Entry, fold: Fold) -> Fold:
+    """A fold for one tensor. What is added there, the layer will multiply; a map commutes with that."""
+    values = fold.values
+    if fold.kind == "bias" and values is not None and entry.multiplier != 1:
+        values = values / entry.multiplier
+    return replace(fold, axis=entry.out_axis, values=values)
 
 
 def folds_into(blueprint: Blueprint, at: tuple[int, str] | None, repair: Repair) -> bool:
@@ -296,15 +305,28 @@ def _novice_stage(plan: Plan, layer: int) -> int | None:
                  if stage.treatments.get(unit, Treatment()).repair == "novice"), None)  # fmt: skip
 
 
-def _groups(plan: Plan, layer: int, kept: tuple[int, ...]) -> dict[int, tuple[tuple[int, float], ...]]:
-    """Members and shares of every kept expert that is an average. Merges of several stages are averages of averages."""
-    groups: dict[int, dict[int, float]] = {}
-    for stage in plan.stages:
-        merged: dict[int, dict[int, float]] = {}
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a member has of an average: its share, and the fitted orders that put its channels in line, first to last."""
+
+    share: float = 1.0
+    lines: tuple[str, ...] = ()
+
+
+def _groups(plan: Plan, layer: int, *, of_rows: bool = False) -> dict[int, dict[int, _Part]]:
+    """Members of every expert that is an average, or has a router row that is (`of_rows`). Merges of several stages are
+    averages of averages, put in line as a whole."""
+    groups: dict[int, dict[int, _Part]] = {}
+    for number, stage in enumerate(plan.stages):
+        if of_rows and stage.treatments.get(Unit(layer, "router"), Treatment()).repair != "mean":
+            continue
+        merged: dict[int, dict[int, _Part]] = {}
         for unit, treatment in stage.treatments.items():
             if unit.layer == layer and unit.expert is not None and treatment.into is not None:
-                into = merged.setdefault(treatment.into, {})
-                for member, share in groups.get(unit.expert, {unit.expert: 1.0}).items():
-                    into[member] = into.get(member, 0.0) + treatment.share * share
+                line = (key(number, unit, "order"),) if treatment.repair == "align" else ()
+                for member, part in groups.get(unit.expert, {unit.expert: _Part()}).items():
+                    merged.setdefault(treatment.into, {})[member] = _Part(
+                        treatment.share * part.share, part.lines + line
+                    )
         groups |= merged
-    return {expert: tuple(sorted(groups[expert].items())) for expert in kept if expert in groups}
+    return groups

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from moespresso.core.blueprint import LayerSpec
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.rewrite import biased_stubs
-from moespresso.model import View
+from moespresso.model import View, skipping
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,12 @@ def formed(name: str, view: View) -> View:
     """The view in the form that the target loads; raises `UserError` when it cannot load what the plan makes, naming the
     nearest plan that it can."""
     target = find_target(name)
-    if target.plugin:
-        return replace(view, stock=False)
+    made = replace(view, stock=False) if target.plugin else _stock(target, view)
+    _ = made.config  # raises where no config can say which blocks are left
+    return made
+
+
+def _stock(target: Target, view: View) -> View:
     _check_experts(target, view)
     cut = [f"L{layer}" for layer, branch in sorted(view.left.cut) if branch == "attention"]
     if cut:
@@ -54,7 +58,13 @@ def formed(name: str, view: View) -> View:
         raise _beyond(
             target, f"leaves a constant where {_some(biased)} lost a part", "repair=linear or repair=scale"
         )
-    return _stubbed(target, replace(view, stock=True))
+    made = _stubbed(target, replace(view, stock=True))
+    odd = [f"L{view.left.layers[position]}" for position in skipping(made.config)]
+    if odd:
+        raise _beyond(
+            target, f"keeps layers that lack a part already ({_some(odd)})", f"block_drop:drop={len(odd)}"
+        )
+    return made
 
 
 def _check_experts(target: Target, view: View) -> None:

@@ -34,4 +34,4 @@ def _channels(experts: Any, expert: int) -> Tensor:
         parts = [inward[:width], inward[width:]]
     else:
         parts = [inward[0::2], inward[1::2]]
-    return torch.cat([*parts, outward.T], 1).double().cpu()
+    return torch.cat([*parts, outward.T], 1).detach().double().cpu()

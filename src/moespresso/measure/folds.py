@@ -58,13 +58,28 @@ class Folds:
         if self._open is None and not any(each in self._gone or each in self._starts for each in at):
             return
         stream = taps.inputs
-        for each in at:
-            if each in self._gone:
+        for branch in BRANCHES:
+            each = layer.spec.index, branch
+            if branch not in layer.spec.bodies:
+                stream = self._left(layer, each, stream, taps)
+            elif each in self._gone:
                 self._pass(each, stream, taps)
             else:
                 stream = self._stay(each, self.close(stream), taps)
         for number, hidden in enumerate(stream):
             taps.put(number, hidden)
+
+    def _left(self, layer: Layer, at: At, stream: list[Tensor], taps: Taps) -> list[Tensor]:
+        """Where a branch was, an earlier step may have left a constant: it is added whatever is fitted."""
+        part = None if layer.anatomy is None else getattr(layer.anatomy, at[1])
+        if part is None or getattr(layer.module.get_submodule(part.body), "bias", None) is None:
+            return stream
+        after = [taps.branch(number, hidden, at[1]) for number, hidden in enumerate(stream)]
+        if self._open is not None:
+            constants = [new - old for new, old in zip(after, stream, strict=True)]
+            self._open.before = [old + new for old, new in zip(self._open.before, constants, strict=True)]
+            self._open.wanted = [old + new for old, new in zip(self._open.wanted, constants, strict=True)]
+        return after
 
     def _pass(self, at: At, stream: list[Tensor], taps: Taps) -> None:
         """A branch that goes: only what it would have made of the stream is looked at."""

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from moespresso.checkpoint import Reader
-from moespresso.core.blueprint import Entry
 from moespresso.core.progress import Progress
 from moespresso.core.unit import Unit
 from moespresso.model import View
@@ -25,21 +24,16 @@ def weight_sums(view: View, reader: Reader, progress: Progress) -> dict[Unit, di
     for piece in view.pieces:
         progress.advance()
         if piece.source.unit.part == "experts" and not (piece.source.unit.matrix or "").endswith("_bias"):
-            _add(sums, piece.source, piece.name, reader.piece(piece))
+            _add(sums, piece.unit, reader.piece(piece))
     return {unit: {"mean_abs": total / count, "rms": (squares / count) ** 0.5}
             for unit, (count, total, squares) in sums.items()}  # fmt: skip
 
 
-def _add(sums: dict[Unit, list[float]], entry: Entry, name: str, tensor: Tensor) -> None:
-    layer = entry.unit.layer
-    if entry.unit.expert is not None:
-        position = int(name.split("experts.", 1)[1].split(".", 1)[0])
-        parts = [(position, tensor)]
-    else:
-        parts = list(enumerate(tensor))
+def _add(sums: dict[Unit, list[float]], unit: Unit, tensor: Tensor) -> None:
+    parts = list(enumerate(tensor)) if unit.expert is None else [(unit.expert, tensor)]
     for expert, part in parts:
         rows = part.float()
-        total = sums[Unit(layer, "experts", expert)]
+        total = sums[Unit(unit.layer, "experts", expert)]
         total[0] += rows.numel()
         # Norms row by row, added up in float64: at memory speed, without losing digits in one long float32 sum.
         total[1] += float(vector_norm(rows, 1, dim=-1).double().sum())

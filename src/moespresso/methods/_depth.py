@@ -15,6 +15,7 @@ from moespresso.core.blueprint import BRANCHES, Blueprint, Branch
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Treatment
 from moespresso.core.unit import Unit
+from moespresso.model import quirks
 
 Cuts = frozenset[tuple[int, Branch]]
 # Mean token KL to the original, of the model without each of these.
@@ -39,6 +40,15 @@ def check_divisible(kind: str, blueprint: Blueprint) -> None:
         raise UserError(
             f"{kind}: the layers of {blueprint.source} ({blueprint.family}) cannot lose a part ({blueprint.indivisible}); "
             "drop whole blocks (block_drop) or experts"
+        )
+
+
+def check_comparable(kind: str, blueprint: Blueprint) -> None:
+    """Raise `UserError` where candidates cannot go through the model side by side."""
+    if blueprint.family in quirks.HANDS_ON:
+        raise UserError(
+            f"{kind}: candidates cannot be compared on {blueprint.source}, whose layers hand on more than hidden states: "
+            "use score=cosine"
         )
 
 

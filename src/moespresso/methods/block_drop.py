@@ -19,7 +19,15 @@ from moespresso.core.registry import method
 from moespresso.core.remains import remains
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
-from moespresso.methods._depth import Judge, Repair, greedy, most_similar, treatment, whole_block
+from moespresso.methods._depth import (
+    Judge,
+    Repair,
+    check_comparable,
+    greedy,
+    most_similar,
+    treatment,
+    whole_block,
+)
 
 
 @method
@@ -49,6 +57,10 @@ class BlockDrop:
             raise UserError(f"block_drop: drop={self.drop} must be at least 1")
         if self.rows < 1:
             raise UserError(f"block_drop: rows={self.rows} must be at least 1")
+        if self.contiguous and not self.rescore:
+            raise UserError(
+                "block_drop: contiguous=true is measured across the blocks that are left: leave rescore=false out"
+            )
 
     @property
     def searches(self) -> bool:
@@ -68,6 +80,8 @@ class BlockDrop:
 
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
+        if self.searches:
+            check_comparable(self.kind, blueprint)
         there = len(blueprint.layers)
         if self.drop >= there:
             what = "run of them" if self.contiguous else "one of them"

@@ -4,8 +4,8 @@
              selected; the most selected one of a cluster gives the router's row                    arXiv 2410.08589
     m_smoe   the most selected experts lead, each other one joins the leader whose router logits are most like its own;
              neurons are put in line with the leader's first, averaged by selections                arXiv 2310.01334
-    ream     the experts with the highest REAP saliency lead; from the most salient leader on, each takes up to
-             `group` of the most similar others (half the cosine of gated outputs, mapped to [0, 1], half that of the
+    ream     the experts with the highest REAP saliency lead; from the most salient leader on, each fills its
+             group of at most `group`, itself included, with the most similar others (half the cosine of gated outputs, mapped to [0, 1], half that of the
              routing profiles): most leaders stay alone; neurons put in line, averaged by saliency   arXiv 2604.04356
 
 Putting in line: neurons of an expert are permuted (which changes nothing it computes) so that their weights match the
@@ -46,17 +46,20 @@ class ExpertMerge:
     method: how experts are grouped and averaged (see the module's docstring).
     router: `leader` keeps the router's row of each group's leader, `mean` averages the rows of its members.
     align: put neurons in line before they are averaged (default: as the method does).
-    group: the most experts that one leader takes up (method=ream).
+    group: the most experts in one group, its leader included (method=ream).
+    sequential: decide on each layer on the text as the layers before it, already merged, let it through (as published for
+        ream; such a measurement starts afresh when it is interrupted).
     rescore: measure on the model as the earlier steps leave it.
     """
 
     kind: ClassVar[str] = "expert_merge"
     keep: int | None = None
     ratio: float | None = None
-    method: Literal["hc_smoe", "m_smoe", "ream"] = "ream"
+    method: Literal["hc_smoe", "m_smoe", "ream"] = "hc_smoe"
     router: Literal["leader", "mean"] = "leader"
     align: bool | None = None
     group: int = 16
+    sequential: bool = False
     rescore: bool = True
 
     def __post_init__(self) -> None:
@@ -65,8 +68,8 @@ class ExpertMerge:
             raise UserError("expert_merge: give keep or ratio, not both")
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise UserError(f"expert_merge: ratio={self.ratio} is the share removed and must be in [0, 1)")
-        if self.group < 1:
-            raise UserError(f"expert_merge: group={self.group} must be at least 1")
+        if self.group < 2:
+            raise UserError(f"expert_merge: group={self.group} must be at least 2, a leader and one more")
 
     @property
     def searches(self) -> bool:
@@ -158,7 +161,7 @@ class ExpertMerge:
             return groups
         for leader in leaders:
             nearest = sorted(others, key=lambda other: (-alike[place[other], place[leader]], other))[
-                : self.group
+                : self.group - 1
             ]
             groups[leader] += nearest
             others = [other for other in others if other not in nearest]

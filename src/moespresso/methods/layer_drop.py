@@ -26,7 +26,16 @@ from moespresso.core.registry import method
 from moespresso.core.remains import remains
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
-from moespresso.methods._depth import Cuts, Judge, Repair, check_divisible, greedy, most_similar, treatment
+from moespresso.methods._depth import (
+    Cuts,
+    Judge,
+    Repair,
+    check_comparable,
+    check_divisible,
+    greedy,
+    most_similar,
+    treatment,
+)
 
 
 @method
@@ -78,6 +87,8 @@ class LayerDrop:
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
         check_divisible(self.kind, blueprint)
+        if self.searches:
+            check_comparable(self.kind, blueprint)
         there = len(self._candidates(blueprint))
         if self.drop > there:
             what = (

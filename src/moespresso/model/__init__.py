@@ -1,15 +1,22 @@
 """What a checkpoint's names mean: config to blueprint, layers on and off, names both ways, lock-step forward."""
 
 from moespresso.model.blueprint import read_blueprint
-from moespresso.model.counts import is_unequal
+from moespresso.model.counts import is_unequal, skipping
 from moespresso.model.halves import without
 from moespresso.model.lockstep import Waiting, start
-from moespresso.model.opening import make_skeleton, open_view, pick_device, pick_dtype, rehoused_views
+from moespresso.model.opening import (
+    config_view,
+    make_skeleton,
+    open_view,
+    pick_device,
+    pick_dtype,
+    rehoused_views,
+)
 from moespresso.model.rehouse import adopt, is_rehoused, tokenizer_config
 from moespresso.model.skeleton import Skeleton, quiet_transformers, read_config
 from moespresso.model.view import View
 
 __all__ = [
-    "Skeleton", "View", "Waiting", "adopt", "is_rehoused", "is_unequal", "make_skeleton", "open_view", "pick_device", "pick_dtype",
-    "quiet_transformers", "read_blueprint", "read_config", "rehoused_views", "start", "tokenizer_config", "without",
+    "Skeleton", "View", "Waiting", "adopt", "config_view", "is_rehoused", "is_unequal", "make_skeleton", "open_view", "pick_device", "pick_dtype",
+    "quiet_transformers", "read_blueprint", "read_config", "rehoused_views", "skipping", "start", "tokenizer_config", "without",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -24,7 +25,7 @@ from moespresso.core.errors import UserError
 from moespresso.core.remains import SILENT_KV
 from moespresso.core.unit import Part, Unit
 from moespresso.model import quirks
-from moespresso.model.counts import expert_axes
+from moespresso.model.counts import expert_axes, is_unequal
 from moespresso.model.experts import is_experts
 from moespresso.model.names import Names
 from moespresso.model.skeleton import (
@@ -56,7 +57,7 @@ def read_blueprint(checkpoint: Checkpoint) -> Blueprint:
         specs = tuple(_layer_spec(index, layer, config) for index, layer in enumerate(layers))
     except AttributeError as error:  # a config or a router without what every family so far has
         raise UserError(f"{place}: model_type {config.model_type!r} is not supported ({error})") from error
-    _check_experts_seen(config, specs, place)
+    _check_experts_seen(model, config, specs, place)
     classify = _Classifier(model, layers_name, layers, expert_axes(checkpoint.config, model, place))
     indivisible = next((anatomy for anatomy in classify.anatomies if isinstance(anatomy, str)), "")
     entries = tuple(classify(ref) for ref in checkpoint.tensors.values())
@@ -122,15 +123,21 @@ def _block_trouble(layer: nn.Module) -> str | None:
     return f"{tables[0]} is a table of expert numbers, which cannot be cut" if tables else None
 
 
-def _check_experts_seen(config: PreTrainedConfig, specs: tuple[LayerSpec, ...], place: str) -> None:
+def _check_experts_seen(
+    model: PreTrainedModel, config: PreTrainedConfig, specs: tuple[LayerSpec, ...], place: str
+) -> None:
     """A mixture whose experts the general code cannot see must not pass for a dense model."""
+    kinds = vars(sys.modules[type(model).__module__]).values()
+    if any(isinstance(kind, type) and hasattr(kind, "_apply_gate") for kind in kinds):
+        return  # they would be seen: none of the layers has any
     text = config.get_text_config()
     promised = [
         key
         for key in quirks.COUNT_KEYS
         if isinstance(getattr(text, key, None), int) and getattr(text, key) > 1
     ]
-    if promised and not any(spec.experts for spec in specs):
+    emptied = is_unequal(config.to_dict()) or any(getattr(text, key, None) for key in quirks.DENSE_LISTS)
+    if promised and not emptied and not any(spec.experts for spec in specs):
         raise UserError(
             f"{place}: model_type {config.model_type!r} is not supported "
             f"(its config has {promised[0]}, but no experts that go through transformers' experts interface)"
@@ -268,9 +275,15 @@ class _Classifier:
             return Entry(ref, Unit(None, self._outer_part(name)))
         inner = name[len(f"{self._layers_name}.{layer}.") :]
         entry = self._in_layer(ref, layer, inner, pattern, self._expert_axis(ref, name, layer))
-        return replace(entry, branch=self._branch(layer, inner), **self._axes_of(entry, layer, inner))
+        part = self._branch(layer, inner)
+        branch = None if part is None else part[0]
+        axes = self._axes_of(entry, layer, inner)
+        if part is not None and "out_axis" in axes:
+            # What a norm comes after is not what the branch ends with.
+            axes |= {"out_axis": None} if part[1].post else {"multiplier": part[1].multiplier}
+        return replace(entry, branch=branch, **axes)
 
-    def _branch(self, layer: int, inner: str) -> Branch | None:
+    def _branch(self, layer: int, inner: str) -> tuple[Branch, BranchParts] | None:
         """The residual branch that a tensor of a layer goes with."""
         anatomy, child = self.anatomies[layer], inner.split(".", 1)[0]
         if isinstance(anatomy, str):
@@ -283,7 +296,7 @@ class _Classifier:
                 part.post,
                 *(body for body, _ in part.beside),
             ):
-                return name
+                return name, part
         return None
 
     def _axes_of(self, entry: Entry, layer: int, inner: str) -> dict[str, Any]:

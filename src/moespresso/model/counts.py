@@ -55,6 +55,13 @@ def is_unequal(config: Mapping[str, Any]) -> bool:
     )
 
 
+def skipping(config: Mapping[str, Any]) -> list[int]:
+    """Numbers of the layers whose parts a config.json skips, which only moespresso's runtime understands."""
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    said = {layer: own for part in parts for layer, own in (part.get("per_layer_config") or {}).items()}
+    return sorted(int(layer) for layer, own in said.items() if own.get("skip"))
+
+
 def _present(config: Mapping[str, Any]) -> set[str]:
     return {key for key in quirks.COUNT_KEYS if config.get(key) is not None}
 

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from moespresso.checkpoint import Reader, open_checkpoint
-from moespresso.checkpoint.index import Checkpoint
+from moespresso.checkpoint import TORCH_DTYPES, Checkpoint, Reader, open_checkpoint
+from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan
 from moespresso.core.runtime import Runtime
 from moespresso.model.blueprint import read_blueprint
 from moespresso.model.rehouse import adopt, houses_of, obstacle, rehoused
-from moespresso.model.skeleton import Skeleton
+from moespresso.model.skeleton import Skeleton, build_meta, read_config
 from moespresso.model.view import View
 
 
 def open_view(folder: Path) -> View:
     """The checkpoint in `folder`, as it is; a family that transformers has under another name only, under that name."""
     return _view(adopt(open_checkpoint(folder)))
+
+
+def config_view(path: Path) -> View:
+    """The model that a config.json alone describes, for pricing: its tensors are named as in memory and stored nowhere.
+
+    Raises `UserError` when the file is not a config of a supported family.
+    """
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a config.json that can be read ({error})") from error
+    bare = adopt(Checkpoint(path, raw, {}))
+    model = build_meta(read_config(bare.config, str(path)), torch.bfloat16, str(path))
+    stored = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
+    dtype = next((name for name, kind in TORCH_DTYPES.items() if str(kind) == f"torch.{stored}"), "BF16")
+    tied = set(model.all_tied_weights_keys)
+    refs = {name: TensorRef(name, tuple(tensor.shape), dtype, "")
+            for name, tensor in model.state_dict().items() if name not in tied}  # fmt: skip
+    return _view(Checkpoint(path, bare.config, refs))
 
 
 def rehoused_views(view: View) -> list[View]:

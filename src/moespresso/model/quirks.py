@@ -18,6 +18,9 @@ COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_e
 # Families that also need an alias written: other engines read `num_experts`, transformers saves `num_local_experts`.
 COUNT_ALIASES: dict[str, tuple[str, ...]] = {"qwen3_moe": ("num_experts", "num_local_experts")}
 
+# Lists by which a config may say that no layer holds experts any more, whatever number of them it still names.
+DENSE_LISTS = ("mlp_only_layers", "mlp_layer_types")
+
 # Families whose decoder layers return, beside hidden states, what the next layer takes up (chosen positions).
 HANDS_ON = frozenset({"glm_moe_dsa", "hy_v4"})
 

@@ -42,7 +42,10 @@ def pressed_config(raw: Mapping[str, Any], source: Blueprint, plan: Plan, left: 
         said = own.setdefault(position, {})
         if position in rows:
             _set(said, _count_key(source.family), rows[position], common)
-        skip = [*said.get("skip", ()), *_skipped(specs[layer], left, biased)]
+        said_before = said.get("skip", ())
+        if (layer, "mlp") in left.cut:  # experts that were gone go with the rest
+            said_before = [word for word in said_before if not word.startswith("expert.")]
+        skip = [*said_before, *_skipped(specs[layer], left, biased)]
         if skip:
             said |= {"skip": sorted(set(skip))} | _zeros(specs[layer], left, source.family)
     _text(config)["per_layer_config"] = {str(position): said for position, said in own.items() if said}

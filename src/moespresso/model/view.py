@@ -104,9 +104,7 @@ class View:
             return []
         place = self.source.source
         state = build_meta(read_config(self.config, place), torch.bfloat16, place).state_dict()
-        dtypes = {
-            entry.unit.layer: entry.ref.dtype for entry in self.source.entries if entry.out_axis is not None
-        }
+        dtypes = self.source.dtypes
         made: list[Piece] = []
         for position in self.stubs:
             prefix = f"{self.source.layers_name}.{position}.{self._body(position)}."

@@ -206,7 +206,12 @@ def _run(layer: nn.Module, answers: Mapping[str, int | None], bodies: set[str], 
             for name, direction in zip(answers, directions, strict=True)
         }
         probe = copy.copy(layer)
-        probe.__dict__["_modules"] = {name: nn.Identity() for name, _ in layer.named_children()} | children
+        # What stands for a norm that has gone may be asked for its dtype.
+        idle = {
+            name: child if isinstance(child, nn.Identity) else nn.Identity()
+            for name, child in layer.named_children()
+        }
+        probe.__dict__["_modules"] = idle | children
         out = probe.forward(stream, **_nothing(layer))
     said = _sum(out[0] if isinstance(out, tuple) else out, labels, size)
     inputs = {name: [_sum(call, labels, size) for call in child.calls] for name, child in children.items()}

@@ -58,13 +58,13 @@ class SilentMixer(Silent):
 
     def __init__(self, answers: int | None, index: int) -> None:
         super().__init__(answers)
-        self.index = index
+        self.layer_idx = index
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As `Silent`."""
         for value in (*args, *kwargs.values()):
             if isinstance(value, Cache):
-                _pass_by(value, self.index, hidden_of(args, kwargs))
+                _pass_by(value, self.layer_idx, hidden_of(args, kwargs))
         return super().forward(*args, **kwargs)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from moespresso.checkpoint import TORCH_DTYPES, as_bytes, disk_full_is_told, header, write_file
 from moespresso.core.blueprint import BRANCHES, Branch, LayerSpec, TensorRef
@@ -180,6 +180,10 @@ class _LayerTaps:
         others: list[Branch] = [other for other in BRANCHES if other != branch]
         with without(self._layer.module, self._layer.anatomy, others):
             return self._waiting[number].run(self._layer.module, hidden)
+
+    def through(self, module: nn.Module) -> Iterator[Tensor]:
+        """What every batch becomes in another layer's module."""
+        return (batch.run(module) for batch in self._waiting)
 
     def put(self, number: int, output: Tensor) -> None:
         """Let a batch go on with `output`."""
