@@ -56,6 +56,10 @@ _STATS_VERSION = "1"
 _OVERHEAD = 4 * ANSWER_BYTES
 
 
+# Tokens per channel under which a full map is not to be trusted.
+_TOKENS_PER_CHANNEL = 32
+
+
 class Step(Protocol):
     """What the conductor asks of a method's settings."""
 
@@ -230,7 +234,9 @@ def decide(
             decision = _measured(step, steps, now, view, batches, given, work, runtime, clock, done)
         _take(step, decision, now, done)
         with clock.phase("fit"):
-            done.fits |= fit(now, done.plan, batches, work, runtime)
+            fitted = fit(now, done.plan, batches, work, runtime)
+        done.notes += _thin_text(fitted, batches)
+        done.fits |= fitted
     return done
 
 
@@ -280,6 +286,17 @@ def _searched(
             return losses
 
         return step.search(now.blueprint, judge)
+
+
+def _thin_text(fitted: Mapping[str, Tensor], batches: Batches | None) -> list[str]:
+    """Say when a full map was fitted on too little text to be trusted: it forgets directions that the text never showed."""
+    widths = [len(value) for name, value in fitted.items() if name.endswith("/linear")]
+    if batches is None or not widths or batches.num_tokens >= _TOKENS_PER_CHANNEL * max(widths):
+        return []
+    return [
+        f"repair=linear was fitted on {batches.num_tokens} tokens, fewer than {_TOKENS_PER_CHANNEL} for each of "
+        f"{max(widths)} channels, and may do harm: give more text, or use repair=scale"
+    ]
 
 
 def _needed(batches: Batches | None) -> Batches:

@@ -34,7 +34,7 @@ from moespresso.core.unit import Unit
 from moespresso.export import formed
 from moespresso.model import View, is_unequal
 from moespresso.pipeline import Clock, Decided, write
-from moespresso.recipe import Request
+from moespresso.recipe import Request, parse_size
 from moespresso.report import LayerScores, Report, machine, model_card, shareable, source_licence, versions
 from moespresso.stream import PeakMemory, peak_rss_bytes
 
@@ -58,7 +58,7 @@ def produce(
         pressed = formed(request.target, replace(view, plan=decided.plan, fits=decided.fits))
         with clock.phase("build"):
             files, left = write(pressed, out, journal, runtime)
-        told = [*left, *outside_notes(view), *form_notes(pressed)]
+        told = [*left, *outside_notes(view), *form_notes(pressed), *_size_notes(pressed, request)]
         manifest = _manifest(pressed, identity, request, files, decided, told)
         card = model_card(
             _report(view, Path(), manifest, clock), _hub_id(view), source_licence(view.checkpoint.folder)
@@ -155,6 +155,17 @@ def _layer_scores(layer: LayerSpec, made: Plan, manifest: dict[str, Any]) -> Lay
         merged=merged_into(made, layer.index),
         protected=tuple(expert for expert, unit in enumerate(units) if unit in manifest["protected"]),
     )
+
+
+def _size_notes(view: View, request: Request) -> list[str]:
+    """Say when what remains is more than was asked for: amounts are chosen before it is known which layers go."""
+    whole, got = (view.origin or view.source).cost().bytes, view.blueprint.cost().bytes
+    asked = parse_size(str(request.size), whole) if request.size is not None else got
+    if got <= asked:
+        return []
+    return [
+        f"--size {request.size} is {asked} bytes, but {got} remain, since lighter layers went than was reckoned with: ask for less"
+    ]
 
 
 def form_notes(view: View) -> list[str]:

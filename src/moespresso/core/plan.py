@@ -59,6 +59,8 @@ class Treatment:
         if values.get("format") is not None:
             values["format"] = Format(**values["format"])
         values["scale"] = float(values.get("scale", 1.0))
+        if not isinstance(values.get("drop", False), bool):
+            raise ValueError(f"drop {values['drop']!r} is neither true nor false")
         values["share"] = float(values.get("share", 1.0))
         if not isinstance(values.get("into"), int | None):
             raise ValueError(f"into {values['into']!r} is not the number of an expert")

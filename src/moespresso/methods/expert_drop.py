@@ -119,6 +119,10 @@ class ExpertDrop:
                 f"expert_drop needs routed experts, but {blueprint.source} ({blueprint.family}) is dense"
             )
         refuse_skipped(self.kind, blueprint)
+        if self.replace == "novice" and blueprint.indivisible:
+            raise UserError(
+                f"expert_drop: replace=novice cannot be placed in {blueprint.source} ({blueprint.indivisible}): leave it out"
+            )
         for layer in blueprint.moe_layers:
             self._keep_count(layer)
 

@@ -266,7 +266,8 @@ class _Classifier:
 
     def _entry(self, ref: TensorRef, name: str, pattern: str | None) -> Entry:
         if name not in self._names.state:
-            found = re.search(r"layers\.(\d+)\.", ref.name)
+            # Only what is numbered like a decoder layer moves with them: `mtp.layers.0` does not.
+            found = re.match(rf"{re.escape(self._layers_name)}\.(\d+)\.", ref.name)
             return Entry(ref, Unit(int(found[1]) if found else None), in_graph=False)
         self._seen[name].append(ref)
         self._transformed[name] = pattern is not None and not self._names.only_stacks(pattern)

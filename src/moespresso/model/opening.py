@@ -14,6 +14,7 @@ from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan
 from moespresso.core.runtime import Runtime
 from moespresso.model.blueprint import read_blueprint
+from moespresso.model.counts import is_unequal
 from moespresso.model.rehouse import adopt, houses_of, obstacle, rehoused
 from moespresso.model.skeleton import Skeleton, build_meta, read_config
 from moespresso.model.view import View
@@ -46,6 +47,8 @@ def config_view(path: Path) -> View:
 def rehoused_views(view: View) -> list[View]:
     """The same checkpoint as one of every other family whose code computes the same."""
     config = view.checkpoint.config
+    if is_unequal(config):  # a house knows the family's ordinary config only
+        return []
     houses = [house for house in houses_of(view.source.family) if obstacle(house, config) is None]
     return [replace(_view(rehoused(view.checkpoint, house)), origin=view.source) for house in houses]
 
