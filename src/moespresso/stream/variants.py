@@ -2,7 +2,8 @@
 
 A candidate is a set of branches that go. Up to the first branch in which two candidates differ they are the same model,
 so at every layer there is one run per distinct *beginning*, not per candidate: a greedy round over all n layers costs
-about half of n full passes, and one load of each layer.
+about half of n full passes, and one load of each layer. Where all their hidden states would not fit (`lanes_at_once`), they
+go in waves, and each wave loads the layers again.
 """
 
 from __future__ import annotations
