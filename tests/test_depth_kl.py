@@ -198,7 +198,7 @@ def by_brute_force(
          [(layer, "attention") for layer in range(4)]),
         ("qwen2_moe", LayerDrop(drop=1, score="kl"), [(layer, "mlp") for layer in (0, 2, 3)]),
         ("jamba", LayerDrop(drop=1, score="kl", part="attention"), [(1, "attention"), (4, "attention")]),
-        ("jamba", BlockDrop(drop=2, score="kl"), [(layer, "block") for layer in range(5)]),
+        ("qwen2_moe", BlockDrop(drop=2, score="kl"), [(layer, "block") for layer in range(4)]),
         ("granitemoe", BlockDrop(drop=2, score="kl"), [(layer, "block") for layer in range(3)]),
     ],
 )  # fmt: skip

@@ -16,11 +16,11 @@ from torch import Tensor
 
 import families
 from conftest import Zoo, tiny_tokenizer
-from depth_by_hand import silenced
 from driver import Driver
 from moespresso import api
 from moespresso.cli import main
 from moespresso.core.errors import UserError
+from moespresso.model import open_view
 from test_depth_kl import LENGTH, SAMPLES, other_folder
 from test_depth_steps import GONE, OPTIONS, by_hand, weights_and_config
 from test_resume import KILLED, Press, contents, same
@@ -172,19 +172,41 @@ def test_what_cannot_be_is_refused_before_any_work(
         assert not (tmp_path / "out").exists()
 
 
-def test_a_choice_that_no_config_can_say_is_refused_before_it_is_written(text: Path, tmp_path: Path):
-    """Which block goes shows only when it is measured: jamba says where its experts are by a period."""
-    source = tmp_path / "source"
-    silenced(families.build("jamba"), (2, "block")).save_pretrained(source)
-    tiny_tokenizer().save_pretrained(source)
-    run: Any = {"texts": [text], "steps": ["block_drop"], **OPTIONS}
-    words = r"jamba cannot say which layers hold experts without L2: drop L1 and L2 instead"
-    with pytest.raises(UserError, match=words):
-        api.press(source, out=tmp_path / "out", **run)
-    assert not list((tmp_path / "out").glob("*.safetensors"))
-    with pytest.raises(UserError, match=words):
-        api.plan(source, out=tmp_path / "plan.json", **run)
-    assert not (tmp_path / "plan.json").exists()
+@pytest.mark.parametrize(
+    ("layers", "step", "cure"),
+    [
+        (5, "block_drop", "drop experts or layers"),
+        (8, "block_drop", "say block_drop:drop=4,contiguous=true"),
+        (12, "block_drop:drop=7", "say block_drop:drop=8,contiguous=true"),
+        (8, "block_drop:drop=4", "say block_drop:drop=4,contiguous=true"),
+        (8, "block_drop:drop=3,contiguous=true", "say block_drop:drop=4,contiguous=true"),
+    ],
+)
+def test_blocks_out_of_a_pattern_are_refused_before_anything_is_measured(
+    layers: int, step: str, cure: str, text: Path, tmp_path: Path
+):
+    """Which block goes shows only when it is measured, and jamba can say where experts are by a period alone."""
+    run: Any = {"texts": [text], "steps": [step], **OPTIONS}
+    with pytest.raises(UserError, match=rf"repeats a pattern of \d unlike blocks.*: {cure}"):
+        api.press(patterned(tmp_path / "source", layers), out=tmp_path / "out", **run)
+    assert not (tmp_path / "out").exists()
+
+
+def patterned(folder: Path, layers: int) -> Path:
+    """A jamba in which blocks repeat every fourth (every sixth in the five layers of the ordinary tiny one)."""
+    fourth = {"attn_layer_period": 4, "attn_layer_offset": 1, "num_hidden_layers": layers}
+    families.build("jamba", **({} if layers == 5 else fourth)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_whole_patterns_in_a_row_go(text: Path, tmp_path: Path):
+    source = patterned(tmp_path / "source", 8)
+    run: Any = {"texts": [text], "steps": ["block_drop:drop=4,contiguous=true"], **OPTIONS}
+    api.press(source, out=tmp_path / "out", **run)
+    found = api.verify(tmp_path / "out", against=source)
+    assert found["ok"], found
+    assert len(open_view(tmp_path / "out").source.layers) == 4
 
 
 def test_a_plan_that_leaves_no_block_is_refused(zoo: Zoo, tmp_path: Path):

@@ -113,7 +113,8 @@ class Blueprint:
     """What the model is. `digest` identifies the checkpoint's content (see `checkpoint.index`).
 
     `layers_name` is where its class keeps the decoder layers; `indivisible` says why single branches of them cannot
-    go, where that is so.
+    go, where that is so; `period` is the number of blocks after which the pattern of layers repeats, where the config
+    can say it in no other way (1: it can say any).
     """
 
     family: str
@@ -126,6 +127,7 @@ class Blueprint:
     entries: tuple[Entry, ...] = field(repr=False)
     layers_name: str = "model.layers"
     indivisible: str = ""
+    period: int = 1
 
     @cached_property
     def branches(self) -> tuple[tuple[int, Branch], ...]:

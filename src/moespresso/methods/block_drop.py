@@ -89,6 +89,20 @@ class BlockDrop:
                 f"block_drop: drop={self.drop}, but {blueprint.source} has {there} blocks and one must stay, so no such "
                 f"{what} exists: drop at most {there - 1}"
             )
+        self._check_period(blueprint)
+
+    def _check_period(self, blueprint: Blueprint) -> None:
+        """Where layers differ in a pattern that the config can only repeat, whole patterns in a row can go."""
+        every, there = blueprint.period, len(blueprint.layers)
+        if every == 1 or (self.contiguous and self.drop % every == 0):
+            return
+        # Runs as long as possible below what is there, the nearest to what was asked for.
+        whole = min(range(every, there, every), key=lambda drop: abs(drop - self.drop), default=None)
+        cure = f"say block_drop:drop={whole},contiguous=true" if whole else "drop experts or layers"
+        raise UserError(
+            f"block_drop: {blueprint.source} ({blueprint.family}) repeats a pattern of {every} unlike blocks, and its config "
+            f"can say no other, so only whole patterns in a row can go: {cure}"
+        )
 
     def amounts(self, blueprint: Blueprint) -> list[BlockDrop]:
         """This step with every number of blocks it could drop, fewest first (for a byte budget)."""

@@ -11,7 +11,7 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from moespresso.core.remains import SILENT_KV
 from moespresso.core.unit import Part, Unit
 from moespresso.model import quirks
 from moespresso.model.counts import expert_axes, is_unequal
+from moespresso.model.depth import period
 from moespresso.model.experts import is_experts
 from moespresso.model.names import Names
 from moespresso.model.skeleton import (
@@ -74,7 +75,16 @@ def read_blueprint(checkpoint: Checkpoint) -> Blueprint:
         entries=entries,
         layers_name=layers_name,
         indivisible=indivisible,
+        period=_period(text, specs),
     )
+
+
+def _period(text: PreTrainedConfig, specs: Sequence[LayerSpec]) -> int:
+    holds = {
+        "experts": [spec.index for spec in specs if spec.experts],
+        "attention": [spec.index for spec in specs if spec.mixer == "attention"],
+    }
+    return period(text.to_dict(), holds, len(specs))
 
 
 def _with_bodies(spec: LayerSpec, anatomy: Anatomy | str, layer: nn.Module) -> LayerSpec:

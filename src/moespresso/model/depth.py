@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -365,6 +366,19 @@ _RULES = (
         )
     ),
 )
+
+
+def period(fields: Mapping[str, Any], holds: Mapping[str, Collection[int]], count: int) -> int:
+    """The number of blocks after which the pattern of `count` layers repeats, where a config with these `fields` can say
+    which of them hold experts or attention by a period alone; 1 where any choice of blocks can be said."""
+    found = [
+        values[0]
+        for rule in _RULES
+        # A single layer is said by a period longer than the model.
+        if rule.tries is _periods and 1 < len(holds[rule.kind]) < count
+        and (values := rule.values(fields)) is not None and rule.fits(values, count, holds[rule.kind])
+    ]  # fmt: skip
+    return math.lcm(*found)
 
 
 def _settle(
