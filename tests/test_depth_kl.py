@@ -306,9 +306,8 @@ def test_hidden_states_of_candidates_are_those_of_views_with_the_plan(family: st
     mask[1, 8:] = False
     specs = view.source.layers
     asked = [frozenset(at for at in cuts if at[1] in specs[at[0]].bodies) for cuts in VARIANTS]
-    with Reader(folder) as reader:
-        found = sweep_variants(skeleton_of(view, reader), ids, mask, asked)
-        for cuts, hidden in zip(asked, found, strict=True):
+    with Reader(folder) as reader, sweep_variants(skeleton_of(view, reader), ids, mask, asked) as found:
+        for cuts, hidden in zip(asked, map(torch.cat, found), strict=True):
             treatments = {specs[layer].unit(branch): Treatment(drop=True) for layer, branch in cuts}
             plan = Plan(view.source.digest, (Stage({"kind": "by hand"}, treatments),)).validated(view.source)
             wanted = sweep(skeleton_of(replace(view, plan=plan), reader), ids, mask)
@@ -319,8 +318,9 @@ def skeleton_of(view: View, reader: Reader) -> Skeleton:
     return view.skeleton(reader, torch.float32, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("spilled", [False, True])
 def test_a_round_loads_each_layer_once_and_runs_equal_beginnings_once(
-    zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+    spilled: bool, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     loads: Counter[int] = Counter()
     runs: Counter[int] = Counter()
@@ -342,22 +342,14 @@ def test_a_round_loads_each_layer_once_and_runs_equal_beginnings_once(
     for what in ("mlp", "attention", "block"):
         loads.clear(), runs.clear()
         candidates = [frozenset(parts((layer, what))) for layer in range(4)]
-        with Reader(zoo("gpt_oss")) as reader:
-            sweep_variants(skeleton_of(view, reader), ids, mask, candidates)
+        spill = tmp_path if spilled else None
+        with (
+            Reader(zoo("gpt_oss")) as reader,
+            sweep_variants(skeleton_of(view, reader), ids, mask, candidates, spill=spill),
+        ):
+            assert len(list(tmp_path.iterdir())) == spilled
+        assert not list(tmp_path.iterdir())
         assert loads == dict.fromkeys(range(4), 1)
         # Behind layer l: those that have lost something up to it, and one for all others; a block that goes needs none.
         beginnings = {layer: layer + 1 + (layer < 3) - (what == "block") for layer in range(4)}
         assert runs == beginnings
-
-
-def test_candidates_go_in_several_passes_where_memory_is_short(
-    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    view = open_view(zoo("gpt_oss"))
-    batches = tokens_for(view, 2, 15)
-    step = LayerDrop(drop=2, score="kl")
-    whole = settled(view, step, batches=batches, folder=tmp_path)
-    monkeypatch.setattr("moespresso.pipeline.lanes_at_once", lambda elements: 3)
-    parted = settled(view, step, batches=batches, folder=tmp_path)
-    assert parted.plan == whole.plan
-    assert parted.scores == pytest.approx(whole.scores)

@@ -2,6 +2,7 @@
 
 Where the truth can be built, it is: branches that add exactly what a repair can make up for leave no trace when they
 go. Everywhere else numpy solves for the repair, on what hooks overhear in stock models, and a hook puts it in place.
+A linear map is solved for as a change D of the identity: the smallest |Y - h - M - D M|^2 + a |D|^2.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import depth_by_hand
 import families
 from conftest import Zoo, tiny_tokenizer
-from depth_by_hand import Cut, between, mapped, overhear, repaired, silenced, solved, stream
+from depth_by_hand import Array, Cut, mapped, overhear, parts, silenced, stream
 from moespresso import api
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan, Stage, Treatment
@@ -35,6 +37,39 @@ from moespresso.recipe import Request
 from test_depth_kl import LENGTH, SAMPLES, other_folder, rows_of
 from test_engine import tensors
 from test_scores import tokens_for
+
+RIDGE = 32  # tokens for each channel that ask for no change
+
+
+def between(start: Tensor, now: Tensor, then: Tensor, repair: str) -> Array:
+    """What a branch that made `now` of `start` ([T, H] each) must be mapped by to make the best of `then` instead."""
+    if repair != "linear":
+        return depth_by_hand.between(start, now, then, repair)
+    added, missing = (now - start).numpy(), (then - now).numpy()
+    # Ordinary least squares, with a row for each channel that asks for no change and weighs as much as all its tokens.
+    pull = np.sqrt(RIDGE * np.square(added).sum(1).mean()) * np.eye(added.shape[1])
+    change, *_ = np.linalg.lstsq(
+        np.vstack([added, pull]), np.vstack([missing, np.zeros_like(pull)]), rcond=None
+    )
+    return np.eye(len(pull)) + change.T
+
+
+def solved(
+    model: PreTrainedModel, cuts: list[Cut], repair: str, ids: Tensor, mask: Tensor | None = None
+) -> Array:
+    """What stands in for neighbouring branches that go: [H, H] for linear, [H] for scale and bias."""
+    gone = sorted(2 * layer + (branch == "mlp") for cut in cuts for layer, branch in parts(cut))
+    states = stream(model, ids, mask)
+    return between(states[max(0, gone[0] - 1)], states[gone[0]], states[gone[-1] + 1], repair)
+
+
+def repaired(model: PreTrainedModel, cuts: list[Cut], repair: str, ids: Tensor) -> PreTrainedModel:
+    """A copy without some neighbouring branches, the last one before them repaired (a bias goes where they were)."""
+    values = solved(model, cuts, repair, ids)
+    first = min(2 * layer + (branch == "mlp") for cut in cuts for layer, branch in parts(cut))
+    # Zeros are put in first: the hook that adds a bias to a silent branch must not be silenced with it.
+    return mapped(silenced(model, *cuts), first if repair == "bias" else first - 1, repair, values)
+
 
 # Repairs: where the truth is built
 
@@ -310,6 +345,20 @@ def test_padding_has_no_part_in_what_is_fitted(plain: Zoo, tmp_path: Path):
     (found,) = fit(view, plan, batches, tmp_path, Runtime()).values()
     wanted = solved(families.reference(plain("mixtral")), [(1, "mlp")], "linear", batches.ids, batches.mask)
     np.testing.assert_allclose(found.numpy(), wanted, rtol=0, atol=2e-4 * np.abs(wanted).max())
+
+
+def test_what_the_text_does_not_show_is_left_as_it_is(plain: Zoo, tmp_path: Path):
+    """Fewer tokens than channels: the map is the identity for whatever no token moved."""
+    view = open_view(plain("mixtral"))
+    batches = tokens_for(view, 1, 8)
+    stage = Stage({"kind": "by hand"}, {Unit(1, "experts"): drop("linear")})
+    plan = Plan(view.source.digest, (stage,)).validated(view.source)
+    (found,) = fit(view, plan, batches, tmp_path, Runtime()).values()
+    before, behind = stream(families.reference(plain("mixtral")), batches.ids)[2:4]
+    _, sizes, directions = np.linalg.svd((behind - before).numpy())
+    assert len(sizes) == 8
+    np.testing.assert_allclose(found.numpy() @ directions[8:].T, directions[8:].T, rtol=0, atol=1e-5)
+    assert np.abs(found.numpy() @ directions[:8].T - directions[:8].T).max() > 1e-2
 
 
 # Repairs: several, and beside other steps

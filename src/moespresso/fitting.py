@@ -32,7 +32,7 @@ from moespresso.model import Skeleton, View, make_skeleton
 from moespresso.stream import sweep
 
 # Raise when the same plan and text would give other values.
-_FIT_VERSION = "1"
+_FIT_VERSION = "2"
 
 
 def fit(view: View, plan: Plan, batches: Batches | None, work: Path, runtime: Runtime) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ re-scored step is measured on the model as the earlier ones leave it, others sha
 from __future__ import annotations
 
 import json
+import logging
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from moespresso.checkpoint import (
@@ -48,16 +51,14 @@ from moespresso.model import (
     tokenizer_config,
 )
 from moespresso.sequence import decide_in_sequence, in_source, numbered
-from moespresso.stream import ANSWER_BYTES, Cuts, Memento, lanes_at_once, sweep, sweep_variants
+from moespresso.stream import ANSWER_BYTES, Cuts, Memento, lanes_at_once, state_bytes, sweep, sweep_variants
+
+logger = logging.getLogger(__name__)
 
 # Formats of what is measured: raise when the same needs would give other numbers.
 _STATS_VERSION = "1"
 # Memory beside the layer and its hidden states: a few copies of what all selected experts answer to one batch, and more.
 _OVERHEAD = 4 * ANSWER_BYTES
-
-
-# Tokens per channel under which a full map is not to be trusted.
-_TOKENS_PER_CHANNEL = 32
 
 
 class Step(Protocol):
@@ -175,17 +176,20 @@ def must_spill(view: View, batches: Batches | None, runtime: Runtime) -> bool:
     if runtime.max_memory is None or batches is None:
         return False
     dtype = pick_dtype(runtime.dtype, view, pick_device(runtime.device))
-    largest = max(
-        sum(entry.ref.numel for entry in view.blueprint.by_layer[layer.index])
-        for layer in view.blueprint.layers
-    )
-    needed = int(largest * dtype.itemsize) + _OVERHEAD
+    needed = _one_layer(view, dtype)
     if needed > runtime.max_memory:
         raise UserError(
             f"--max-memory {runtime.max_memory >> 20} MiB is too little to measure: one layer takes about "
             f"{needed >> 20} MiB in {dtype}; give that much, try --dtype bfloat16, or score=aimer"
         )
     return needed + 2 * batches.ids.numel() * view.blueprint.hidden * dtype.itemsize > runtime.max_memory
+
+
+def _one_layer(view: View, dtype: torch.dtype) -> int:
+    """Bytes of the largest layer and of what passes through it."""
+    layers = view.blueprint.by_layer
+    largest = max(sum(entry.ref.numel for entry in layers[spec.index]) for spec in view.blueprint.layers)
+    return largest * dtype.itemsize + _OVERHEAD
 
 
 @dataclass
@@ -229,13 +233,12 @@ def decide(
             done.more_trouble += trouble
         elif getattr(step, "searches", False):
             with clock.phase("search"):
-                decision = _searched(cast("SearchingStep", step), now, view, batches, runtime)
+                decision = _searched(cast("SearchingStep", step), now, view, batches, work, runtime)
         else:
             decision = _measured(step, steps, now, view, batches, given, work, runtime, clock, done)
         _take(step, decision, now, done)
         with clock.phase("fit"):
             fitted = fit(now, done.plan, batches, work, runtime)
-        done.notes += _thin_text(fitted, batches)
         done.fits |= fitted
     return done
 
@@ -265,38 +268,34 @@ def _measured(
 
 
 def _searched(
-    step: SearchingStep, now: View, view: View, batches: Batches | None, runtime: Runtime
+    step: SearchingStep, now: View, view: View, batches: Batches | None, work: Path, runtime: Runtime
 ) -> Decision:
     """Let a step try candidates on the model as it is now, against the original."""
     batches = _needed(batches)
     ids, mask = batches.ids[: step.rows], batches.mask[: step.rows]
     with Reader(view.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as reader:
         model, source = (make_skeleton(each, reader, runtime) for each in (now, view))
-        truth = sweep(source, ids, mask, progress=runtime.progress, label="layers, original")
+        each = state_bytes(source, ids, mask)
+        left = sys.maxsize
+        if runtime.max_memory is not None:
+            left = runtime.max_memory - _one_layer(view, source.dtype)
+        _, spill = lanes_at_once(1, each, left, work)
+        truth = sweep(source, ids, mask, spill=spill, progress=runtime.progress, label="layers, original")
 
         def judge(candidates: Sequence[Cuts]) -> list[float]:
             losses: list[float] = []
-            most = lanes_at_once(ids.numel() * view.source.hidden)
+            most, spill = lanes_at_once(len(candidates), each, left - truth.nbytes, work)
+            if most < len(candidates):
+                # No note: what the disk holds must not show in the result.
+                logger.info("%d of %d cuts are tried at once, for lack of disk space", most, len(candidates))
             for first in range(0, len(candidates), most):
                 some = candidates[first : first + most]
-                hidden = sweep_variants(
-                    model, ids, mask, some, progress=runtime.progress, label=f"try {len(some)} cuts"
-                )
-                losses += token_kl([model, source], hidden, truth, mask)
+                with sweep_variants(model, ids, mask, some, spill=spill, progress=runtime.progress,
+                                    label=f"try {len(some)} cuts") as hidden:  # fmt: skip
+                    losses += token_kl([model, source], hidden, truth, mask)
             return losses
 
         return step.search(now.blueprint, judge)
-
-
-def _thin_text(fitted: Mapping[str, Tensor], batches: Batches | None) -> list[str]:
-    """Say when a full map was fitted on too little text to be trusted: it forgets directions that the text never showed."""
-    widths = [len(value) for name, value in fitted.items() if name.endswith("/linear")]
-    if batches is None or not widths or batches.num_tokens >= _TOKENS_PER_CHANNEL * max(widths):
-        return []
-    return [
-        f"repair=linear was fitted on {batches.num_tokens} tokens, fewer than {_TOKENS_PER_CHANNEL} for each of "
-        f"{max(widths)} channels, and may do harm: give more text, or use repair=scale"
-    ]
 
 
 def _needed(batches: Batches | None) -> Batches:

@@ -11,16 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from moespresso.core.blueprint import Blueprint
 from moespresso.core.cost import Cost
-from moespresso.core.errors import UserError
+from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import Format
+from moespresso.core.stats import MALFORMED, described, each, given, of_kind, read_object, units_of
 from moespresso.core.unit import Unit
 
 
@@ -51,24 +53,49 @@ class Treatment:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Treatment:
-        """Read what `as_dict` wrote."""
-        values = dict(data)
+        """Read what `as_dict` wrote; raises `ValueError` for anything else, since plans are edited by hand."""
+        names = [f.name for f in fields(cls)]
+        strangers = [name for name in data if name not in names]
+        if strangers:
+            raise ValueError(f"{strangers[0]!r} is unknown{did_you_mean(strangers[0], names)}")
+        # Null says what leaving it out says, where nothing is a choice.
+        said = {name for name, value in data.items() if value is not None or name not in _MAY_BE_NULL}
+        values: dict[str, Any] = {name: data[name] for name in said}
+        for name, kind in _KINDS.items():
+            if name in values:
+                values[name] = kind(of_kind(values[name], kind, name))
         for name in ("keep", "channels"):
-            if values.get(name) is not None:
-                values[name] = tuple(operator.index(number) for number in values[name])
-        if values.get("format") is not None:
+            if name in values:
+                values[name] = _ascending(values[name], name)
+        if "format" in values:
             values["format"] = Format(**values["format"])
-        values["scale"] = float(values.get("scale", 1.0))
-        if not isinstance(values.get("drop", False), bool):
-            raise ValueError(f"drop {values['drop']!r} is neither true nor false")
-        values["share"] = float(values.get("share", 1.0))
-        if not isinstance(values.get("into"), int | None):
-            raise ValueError(f"into {values['into']!r} is not the number of an expert")
-        if not 0 < values["scale"] < math.inf:
-            raise ValueError(f"scale {values['scale']} is not a positive number")
-        if not 0 <= values["share"] <= 1:
-            raise ValueError(f"share {values['share']} is not between 0 and 1")
-        return cls(**values)
+        read = cls(**values)
+        read._check_amounts()
+        return read
+
+    def _check_amounts(self) -> None:
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale {self.scale} is not a positive number")
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share {self.share} is not between 0 and 1")
+        beside = [name for name in self.as_dict() if name not in ("drop", "repair")]
+        if self.drop and beside:
+            raise ValueError(
+                f"{beside[0]} stands beside drop, which leaves nothing to treat: say one of the two"
+            )
+
+
+_KINDS: Mapping[str, type[Any]] = {"keep": list, "channels": list, "drop": bool, "scale": float, "into": int,
+                                   "share": float, "rank": int, "format": dict, "repair": str}  # fmt: skip
+_MAY_BE_NULL = frozenset({"keep", "channels", "into", "rank", "format", "repair"})
+
+
+def _ascending(numbers: list[Any], place: str) -> tuple[int, ...]:
+    """Numbers in the order that everything else counts on; raises `ValueError` for others."""
+    found = each(numbers, int, place)
+    if any(later <= earlier for earlier, later in pairwise(found)):
+        raise ValueError(f"{place} {short(found)} does not ascend: give each number once, in ascending order")
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,21 +196,21 @@ class Plan:
         return json.dumps(body, indent=1, default=_plain)
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """Read a plan; raises `UserError` when the text is not one."""
+    def from_json(cls, text: str, name: str = "this") -> Plan:
+        """Read a plan, called `name` in messages; raises `UserError` when the text is not one."""
         try:
-            body = json.loads(text)
-            stages = tuple(
-                Stage(stage["method"],
-                      {Unit.parse(unit): Treatment.from_dict(row) for unit, row in stage["treatments"].items()})
-                for stage in body["stages"]
-            )  # fmt: skip
-            return cls(body["blueprint"], stages, body.get("calibration", {}), body.get("made_by", ""),
-                       int(body.get("seed", 0)))  # fmt: skip
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"this is not a moespresso plan ({error}): write one with `moespresso plan`"
-            ) from error
+            return cls._read(read_object(text))
+        except MALFORMED as error:
+            raise _no_plan(name, error) from error
+
+    @classmethod
+    def _read(cls, body: Mapping[str, Any]) -> Plan:
+        """What `to_json` wrote; raises `ValueError` for anything else."""
+        rows = each(given(body, "stages", list[Any]), dict[str, Any], "stages")
+        stages = tuple(_read_stage(row, f"stage {number}") for number, row in enumerate(rows))
+        calibration = described(given(body, "calibration", dict[str, Any], {}))
+        return cls(given(body, "blueprint", str), stages, calibration, given(body, "made_by", str, ""),
+                   given(body, "seed", int, 0))  # fmt: skip
 
     def save(self, path: Path) -> None:
         """Write the plan's JSON."""
@@ -193,8 +220,35 @@ class Plan:
     def load(cls, path: Path) -> Plan:
         """Read a plan file."""
         if not path.is_file():
-            raise UserError(f"plan {path} does not exist: write one with `moespresso plan`")
-        return cls.from_json(path.read_text())
+            raise UserError(f"plan {path} does not exist as a file: write one with `moespresso plan`")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise _no_plan(str(path), error) from error
+        return cls.from_json(text, str(path))
+
+
+def _no_plan(name: str, error: Exception) -> UserError:
+    return UserError(
+        f"{name} is not a moespresso plan ({error}): mend it, or write one with `moespresso plan`"
+    )
+
+
+def _read_stage(row: Mapping[str, Any], place: str) -> Stage:
+    """One stage; raises `ValueError` naming stage and unit for what is none."""
+    try:
+        rows = given(row, "treatments", dict[str, Any])
+        units = units_of(rows)
+        method = given(row, "method", dict[str, Any])
+    except (ValueError, UserError) as error:
+        raise ValueError(f"{place}: {error}") from error
+    treatments: dict[Unit, Treatment] = {}
+    for name, unit in units.items():
+        try:
+            treatments[unit] = Treatment.from_dict(given(rows, name, dict[str, Any]))
+        except MALFORMED as error:
+            raise ValueError(f"{place}, {name}: {error}") from error
+    return Stage(method, treatments)
 
 
 def _plain(value: Any) -> Any:

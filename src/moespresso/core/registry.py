@@ -57,6 +57,8 @@ def _split(text: str) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"in step {text!r}, {pair!r} is not of the form setting=value")
+        if name.strip() in body:
+            raise UserError(f"in step {text!r}, {name.strip()!r} is given twice: leave one of the two out")
         body[name.strip()] = value.strip()
     return body
 

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from reprlib import repr as short
+from typing import Any, TypeVar, cast
 
 from moespresso.core.errors import UserError
 from moespresso.core.unit import Unit
 
 Values = Mapping[Unit, Mapping[str, float]]
+T = TypeVar("T")
+_CALLED: dict[type[Any], str] = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number",
+                                 bool: "true or false"}  # fmt: skip
+# What reading a file of somebody else's making can raise; the sentence is made where its kind is known.
+MALFORMED = (ValueError, TypeError, OSError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -60,16 +66,24 @@ class Stats:
     def load(cls, path: Path) -> Stats:
         """Read a stats file; raises `UserError` when it is missing or not one."""
         if not path.is_file():
-            raise UserError(f"stats {path} do not exist: write them with `moespresso measure`")
+            raise UserError(f"stats {path} do not exist as a file: write them with `moespresso measure`")
         try:
-            body = json.loads(path.read_text())
-            values = {Unit.parse(unit): row for unit, row in body["values"].items()}
-            return cls(body["key"], body["blueprint"], body["tokens"], values, tuple(body["trouble"]),
-                       body["calibration"], tuple(body["needs"]))  # fmt: skip
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return cls._read(read_object(path.read_text(encoding="utf-8")))
+        except (*MALFORMED, UserError) as error:
             raise UserError(
-                f"{path} is not a moespresso stats file: write one with `moespresso measure`"
+                f"{path} is not a moespresso stats file ({error}): write one with `moespresso measure`"
             ) from error
+
+    @classmethod
+    def _read(cls, body: Mapping[str, Any]) -> Stats:
+        """What `to_json` wrote; raises `ValueError` for anything else. A value may be NaN: so may a measurement."""
+        rows = given(body, "values", dict[str, Any])
+        values = {unit: {name: float(given(rows[text], name, float)) for name in given(rows, text, dict[str, Any])}
+                  for text, unit in units_of(rows).items()}  # fmt: skip
+        trouble, needs = (each(given(body, name, list[Any]), str, name) for name in ("trouble", "needs"))
+        tokens = at_least(0, given(body, "tokens", int), "tokens")
+        return cls(given(body, "key", str), given(body, "blueprint", str), tokens, values, tuple(trouble),
+                   described(given(body, "calibration", dict[str, Any])), tuple(needs))  # fmt: skip
 
 
 def _not_measured(unit: Unit, name: str) -> UserError:
@@ -79,3 +93,79 @@ def _not_measured(unit: Unit, name: str) -> UserError:
 def stats_key(*parts: str) -> str:
     """Digest of what a measurement depends on."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+# Files that people edit and share: every fault is a `ValueError` that says what stands where
+
+
+def read_object(text: str) -> dict[str, Any]:
+    """The JSON object that `text` holds; raises `ValueError` for anything else, or where a name stands twice."""
+    body = json.loads(text, object_pairs_hook=_once)
+    if not isinstance(body, dict):
+        raise ValueError(f"{short(body)} is not an object")
+    return cast("dict[str, Any]", body)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON lets the last of two win, so that the first would be lost without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return found
+
+
+def given(data: Mapping[str, Any], name: str, kind: type[T], default: T | None = None) -> T:
+    """`data[name]`, or the default where it is missing; raises `ValueError` where it is of another kind.
+
+    For a JSON reader true is no number, and 2 is one that need not be whole.
+    """
+    if name not in data and default is not None:
+        return default
+    if name not in data:
+        raise ValueError(f"{name!r} is missing")
+    return of_kind(data[name], kind, name)
+
+
+def of_kind(value: Any, kind: type[T], place: str) -> T:
+    """The value; raises `ValueError` naming its place where it is of another kind."""
+    wanted: type[Any] = getattr(kind, "__origin__", kind)
+    allowed = (int, float) if wanted is float else (wanted,)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and wanted is not bool):
+        raise ValueError(f"{place} {short(value)} is not {_CALLED[wanted]}")
+    return cast("T", value)
+
+
+def each(values: Sequence[Any], kind: type[T], place: str) -> list[T]:
+    """The values; raises `ValueError` where one of them is of another kind."""
+    return [of_kind(value, kind, f"{place}:") for value in values]
+
+
+def at_least(least: int, value: int, place: str) -> int:
+    """The value; raises `ValueError` where it is smaller."""
+    if value < least:
+        raise ValueError(f"{place} {value} is less than {least}")
+    return value
+
+
+def units_of(names: Iterable[str]) -> dict[str, Unit]:
+    """The unit behind every name; raises `ValueError` where two names mean the same unit, as L1 and L01 do."""
+    found = {name: Unit.parse(name) for name in names}
+    if len(set(found.values())) < len(found):
+        raise ValueError(f"two of {short(list(found))} are the same unit")
+    return found
+
+
+def described(calibration: dict[str, Any]) -> dict[str, Any]:
+    """What is said of a text, checked as far as it is read again: settings, digest, and its sources by name.
+
+    Raises `ValueError` where one of them is of another kind. A text that is read in order has no seed.
+    """
+    for name in ("samples", "length", "seed"):
+        if calibration.get(name) is not None:
+            of_kind(calibration[name], int, f"calibration: {name}")
+    for name in ("mode", "digest"):
+        given(calibration, name, str, "")
+    for source in each(given(calibration, "sources", list[Any], []), dict[str, Any], "sources"):
+        given(source, "name", str)
+    return calibration

@@ -92,15 +92,16 @@ def score_tokens(models: Sequence[Skeleton], hidden: Sequence[Tensor], batches: 
 
 @torch.inference_mode()
 def token_kl(
-    models: Sequence[Skeleton], candidates: Sequence[Tensor], original: Tensor, mask: Tensor
+    models: Sequence[Skeleton], candidates: Sequence[Sequence[Tensor]], original: Tensor, mask: Tensor
 ) -> list[float]:
-    """Mean token KL(original || candidate) of every candidate, from last hidden states [N, L, H].
+    """Mean token KL(original || candidate) of every candidate.
 
-    `models` are the candidates' model and the original: heads and all that lies outside the layers.
+    Last hidden states: of the original [N, L, H], with `mask` [N, L]; of the candidates in batches of the same rows
+    [B, L, H], so that they need not be put together. `models` are the candidates' model and the original: heads and all
+    that lies outside the layers.
     """
-    positions = torch.nonzero(mask.reshape(-1)).squeeze(-1)
-    flat = [states.reshape(-1, states.shape[-1]) for states in candidates]
-    truth, sums = original.reshape(-1, original.shape[-1]), torch.zeros(len(flat), dtype=torch.float64)
+    sums = torch.zeros(len(candidates), dtype=torch.float64)
+    sizes = [len(batch) for batch in candidates[0]]
     model, source = models
 
     def logs(skeleton: Skeleton, states: Tensor) -> Tensor:
@@ -108,11 +109,13 @@ def token_kl(
 
     with model.outer(), source.outer():
         rows = max(1, _LOGITS // model.model.config.get_text_config().vocab_size)
-        for chunk in positions.split(rows):
-            wanted = logs(source, truth[chunk])
-            for at, states in enumerate(flat):
-                sums[at] += _kl(wanted, logs(model, states[chunk])).sum().double().cpu()
-    return (sums / positions.numel()).tolist()
+        for valid, truth, *batches in zip(mask.split(sizes), original.split(sizes), *candidates, strict=True):
+            for chunk in torch.nonzero(valid).split(rows):
+                at = chunk.unbind(1)
+                wanted = logs(source, truth[at])
+                for number, states in enumerate(batches):
+                    sums[number] += _kl(wanted, logs(model, states[at])).sum().double().cpu()
+    return (sums / mask.sum()).tolist()
 
 
 def _kl(original: Tensor, pressed: Tensor) -> Tensor:

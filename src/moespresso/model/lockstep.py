@@ -12,6 +12,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -87,24 +88,56 @@ class Waiting:
 def start(
     base: PreTrainedModel, layers_name: str, ids: list[Tensor], masks: list[Tensor | None]
 ) -> list[Waiting]:
-    """Start one forward per batch of `ids` [B, L]; all wait at the first layer. Gradient mode is the caller's."""
+    """Start one forward per batch of `ids` [B, L]; all wait at the first layer. Gradient mode is the caller's.
+
+    Batches of equal ids hold what came before the first layer once: treat `hidden` as read-only.
+    """
+    hands_on = base.config.model_type in quirks.HANDS_ON
+    waiting: list[Waiting] = []
+    firsts: dict[Any, list[Tensor]] = {}
     path = layers_name.rpartition(".")[2]
     real = getattr(base, path)
     stand_ins = nn.ModuleList([_StandIn(layer) for layer in real])
     setattr(base, path, stand_ins)
     try:
-        with _shared_tables(base):
-            return [
-                Waiting(
-                    lambda i=batch, m=mask: (
-                        base(input_ids=i, attention_mask=m, use_cache=False).last_hidden_state
-                    ),
-                    hands_on=base.config.model_type in quirks.HANDS_ON,
-                )
-                for batch, mask in zip(ids, masks, strict=True)
-            ]
+        with _shared_tables(base), _overheard(base.get_input_embeddings()) as embedded:
+            for batch, mask in zip(ids, masks, strict=True):
+                embedded.clear()
+                waiting.append(Waiting(partial(_forward, base, batch, mask), hands_on=hands_on))
+                held = [*embedded, waiting[-1].hidden]
+                for mine, first in zip(held, firsts.setdefault(_fingerprint(batch), held), strict=False):
+                    _share(mine, first)
+        return waiting
     finally:
         setattr(base, path, real)
+
+
+def _forward(base: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
+    return base(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+@contextmanager
+def _overheard(embedding: nn.Module) -> Iterator[list[Tensor]]:
+    """What the embedding answers, while in here."""
+    answers: list[Tensor] = []
+
+    def hear(_: nn.Module, __: Any, answer: Any) -> None:
+        answers.append(answer)
+
+    hook = embedding.register_forward_hook(hear)
+    try:
+        yield answers
+    finally:
+        hook.remove()
+
+
+def _share(mine: Tensor, first: Tensor) -> None:
+    """Let `mine` stand on the memory of `first`, if they are equal."""
+    # The waiting forward holds this very tensor (some to the end, some scaled first), so nothing but its memory can be
+    # exchanged. Sharing the embedding's answer before it is used would be wrong where a family scales it in place.
+    alike = mine.stride() == first.stride() and mine.dtype == first.dtype and not mine.requires_grad
+    if mine.data_ptr() != first.data_ptr() and alike and torch.equal(mine, first):
+        mine.set_(first)  # pyright: ignore[reportArgumentType]
 
 
 @contextmanager

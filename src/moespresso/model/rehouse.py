@@ -12,11 +12,12 @@ its gate weights in float32, Qwen2-MoE rounds them.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -256,9 +257,36 @@ def _no_shared_expert(unless: str = "") -> tuple[Filler, ...]:
 
 
 def _scaled_otherwise(said: Config) -> bool:
-    """Whether an old config stretches its rotary tables in a way other than the linear one."""
+    """Whether an old config stretches its rotary tables in a way other than the linear one.
+
+    The old code names the way `type`; what newer transformers saved of such a config names it `rope_type`.
+    """
     scaling = said["rope_scaling"]
-    return scaling is not None and scaling.get("type") != "linear"
+    if scaling is None:
+        return False
+    if not isinstance(scaling, Mapping):
+        return True
+    named = cast("Config", scaling)
+    ways = [named[name] for name in ("type", "rope_type") if name in named]
+    return ways not in (["linear"], ["linear", "linear"])
+
+
+def _no_factor(said: Config) -> bool:
+    """Whether an old config stretches its rotary tables by nothing that could be reckoned with."""
+    factor = (said["rope_scaling"] or {"factor": 1.0}).get("factor")
+    return isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf
+
+
+def _no_count(key: str, least: int, *, optional: bool = False) -> tuple[str, Callable[[Config], bool]]:
+    """An obstacle: a number that the move reckons with is none, which the old code could not run either."""
+
+    def holds(said: Config) -> bool:
+        value = said.get(key)
+        if value is None:
+            return not optional
+        return isinstance(value, bool) or not isinstance(value, int) or value < least
+
+    return f"its {key} is not a whole number of at least {least}", holds
 
 
 # The old remote code's own defaults, for what a config.json leaves out.
@@ -271,6 +299,9 @@ _DEEPSEEK_DEFAULTS: dict[str, Any] = {
     "pad_token_id": None, "bos_token_id": 100000, "eos_token_id": 100001, "tie_word_embeddings": False,
     "rope_theta": 10000.0, "rope_scaling": None, "attention_bias": False, "attention_dropout": 0.0,
 }  # fmt: skip
+
+_DEEPSEEK_COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
+                    "num_attention_heads", "num_experts_per_tok", "n_routed_experts", "moe_layer_freq")  # fmt: skip
 
 # Keys that say what the new family's config says in other words, or cannot say.
 _DEEPSEEK_ONLY = frozenset({
@@ -321,6 +352,12 @@ HOUSES: tuple[House, ...] = (
             ("its attention has an output bias", lambda c: c["attention_bias"]),
             ("its experts' activation is not silu", lambda c: c["hidden_act"] != "silu"),
             ("its rope_scaling is not linear", _scaled_otherwise),
+            ("the factor of its rope_scaling is not a positive number", _no_factor),
+            *(_no_count(key, 1) for key in _DEEPSEEK_COUNTS),
+            _no_count("first_k_dense_replace", 0),
+            _no_count("n_shared_experts", 0, optional=True),
+            _no_count("num_key_value_heads", 1, optional=True),
+            _no_count("head_dim", 1, optional=True),
         ),
         defaults=_DEEPSEEK_DEFAULTS,
     ),

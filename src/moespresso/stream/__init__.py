@@ -2,8 +2,8 @@
 
 from moespresso.stream.memory import PeakMemory, anonymous_bytes, peak_rss_bytes
 from moespresso.stream.sweep import ANSWER_BYTES, Memento, Visitor, sweep
-from moespresso.stream.variants import Cuts, lanes_at_once, sweep_variants
+from moespresso.stream.variants import Cuts, lanes_at_once, state_bytes, sweep_variants
 
 __all__ = [
-    "ANSWER_BYTES", "Cuts", "Memento", "PeakMemory", "Visitor", "anonymous_bytes", "lanes_at_once", "peak_rss_bytes", "sweep", "sweep_variants",
+    "ANSWER_BYTES", "Cuts", "Memento", "PeakMemory", "Visitor", "anonymous_bytes", "lanes_at_once", "peak_rss_bytes", "state_bytes", "sweep", "sweep_variants",
 ]  # fmt: skip

@@ -85,7 +85,7 @@ def sweep(
     watch = progress or Silent()
     next_layer, remembered = memento.load() if memento else (0, [])
     with ExitStack() as stack:
-        parked = stack.enter_context(_parking(spill))
+        parked = stack.enter_context(parking(spill))
         rows = rows_at_once(ids.shape[1], skeleton.specs, skeleton.config.get_text_config().hidden_size)
         waiting = begin(skeleton, ids.split(rows), mask.split(rows))
         masks = mask.split(rows)
@@ -201,8 +201,12 @@ class _LayerTaps:
 
 
 @contextmanager
-def _parking(folder: Path | None) -> Iterator[Callable[[int, Tensor], Tensor]]:
-    """Where hidden states wait between layers: in memory, or in mapped files that the kernel may write out."""
+def parking(folder: Path | None) -> Iterator[Callable[[int, Tensor], Tensor]]:
+    """Where hidden states wait between layers: in memory, or in mapped files that the kernel may write out.
+
+    What is parked under a number is overwritten when the second next is parked there. Raises `UserError` when the disk
+    is full.
+    """
     if folder is None:
         yield lambda _, tensor: tensor
         return
