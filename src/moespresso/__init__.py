@@ -2,7 +2,7 @@
 
 `moespresso.press(model, out=..., steps=[...])` takes a Hugging Face checkpoint, trims it one layer at a time and writes
 a folder that stock engines load; the other verbs (`inspect`, `measure`, `plan`, `build`, `verify`, `evaluate`,
-`methods`, `demo`) are functions of the same names. See docs/architecture.md for the rooms behind this door.
+`export`, `methods`, `demo`) are functions of the same names. See docs/architecture.md for the rooms behind this door.
 """
 
 from __future__ import annotations
@@ -17,13 +17,26 @@ from moespresso._versions import check_versions
 from moespresso.runtime.hook import watch
 
 if TYPE_CHECKING:
-    from moespresso.api import build, demo, evaluate, inspect, load, measure, methods, plan, press, verify
+    from moespresso.api import (
+        build,
+        demo,
+        evaluate,
+        export,
+        inspect,
+        load,
+        measure,
+        methods,
+        plan,
+        press,
+        verify,
+    )
 
 __all__ = [
     "__version__",
     "build",
     "demo",
     "evaluate",
+    "export",
     "inspect",
     "load",
     "measure",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, cast
 
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,23 +23,29 @@ import moespresso.methods  # noqa: F401  (registers them)
 from moespresso._versions import VERSION
 from moespresso.bundled import MODELS, TEXT
 from moespresso.checkpoint import Reader, claim, write_text
-from moespresso.core.errors import UserError
+from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.fits import needs_fit
+from moespresso.core.format import LAYOUT_BITS, Layout, check_layout
 from moespresso.core.plan import Plan
 from moespresso.core.registry import parse_step
 from moespresso.core.runtime import Runtime
+from moespresso.core.slim import rounds_on_text
 from moespresso.core.stats import Stats, stats_key
 from moespresso.data import Batches, Source, calibration, sequences
 from moespresso.evaluate import evaluate as evaluate_models
 from moespresso.export import find_target, formed
-from moespresso.fitting import fit, unrepaired
+from moespresso.fitting import unrepaired
 from moespresso.model import (
     View,
     config_view,
     is_rehoused,
     is_unequal,
     make_skeleton,
+    one_format,
     open_view,
+    own_packing,
+    pick_device,
+    pick_dtype,
     quiet_transformers,
     rehoused_views,
 )
@@ -48,6 +54,7 @@ from moespresso.pipeline import measure as measure_view
 from moespresso.recipe import Recipe, Request, parse_size
 from moespresso.report import Report, describe_methods
 from moespresso.result import outside_notes, produce
+from moespresso.slimming import found
 from moespresso.verify import verify as verify_folder
 
 quiet_transformers()
@@ -279,7 +286,7 @@ def _fitted(view: View, made: Plan, batches: Batches | None, work: Path, runtime
     for stage in range(len(made.stages)):
         before = replace(view, plan=replace(made, stages=made.stages[:stage]), fits=dict(done.fits))
         this_far = replace(made, stages=made.stages[: stage + 1])
-        done.fits |= fit(before, this_far, batches, work, runtime)
+        done.add(found(before, this_far, batches, work, runtime))
         done.notes += unrepaired(this_far, before)
     return done
 
@@ -287,7 +294,9 @@ def _fitted(view: View, made: Plan, batches: Batches | None, work: Path, runtime
 def _text_of_plan(view: View, made: Plan, request: Request) -> Batches | None:
     """The text given to `build`, which must be the text the plan was made on; a plan that is fitted needs it."""
     wanted = made.calibration
-    fitted = any("text" in needs_fit(made, stage) for stage in range(len(made.stages)))
+    fitted = any(
+        "text" in needs_fit(made, number) or rounds_on_text(stage) for number, stage in enumerate(made.stages)
+    )
     if not request.texts and fitted:
         raise UserError(
             "this plan is fitted on real text: give --text FILE or --dataset NAME, as it was made with"
@@ -382,6 +391,31 @@ def verify(
     return {"ok": all(check.ok for check in found), "checks": [dataclasses.asdict(check) for check in found]}
 
 
+def export(folder: str | Path, *, to: str, out: str | Path, runtime: Runtime | None = None) -> Report:
+    """Write a packed folder again in the layout of another engine: `gptq`, `awq` or `compressed-tensors`."""
+    runtime, clock = runtime or Runtime(), Clock()
+    if to not in LAYOUT_BITS:
+        planned = (
+            " (gguf is not available in this version)" if to == "gguf" else did_you_mean(to, LAYOUT_BITS)
+        )
+        raise UserError(f"export knows no layout {to!r}{planned}")
+    with clock.phase("open"):
+        view = replace(open_view(locate(folder)), layout=cast("Layout", to))
+        if not view.formats:
+            raise UserError(
+                f"{folder} holds no packed matrices, so there is nothing to lay out: press it with gptq or another step that "
+                "rounds weights first"
+            )
+        target = "plugin" if is_unequal(view.checkpoint.config) or not one_format(view) else "transformers"
+        formed(target, view).check_fits()
+        for piece in view.pieces:
+            if piece.ref.packed is not None:
+                check_layout(piece.ref.packed.layout, piece.ref.packed.format, *piece.shape)
+    request = Request(target=target, recipe={"export": to})
+    identity = stats_key("export", VERSION, view.source.digest, to)
+    return produce(view, Path(out), identity, lambda _: Decided(view.plan), request, runtime, clock)
+
+
 def evaluate(
     model: str | Path,
     *,
@@ -434,5 +468,11 @@ def demo(*, out: str | Path | None = None, runtime: Runtime | None = None) -> di
 
 
 def load(folder: str | Path) -> PreTrainedModel:
-    """The model in any folder we write, stock or with layers that differ."""
-    return AutoModelForCausalLM.from_pretrained(folder)
+    """The model in any folder we write, stock or with layers that differ; packed matrices that stock code would read wrongly
+    are decoded by ours."""
+    view = open_view(locate(folder))
+    if not own_packing(view):
+        return AutoModelForCausalLM.from_pretrained(folder)
+    with Reader(view.checkpoint.folder, allow_nonfinite=True) as reader:
+        device = pick_device("cpu")
+        return view.skeleton(reader, pick_dtype("auto", view, device), device).whole()

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # Verbs and options of the design that this version does not have yet: refused as such, not as misspelt.
-LATER_VERBS = ("slice", "heal", "export", "bench", "report", "study")
+LATER_VERBS = ("slice", "heal", "bench", "report", "study")
 LATER_OPTIONS = ("--export", "--tasks", "--memory", "--context", "--batch", "--quality")
 # Faults of the machine that the user can mend; any other OSError is ours.
 MENDABLE = {
@@ -69,12 +69,8 @@ Size = Annotated[
     str | None,
     typer.Option("--size", metavar="SIZE", help="What may remain: 20GiB or 25%.", rich_help_panel=_WHAT),
 ]
-Target = Annotated[
-    str | None,
-    typer.Option(
-        "--target", help="Where it must load: transformers, vllm, llama.cpp, plugin.", rich_help_panel=_WHAT
-    ),
-]
+Target = Annotated[str | None, typer.Option(
+    "--target", help="Where it must load: transformers, vllm, llama.cpp, plugin.", rich_help_panel=_WHAT)]  # fmt: skip
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every draw (0).", rich_help_panel=_WHAT)]
 Texts = Annotated[
     list[str] | None,
@@ -94,27 +90,17 @@ Length = Annotated[
 ]
 Mode = Annotated[str | None, typer.Option("--mode", help="auto, pack or chat (auto).", rich_help_panel=_TEXT)]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=_HOW)]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        "--dtype", help="Precision to measure in: auto, float32, bfloat16, float16.", rich_help_panel=_HOW
-    ),
-]
-MaxMemory = Annotated[
-    str | None,
-    typer.Option(
-        "--max-memory", metavar="SIZE", help="Memory to stay under: 8GiB or 50%.", rich_help_panel=_HOW
-    ),
-]
-NoResume = Annotated[
-    bool, typer.Option("--no-resume", help="Start over in this folder.", rich_help_panel=_HOW)
-]
+Dtype = Annotated[str, typer.Option(
+    "--dtype", help="Precision to measure in: auto, float32, bfloat16, float16.", rich_help_panel=_HOW)]  # fmt: skip
+MaxMemory = Annotated[str | None, typer.Option(
+    "--max-memory", metavar="SIZE", help="Memory to stay under: 8GiB or 50%.", rich_help_panel=_HOW)]  # fmt: skip
+NoResume = Annotated[bool, typer.Option(
+    "--no-resume", help="Start over in this folder.", rich_help_panel=_HOW)]  # fmt: skip
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Count NaN in the weights as trouble.", rich_help_panel=_HOW)
 ]
-Json = Annotated[
-    bool, typer.Option("--json", help="One JSON object on standard output.", rich_help_panel=_HOW)
-]
+Json = Annotated[bool, typer.Option(
+    "--json", help="One JSON object on standard output.", rich_help_panel=_HOW)]  # fmt: skip
 Against = Annotated[
     str | None, typer.Option("--against", metavar="MODEL", help="The original to compare with.")
 ]
@@ -429,6 +415,22 @@ def verify(
     if not verdict["ok"]:
         failed = [check["name"] for check in verdict["checks"] if not check["ok"]]
         raise typer.Exit(_refuse(f"{folder} does not pass: {', '.join(failed)}", 3))
+
+
+@app.command()
+def export(
+    ctx: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="A packed folder that press or build wrote.", metavar="DIR")],
+    out: OutFolder,
+    to: Annotated[str, typer.Option("--to", metavar="LAYOUT", help="gptq, awq or compressed-tensors.")],
+    no_resume: NoResume = False,
+    json: Json = False,
+) -> None:
+    """Write the packed weights of DIR in the layout of another engine."""
+    from moespresso.report import render_report
+
+    report = _run(ctx, lambda api, _, how: api.export(folder, to=to, out=out, runtime=how))
+    _show(report, lambda: render_report(report), json=json)
 
 
 @app.command()

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -40,7 +40,7 @@ from moespresso.core.stats import Stats, stats_key
 from moespresso.core.unit import Unit
 from moespresso.data import Batches
 from moespresso.evaluate import token_kl
-from moespresso.fitting import fit, unrepaired
+from moespresso.fitting import unrepaired
 from moespresso.measure import PAIRS, Measurer, weight_sums
 from moespresso.model import (
     View,
@@ -51,6 +51,7 @@ from moespresso.model import (
     tokenizer_config,
 )
 from moespresso.sequence import decide_in_sequence, in_source, numbered
+from moespresso.slimming import Slimmed, found
 from moespresso.stream import ANSWER_BYTES, Cuts, Memento, lanes_at_once, state_bytes, sweep, sweep_variants
 
 logger = logging.getLogger(__name__)
@@ -204,6 +205,13 @@ class Decided:
     scores: dict[Unit, float] = field(default_factory=dict[Unit, float])
     protected: set[Unit] = field(default_factory=set[Unit])
     more_trouble: list[str] = field(default_factory=list[str])
+    coverage: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+
+    def add(self, fitted: Slimmed) -> None:
+        """Take up what a stage needs."""
+        self.fits |= fitted.fits
+        self.more_trouble += fitted.trouble
+        self.coverage |= fitted.coverage
 
     @property
     def trouble(self) -> list[str]:
@@ -227,7 +235,7 @@ def decide(
         now = replace(view, plan=done.plan, fits=done.fits)
         step.check(now.blueprint)
         # A user's own step need not say that it does neither.
-        if getattr(step, "sequential", False):
+        if getattr(step, "sequential", False) and not hasattr(step, "slim"):
             with clock.phase("measure"):
                 decision, trouble = decide_in_sequence(step, now, _needed(batches), runtime)
             done.more_trouble += trouble
@@ -238,8 +246,7 @@ def decide(
             decision = _measured(step, steps, now, view, batches, given, work, runtime, clock, done)
         _take(step, decision, now, done)
         with clock.phase("fit"):
-            fitted = fit(now, done.plan, batches, work, runtime)
-        done.fits |= fitted
+            done.add(found(now, done.plan, batches, work, runtime))
     return done
 
 
@@ -319,7 +326,7 @@ def _take(step: Step, decision: Decision, now: View, done: Decided) -> None:
 
 def describe_step(step: Step) -> Mapping[str, Any]:
     """A step as data: its kind and every setting."""
-    names = cast("Any", step).__dataclass_fields__
+    names = [each.name for each in fields(cast("Any", step))]
     return {"kind": step.kind} | {name: getattr(step, name) for name in names}
 
 
@@ -355,7 +362,7 @@ def _still_true(row: Mapping[str, float], experts: Sequence[int]) -> dict[str, f
 def write(view: View, folder: Path, journal: Journal, runtime: Runtime) -> tuple[list[Written], list[str]]:
     """Write the view's tensors, config and side files; finished ones are not done again. Returns files and notes."""
     source = view.checkpoint.folder
-    shards = layout(view.pieces, shard_limit(sum(piece.ref.nbytes for piece in view.pieces)))
+    shards = layout(view.stored, shard_limit(sum(piece.ref.nbytes for piece in view.stored)))
     runtime.progress.stage("write shards", len(shards))
     with Reader(source, allow_nonfinite=runtime.allow_nonfinite) as reader:
         for shard in shards:

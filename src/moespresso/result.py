@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from moespresso._versions import VERSION
 from moespresso.checkpoint import (
     MANIFEST,
+    SECTION,
     Journal,
     Written,
     claim,
@@ -27,12 +28,14 @@ from moespresso.checkpoint import (
 from moespresso.core.blueprint import LayerSpec
 from moespresso.core.cost import Cost
 from moespresso.core.errors import UserError
+from moespresso.core.fits import PARTS
+from moespresso.core.format import Format
 from moespresso.core.plan import Plan
 from moespresso.core.remains import dropped_units, merged_into, remains
 from moespresso.core.runtime import Runtime
 from moespresso.core.unit import Unit
 from moespresso.export import formed
-from moespresso.model import View, is_unequal
+from moespresso.model import View, is_unequal, one_format
 from moespresso.pipeline import Clock, Decided, write
 from moespresso.recipe import Request, parse_size
 from moespresso.report import LayerScores, Report, machine, model_card, shareable, source_licence, versions
@@ -58,7 +61,8 @@ def produce(
         pressed = formed(request.target, replace(view, plan=decided.plan, fits=decided.fits))
         with clock.phase("build"):
             files, left = write(pressed, out, journal, runtime)
-        told = [*left, *outside_notes(view), *form_notes(pressed), *_size_notes(pressed, request)]
+        told = [*left, *outside_notes(view), *form_notes(pressed), *_size_notes(pressed, request),
+                *_coverage_notes(decided.coverage)]  # fmt: skip
         manifest = _manifest(pressed, identity, request, files, decided, told)
         card = model_card(
             _report(view, Path(), manifest, clock), _hub_id(view), source_licence(view.checkpoint.folder)
@@ -107,9 +111,12 @@ def _manifest(
         "family": view.blueprint.family,
         "target": request.target,
         "stock": view.stock,
+        "layout": view.layout,
+        "packing": _packing(view),
         "plugin": is_unequal(view.config),
         "layers": [layer.facts() for layer in view.blueprint.layers],
-        "fitted": sorted(decided.fits),
+        "fitted": sorted(name for name in decided.fits if name.rpartition("/")[2] not in PARTS),
+        "coverage": decided.coverage,
         "scores": {str(unit): decided.scores[unit] for unit in sorted(decided.scores)},
         "protected": [str(unit) for unit in sorted(decided.protected)],
         "files": {file.name: _row(file) for file in files},
@@ -119,6 +126,14 @@ def _manifest(
         "seed": request.seed,
         "versions": versions(),
     }  # fmt: skip
+
+
+def _packing(view: View) -> str:
+    """Who reads the packed matrices: `stock` transformers, moespresso's `own` loader, or the engine of another layout."""
+    if not view.formats:
+        return ""
+    layout = view.config[SECTION]["quant_method"]
+    return layout if layout in ("gptq", "awq") else "stock" if one_format(view) else "own"
 
 
 def _report(
@@ -179,11 +194,52 @@ def form_notes(view: View) -> list[str]:
         width = view.blueprint.layers[view.stubs[0]].width
         names = ", ".join(f"L{view.left.layers[position]}" for position in view.stubs)
         notes.append(f"in place of what {names} lost stands a dense part of zeros, {width} wide")
+    notes += _format_notes(view)
+    again = sum(piece.code is not None and piece.code.again for piece in view.pieces)
+    if again:
+        notes.append(
+            f"{again} matrices that were packed have new values, and were rounded to nearest in their old format"
+        )
+    if _packing(view) in ("gptq", "awq"):
+        notes.append("checked by our own reader only: until an engine loaded it, take this layout as untried")
+    if _packing(view) == "own":
+        notes.append(
+            "stock loaders stop at its packed experts, which they would read wrongly: moespresso.load reads them"
+        )
     if is_unequal(view.config):
         notes.append(
             "layers differ: transformers loads it where moespresso is imported (`import moespresso`)"
         )
     return notes
+
+
+def _coverage_notes(coverage: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How many tokens the experts saw, and which of them were helped otherwise."""
+    tokens = sorted(count for row in coverage.values() for count in row["tokens"])
+    if not tokens:
+        return []
+    words = f"experts saw {tokens[0]:,} to {tokens[-1]:,} tokens each (median {tokens[len(tokens) // 2]:,})"
+    helped = [f"{layer}.E{expert}" for layer, row in coverage.items() for expert in row["remedies"]]
+    ways = sorted({way for row in coverage.values() for way in row["remedies"].values()})
+    if not helped:
+        return [words]
+    some = ", ".join(helped[:5]) + (f" and {len(helped) - 5} more" if len(helped) > 5 else "")
+    return [f"{words}; {len(helped)} without any were rounded by {' and '.join(ways)}: {some}"]
+
+
+def _format_notes(view: View) -> list[str]:
+    """How many bits the packed matrices have, scales and zeros included."""
+    sums: dict[tuple[str, Format], list[int]] = {}
+    for piece in view.pieces:
+        packed = piece.ref.packed
+        if packed is not None:
+            row = sums.setdefault((piece.unit.part, packed.format), [0, 0])
+            row[0], row[1] = row[0] + piece.ref.nbytes, row[1] + piece.ref.numel
+    return [
+        f"{part}: {format.bits} bits, {f'groups of {format.group_size}' if format.group_size else 'one scale a channel'}, "
+        f"{'symmetric' if format.symmetric else 'with zeros'}: {8 * size / count:.2f} bits a weight in all"
+        for (part, format), (size, count) in sums.items()
+    ]
 
 
 def outside_notes(view: View) -> list[str]:

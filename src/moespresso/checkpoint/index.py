@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+from moespresso.checkpoint.packed import joined
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.format import DTYPE_BYTES
@@ -27,7 +28,8 @@ _MAX_HEADER = 100 << 20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder's config (as its JSON says it) and tensors, in shard order and then by place in the shard."""
+    """A folder's config (as its JSON says it) and tensors, in shard order and then by place in the shard; a packed matrix is
+    one of them."""
 
     folder: Path
     config: dict[str, Any]
@@ -65,7 +67,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 )
             tensors[ref.name] = ref
     _check_index(folder, tensors)
-    return Checkpoint(folder, config, tensors, files)
+    return Checkpoint(folder, config, joined(config, tensors, folder), files)
 
 
 def read_header(path: Path) -> list[TensorRef]:

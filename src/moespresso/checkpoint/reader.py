@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import NonFiniteError, UserError
 from moespresso.core.rewrite import Fold, Member, Piece
+from moespresso.formats import Codes, decode, decode_parts, encode_parts, round_nearest
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -44,6 +46,7 @@ class Reader:
         self._maps: dict[str, mmap.mmap] = {}
         self._allow = allow_nonfinite
         self.nonfinite: dict[str, int] = {}
+        self._stash: dict[tuple[str, str], torch.Tensor] = {}
 
     def __enter__(self) -> Reader:
         return self
@@ -51,9 +54,12 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         # Tensors handed out may still look into a map; dropping our reference frees it once they are gone.
         self._maps.clear()
+        self._stash.clear()
 
     def tensor(self, ref: TensorRef) -> torch.Tensor:
         """The tensor: a view of the mapped file (do not write into it), a copy where it has a factor, or zeros."""
+        if ref.packed is not None:
+            return decode(self.codes_of(ref)).squeeze(0)
         if ref.dtype not in TORCH_DTYPES:
             raise UserError(
                 f"{self._folder / ref.file}: {ref.name} has dtype {ref.dtype}, which torch cannot hold"
@@ -76,6 +82,8 @@ class Reader:
 
     def piece(self, piece: Piece) -> torch.Tensor:
         """The tensor as a plan leaves it (a view of the mapped file where nothing is done to it)."""
+        if piece.code is not None:
+            return decode(self.codes(piece)).squeeze(0)
         if piece.take is None and piece.copied:
             tensor = self.tensor(piece.source.ref)
             self._look(piece, tensor)
@@ -84,6 +92,13 @@ class Reader:
 
     def chunks(self, piece: Piece) -> Iterator[torch.Tensor]:
         """The piece's elements in stored order, as flat tensors of its dtype and bounded size."""
+        if piece.whole is not None:
+            yield self._part(piece.whole, piece.part).reshape(-1)
+            return
+        if piece.given is not None:
+            yield piece.given.to(TORCH_DTYPES[piece.ref.dtype]).reshape(-1)
+            return
+        assert not piece.refit, f"{piece.name} was never fitted"
         if piece.blend or piece.folds:
             for values in self._computed(piece):
                 yield values.to(TORCH_DTYPES[piece.ref.dtype]).reshape(-1)
@@ -102,6 +117,45 @@ class Reader:
             for chunk in (flat[start : start + step] for start in range(0, flat.numel(), step)):
                 self._look(piece, chunk)
                 yield chunk if piece.scale == 1 else _times(chunk, piece.scale)
+
+    def codes(self, piece: Piece) -> Codes:
+        """The codes of a piece that is encoded, as one matrix [1, out, in]."""
+        code = piece.code
+        assert code is not None
+        if code.step is not None or code.again:
+            plain = replace(piece, code=None)
+            weights = self.piece(plain).float().unsqueeze(0)
+            dtype, format = TORCH_DTYPES[piece.ref.dtype], code.packed.format
+            step = code.step
+            codes = (
+                round_nearest(weights, format, dtype) if step is None else step.round(weights, format, dtype)
+            )
+        elif code.on_text:
+            assert code.found, f"{piece.name} was never fitted"
+            parts = {suffix: tensor.unsqueeze(0) for suffix, tensor in code.found.items()}
+            codes = decode_parts("compressed-tensors", parts, code.packed.format, _two(piece.shape))
+        else:
+            codes = self.codes_of(piece.source.ref)
+        return codes if code.factor == 1 else replace(codes, scale=_times(codes.scale, code.factor))
+
+    def codes_of(self, ref: TensorRef) -> Codes:
+        """The codes of a matrix that is stored packed."""
+        assert ref.packed is not None
+        parts = {suffix: self.tensor(part).unsqueeze(0) for suffix, part in ref.stored().items()}
+        codes = decode_parts(ref.packed.layout, parts, ref.packed.format, _two(ref.shape))
+        return codes if ref.factor == 1 else replace(codes, scale=_times(codes.scale, ref.factor))
+
+    def _part(self, whole: Piece, part: str) -> torch.Tensor:
+        """One of the tensors that an encoded matrix is stored as. Writing asks for the largest first; the others are kept
+        until they are asked for."""
+        if part == "weight_shape":  # comes before all others in a shard
+            return torch.tensor(whole.shape)
+        key = whole.name, part
+        if key not in self._stash:
+            assert whole.code is not None
+            made = encode_parts(whole.code.packed.layout, self.codes(whole))
+            self._stash |= {(whole.name, name): tensor.squeeze(0) for name, tensor in made.items()}
+        return self._stash.pop(key)
 
     def _computed(self, piece: Piece) -> Iterator[torch.Tensor]:
         """A piece whose values are new, in float32: averaged, scaled, mapped, in that order. A stack of experts comes one
@@ -151,7 +205,7 @@ class Reader:
 
     def _will_need(self, ref: TensorRef) -> None:
         start = ref.offset // mmap.PAGESIZE * mmap.PAGESIZE
-        if ref.nbytes and ref.file:
+        if ref.packed is None and ref.nbytes and ref.file:
             self._map(ref.file).madvise(mmap.MADV_WILLNEED, start, ref.offset + ref.nbytes - start)
 
     def _look(self, piece: Piece, values: torch.Tensor) -> None:
@@ -182,6 +236,11 @@ class Lazy:
     def __getitem__(self, index: object) -> torch.Tensor:
         assert index is Ellipsis
         return self._reader.piece(self.piece)
+
+
+def _two(shape: tuple[int, ...]) -> tuple[int, int]:
+    out, width = shape
+    return out, width
 
 
 def _times(values: torch.Tensor, factor: float) -> torch.Tensor:

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Literal
 
 from moespresso.core.cost import Cost
-from moespresso.core.format import DTYPE_BYTES
+from moespresso.core.format import DTYPE_BYTES, Format, Layout, stored_parts
 from moespresso.core.unit import Part, Unit
 
 FLOPS_TOKENS = 2048
@@ -24,10 +24,20 @@ BRANCHES: tuple[Branch, ...] = ("attention", "mlp")
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """How a matrix is stored as several tensors: `parts` by suffix where they are in files, none before they are written."""
+
+    format: Format
+    layout: Layout = "compressed-tensors"
+    parts: Mapping[str, TensorRef] = field(default_factory=dict[str, "TensorRef"])
+
+
+@dataclass(frozen=True, slots=True)
 class TensorRef:
     """A tensor before it is read: where its bytes lie (`offset` counts from the start of `file`).
 
-    Without a `file` it is stored nowhere and reads as zeros; what is read is multiplied by `factor`.
+    Without a `file` it is stored nowhere and reads as zeros; what is read is multiplied by `factor`. A `packed` matrix
+    keeps the name, shape and dtype of what it decodes to, so that whoever does not write it need not know.
     """
 
     name: str
@@ -36,16 +46,31 @@ class TensorRef:
     file: str
     offset: int = 0
     factor: float = 1.0
+    packed: Packed | None = None
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """Number of elements (of a packed matrix: of its weights)."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes."""
+        """Stored bytes, scales, zeros and shapes included."""
+        if self.packed is not None:
+            return sum(part.nbytes for part in self.stored().values())
         return int(self.numel * DTYPE_BYTES[self.dtype])
+
+    def stored(self) -> Mapping[str, TensorRef]:
+        """The tensors that a packed matrix is stored as, by suffix."""
+        assert self.packed is not None
+        if self.packed.parts:
+            return self.packed.parts
+        out, width = self.shape
+        parts = stored_parts(self.packed.layout, self.packed.format, out, width, self.dtype)
+        stem = self.name.removesuffix("weight")
+        return {
+            suffix: TensorRef(stem + suffix, shape, dtype, "") for suffix, (shape, dtype) in parts.items()
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,11 @@ from moespresso.core.fits import REPAIRS, cuts
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.remains import ROWS_STAY, remains
 from moespresso.core.rewrite import folds_into
+from moespresso.core.slim import REFIT, check_formats
 from moespresso.core.unit import Unit
 
 # Fields of a treatment that this version carries out.
-_KNOWN = {"keep", "drop", "scale", "into", "share", "repair"}
+_KNOWN = {"keep", "drop", "scale", "into", "share", "repair", "format"}
 
 
 def check_plan(plan: Plan, blueprint: Blueprint) -> None:
@@ -27,7 +28,10 @@ def check_plan(plan: Plan, blueprint: Blueprint) -> None:
     router without enough experts or a model without blocks."""
     specs = {layer.index: layer for layer in blueprint.layers}
     for number, stage in enumerate(plan.stages):
+        check_formats(plan, number, blueprint)
         for unit, treatment in stage.treatments.items():
+            if treatment.format is not None or treatment.repair == REFIT:
+                continue
             layer = specs.get(-1 if unit.layer is None else unit.layer)
             if layer is None:
                 raise _nothing_there(unit, blueprint)

@@ -8,6 +8,9 @@ finds the same values again. Keys are `STAGE/UNIT/KIND`, with the unit whose ten
     bias     [H]     what is added to the residual stream where the branch was
     novices  [G, H]  mean answers of the experts that are gone, in ascending order
     order    [I]     the channels of an expert, in the order of the one it merges into
+
+What slimming finds is of single tensors, and goes by the name that the source has for them: `STAGE/NAME/SUFFIX`, with the
+parts that the encoded matrix is stored as, or `dense` for a tensor that is replaced as a whole.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from moespresso.core.unit import Unit
 Fits = Mapping[str, Tensor]
 Repair = Literal["bias", "scale", "linear"]
 REPAIRS: tuple[Repair, ...] = ("bias", "scale", "linear")
+# What an encoded matrix is kept as until it is written.
+PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,11 @@ class Cut:
 def key(stage: int, unit: Unit, kind: str) -> str:
     """The name of a fitted tensor."""
     return f"{stage}/{unit}/{kind}"
+
+
+def found_key(stage: int, name: str, suffix: str) -> str:
+    """The name of a tensor that slimming found for the source's tensor `name`."""
+    return f"{stage}/{name}/{suffix}"
 
 
 def cuts(plan: Plan, stage: int, blueprint: Blueprint) -> list[Cut]:

@@ -1,9 +1,27 @@
-"""How a matrix is stored, and what one of its weights costs."""
+"""How a matrix is stored, and what one of its weights costs.
+
+A `Format` says which numbers stand for a matrix (how many bits, how many weights share a scale). A `Layout` says which
+tensors those numbers are packed into, as one family of engines reads them; `stored_parts` lists them from the shape
+alone, so a plan is priced without reading a weight.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+from moespresso.core.errors import UserError
+
+Layout = Literal["compressed-tensors", "gptq", "awq"]
+
+# The widths of a value that each layout can hold.
+LAYOUT_BITS: dict[Layout, tuple[int, ...]] = {
+    "compressed-tensors": (2, 3, 4, 8),
+    "gptq": (2, 3, 4, 8),
+    "awq": (4,),
+}
+WORD_BITS = 32
 
 # Bytes per element of the safetensors dtypes.
 DTYPE_BYTES: dict[str, float] = {
@@ -27,8 +45,74 @@ class Format:
     density: float = 1.0
 
     def bits_per_weight(self, scale_bits: int = 16) -> float:
-        """Return stored bits per weight, scales, zeros and the sparse mask included."""
+        """Return stored bits per weight, scales, zeros and the sparse mask included.
+
+        This is the price of a large matrix as compressed-tensors stores it. What a layout adds per matrix, row or
+        column (the one scale of a channel, `weight_shape`, GPTQ's `g_idx`, the zeros that GPTQ and AWQ store for
+        symmetric formats too) is left out: `stored_parts` has the exact shapes.
+        """
         bits = self.bits * self.density + (1.0 if self.density < 1 else 0.0)
         if self.kind == "integer" and self.group_size:
             bits += (scale_bits + (0 if self.symmetric else self.bits)) / self.group_size
         return bits
+
+
+def check_group(width: int, format: Format, what: str) -> None:
+    """Raise `UserError` where `format` cannot cut `width` inputs of `what` into whole groups."""
+    size = format.group_size
+    if size and width % size:
+        fitting = [each for each in (128, 64, 32, 16, 8) if width % each == 0]
+        cure = f"group_size={fitting[0]}" if fitting else "group_size=0 (one scale per channel)"
+        raise UserError(f"{what} has {width} inputs, which groups of {size} do not divide: use {cure}")
+
+
+def stored_parts(
+    layout: Layout, format: Format, out: int, width: int, scale_dtype: str
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return every tensor that a matrix of `out` x `width` is stored as: suffix -> (shape, safetensors dtype).
+
+    A part is named by the weight's name with the suffix in the place of `weight`. `scale_dtype` is the safetensors
+    dtype of the scales in compressed-tensors; GPTQ and AWQ have F16 scales always. Raises `UserError` where the
+    layout cannot hold such a matrix.
+    """
+    check_layout(layout, format, out, width)
+    bits, groups = format.bits, width // (format.group_size or width)
+    if layout == "compressed-tensors":
+        parts = {
+            "weight_packed": ((out, _words(width, bits)), "I32"),
+            "weight_scale": ((out, groups), scale_dtype),
+            "weight_shape": ((2,), "I64"),
+        }
+        return (
+            parts if format.symmetric else parts | {"weight_zero_point": ((_words(out, bits), groups), "I32")}
+        )
+    parts = {"qzeros": ((groups, _words(out, bits)), "I32"), "scales": ((groups, out), "F16")}
+    if layout == "gptq":
+        return {"qweight": ((_words(width, bits), out), "I32"), **parts, "g_idx": ((width,), "I32")}
+    return {"qweight": ((width, _words(out, bits)), "I32"), **parts}
+
+
+def check_layout(layout: Layout, format: Format, out: int, width: int) -> None:
+    """Raise `UserError` where `layout` cannot hold a matrix of `out` x `width` in `format`."""
+    assert format.kind == "integer", f"{layout} stores integers, not {format.kind}"
+    known = LAYOUT_BITS[layout]
+    if format.bits not in known:
+        others = "" if layout == "compressed-tensors" else ", or the layout compressed-tensors"
+        choice = " or ".join(f"bits={bits}" for bits in known)
+        raise UserError(f"{layout} cannot store values of {format.bits} bits: use {choice}{others}")
+    check_group(width, format, f"a matrix of {out} x {width}")
+    if layout == "compressed-tensors":
+        return  # it pads the last word of a row
+    whole = WORD_BITS // math.gcd(WORD_BITS, format.bits)  # as many values as fill words to the last bit
+    sides = {"outputs": out, "inputs": width} if layout == "gptq" else {"outputs": out}
+    for side, count in sides.items():
+        if count % whole:
+            raise UserError(
+                f"{layout} packs {format.bits}-bit values by {whole}, which do not divide the {count} {side} of a "
+                f"matrix of {out} x {width}: use the layout compressed-tensors"
+            )
+
+
+def _words(count: int, bits: int) -> int:
+    """Words of 32 bits that `count` values fill when they are laid end to end, across the borders of words."""
+    return -(-count * bits // WORD_BITS)

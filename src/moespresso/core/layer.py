@@ -7,7 +7,7 @@ A visitor may return `LayerWeights`: new values for the layer's parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -75,8 +75,21 @@ class Layer:
         return logits.float().sigmoid() if self.sigmoid_router else logits.float().softmax(-1)
 
 
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """What reaches the routed experts of a layer, T tokens that are no padding: `hidden` [T, H], `index` [T, k], and
+    `weights` [T, k], the gate."""
+
+    hidden: Tensor
+    index: Tensor
+    weights: Tensor
+
+
 class Taps(Protocol):
     """The calibration batches, run through the layer as they are asked for (once each).
+
+    `fed` runs them as far as the experts, which stay silent, and hands what every module named in `watched` is given to its
+    function (tokens [T, in], padding left out).
 
     A visitor may take the batches through the layer itself: `inputs` are their hidden states [B, L, H], `valid` their
     masks, `branch` runs one branch of the layer by itself on any hidden states of a batch, `through` runs every batch through
@@ -84,6 +97,8 @@ class Taps(Protocol):
     """
 
     def __iter__(self) -> Iterator[Call]: ...
+
+    def fed(self, watched: Mapping[str, Callable[[Tensor], None]]) -> list[Fed]: ...
 
     @property
     def inputs(self) -> list[Tensor]: ...

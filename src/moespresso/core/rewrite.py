@@ -2,22 +2,27 @@
 
 `pieces` turns the entries of the source into `Piece`s of the result, from names and shapes alone: which bytes are
 taken, under which name and shape they are written, and what is done to them on the way: rows taken, a scale, experts
-averaged, an output mapped. Fitted values (`core.fits`) are put in where they are known; pricing needs none.
-`pressed_blueprint` is the source's blueprint after that, so a plan's cost is the sum of what will be written.
+averaged, an output mapped, all of it encoded. Fitted values (`core.fits`) are put in where they are known; pricing needs
+none. `pressed_blueprint` is the source's blueprint after that, so a plan's cost is the sum of what will be written.
+A matrix that is stored packed is one piece until the last moment: `stored` says which tensors it becomes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from moespresso.core.blueprint import Blueprint, Branch, Entry, TensorRef
-from moespresso.core.fits import Fits, Repair, cuts, key
+from moespresso.core.blueprint import Blueprint, Branch, Entry, Packed, TensorRef
+from moespresso.core.fits import PARTS, Fits, Repair, cuts, found_key, key
+from moespresso.core.format import Layout
 from moespresso.core.plan import Plan, Treatment
 from moespresso.core.remains import pressed_layers, remains
+from moespresso.core.slim import REFIT, format_of, scale_dtypes, step_of
 from moespresso.core.unit import Unit
 
 _EXPERT_NUMBER = re.compile(r"(?<=experts\.)\d+(?=\.)")
@@ -33,6 +38,24 @@ class Member:
     share: float
     order: Tensor | None = None
     aligned: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Code:
+    """How a matrix is encoded.
+
+    `step` rounds what the piece would hold otherwise, or the nearest values are taken (`again`); without either its codes
+    are known: `found` on text, by suffix, or as the source has them. Its scales are then multiplied by `factor`, and stored as
+    `dtype` (empty: the source's).
+    """
+
+    packed: Packed
+    dtype: str = ""
+    step: Any = None
+    again: bool = False
+    on_text: bool = False
+    found: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +75,9 @@ class Piece:
     """One tensor to write: `source` bytes, of which only `take` along `axis` (None: all), times `scale`.
 
     With `blend` it is an average of experts: of one expert's tensors, or along `axis` one average per kept expert.
-    `folds` come last, in order. `unit` is its address in the result.
+    `folds` come last, in order; `given` is what stands in its place, where that was fitted (`refit`: whether or not it is
+    known yet); with `code` all of that is encoded. `unit` is its address in the result. `part` of the matrix `whole` is
+    one of the tensors that it is stored as.
     """
 
     name: str
@@ -64,6 +89,11 @@ class Piece:
     blend: tuple[tuple[Member, ...], ...] = ()
     folds: tuple[Fold, ...] = ()
     place: Unit | None = None
+    refit: bool = False
+    given: Tensor | None = None
+    code: Code | None = None
+    part: str = ""
+    whole: Piece | None = None
 
     @property
     def unit(self) -> Unit:
@@ -73,17 +103,58 @@ class Piece:
     @property
     def ref(self) -> TensorRef:
         """The tensor as it will be written (its file is not known yet)."""
-        return replace(self.source.ref, name=self.name, shape=self.shape, file="", offset=0, factor=1.0)
+        if self.whole is not None:
+            return self.whole.ref.stored()[self.part]
+        ref = replace(self.source.ref, name=self.name, shape=self.shape, file="", offset=0, factor=1.0)
+        if self.code is not None:
+            return replace(ref, packed=self.code.packed, dtype=self.code.dtype or ref.dtype)
+        if ref.packed is not None:
+            return replace(ref, packed=replace(ref.packed, parts={}))
+        return ref
 
     @property
     def fitted(self) -> bool:
         """Whether its values depend on what was fitted, known or not."""
-        return bool(self.folds) or any(member.aligned for members in self.blend for member in members)
+        if self.whole is not None:
+            return self.whole.fitted
+        on_text = self.code is not None and self.code.on_text
+        aligned = any(member.aligned for members in self.blend for member in members)
+        return on_text or self.refit or bool(self.folds) or aligned
+
+    @property
+    def changed(self) -> bool:
+        """Whether its values are others than the source's, encoding aside."""
+        return self.scale != 1 or self.refit or bool(self.blend) or bool(self.folds)
 
     @property
     def copied(self) -> bool:
         """Whether every byte of it is a byte of the source."""
-        return self.scale == 1 and not self.blend and not self.folds and self.source.ref.factor == 1
+        return not self.changed and self.code is None and self.whole is None and self.source.ref.factor == 1
+
+
+def stored(piece: Piece) -> list[Piece]:
+    """The tensors that a piece is written as: itself, or the parts of a packed matrix."""
+    if piece.ref.packed is None:
+        return [piece]
+    if piece.code is None:
+        stem = piece.name.removesuffix("weight")
+        return [
+            Piece(stem + suffix, ref.shape, replace(piece.source, ref=ref), place=piece.unit)
+            for suffix, ref in piece.source.ref.stored().items()
+        ]
+    return [
+        Piece(ref.name, ref.shape, piece.source, place=piece.unit, part=suffix, whole=piece)
+        for suffix, ref in piece.ref.stored().items()
+    ]
+
+
+def laid_out(piece: Piece, layout: Layout | None) -> Piece:
+    """The piece, if it is packed, in another layout."""
+    packed = piece.ref.packed
+    if packed is None or layout is None or packed.layout == layout:
+        return piece
+    code = piece.code or Code(packed)
+    return replace(piece, code=replace(code, packed=Packed(packed.format, layout)))
 
 
 def kept_by_layer(plan: Plan, blueprint: Blueprint) -> dict[int, tuple[int, ...]]:
@@ -113,8 +184,12 @@ class _Rewriter:
     def __init__(self, blueprint: Blueprint, plan: Plan, fits: Fits, stock: bool) -> None:
         self._blueprint, self._plan, self._fits, self._stock = blueprint, plan, fits, stock
         self._left = remains(plan, blueprint)
+        self._found = {
+            int(name.partition("/")[0]) for name in self._fits
+        }  # stages that have found what they need
         self._folds: dict[tuple[int, str], list[tuple[int, Fold]]] = {}  # with the stages they come from
         self._biases: dict[tuple[int, Branch], Tensor | None] = {}
+        self._scale_dtypes = scale_dtypes(blueprint)
         self._gather_folds()
         self._groups = {layer: _groups(plan, layer) for layer in self._left.experts}
         self._rows = {layer: _groups(plan, layer, of_rows=True) for layer in self._left.experts}
@@ -136,7 +211,7 @@ class _Rewriter:
         """The piece that `entry` becomes, or None when it goes."""
         layer = entry.unit.layer
         if layer is None:
-            return Piece(entry.ref.name, entry.ref.shape, entry)
+            return self._encoded(Piece(entry.ref.name, entry.ref.shape, entry), entry)
         if not entry.in_graph and layer >= len(self._blueprint.layers):
             beyond = len(self._left.layers) + layer - len(self._blueprint.layers)
             return self._moved(Piece(entry.ref.name, entry.ref.shape, entry), layer, beyond)
@@ -145,10 +220,59 @@ class _Rewriter:
         piece = self._of_experts(entry, layer) if layer in self._left.experts and entry.in_graph else None
         if entry.unit.expert is not None and layer in self._left.experts and piece is None:
             return None
-        piece = piece or Piece(entry.ref.name, entry.ref.shape, entry)
-        return self._moved(
-            replace(piece, folds=self._folds_on(entry, layer)), layer, self._left.position(layer)
+        piece = replace(
+            piece or Piece(entry.ref.name, entry.ref.shape, entry), folds=self._folds_on(entry, layer)
         )
+        return self._moved(
+            self._encoded(self._refitted(piece, entry), entry), layer, self._left.position(layer)
+        )
+
+    def _refitted(self, piece: Piece, entry: Entry) -> Piece:
+        """With what a stage found to stand in the place of the whole tensor. Before it has found anything every tensor of
+        such a part may be replaced; afterwards those are that it found."""
+        for number, stage in reversed([*enumerate(self._plan.stages)]):
+            if stage.treatments.get(Unit(entry.unit.layer, entry.unit.part), Treatment()).repair != REFIT:
+                continue
+            given = self._fits.get(found_key(number, entry.ref.name, "dense"))
+            if given is not None or number not in self._found:
+                return replace(piece, refit=True, given=self._left_of(given, piece, number))
+        return piece
+
+    def _left_of(self, given: Tensor | None, piece: Piece, number: int) -> Tensor | None:
+        """What later stages take of a tensor that stage `number` found: `given` has the rows that were left by then."""
+        if given is None or piece.take is None or tuple(given.shape) == piece.shape:
+            return given
+        before = remains(Plan("", self._plan.stages[:number]), self._blueprint)
+        layer = piece.source.unit.layer or 0
+        there = before.rows(layer) if piece.source.unit.part == "router" else before.experts[layer]
+        return given.index_select(piece.axis or 0, torch.tensor([there.index(row) for row in piece.take]))
+
+    def _encoded(self, piece: Piece, entry: Entry) -> Piece:
+        """With the last format that a stage gives it; what was packed already stays so."""
+        for number, stage in reversed([*enumerate(self._plan.stages)]):
+            format = format_of(entry, stage)
+            if format is not None:
+                return self._coded(piece, entry, number, Packed(format))
+        packed = entry.ref.packed
+        if packed is None or not (piece.changed or entry.ref.factor != 1):
+            return piece
+        again = Packed(packed.format, packed.layout)
+        if piece.blend or piece.folds or piece.refit:
+            return replace(piece, code=Code(again, again=True))
+        return replace(piece, scale=1.0, code=Code(again, factor=piece.scale))
+
+    def _coded(self, piece: Piece, entry: Entry, number: int, packed: Packed) -> Piece:
+        """Encoded by stage `number`; later scales are put on its scales."""
+        step = step_of(self._plan.stages[number])
+        before = Plan("", self._plan.stages[:number])
+        scale = before.routed_scale(entry.unit.layer or 0) if piece.scale != 1 else 1.0
+        factor = piece.scale / scale
+        dtype = self._scale_dtypes.get(entry.unit.layer, "") if entry.unit.part == "experts" else ""
+        if not step.on_text:
+            return replace(piece, scale=scale, code=Code(packed, dtype, step, factor=factor))
+        found = {suffix: self._fits[name] for suffix in PARTS
+                 if (name := found_key(number, entry.ref.name, suffix)) in self._fits}  # fmt: skip
+        return replace(piece, scale=scale, code=Code(packed, dtype, on_text=True, found=found, factor=factor))
 
     def _is_cut(self, entry: Entry, layer: int) -> bool:
         keeps_norm = self._stock and entry.branch == "mlp" and entry.unit.part == "norm"

@@ -8,16 +8,18 @@ from dataclasses import dataclass, replace
 from moespresso.core.blueprint import LayerSpec
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.rewrite import biased_stubs
-from moespresso.model import View, skipping
+from moespresso.model import View, one_format, skipping
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """One engine. `plugin`: it loads with moespresso imported, so that layers may differ in any way. `stubs`: families
-    in which it was seen to load layers whose mixture is a dense part of zeros (None: all that can say so)."""
+    in which it was seen to load layers whose mixture is a dense part of zeros (None: all that can say so). `packed`: it
+    reads packed integers."""
 
     name: str
     plugin: bool = False
+    packed: bool = True
     stubs: frozenset[str] | None = frozenset()
 
 
@@ -26,7 +28,7 @@ TARGETS = {
     for target in (
         Target("transformers", stubs=None),
         Target("vllm", stubs=frozenset({"qwen2_moe", "qwen3_moe"})),
-        Target("llama.cpp"),
+        Target("llama.cpp", packed=False),
         Target("plugin", plugin=True),
     )
 }
@@ -44,6 +46,8 @@ def formed(name: str, view: View) -> View:
     nearest plan that it can."""
     target = find_target(name)
     made = replace(view, stock=False) if target.plugin else _stock(target, view)
+    if not target.plugin:
+        _check_formats(target, made)
     _ = made.config  # raises where no config can say which blocks are left
     return made
 
@@ -65,6 +69,30 @@ def _stock(target: Target, view: View) -> View:
             target, f"keeps layers that lack a part already ({_some(odd)})", f"block_drop:drop={len(odd)}"
         )
     return made
+
+
+def _check_formats(target: Target, view: View) -> None:
+    """Stock loaders take one symmetric format for all experts, and compute wrong numbers without a word from others."""
+    if not view.formats:
+        return
+    if not target.packed:
+        raise UserError(
+            f"this plan packs integers, which {target.name} does not read (it has a file format of its own, not available in "
+            "this version): drop the rounding step, or choose --target transformers"
+        )
+    if one_format(view):
+        return
+    experts = {piece.ref.packed and piece.ref.packed.format for piece in view.pieces
+               if piece.unit.part == "experts" and len(piece.shape) == 2}  # fmt: skip
+    known = [format for format in experts if format]
+    bits = max(format.bits for format in known)
+    what = "some experts plain and others packed" if len(known) < len(experts) else (
+        "experts in different formats" if len(known) > 1 else "experts with a zero of their own (symmetric=false)"
+    )  # fmt: skip
+    raise UserError(
+        f"this plan leaves {what}, which {target.name} loads without an error and computes wrong; the nearest plan that it "
+        f"can is bits={bits},symmetric=true for all experts, or say --target plugin (moespresso.load reads it)"
+    )
 
 
 def _check_experts(target: Target, view: View) -> None:

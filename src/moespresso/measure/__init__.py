@@ -16,13 +16,14 @@ from moespresso.measure.folds import Folds
 from moespresso.measure.means import MeanAnswers
 from moespresso.measure.pairs import PAIRS, pair_values
 from moespresso.measure.reconstruction import Reconstruction
+from moespresso.measure.routed import RoutedExperts
 from moespresso.measure.routing import SUMS, RoutingSums
 from moespresso.measure.sample import Sample
 from moespresso.measure.similarity import CosineSums, Runs
 from moespresso.measure.weights import weight_sums
 
 __all__ = [
-    "NEEDS", "PAIRS", "SUMS", "CosineSums", "Folds", "MeanAnswers", "Measurer", "Reconstruction", "RoutingSums", "Runs", "Sample",
+    "NEEDS", "PAIRS", "SUMS", "CosineSums", "Folds", "MeanAnswers", "Measurer", "Reconstruction", "RoutedExperts", "RoutingSums", "Runs", "Sample",
     "channel_order", "is_need", "pair_values", "weight_sums",
 ]  # fmt: skip
 

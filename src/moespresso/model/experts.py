@@ -17,12 +17,17 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 NAME = "moespresso"
 # hidden [T, H], index [T, k], weights [T, k], outputs [T, k, H]
 Tap = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+# hidden, index, weights; what it returns is answered in the experts' place
+Ear = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Weighted sum [T, H] of what the selected experts answer; a slot with index >= num_experts adds nothing."""
+    ear: Ear | None = self.__dict__.get("moespresso_ear")
+    if ear is not None:
+        return ear(hidden_states, top_k_index, top_k_weights)
     outputs = expert_outputs(self, hidden_states, top_k_index)
     tap: Tap | None = self.__dict__.get("moespresso_tap")
     if tap is not None:

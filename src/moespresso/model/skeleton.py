@@ -23,6 +23,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from moespresso.checkpoint.packed import SECTION, check_readable
 from moespresso.core.blueprint import LayerSpec
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.layer import Layer
@@ -39,10 +40,9 @@ def read_config(raw: Mapping[str, Any], place: str) -> PreTrainedConfig:
         raise UserError(f"{place}/config.json has no model_type: it is not a Hugging Face model")
     if family in quirks.REFUSED:
         raise UserError(f"{place}: model_type {family!r} is not supported ({quirks.REFUSED[family]})")
-    if raw.get("quantization_config") or raw.get("compression_config"):
-        raise UserError(
-            f"{place} is already quantized, which this version cannot read: give the unquantized checkpoint"
-        )
+    check_readable(raw, place)
+    # Packed matrices are decoded by us, so the model is built as if there were none.
+    raw = {key: value for key, value in raw.items() if key != SECTION}
     if family not in CONFIG_MAPPING:
         custom = (
             "; custom code (auto_map) is never run"
@@ -240,6 +240,14 @@ class Skeleton:
         assert index is None or not any(p.is_meta for p in module.parameters()), (
             f"layer {index} is incomplete"
         )
+
+    def whole(self) -> PreTrainedModel:
+        """The model with all its weights in memory, ready to be used without the skeleton."""
+        self._load(None, self.model)
+        for index, module in enumerate(self.layers):
+            self._load(index, module)
+        self.model.tie_weights()
+        return self.model.eval()
 
     def layer_state(self, index: int) -> dict[str, Tensor]:
         """In-memory names and tensors of a loaded layer."""

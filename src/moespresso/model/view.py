@@ -17,13 +17,15 @@ from typing import Any
 import torch
 
 from moespresso.checkpoint.index import Checkpoint
+from moespresso.checkpoint.packed import OWN_KIND, SECTION, packing_config
 from moespresso.checkpoint.reader import Lazy, Reader
 from moespresso.core.blueprint import Blueprint, Entry, LayerSpec, TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.fits import Fits
+from moespresso.core.format import Format, Layout
 from moespresso.core.plan import Plan
 from moespresso.core.remains import Remains, remains
-from moespresso.core.rewrite import Piece, pieces, pressed_blueprint
+from moespresso.core.rewrite import Piece, laid_out, pieces, pressed_blueprint, stored
 from moespresso.core.unit import Unit
 from moespresso.model.blueprint import check_tensors
 from moespresso.model.depth import with_dense
@@ -40,6 +42,8 @@ class View:
     plan: Plan = field(default=Plan(""))
     fits: Fits = field(default_factory=dict[str, torch.Tensor], repr=False)
     stock: bool = False
+    # How packed matrices are laid out; None: as the source has them.
+    layout: Layout | None = None
     # The blueprint under its own family's name, where the checkpoint is presented as one of another.
     origin: Blueprint | None = None
 
@@ -66,12 +70,41 @@ class View:
     @cached_property
     def pieces(self) -> list[Piece]:
         """Every tensor of the result, in the source's order."""
-        return [*pieces(self.source, self.plan, self.fits, stock=self.stock), *self._stub_pieces()]
+        found = pieces(self.source, self.plan, self.fits, stock=self.stock)
+        return [*(laid_out(piece, self.layout) for piece in found), *self._stub_pieces()]
+
+    @cached_property
+    def stored(self) -> list[Piece]:
+        """Every tensor as it is written: a packed matrix as its parts."""
+        return [part for piece in self.pieces for part in stored(piece)]
+
+    @cached_property
+    def formats(self) -> dict[str, Format]:
+        """The format of every matrix that is packed, by the name of its module."""
+        found = {piece.name.removesuffix(".weight"): piece.ref.packed for piece in self.pieces}
+        return {name: packed.format for name, packed in found.items() if packed is not None}
 
     @property
     def config(self) -> dict[str, Any]:
         """The config.json of the result; raises `UserError` where none can say what is left."""
-        return self._config[0]
+        config = {key: value for key, value in self._config[0].items() if key != SECTION}
+        if not self.formats:
+            return config
+        packed = [piece.ref.packed for piece in self.pieces if piece.ref.packed is not None]
+        layout = packed[0].layout
+        section = packing_config(self.formats, self._plain(config), layout=layout, stock=one_format(self))
+        if layout != "compressed-tensors":  # their engines compute in the dtype of the scales
+            config["torch_dtype" if "torch_dtype" in config else "dtype"] = "float16"
+        return config | {SECTION: section}
+
+    def _plain(self, config: dict[str, Any]) -> set[str]:
+        """Names, in memory and on disk, of modules with a matrix that is not packed."""
+        place = self.source.source
+        model = build_meta(read_config(config, place), torch.bfloat16, place)
+        linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        pieces = {piece.name.removesuffix(".weight") for piece in self.pieces
+                  if len(piece.shape) == 2 and piece.name.endswith(".weight") and piece.unit.part != "embedding"}  # fmt: skip
+        return (linears | pieces) - self.formats.keys()
 
     @cached_property
     def _config(self) -> tuple[dict[str, Any], int]:
@@ -103,7 +136,7 @@ class View:
         if not self.stubs:
             return []
         place = self.source.source
-        state = build_meta(read_config(self.config, place), torch.bfloat16, place).state_dict()
+        state = build_meta(read_config(self._config[0], place), torch.bfloat16, place).state_dict()
         dtypes = self.source.dtypes
         made: list[Piece] = []
         for position in self.stubs:
@@ -138,3 +171,23 @@ def _as_stub(layer: LayerSpec, bodies: dict[int, str], width: int) -> LayerSpec:
     if layer.index not in bodies:
         return layer
     return replace(layer, width=width, bodies={**layer.bodies, "mlp": bodies[layer.index]})
+
+
+def own_packing(view: View) -> bool:
+    """Whether a checkpoint has packed matrices that only moespresso reads."""
+    return (view.checkpoint.config.get(SECTION) or {}).get("format") == OWN_KIND
+
+
+def other_layout(view: View) -> bool:
+    """Whether a checkpoint is packed in a layout that transformers needs another engine for."""
+    return (view.checkpoint.config.get(SECTION) or {}).get("quant_method") in ("gptq", "awq")
+
+
+def one_format(view: View) -> bool:
+    """Whether stock loaders read a view's packed experts rightly: all of them in one format, which in compressed-tensors
+    must be symmetric."""
+    experts = [piece.ref.packed for piece in view.pieces if piece.unit.part == "experts"]
+    return len({packed and packed.format for packed in experts}) <= 1 and all(
+        packed is None or packed.format.symmetric or packed.layout != "compressed-tensors"
+        for packed in experts
+    )

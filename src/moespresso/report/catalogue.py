@@ -22,7 +22,11 @@ def describe_methods(kind: str | None = None) -> list[dict[str, Any]]:
 
 def _method(kind: str, cls: type[Any]) -> dict[str, Any]:
     story = introspection.getdoc(introspection.getmodule(cls)) or ""
-    docs = dict(_setting_docs(introspection.getdoc(cls) or ""))
+    docs = {
+        name: words
+        for kind_of in reversed(cls.__mro__)
+        for name, words in _setting_docs(kind_of.__doc__ or "")
+    }
     hints = get_type_hints(cls)
     settings = [
         {"name": f.name, "type": _type_words(hints[f.name]), "default": None if f.default is dataclasses.MISSING else f.default,
@@ -40,7 +44,7 @@ def _method(kind: str, cls: type[Any]) -> dict[str, Any]:
 def _setting_docs(doc: str) -> list[tuple[str, str]]:
     """Read `name: meaning` lines (and their indented continuations) from a settings class's docstring."""
     rows: list[tuple[str, str]] = []
-    for line in doc.splitlines()[1:]:
+    for line in introspection.cleandoc(doc).splitlines()[1:]:
         name, colon, words = line.partition(": ")
         if colon and name.isidentifier() and not line.startswith(" "):
             rows.append((name, words))

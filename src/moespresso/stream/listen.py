@@ -5,14 +5,15 @@ Nothing is computed twice: hooks on the modules that the layer's anatomy names h
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from moespresso.core.layer import Layer, Routed
+from moespresso.core.layer import Fed, Layer, Routed
 from moespresso.runtime.parts import hidden_of
 
 
@@ -36,6 +37,36 @@ def listening(layer: Layer) -> Generator[Heard]:
         if layer.anatomy is not None and layer.anatomy.mlp is not None:
             stack.enter_context(_stream_heard(layer, heard))
         yield heard
+
+
+@contextmanager
+def overhearing(
+    layer: Layer, valid: Tensor, watched: Mapping[str, Callable[[Tensor], None]], found: list[Fed]
+) -> Generator[None]:
+    """While the layer runs once on a batch with the mask `valid` [B, L]: its experts stay silent and what they are given is
+    added to `found`; modules that are `watched` hand on their inputs."""
+    tokens = torch.nonzero(valid.reshape(-1)).squeeze(-1)
+
+    def on_experts(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        found.append(Fed(hidden[tokens], index[tokens], weights[tokens].float()))
+        return torch.zeros_like(hidden)
+
+    def told(tell: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, args: tell(args[0].reshape(-1, args[0].shape[-1])[tokens])
+
+    handles = [
+        layer.module.get_submodule(name).register_forward_pre_hook(told(tell))
+        for name, tell in watched.items()
+    ]
+    if layer.experts is not None:
+        layer.experts.__dict__["moespresso_ear"] = on_experts
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        if layer.experts is not None:
+            del layer.experts.__dict__["moespresso_ear"]
 
 
 @contextmanager

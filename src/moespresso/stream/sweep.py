@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from moespresso.checkpoint import TORCH_DTYPES, as_bytes, disk_full_is_told, header, write_file
 from moespresso.core.blueprint import BRANCHES, Branch, LayerSpec, TensorRef
-from moespresso.core.layer import Call, Layer, LayerWeights, Taps
+from moespresso.core.layer import Call, Fed, Layer, LayerWeights, Taps
 from moespresso.core.progress import Progress, Silent
 from moespresso.model import Skeleton, Waiting, start, without
-from moespresso.stream.listen import listening
+from moespresso.stream.listen import listening, overhearing
 
 Visitor = Callable[[Layer, Taps], LayerWeights | None]
 # Tokens that pass a layer at once: enough to keep matrix products busy, few enough that what all selected experts answer
@@ -164,6 +164,14 @@ class _LayerTaps:
                 heard.fed,
                 heard.answer,
             )
+
+    def fed(self, watched: Mapping[str, Callable[[Tensor], None]]) -> list[Fed]:
+        """What reaches the experts, batch by batch; their own answers are not computed."""
+        found: list[Fed] = []
+        for batch, valid in zip(self._waiting, self.valid, strict=True):
+            with overhearing(self._layer, valid, watched, found):
+                batch.run(self._layer.module)
+        return found
 
     @property
     def inputs(self) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +14,27 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from moespresso.checkpoint import MANIFEST, Reader, count_nonfinite, open_checkpoint, read_manifest
+from moespresso.checkpoint import (
+    MANIFEST,
+    TORCH_DTYPES,
+    Reader,
+    count_nonfinite,
+    open_checkpoint,
+    read_manifest,
+)
 from moespresso.core.blueprint import Blueprint
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan
 from moespresso.core.progress import Progress
-from moespresso.model import Skeleton, View, is_unequal, read_blueprint, rehoused_views
+from moespresso.model import (
+    Skeleton,
+    View,
+    is_unequal,
+    other_layout,
+    own_packing,
+    read_blueprint,
+    rehoused_views,
+)
 from moespresso.stream import sweep
 
 _CHUNK = 16 << 20
@@ -45,6 +61,8 @@ def verify(folder: Path, source: View | None, progress: Progress) -> list[Check]
     if "view" in state:
         view = state["view"]
         found.append(_run("every value is finite", lambda: _finite(view, manifest, progress)))
+        if view.formats:
+            found.append(_run("every packed matrix decodes", lambda: _decodes(view)))
         found.append(_run(_loads(view), lambda: _stock(folder, view, manifest["nonfinite"])))
         found.append(_run("counts are those of the plan", lambda: _planned_counts(view.blueprint, manifest)))
         if source is not None:
@@ -54,6 +72,8 @@ def verify(folder: Path, source: View | None, progress: Progress) -> list[Check]
 
 
 def _loads(view: View) -> str:
+    if own_packing(view):
+        return "moespresso.load loads it and agrees"
     plugin = is_unequal(view.checkpoint.config)
     return f"{'transformers with moespresso' if plugin else 'stock transformers'} loads it and agrees"
 
@@ -108,9 +128,9 @@ def _complete(folder: Path, state: dict[str, View]) -> str:
 
 def _finite(view: View, manifest: dict[str, Any], progress: Progress) -> str:
     bad: dict[str, int] = {}
-    progress.stage("check values", len(view.pieces))
+    progress.stage("check values", len(view.stored))
     with Reader(view.checkpoint.folder) as reader:
-        for piece in view.pieces:
+        for piece in view.stored:
             count = sum(map(count_nonfinite, reader.tensor(piece.source.ref).reshape(-1).split(_CHUNK)))
             if count:
                 bad[piece.name] = count
@@ -118,6 +138,23 @@ def _finite(view: View, manifest: dict[str, Any], progress: Progress) -> str:
     allowed: dict[str, int] = manifest["nonfinite"]
     _require(bad == allowed, f"not finite: {', '.join(f'{name} ({count})' for name, count in bad.items())}")
     return f"{sum(bad.values())} non-finite values, as the manifest says" if bad else "all of them"
+
+
+def _decodes(view: View) -> str:
+    """Stored shapes are the matrices' own, and no scale is zero."""
+    counts: Counter[str] = Counter()
+    with Reader(view.checkpoint.folder) as reader:
+        for piece in view.pieces:
+            packed = piece.source.ref.packed
+            if packed is None:
+                continue
+            if packed.layout == "compressed-tensors":
+                shape = tuple(reader.tensor(packed.parts["weight_shape"]).tolist())
+                _require(shape == piece.shape, f"{piece.name} says that it is {shape}, not {piece.shape}")
+            scale = reader.codes_of(piece.source.ref).scale
+            _require(bool((scale != 0).all()), f"{piece.name} has scales that are zero")
+            counts[f"{packed.format.bits} bits"] += 1
+    return ", ".join(f"{count} matrices of {bits}" for bits, count in sorted(counts.items()))
 
 
 def _planned_counts(blueprint: Blueprint, manifest: dict[str, Any]) -> str:
@@ -139,10 +176,14 @@ def _stock(folder: Path, view: View, nonfinite: dict[str, int]) -> str:
         return (
             f"not run: the model is larger than {STOCK_BYTES >> 30} GiB (names and shapes were checked above)"
         )
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    model, info = loaded
     with Reader(folder, allow_nonfinite=True) as reader:
         skeleton = view.skeleton(reader, torch.float32, torch.device("cpu"))
+        if other_layout(view):
+            return "not run: GPTQ and AWQ layouts need an engine of their own; names, shapes and codes were checked"
+        if own_packing(view):
+            whole = view.skeleton(reader, torch.float32, torch.device("cpu")).whole()
+            return f"stock loaders stop at its format; {_same_logits(whole, skeleton, view.blueprint.vocab)}"
+        model, info = _loaded(folder, view)
         outside = {skeleton.in_memory(entry.ref.name) for entry in view.blueprint.outside}
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             wrong = {str(key) for key in info[kind]} - outside
@@ -150,6 +191,30 @@ def _stock(folder: Path, view: View, nonfinite: dict[str, int]) -> str:
         if nonfinite:
             return "no key missing, unexpected or mismatched; logits not compared, since the source was not finite"
         return f"no key missing, unexpected or mismatched; {_same_logits(model.eval(), skeleton, view.blueprint.vocab)}"
+
+
+def _loaded(folder: Path, view: View) -> tuple[nn.Module, dict[str, Any]]:
+    """What stock transformers loads, in float32, and what it says about the tensors."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = loaded
+    if view.formats:
+        _unpack(model, view)
+    return model, info
+
+
+def _unpack(model: Any, view: View) -> None:
+    """Unpack the matrices that the loader left packed (it would at the first forward), and compute in float32.
+
+    Scales must have the dtype they are stored in again, since weights are rounded to that.
+    """
+    packed = {piece.name.removesuffix("weight") + "weight_scale": piece.ref.dtype for piece in view.pieces
+              if piece.ref.packed is not None}  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if name in packed:
+            parameter.data = parameter.data.to(TORCH_DTYPES[packed[name]])
+    model.hf_quantizer.compressor.decompress_model(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
 
 
 @torch.inference_mode()
@@ -175,21 +240,21 @@ def _against(view: View, source: View, manifest: dict[str, Any], progress: Progr
         if config.get(key) != view.checkpoint.config.get(key)
     ]
     _require(not changed, f"config.json differs from the plan's in {_some(set(changed))}")
-    wanted = {piece.name: piece for piece in wanted_view.pieces}
-    have = view.checkpoint.tensors
+    wanted = {piece.name: piece for piece in wanted_view.stored}
+    have = {piece.name: piece.ref for piece in view.stored}
+    files = {piece.name: piece.source.ref for piece in view.stored}
     _require(
         wanted.keys() == have.keys(), f"tensors differ from the plan's: {_some(wanted.keys() ^ have.keys())}"
     )
     progress.stage("compare tensors", len(wanted))
     with Reader(source.checkpoint.folder, allow_nonfinite=True) as old, Reader(view.checkpoint.folder) as new:
         for name, piece in wanted.items():
-            equal = have[name].shape == piece.shape and have[name].dtype == piece.source.ref.dtype
+            equal = have[name].shape == piece.shape and have[name].dtype == piece.ref.dtype
             _require(
-                equal,
-                f"{name} is {have[name].dtype} {have[name].shape}, not {piece.source.ref.dtype} {piece.shape}",
+                equal, f"{name} is {have[name].dtype} {have[name].shape}, not {piece.ref.dtype} {piece.shape}"
             )
             _require(
-                piece.fitted or _same(old.chunks(piece), new.tensor(have[name])),
+                piece.fitted or _same(old.chunks(piece), new.tensor(files[name])),
                 f"{name} is not what the plan makes of the original",
             )
             progress.advance()
@@ -207,7 +272,7 @@ def _as_planned(view: View, source: View, manifest: dict[str, Any]) -> View:
     plan = Plan.from_json(json.dumps(manifest["plan"])).validated(source.source)
     houses = [each for each in (source, *rehoused_views(source)) if each.source.family == view.source.family]
     _require(bool(houses), f"it is a {view.source.family} model, the original {source.source.family}")
-    return replace(houses[0], plan=plan, stock=bool(manifest["stock"]))
+    return replace(houses[0], plan=plan, stock=bool(manifest["stock"]), layout=manifest.get("layout"))
 
 
 def _same(chunks: Iterator[torch.Tensor], written: torch.Tensor) -> bool:

@@ -1,0 +1,94 @@
+"""Rounding at the widths of Mixtral-8x7B: one layer of random weights (8 experts of 3 x 4096 x 14336) by each method.
+
+Prints seconds, bytes of bfloat16 source per second, and the peak of anonymous memory. GPTQ takes second moments of random
+tokens; `--experts` says for how many experts it is run (all of a layer take as many times as long).
+
+    python benchmarks/real_widths.py [--device cpu] [--experts 1] [--out FILE.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moespresso.core.format import Format
+from moespresso.methods import Gptq, Hqq, Rtn
+from moespresso.report import machine, versions
+from moespresso.stream import PeakMemory
+
+HIDDEN, WIDTH, EXPERTS = 4096, 14336, 8
+FORMAT = Format("integer", 4, 128)
+
+
+def timed(label: str, work: Callable[[], object], weights: int) -> dict[str, Any]:
+    """Seconds, speed and memory of one call."""
+    with PeakMemory() as memory:
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    row = {
+        "seconds": seconds,
+        "source_bytes_per_second": 2 * weights / seconds,
+        "peak_anonymous_bytes": memory.peak,
+    }
+    print(
+        f"{label:24} {seconds:8.1f} s  {2e-9 * weights / seconds:6.2f} GB/s  {memory.peak / 2**30:5.1f} GiB",
+        flush=True,
+    )
+    return row
+
+
+def moments(count: int, width: int, device: str) -> Tensor:
+    """Second moments [count, width, width] of random correlated tokens."""
+    rows = torch.randn(2 * width, width // 4, device=device) @ torch.randn(width // 4, width, device=device)
+    rows += torch.randn_like(rows)
+    return (rows.T @ rows / len(rows)).expand(count, width, width)
+
+
+def main() -> None:
+    """Run, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--experts", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    shapes = [(WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)]
+    total, found = EXPERTS * sum(out * width for out, width in shapes), {}
+    with torch.inference_mode():
+        for step in (Rtn(scales="minmax", unbiased=False), Rtn(), Hqq()):
+            label = f"{step.kind} {getattr(step, 'scales', '')}".strip()
+            layer = [
+                torch.randn(1, out, width, dtype=torch.bfloat16, device=asked.device) for out, width in shapes
+            ]
+
+            def all_experts(step: Any = step, layer: list[Tensor] = layer) -> None:
+                for _ in range(EXPERTS):  # expert by expert, as the build does
+                    for weights in layer:
+                        step.round(weights, FORMAT, torch.bfloat16)
+
+            found[label] = timed(label, all_experts, total)
+        for name, (out, width) in {"gate and up": (2 * WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}.items():
+            weights = torch.randn(asked.experts, out, width, device=asked.device)
+            seen = moments(asked.experts, width, asked.device)
+            label = f"gptq, {name} x {asked.experts}"
+            found[label] = timed(
+                label, lambda w=weights, h=seen: Gptq().solved(w, h, FORMAT, torch.bfloat16), weights.numel()
+            )
+    if asked.out:
+        body = {"date": date.today().isoformat(), "device": asked.device, "machine": machine(), "versions": versions(),
+                "results": found}  # fmt: skip
+        asked.out.write_text(json.dumps(body, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""Checkpoints whose matrices are stored packed: several tensors on disk are one matrix to everybody else.
+
+Three layouts are understood, with integers of 2 to 8 bits and scales per group or channel: compressed-tensors'
+`pack-quantized`, in which `config.json` says by regular expressions which modules have how many bits, and those of GPTQ and
+AWQ, which have one format for all. `joined` replaces the tensors of each matrix by one reference with the shape and dtype of
+what it decodes to; `packing_config` writes the section of `config.json` again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from moespresso.core.blueprint import Packed, TensorRef
+from moespresso.core.errors import UserError
+from moespresso.core.format import Format, Layout
+
+SECTION = "quantization_config"
+METHOD, KIND = "compressed-tensors", "pack-quantized"
+# Stands for KIND where stock loaders would compute wrong numbers: they stop at a name that they do not know.
+OWN_KIND = "moespresso-packed"
+# The part of a matrix by which it is found, and all its parts.
+_PARTS: dict[Layout, tuple[str, ...]] = {
+    "compressed-tensors": ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"),
+    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+    "awq": ("qweight", "qzeros", "scales"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A group of the section: which modules it means, and their format."""
+
+    targets: tuple[str, ...]
+    format: Format
+
+    def means(self, module: str) -> bool:
+        """Whether one of its targets matches a module's name; class names match every module."""
+        return any(
+            re.match(target[3:], module) is not None
+            if target.startswith("re:")
+            else target in ("Linear", module)
+            for target in self.targets
+        )
+
+
+def joined(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: Path) -> dict[str, TensorRef]:
+    """`tensors` with the parts of every packed matrix as one reference; raises `UserError` where they do not fit."""
+    place = str(folder)
+    section = config.get(SECTION)
+    if not section:
+        return dict(tensors)
+    layout, groups = _layout(section, place), _groups(section, place)
+    first, *_ = suffixes = _PARTS[layout]
+    found: dict[str, TensorRef] = {}
+    for name, ref in tensors.items():
+        stem, _, suffix = name.rpartition(".")
+        if suffix not in suffixes or f"{stem}.{first}" not in tensors:
+            found[name] = ref
+        elif suffix == first:
+            format = next((group.format for group in groups if group.means(stem)), None)
+            if format is None:
+                raise UserError(
+                    f"{place}: {stem} is packed, but no group of config.json's {SECTION} means it"
+                )
+            found[f"{stem}.weight"] = _whole(stem, tensors, format, layout, folder)
+    return found
+
+
+def check_readable(config: Mapping[str, Any], place: str) -> None:
+    """Raise `UserError` where a config says that its checkpoint is quantized in a way that is not read."""
+    section = config.get(SECTION) or config.get("compression_config")
+    if section:
+        _layout(section, place)
+
+
+def _layout(section: Any, place: str) -> Layout:
+    said = cast("dict[str, Any]", section) if isinstance(section, dict) else {}
+    method, kind = said.get("quant_method"), said.get("format")
+    if (method, kind) in ((METHOD, KIND), (METHOD, OWN_KIND)):
+        return "compressed-tensors"
+    if method == "gptq" and said.get("checkpoint_format", "gptq") == "gptq":
+        return "gptq"
+    if method == "awq" and said.get("version", "gemm") == "gemm":
+        return "awq"
+    words = " ".join(
+        str(word) for word in (method, kind or said.get("checkpoint_format") or said.get("version")) if word
+    )
+    raise UserError(
+        f"{place} is already quantized ({words or section}), and of such checkpoints this version reads {METHOD} {KIND}, "
+        "gptq and awq (gemm) only: give the unquantized one"
+    )
+
+
+def _groups(section: Mapping[str, Any], place: str) -> list[_Group]:
+    try:
+        if section["quant_method"] == METHOD:
+            return [_group(group) for group in section["config_groups"].values()]
+        size = int(section["group_size"])
+        symmetric = section["quant_method"] == "gptq" and bool(section["sym"])
+        return [_Group(("Linear",), Format("integer", int(section["bits"]), max(size, 0), symmetric))]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{place} is already quantized, and the {SECTION} of its config.json is not understood ({error!r}): give the "
+            "unquantized checkpoint"
+        ) from error
+
+
+def _group(group: Mapping[str, Any]) -> _Group:
+    weights = group["weights"]
+    if weights["type"] != "int" or group.get("input_activations") is not None:
+        raise ValueError("only weights stored as integers are read")
+    if weights["strategy"] not in ("group", "channel"):
+        raise ValueError(f"strategy {weights['strategy']}")
+    size = weights["group_size"] if weights["strategy"] == "group" else 0
+    format = Format("integer", int(weights["num_bits"]), int(size), bool(weights["symmetric"]))
+    return _Group(tuple(group["targets"]), format)
+
+
+def _whole(
+    stem: str, tensors: Mapping[str, TensorRef], format: Format, layout: Layout, folder: Path
+) -> TensorRef:
+    """The reference to one packed matrix; every part must have the shape and dtype that its format says."""
+    place = str(folder)
+    parts = {
+        suffix: tensors[f"{stem}.{suffix}"] for suffix in _PARTS[layout] if f"{stem}.{suffix}" in tensors
+    }
+    first = next(iter(parts.values()))
+    scale = parts.get("weight_scale") or parts.get("scales")
+    if scale is None or any(len(part.shape) != 2 for part in (first, scale)):
+        raise UserError(f"{place}: {stem} lacks a part of its packed weight: download it again")
+    shape = _shape(first, scale, format, layout)
+    if layout == "compressed-tensors" and not format.group_size and "weight_shape" in parts:
+        shape = shape[0], _stored_width(parts["weight_shape"], shape[1], folder)
+    whole = TensorRef(
+        f"{stem}.weight", shape, scale.dtype, first.file, first.offset, packed=Packed(format, layout)
+    )
+    for suffix, wanted in whole.stored().items():
+        part = parts.pop(suffix, None)
+        if part is None or (part.shape, part.dtype) != (wanted.shape, wanted.dtype):
+            have = "missing" if part is None else f"{part.dtype} {list(part.shape)}"
+            raise UserError(
+                f"{place}: {wanted.name} is {have}, not {wanted.dtype} {list(wanted.shape)} as its format says"
+            )
+    if parts:
+        raise UserError(f"{place}: {stem} has a {next(iter(parts))}, which its format does not know")
+    found = {suffix: tensors[f"{stem}.{suffix}"] for suffix in whole.stored()}
+    return TensorRef(
+        whole.name, whole.shape, whole.dtype, whole.file, whole.offset, packed=Packed(format, layout, found)
+    )
+
+
+def _shape(first: TensorRef, scale: TensorRef, format: Format, layout: Layout) -> tuple[int, int]:
+    """Outputs and inputs, from the shapes of the packed values and the scales."""
+    if layout == "gptq":
+        return first.shape[1], first.shape[0] * 32 // format.bits
+    if layout == "awq":
+        return first.shape[1] * 32 // format.bits, first.shape[0]
+    out, groups = scale.shape
+    return out, groups * format.group_size if format.group_size else first.shape[1] * 32 // format.bits
+
+
+def _stored_width(ref: TensorRef, most: int, folder: Path) -> int:
+    """Inputs of a matrix with one scale a channel: its last word may be padded, so only its stored shape says it."""
+    with (folder / ref.file).open("rb") as file:
+        said = int.from_bytes(os.pread(file.fileno(), 8, ref.offset + 8), "little")
+    if not most - 32 < said <= most:
+        raise UserError(f"{folder}: {ref.name} says {said} inputs, its values hold {most}: download it again")
+    return said
+
+
+def packing_config(
+    packed: Mapping[str, Format], plain: Iterable[str], *, layout: Layout, stock: bool
+) -> dict[str, Any]:
+    """The section for modules `packed`, by name, beside the `plain` ones that hold a matrix too.
+
+    In compressed-tensors one format for all is said of every `Linear` but the plain ones, as engines expect; several by a
+    regular expression each. Without `stock` the format's name is one that only moespresso reads. Raises `UserError` where
+    another layout cannot say it.
+    """
+    formats = list(dict.fromkeys(packed.values()))
+    one = len(formats) == 1
+    if layout != "compressed-tensors":
+        if not one:
+            raise UserError(
+                f"the layout {layout} has one format for all matrices, here are {len(formats)}: keep compressed-tensors"
+            )
+        return _OTHERS[layout](formats[0], sorted(set(plain)))
+    groups = {
+        f"group_{number}": {
+            "targets": ["Linear"] if one else [f"re:{_pattern(name for name in packed if packed[name] == format)}"],
+            "weights": _weights(format),
+            "input_activations": None,
+            "output_activations": None,
+            "format": KIND if stock else OWN_KIND,
+        }
+        for number, format in enumerate(formats)
+    }  # fmt: skip
+    return {
+        "quant_method": METHOD,
+        "format": KIND if stock else OWN_KIND,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": sorted(set(plain)) if one else [],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _weights(format: Format) -> dict[str, Any]:
+    return {
+        "num_bits": format.bits,
+        "type": "int",
+        "symmetric": format.symmetric,
+        "strategy": "group" if format.group_size else "channel",
+        "group_size": format.group_size or None,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
+    }
+
+
+def _gptq_section(format: Format, plain: list[str]) -> dict[str, Any]:
+    # Modules left alone are said by GPTQModel's own `dynamic`: a pattern with a minus in front.
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": format.bits,
+        "group_size": format.group_size or -1,
+        "sym": format.symmetric,
+        "desc_act": False,
+        "lm_head": False,
+        "dynamic": {f"-:^{re.escape(name)}$": {} for name in plain},
+    }
+
+
+def _awq_section(format: Format, plain: list[str]) -> dict[str, Any]:
+    return {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": format.bits,
+        "group_size": format.group_size or -1,
+        "zero_point": True,
+        "modules_to_not_convert": plain,
+    }
+
+
+_OTHERS = {"gptq": _gptq_section, "awq": _awq_section}
+
+
+def _pattern(names: Iterable[str]) -> str:
+    """A regular expression for exactly these modules, the numbers of experts summed up: a layer's have one format."""
+    stems = {re.sub(r"(?<=experts\.)\d+(?=\.)", "#", name) for name in names}
+    return (
+        "^("
+        + "|".join(re.escape(stem).replace(r"\#", r"\d+").replace("#", r"\d+") for stem in sorted(stems))
+        + ")$"
+    )

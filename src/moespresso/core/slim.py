@@ -1,0 +1,133 @@
+"""Which tensors a slimming stage encodes, in which format, and by which step: what plans, pieces and checks agree on.
+
+A treatment's `format` stands on a part of a layer (`L3.experts`, `L3.attention`) or on one projection of it
+(`L3.experts.down`), which then counts. Routers, norms, biases and embeddings have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moespresso.core.blueprint import Blueprint, Entry
+from moespresso.core.errors import UserError
+from moespresso.core.fits import REPAIRS
+from moespresso.core.format import DTYPE_BYTES, Format, check_group, check_layout
+from moespresso.core.plan import Plan, Stage, Treatment
+from moespresso.core.registry import parse_step
+from moespresso.core.unit import Unit
+
+# Parts of a model whose matrices can be encoded.
+SLIM_PARTS = ("experts", "shared", "attention", "dense", "head")
+# The repair of a part whose tensors are replaced by fitted ones, since a stage moved a scale into them.
+REFIT = "rescale"
+
+
+def is_matrix(entry: Entry) -> bool:
+    """Whether an entry is a weight matrix that a format can be given to (the one row of a shared expert's gate is none)."""
+    shape = entry.ref.shape
+    return (
+        entry.in_graph
+        and entry.unit.part in SLIM_PARTS
+        and entry.ref.name.endswith(".weight")
+        and len(shape) == 2
+        and shape[0] > 1
+    )
+
+
+def format_of(entry: Entry, stage: Stage) -> Format | None:
+    """The format that `stage` gives to an entry, or None."""
+    if not is_matrix(entry):
+        return None
+    whole = Unit(entry.unit.layer, entry.unit.part)
+    single = Unit(entry.unit.layer, entry.unit.part, None, entry.unit.matrix)
+    found = (stage.treatments.get(unit, Treatment()).format for unit in (single, whole))
+    return next((format for format in found if format is not None), None)
+
+
+def scale_dtypes(blueprint: Blueprint) -> dict[int | None, str]:
+    """By layer, the dtype that the scales of its experts are stored in: the narrowest of the experts' own, since loaders
+    stack all of them in one dtype."""
+    found: dict[int | None, str] = {}
+    for entry in blueprint.entries:
+        if entry.unit.part == "experts" and is_matrix(entry):
+            other = found.get(entry.unit.layer, entry.ref.dtype)
+            found[entry.unit.layer] = min(
+                other, entry.ref.dtype, key=lambda dtype: (DTYPE_BYTES[dtype], dtype)
+            )
+    return found
+
+
+def slims(stage: Stage) -> bool:
+    """Whether a stage encodes anything."""
+    return any(treatment.format is not None for treatment in stage.treatments.values())
+
+
+def rounds_on_text(stage: Stage) -> bool:
+    """Whether a stage encodes by a step that takes calibration text."""
+    return slims(stage) and bool(step_of(stage).on_text)
+
+
+def step_of(stage: Stage) -> Any:
+    """The settings of the step that encodes in `stage`; raises `UserError` where that is none that can."""
+    method: Mapping[str, Any] = stage.method
+    step = parse_step(method)
+    if not hasattr(step, "on_text"):
+        raise UserError(
+            f"the plan gives formats by {method.get('kind')!r}, which is no step that rounds weights"
+        )
+    return step
+
+
+def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
+    """Raise `UserError` where stage `number` of a plan encodes what is not there or cannot be, or changes values that an
+    earlier stage encoded."""
+    stage = plan.stages[number]
+    for unit, treatment in stage.treatments.items():
+        if treatment.format is not None and treatment != Treatment(format=treatment.format):
+            raise UserError(
+                f"the plan gives {unit} a format and something else as well: do one after the other"
+            )
+        _check_values(unit, treatment, plan.stages[:number])
+    if not slims(stage):
+        return
+    step_of(stage)
+    met: set[Unit] = set()
+    for entry in blueprint.entries:
+        _check_fused(entry, stage, blueprint)
+        format = format_of(entry, stage)
+        if format is not None:
+            check_storable(entry, format)
+            met |= {
+                Unit(entry.unit.layer, entry.unit.part, None, matrix) for matrix in (None, entry.unit.matrix)
+            }
+    for unit, treatment in stage.treatments.items():
+        if treatment.format is not None and unit not in met:
+            raise UserError(f"the plan gives {unit} a format, but {blueprint.source} has no matrices there")
+
+
+def _check_values(unit: Unit, treatment: Treatment, before: tuple[Stage, ...]) -> None:
+    changes = treatment.into is not None or treatment.repair in REPAIRS
+    if changes and any(map(slims, before)):
+        what = "merges" if treatment.into is not None else "repairs"
+        raise UserError(f"the plan {what} {unit} after a step that rounds weights: put the rounding last")
+
+
+def _check_fused(entry: Entry, stage: Stage, blueprint: Blueprint) -> None:
+    """Experts that are stored as one tensor have no packed form that an engine knows."""
+    unit = Unit(entry.unit.layer, "experts")
+    wanted = stage.treatments.get(unit, Treatment()).format is not None
+    if wanted and entry.unit.part == "experts" and entry.unit.expert is None and len(entry.ref.shape) == 3:
+        raise UserError(
+            f"{blueprint.source} ({blueprint.family}) stores all experts of a layer in one tensor, for which no packed "
+            "form is known to load: its experts cannot be rounded by this version"
+        )
+
+
+def check_storable(entry: Entry, format: Format) -> None:
+    """Raise `UserError` where a matrix cannot be stored in `format`."""
+    if format.kind != "integer" or format.bits not in (2, 3, 4, 8):
+        raise UserError(f"{entry.ref.name}: format {format} is not known: integers of 2, 3, 4 or 8 bits are")
+    out, width = entry.ref.shape
+    check_group(width, format, entry.ref.name)
+    check_layout("compressed-tensors", format, out, width)

@@ -1,0 +1,54 @@
+"""Integers on a grid: weight = (value - zero) * scale, with one scale and one zero per group of neighbouring inputs.
+
+Values are unsigned, 0 .. 2^bits - 1, in symmetric formats too: their zero is 2^(bits-1) everywhere and is not stored.
+Scales have the dtype that they are stored in, and decoding multiplies in that dtype, as the engines do; so what a
+method sees is what a user will load. Shapes: N matrices at once, out x in, G groups of g inputs (G = 1: per channel).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moespresso.core.format import Format
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Codes:
+    """Encoded matrices: `values` uint8 [N, out, in], `scale` [N, out, G] as stored, `zero` uint8 [N, out, G]."""
+
+    format: Format
+    values: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+def levels(format: Format) -> int:
+    """Number of values of the grid."""
+    return 1 << format.bits
+
+
+def in_groups(weights: Tensor, format: Format) -> Tensor:
+    """[..., out, in] as [..., out, G, g] (a view)."""
+    return weights.view(*weights.shape[:-1], -1, format.group_size or weights.shape[-1])
+
+
+def spread(grid: Tensor, width: int) -> Tensor:
+    """Scales or zeros [..., out, G] as one per weight [..., out, in]."""
+    return grid.repeat_interleave(width // grid.shape[-1], -1)
+
+
+def encode(weights: Tensor, scale: Tensor, zero: Tensor, format: Format) -> Codes:
+    """Round `weights` [N, out, in] to the nearest value of the grid."""
+    grouped = in_groups(weights.float(), format)
+    steps = grouped.div(scale.float().unsqueeze(-1)).add_(zero.float().unsqueeze(-1))
+    values = steps.round_().clamp_(0, levels(format) - 1).to(torch.uint8).flatten(-2)
+    return Codes(format, values, scale, zero)
+
+
+def decode(codes: Codes) -> Tensor:
+    """The weights [N, out, in] that the codes stand for, in the scales' dtype."""
+    steps = in_groups(codes.values, codes.format).to(torch.int16) - codes.zero.unsqueeze(-1)
+    return (steps.to(codes.scale.dtype) * codes.scale.unsqueeze(-1)).flatten(-2)

@@ -1,0 +1,103 @@
+"""The routed experts of one layer as matrices, with the tokens that reach each of them.
+
+Second moments are means over what an expert is really given: H = sum c^2 x x^T / sum c^2, with c = 1, or the gate for what
+reaches the down projection, since its output is multiplied with that. All are computed from the tokens on demand, for as
+many experts at once as the caller's memory allows; nothing is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moespresso.core.layer import Fed
+
+
+@dataclass(frozen=True)
+class RoutedExperts:
+    """E experts: `up` [E, R, H] (R = 2 I with the gate in the first half, or I without one) and `down` [E, H, I], in the
+    compute precision; the tokens `hidden` [T, H] of which each goes to the experts `index` [T, k] by `weights` [T, k].
+
+    `module` is the experts' own, for its activation. With `everyone` every expert counts as given every token.
+    """
+
+    up: Tensor
+    down: Tensor
+    module: Any
+    hidden: Tensor
+    index: Tensor
+    weights: Tensor
+    everyone: bool = False
+
+    @classmethod
+    def of(cls, module: Any, fed: Sequence[Fed], *, everyone: bool = False) -> RoutedExperts:
+        """The experts of a loaded layer and what reached them."""
+        up = module.gate_up_proj if module.has_gate else module.up_proj
+        parts = [
+            torch.cat([getattr(batch, name) for batch in fed]) for name in ("hidden", "index", "weights")
+        ]
+        return cls(up, module.down_proj, module, *parts, everyone=everyone)
+
+    @property
+    def count(self) -> int:
+        """Number of experts."""
+        return len(self.down)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """How many tokens reach each expert [E], by the router's own choice."""
+        return torch.bincount(self.index.flatten(), minlength=self.count)[: self.count]
+
+    @cached_property
+    def _order(self) -> tuple[Tensor, list[int]]:
+        slots = self.index.flatten()
+        ends = torch.bincount(slots, minlength=self.count)[: self.count].cumsum(0)
+        return slots.argsort(stable=True), [0, *ends.tolist()]
+
+    def rows(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Numbers [n] of the tokens that reach `expert`, and their gates [n]."""
+        if self.everyone:
+            gates = (self.weights * (self.index == expert)).sum(1)
+            return torch.arange(len(self.hidden), device=self.hidden.device), gates
+        order, ends = self._order
+        slots = order[ends[expert] : ends[expert + 1]]
+        return slots // self.index.shape[1], self.weights.flatten()[slots]
+
+    def inner(self, expert: int, hidden: Tensor, up: Tensor) -> Tensor:
+        """What the down projection of an expert is given [n, I] for tokens [n, H], with `up` [R, H] as its weights."""
+        mixed = hidden @ up.T
+        return self.module._apply_gate(mixed) if self.module.has_gate else self.module.act_fn(mixed)
+
+    def moments_in(self, experts: range) -> Tensor:
+        """Mean x x^T [N, H, H] of what each of `experts` is given (zeros where it is given nothing)."""
+        found = [self.hidden[self.rows(expert)[0]] for expert in experts]
+        return torch.stack([_moment(rows, None) for rows in found])
+
+    def moments_inner(self, experts: range, up: Tensor, *, by_gate: bool) -> Tensor:
+        """Mean a a^T [N, I, I] of what the down projections of `experts` are given with `up` [N, R, H] as their weights,
+        weighted by the square of the gate with `by_gate`."""
+        return torch.stack(list(self._inner_moments(experts, up, by_gate)))
+
+    def _inner_moments(self, experts: range, up: Tensor, by_gate: bool) -> Iterator[Tensor]:
+        for weights, expert in zip(up, experts, strict=True):
+            tokens, gates = self.rows(expert)
+            inner = self.inner(expert, self.hidden[tokens], weights)
+            yield _moment(inner, gates if by_gate else None)
+
+    def pooled(self) -> Tensor:
+        """Mean x x^T [H, H] of all tokens."""
+        return _moment(self.hidden, None)
+
+
+def _moment(rows: Tensor, gates: Tensor | None) -> Tensor:
+    """Mean of r r^T over `rows` [n, W], weighted by the squares of `gates` [n]; zeros where there are none."""
+    rows = rows.float()
+    if gates is not None:
+        rows = rows * gates.float().unsqueeze(1)
+    total = len(rows) if gates is None else float(gates.float().square().sum())
+    return (rows.T @ rows) / max(total, 1e-12)

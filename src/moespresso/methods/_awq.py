@@ -1,0 +1,199 @@
+"""Where factors can be moved without any effect: from a norm into all that reads it, and from up into down.
+
+    readers (x n)  =  (readers diag(n / n')) (x n')          down (act(g) * u)  =  (down diag(t)) (act(g) * u / t)
+
+Nothing is known of families by name. The feed-forward part is run on a few random tokens with its experts silent; whatever
+is given the very tensor that the part was given, and has a matrix as wide, is taken for a reader. Then all of them are
+scaled by random powers of two, which floating point does exactly: where the scaled part does not say exactly the same, it
+reads its input in some other way, and `Untold` says so. The same trial tells a norm that multiplies by its weight from one
+that multiplies by 1 + w, and a plain product of gate and up from one that is cut off.
+
+`narrowed` is the search for ranges that goes with it: the one of least output error, group by group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from moespresso.core.format import Format
+from moespresso.formats import decode, encode, in_groups
+from moespresso.formats.grids import Grid, chosen, spanned
+from moespresso.runtime.anatomy import Branch, NotResidual, find_anatomy
+
+_TOKENS = 16
+# Larger than any bound at which a family cuts off what goes through its experts.
+_FAR = 1e3
+# Ranges that are tried for each group, down to the narrowest; and what every input counts at least, in mean squares.
+_RANGES, _NARROWEST = 16, 0.4
+_RIDGE = 1e-4
+
+
+class Untold(Exception):
+    """The inputs of a layer's experts cannot be scaled; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entrance:
+    """What stands before the experts of a layer: the parameter of the `norm`, [H], and those of all other `readers` of its
+    output, [*, H], by their names in the layer."""
+
+    norm: str
+    readers: tuple[str, ...]
+
+
+def find_entrance(layer: nn.Module, experts: Any) -> Entrance:
+    """The norm before `experts` and all that reads its output beside them; raises `Untold` where that cannot be told."""
+    try:
+        branch = find_anatomy(layer).mlp
+    except NotResidual as error:
+        raise Untold(f"the branches of the layer cannot be told apart: {error}") from error
+    if branch is None or branch.pre is None:
+        raise Untold("no norm stands before them")
+    norm = layer.get_submodule(branch.pre)
+    names = [name for name, _ in norm.named_parameters()]
+    if len(names) != 1 or not _multiplies(norm, names[0]):
+        raise Untold(f"{branch.pre} does more than multiply by its weight")
+    readers = _readers(layer, branch, experts, norm.get_parameter(names[0]))
+    return Entrance(f"{branch.pre}.{names[0]}", readers)
+
+
+def is_product(experts: Any, width: int) -> bool:
+    """Whether what reaches down, `width` wide, is the answer to the gate times up, each in its half, and nothing else."""
+    if not experts.has_gate or experts.has_bias:
+        return False
+    like = experts.down_proj
+    gate, up = (_random(_TOKENS, width, like=like, seed=seed) for seed in (0, 1))
+    factors = _powers(width, like)
+    plain = experts._apply_gate(torch.cat([gate, _FAR * up], 1))
+    return torch.equal(experts._apply_gate(torch.cat([gate, _FAR * up * factors], 1)), plain * factors)
+
+
+def _multiplies(norm: nn.Module, name: str) -> bool:
+    weight = norm.get_parameter(name)
+    if weight.ndim != 1:
+        return False
+    hidden, factors = _random(1, _TOKENS, len(weight), like=weight), _powers(len(weight), weight)
+    scaled = functional_call(norm, {name: weight * factors}, (hidden,))
+    return torch.equal(scaled, norm(hidden) * factors)
+
+
+def _readers(layer: nn.Module, branch: Branch, experts: Any, norm: Tensor) -> tuple[str, ...]:
+    bodies = [branch.body, *(name for name, _ in branch.beside)]
+    hidden, factors = _random(1, _TOKENS, len(norm), like=norm), _powers(len(norm), norm)
+    try:
+        with _silent(experts) as told, _watched(layer, bodies, experts, hidden) as found:
+            plain = [layer.get_submodule(name)(hidden) for name in bodies]
+        scaled = {name: layer.get_parameter(name) * factors for name in found}
+        with _silent(experts) as again:
+            answers = [_with(layer, name, scaled)(hidden / factors) for name in bodies]
+    except Exception as error:  # whatever a module raises that is given less than it is used to
+        raise Untold(f"{' and '.join(bodies)} cannot be run alone ({error})") from error
+    alone = len(told) == 3 and torch.equal(told[0], hidden[0])
+    if not alone or not _equal([told[0] / factors, *told[1:], *plain], [*again, *answers]):
+        raise Untold(f"something in {' and '.join(bodies)} reads its input in a way of its own")
+    return tuple(dict.fromkeys(found))
+
+
+def _with(layer: nn.Module, name: str, values: dict[str, Tensor]) -> Callable[[Tensor], Any]:
+    """A child of the layer with other values for some of its parameters (named as in the layer)."""
+    own = {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
+    return lambda hidden: functional_call(layer.get_submodule(name), own, (hidden,))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two answers, tensors or nested tuples of them, are the same to the last bit."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return one == other
+
+
+@contextmanager
+def _silent(experts: nn.Module) -> Generator[list[Tensor]]:
+    """Experts answer zeros; what they are given (tokens, selection, gates) is put into the list."""
+    told: list[Tensor] = []
+
+    def on_experts(*given: Tensor) -> Tensor:
+        told.extend(given)
+        return torch.zeros_like(given[0])
+
+    experts.__dict__["moespresso_ear"] = on_experts
+    try:
+        yield told
+    finally:
+        del experts.__dict__["moespresso_ear"]
+
+
+@contextmanager
+def _watched(layer: nn.Module, bodies: list[str], experts: nn.Module, hidden: Tensor) -> Generator[list[str]]:
+    """While the bodies run on `hidden`: names of the matrices of all modules that are given just that."""
+    found: list[str] = []
+
+    def look(prefix: str) -> Callable[..., None]:
+        def on_entry(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if _is_that(next(iter((*args, *kwargs.values())), None), hidden):
+                found.extend(f"{prefix}.{name}" for name, own in module.named_parameters(recurse=False)
+                             if own.ndim == 2 and own.shape[1] == hidden.shape[-1])  # fmt: skip
+
+        return on_entry
+
+    beneath = set(experts.modules())
+    handles = [module.register_forward_pre_hook(look(name), with_kwargs=True)
+               for name, module in layer.named_modules()
+               if any(f"{name}.".startswith(f"{body}.") for body in bodies) and module not in beneath]  # fmt: skip
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_that(given: Any, hidden: Tensor) -> bool:
+    """Whether a module is given just these tokens, in whatever shape."""
+    if not isinstance(given, Tensor) or given.numel() != hidden.numel():
+        return False
+    return given.shape[-1] == hidden.shape[-1] and torch.equal(given.reshape(hidden.shape).to(hidden), hidden)
+
+
+def narrowed(weights: Tensor, moments: Tensor, format: Format, dtype: torch.dtype) -> Grid:
+    """Grids of `weights` [N, out, in] on ranges that are narrowed until e H e^T of each group by itself is least: H is the
+    group's block of `moments` [N, in, in], e its error."""
+    found = [_narrowed(*one, format, dtype) for one in zip(weights.split(1), moments, strict=True)]
+    return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
+
+
+def _narrowed(weights: Tensor, moment: Tensor, format: Format, dtype: torch.dtype) -> Grid:
+    """`narrowed` for one matrix [1, out, in]."""
+    grouped = in_groups(weights, format)
+    size = grouped.shape[-1]
+    blocks = torch.stack([moment[at : at + size, at : at + size] for at in range(0, len(moment), size)])
+    blocks = blocks + _RIDGE * moment.diagonal().mean() * torch.eye(size, device=moment.device)
+    low, high = grouped.aminmax(dim=-1)
+    best, lowest = spanned(low, high, format, dtype), torch.full_like(low, torch.inf)
+    for step in range(_RANGES):
+        share = 1 - (1 - _NARROWEST) * step / _RANGES
+        grid = spanned(low * share, high * share, format, dtype)
+        errors = in_groups(decode(encode(weights, *grid, format)).float(), format) - grouped
+        by_group = errors[0].transpose(0, 1)
+        loss = ((by_group @ blocks) * by_group).sum(-1).mT[None]
+        best, lowest = chosen(loss < lowest, grid, best), torch.minimum(loss, lowest)
+    return best
+
+
+def _random(*shape: int, like: Tensor, seed: int = 0) -> Tensor:
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return made.to(like)
+
+
+def _powers(width: int, like: Tensor) -> Tensor:
+    """Factors 1/2, 1 and 2 in random order [width]."""
+    made = torch.randint(-1, 2, (width,), generator=torch.Generator().manual_seed(2))
+    return made.to(like).exp2()

@@ -1,0 +1,75 @@
+"""What a step that rounds on text is shown of a layer, and what it answers.
+
+`Shown.experts` are the routed experts with their tokens (`measure.routed`), `linears` single matrices with the second
+moments of their inputs. The answer is codes by name, tensors that are replaced as a whole, and what went wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from moespresso.core.format import Format
+from moespresso.formats import Codes
+from moespresso.measure import RoutedExperts
+
+# Second moments that are held at once.
+MOMENT_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One layer: `formats` of `up` and `down` of its experts and of every linear; `dtypes` that their scales are stored in.
+
+    `linears` maps a module's name to its weight [out, in] and the mean of x x^T [in, in] of its inputs. `module` is the
+    layer itself, `layer` its number.
+    """
+
+    layer: int
+    module: nn.Module
+    formats: Mapping[str, Format]
+    dtypes: Mapping[str, torch.dtype]
+    experts: RoutedExperts | None = None
+    linears: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
+
+    def groups(self, budget: int = MOMENT_BYTES) -> Iterator[range]:
+        """The experts, in runs whose second moments fit in `budget` bytes."""
+        assert self.experts is not None
+        width = max(self.experts.up.shape[-1], self.experts.down.shape[-1])
+        size = max(1, budget // (8 * 4 * width * width))
+        for first in range(0, self.experts.count, size):
+            yield range(first, min(first + size, self.experts.count))
+
+
+@dataclass(slots=True)
+class Answer:
+    """`up` and `down` are codes of all experts, in order; `linears` by module; `replaced` tensors by their name in the
+    layer; `trouble` in sentences, `remedies` by expert for those that could not be treated as the others."""
+
+    up: Codes | None = None
+    down: Codes | None = None
+    linears: dict[str, Codes] = field(default_factory=dict[str, Codes])
+    replaced: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    trouble: list[str] = field(default_factory=list[str])
+    remedies: dict[int, str] = field(default_factory=dict[int, str])
+
+
+def joined(parts: Sequence[Codes]) -> Codes:
+    """Codes of several runs of matrices as one."""
+    values, scale, zero = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("values", "scale", "zero")
+    )
+    return Codes(parts[0].format, values, scale, zero)
+
+
+def patched(codes: Codes, places: Sequence[int], others: Codes) -> Codes:
+    """`codes` with the matrices at `places` replaced by `others`."""
+    index = torch.tensor(places)
+    made = {
+        name: getattr(codes, name).index_copy(0, index, getattr(others, name))
+        for name in ("values", "scale", "zero")
+    }
+    return Codes(codes.format, **made)

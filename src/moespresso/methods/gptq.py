@@ -1,0 +1,140 @@
+"""GPTQ made for experts: columns are rounded one by one, and those still to come make up for the errors so far.
+
+    minimise  sum over tokens of c^2 |(W - Q) x|^2     over the tokens that the router really sends to an expert
+
+For gate and up (one second moment for both) c = 1, for down c = the gate, with which its output is multiplied. All experts
+of a layer are solved at once (`_gptq.py`; arXiv 2210.17323). Experts that no token reaches are rounded by HQQ, those with
+few may be drawn towards the mean over all tokens. Down is solved on what the rounded gate and up really hand on, and later
+layers on what the rounded ones before let through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from moespresso.core.errors import UserError
+from moespresso.core.format import Format
+from moespresso.core.registry import method
+from moespresso.formats import Codes, decode
+from moespresso.measure import RoutedExperts
+from moespresso.methods._gptq import Trouble, solve
+from moespresso.methods._hessians import shrunk
+from moespresso.methods._hqq import half_quadratic
+from moespresso.methods._on_text import Answer, Shown, joined, patched
+from moespresso.methods._slim import Slimming
+
+
+@method
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gptq(Slimming):
+    """Settings of one GPTQ.
+
+    damping: share of the mean diagonal added to every second moment; raised tenfold where that does not do.
+    act_order: round the inputs that carry most first.
+    sweeps: rounds of coordinate descent on scales and codes that follow; 0 for the published algorithm.
+    unbiased: lengthen the scales of each row by what rounding took from its output.
+    weighted: search scales with errors weighted by what the inputs carry.
+    weighting: `gate2` weights what reaches down by the square of its gate, `none` does not.
+    shrink: tokens' worth of the mean over all tokens that every expert's second moment is mixed with.
+    calibrate_all_experts: show every expert every token, whatever the router says.
+    sequential: later layers see what the rounded ones before let through.
+    """
+
+    kind: ClassVar[str] = "gptq"
+    on_text: ClassVar[bool] = True
+    damping: float = 0.03
+    act_order: bool = True
+    sweeps: int = 2
+    unbiased: bool = True
+    weighted: bool = True
+    weighting: Literal["gate2", "none"] = "gate2"
+    shrink: float = 0.0
+    calibrate_all_experts: bool = False
+    sequential: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        Slimming.__post_init__(self)
+        for name in ("damping", "shrink", "sweeps"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"gptq: {name}={getattr(self, name)} must not be negative")
+
+    def slim(self, shown: Shown) -> Answer:
+        """Codes of everything that is to be rounded in one layer."""
+        answer = Answer()
+        if shown.experts is not None:
+            self._experts(shown, shown.experts, answer)
+        for name, (weight, moment) in shown.linears.items():
+            codes, trouble = self.solved(weight[None], moment[None], shown.formats[name], shown.dtypes[name])
+            answer.linears[name] = codes
+            answer.trouble += _told(trouble, lambda _, name=name: f"L{shown.layer}.{name}")
+        return answer
+
+    def _experts(self, shown: Shown, experts: RoutedExperts, answer: Answer) -> None:
+        ups: list[Codes] = []
+        downs: list[Codes] = []
+        pooled = experts.pooled() if self.shrink else None
+        for some in shown.groups():
+            empty = [expert for expert in some if not len(experts.rows(expert)[0])]
+            moments = experts.moments_in(some)
+            if pooled is not None:
+                moments = shrunk(moments, experts.tokens[some.start : some.stop], pooled, self.shrink)
+            weights = experts.up[some.start : some.stop].float()
+            up = self._rounded(
+                shown, "up", weights, moments, some, [] if pooled is not None else empty, answer
+            )
+            moments = experts.moments_inner(
+                some, decode(up).to(weights.dtype), by_gate=self.weighting == "gate2"
+            )
+            weights = experts.down[some.start : some.stop].float()
+            down = self._rounded(shown, "down", weights, moments, some, empty, answer)
+            ups.append(up)
+            downs.append(down)
+            answer.remedies |= dict.fromkeys(empty, "hqq")
+        answer.up, answer.down = joined(ups), joined(downs)
+
+    def _rounded(
+        self,
+        shown: Shown,
+        matrix: str,
+        weights: Tensor,
+        moments: Tensor,
+        some: range,
+        empty: list[int],
+        answer: Answer,
+    ) -> Codes:
+        """Codes of one projection of `some` experts [N, out, in]; `empty` ones without any token's help."""
+        format, dtype = shown.formats[matrix], shown.dtypes[matrix]
+        codes, trouble = self.solved(weights, moments, format, dtype)
+        answer.trouble += _told(trouble, lambda number: f"L{shown.layer}.E{some[number]}.{matrix}")
+        places = [expert - some.start for expert in empty]
+        return patched(codes, places, half_quadratic(weights[places], format, dtype)) if places else codes
+
+    def solved(
+        self, weights: Tensor, moments: Tensor, format: Format, dtype: torch.dtype
+    ) -> tuple[Codes, Trouble]:
+        """Codes of `weights` [N, out, in] under the second moments [N, in, in] of their inputs, and what went wrong."""
+        return solve(
+            weights, moments, format, dtype, damping=self.damping, act_order=self.act_order, sweeps=self.sweeps,
+            unbiased=self.unbiased, weighted=self.weighted,
+        )  # fmt: skip
+
+
+def _told(trouble: Trouble, name: Callable[[int], str]) -> list[str]:
+    """What went wrong with matrices, called by their numbers, in sentences."""
+    lines = [f"{name(number)}: its second moment was not positive, damping raised to {damping:g}"
+             for number, damping in sorted(trouble.damped.items())]  # fmt: skip
+    lines += [
+        f"{name(number)}: its second moment was not finite, rounded to nearest"
+        for number in trouble.nonfinite
+    ]
+    if trouble.clipped:
+        lines.append(
+            f"{name(0)} and those beside it: {trouble.clipped} scales were too large for their dtype and were clipped"
+        )
+    return lines

@@ -1,0 +1,257 @@
+"""What a step that rounds on text finds: one layer after the other, each on what the rounded ones before let through.
+
+A layer is loaded as the stages before leave it; its batches run as far as the experts; the step answers with codes; these
+are put in place and the batches go on. Every layer's codes go to a file of their own in the work folder, in the form that
+they are written in at last, so a killed run goes on with the next layer and nothing is held for longer than a layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from moespresso.checkpoint import TORCH_DTYPES, Reader, as_bytes, header, write_file
+from moespresso.core.blueprint import TensorRef
+from moespresso.core.errors import UserError
+from moespresso.core.fits import found_key
+from moespresso.core.format import Format
+from moespresso.core.layer import Layer, LayerWeights, Taps
+from moespresso.core.plan import Plan
+from moespresso.core.rewrite import Piece
+from moespresso.core.runtime import Runtime
+from moespresso.core.slim import format_of, rounds_on_text, scale_dtypes, step_of
+from moespresso.core.stats import stats_key
+from moespresso.data import Batches
+from moespresso.fitting import fit
+from moespresso.formats import Codes, decode, encode_parts
+from moespresso.measure import RoutedExperts
+from moespresso.methods import Answer, Shown
+from moespresso.model import Skeleton, View, make_skeleton
+from moespresso.stream import Memento, sweep
+
+# Raise when the same plan and text would give other codes.
+_VERSION = "1"
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass
+class Slimmed:
+    """Fitted tensors by name, what went wrong, and by layer how many tokens reached each expert and which were helped."""
+
+    fits: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    trouble: list[str] = field(default_factory=list[str])
+    coverage: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+
+
+def found(view: View, plan: Plan, batches: Batches | None, work: Path, runtime: Runtime) -> Slimmed:
+    """Whatever the last stage of `plan` needs beside the decision, `view` being the model before it."""
+    if not rounds_on_text(plan.stages[-1]):
+        return Slimmed(fit(view, plan, batches, work, runtime))
+    if batches is None:
+        raise UserError(
+            "this plan is rounded on real text: give --text FILE or --dataset NAME, as it was made with"
+        )
+    return slim(view, plan, batches, work, runtime)
+
+
+def slim(view: View, plan: Plan, batches: Batches, work: Path, runtime: Runtime) -> Slimmed:
+    """Everything that the last stage of `plan`, which rounds on text, needs; `view` is the model before it."""
+    stage = len(plan.stages) - 1
+    step: Any = step_of(plan.stages[stage])
+    name = stats_key(
+        "slim", view.source.digest, plan.digest_of_stages, batches.digest, runtime.dtype, _VERSION
+    )[:16]
+    files = [work / f"slim-{name}-{index:05d}.safetensors" for index in range(len(view.blueprint.layers))]
+    memento = Memento(work / f"sweep-{name}.safetensors", dict, lambda _: None)
+    if not all(file.is_file() for file in files):
+        with Reader(view.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as reader:
+            skeleton = make_skeleton(view, reader, runtime)
+            visitor = _Visitor(view, plan, step, skeleton, files)
+            carry = "rebuilt" if getattr(step, "sequential", True) else "original"
+            sweep(skeleton, batches.ids, batches.mask, visitor, carry=carry, memento=memento, progress=runtime.progress,
+                  label=f"{step.kind}, layers")  # fmt: skip
+    memento.path.unlink(missing_ok=True)
+    return _gathered(files)
+
+
+def _gathered(files: list[Path]) -> Slimmed:
+    """What all layers found; tensors stay in their files until they are looked at."""
+    found = Slimmed()
+    for file in files:
+        found.fits |= load_file(file)
+        with safe_open(file, "pt") as opened:
+            notes = json.loads(opened.metadata()["notes"])
+        found.trouble += notes["trouble"]
+        found.coverage |= notes["coverage"]
+    return found
+
+
+@dataclass
+class _Visitor:
+    """Shows each layer to the step, and keeps what it answers."""
+
+    view: View
+    plan: Plan
+    step: Any
+    skeleton: Skeleton
+    files: list[Path]
+
+    def __post_init__(self) -> None:
+        self.stage = len(self.plan.stages) - 1
+        self.dtypes = scale_dtypes(self.view.source)
+        self.pieces: dict[int, list[Piece]] = {}
+        for piece in self.view.pieces:
+            if (
+                piece.unit.layer is not None
+                and format_of(piece.source, self.plan.stages[self.stage]) is not None
+            ):
+                self.pieces.setdefault(piece.unit.layer, []).append(piece)
+
+    def __call__(self, layer: Layer, taps: Taps) -> LayerWeights | None:
+        at = layer.spec.index
+        pieces = self.pieces.get(at, [])
+        target = self.files[at]
+        if not pieces:
+            self._save(target, {}, Answer(), {})
+            return None
+        shown = self._shown(layer, taps, pieces)
+        answer: Answer = self.step.slim(shown)
+        self._save(target, self._tensors(pieces, answer, layer), answer, _coverage(shown, answer))
+        return self._weights(layer, answer)
+
+    def _shown(self, layer: Layer, taps: Taps, pieces: list[Piece]) -> Shown:
+        """The layer as the step sees it, with the second moments of what reaches its linear modules."""
+        singles = {self._module(piece, layer): piece for piece in pieces if piece.unit.part != "experts"}
+        sums = {name: _Moment() for name in singles}
+        fed = taps.fed({name: total.add for name, total in sums.items()})
+        formats: dict[str, Format] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        for piece in pieces:
+            format = format_of(piece.source, self.plan.stages[self.stage])
+            assert format is not None
+            name = _projection(piece) if piece.unit.part == "experts" else self._module(piece, layer)
+            if formats.setdefault(name, format) != format:
+                raise UserError(
+                    f"the plan gives gate and up of L{layer.spec.index} different formats: give both the same"
+                )
+            experts = self.dtypes.get(piece.source.unit.layer, "") if piece.unit.part == "experts" else ""
+            dtypes[name] = TORCH_DTYPES[experts or piece.ref.dtype]
+        everyone = bool(getattr(self.step, "calibrate_all_experts", False))
+        experts = RoutedExperts.of(layer.experts, fed, everyone=everyone) if "up" in formats else None
+        linears = {
+            name: (layer.module.get_parameter(f"{name}.weight").float(), total.mean)
+            for name, total in sums.items()
+        }
+        return Shown(layer.spec.index, layer.module, formats, dtypes, experts, linears)
+
+    def _module(self, piece: Piece, layer: Layer) -> str:
+        """The name, in its layer, of the module that holds a matrix."""
+        prefix = f"{self.skeleton.layers_name}.{layer.spec.index}."
+        name = self.skeleton.in_memory(piece.name).removeprefix(prefix).removesuffix(".weight")
+        module = dict(layer.module.named_modules()).get(name)
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or tuple(weight.shape) != piece.shape:
+            raise UserError(
+                f"{piece.name} is not a matrix by itself in memory, so this version cannot round it on text: use rtn"
+            )
+        return name
+
+    def _tensors(self, pieces: list[Piece], answer: Answer, layer: Layer) -> dict[str, Tensor]:
+        """What is kept, by the names of fits."""
+        found: dict[str, Tensor] = {}
+        stacks = {name: encode_parts("compressed-tensors", codes)
+                  for name, codes in _by_projection(answer, layer).items()}  # fmt: skip
+        for piece in pieces:
+            if piece.unit.part == "experts":
+                assert piece.unit.expert is not None
+                parts = {
+                    suffix: tensor[piece.unit.expert]
+                    for suffix, tensor in stacks[piece.unit.matrix or ""].items()
+                }
+            else:
+                stored = encode_parts("compressed-tensors", answer.linears[self._module(piece, layer)])
+                parts = {suffix: tensor[0] for suffix, tensor in stored.items()}
+            found |= {
+                found_key(self.stage, piece.source.ref.name, suffix): tensor
+                for suffix, tensor in parts.items()
+            }
+        prefix = f"{self.skeleton.layers_name}.{layer.spec.index}."
+        names = {
+            self.skeleton.in_memory(piece.name).removeprefix(prefix): piece.source.ref.name
+            for piece in self.view.pieces
+        }
+        for name, tensor in answer.replaced.items():
+            found[found_key(self.stage, names[name], "dense")] = tensor
+        return found
+
+    def _save(
+        self, path: Path, tensors: Mapping[str, Tensor], answer: Answer, coverage: dict[str, Any]
+    ) -> None:
+        refs = [TensorRef(name, tuple(t.shape), _NAMES[t.dtype], "") for name, t in sorted(tensors.items())]
+        notes = {"notes": json.dumps({"trouble": answer.trouble, "coverage": coverage})}
+        bodies = (as_bytes(tensors[ref.name].cpu().reshape(-1)) for ref in refs)
+        write_file(path, [memoryview(header(refs, notes)), *bodies])
+
+    def _weights(self, layer: Layer, answer: Answer) -> dict[str, Tensor]:
+        """The layer's parameters as they decode."""
+        found = dict(answer.replaced)
+        if answer.up is not None and answer.down is not None:
+            prefix = next(name for name, module in layer.module.named_modules() if module is layer.experts)
+            up = "gate_up_proj" if getattr(layer.experts, "has_gate", True) else "up_proj"
+            found |= {f"{prefix}.{up}": decode(answer.up), f"{prefix}.down_proj": decode(answer.down)}
+        found |= {f"{name}.weight": decode(codes)[0] for name, codes in answer.linears.items()}
+        return {name: tensor.to(layer.module.get_parameter(name)) for name, tensor in found.items()}
+
+
+class _Moment:
+    """The mean of x x^T over the tokens a module was given."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Add the inputs [T, in] of one batch."""
+        inputs = inputs.float()
+        self._sum = inputs.T @ inputs if self._sum is None else self._sum.addmm_(inputs.T, inputs)
+        self._tokens += len(inputs)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean [in, in]."""
+        assert self._sum is not None, "a module was never run"
+        return self._sum / self._tokens
+
+
+def _projection(piece: Piece) -> str:
+    return "down" if (piece.unit.matrix or "").startswith("down") else "up"
+
+
+def _by_projection(answer: Answer, layer: Layer) -> dict[str, Codes]:
+    """Codes of all experts by the name of their stored matrix: gate and up are solved as one."""
+    if answer.up is None or answer.down is None:
+        return {}
+    if not getattr(layer.experts, "has_gate", True):
+        return {"up": answer.up, "down": answer.down}
+    gate, up = (
+        Codes(answer.up.format, *parts)
+        for parts in zip(
+            *(getattr(answer.up, name).chunk(2, dim=1) for name in ("values", "scale", "zero")), strict=True
+        )
+    )
+    return {"gate": gate, "up": up, "down": answer.down}
+
+
+def _coverage(shown: Shown, answer: Answer) -> dict[str, Any]:
+    if shown.experts is None:
+        return {}
+    remedies = {str(expert): word for expert, word in sorted(answer.remedies.items())}
+    return {f"L{shown.layer}": {"tokens": shown.experts.tokens.tolist(), "remedies": remedies}}

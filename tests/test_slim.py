@@ -1,0 +1,435 @@
+"""Rounding as a step: what is written loads in stock transformers with our own values, weighs what the plan said, and is a
+checkpoint like any other: it can be trimmed, read, measured and laid out for other engines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import families
+from conftest import Zoo, tiny_tokenizer
+from moespresso import api
+from moespresso.checkpoint import Reader
+from moespresso.core.errors import UserError
+from moespresso.core.rewrite import stored
+from moespresso.model import open_view
+from test_depth_kl import LENGTH, SAMPLES
+from test_depth_steps import plan_of
+from test_resume import same
+
+OPTIONS: dict[str, Any] = {"samples": SAMPLES, "length": LENGTH}
+FAMILIES = ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "qwen2_moe", "glm4_moe"]
+STEPS = ["rtn:group_size=0", "hqq:group_size=0,bits=3", "gptq:group_size=0,bits=2"]
+
+
+def wide(folder: Path, family: str = "mixtral", **changes: Any) -> Path:
+    """A tiny checkpoint whose widths groups of 32 divide."""
+    changes = {"hidden_size": 64, "intermediate_size": 96} | changes
+    families.build(family, **changes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wide(tmp_path_factory.mktemp("wide") / "mixtral")
+
+
+@pytest.fixture(scope="module")
+def packed(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It, rounded by gptq to 4 bits in groups of 32."""
+    out = tmp_path_factory.mktemp("packed") / "out"
+    api.press(source, out=out, steps=["gptq:group_size=32"], texts=[text], **OPTIONS)
+    return out
+
+
+def press(source: Path, out: Path, *steps: str, text: Path | None = None, **options: Any) -> Path:
+    texts = [text] if text else []
+    api.press(
+        source, out=out, steps=list(steps), texts=texts, **({**OPTIONS, **options} if text else options)
+    )
+    return out
+
+
+def proven(out: Path, source: Path) -> dict[str, str]:
+    """What each check of `verify` found; all must hold."""
+    found = api.verify(out, against=source)
+    assert found["ok"], found
+    return {check["name"]: check["detail"] for check in found["checks"]}
+
+
+def disk(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+# What is written
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_transformers_loads_what_is_written_with_our_values(
+    family: str, step: str, zoo: Zoo, text: Path, tmp_path: Path
+):
+    out = press(zoo(family), tmp_path / "out", step, text=text)
+    assert "logits within" in proven(out, zoo(family))["stock transformers loads it and agrees"]
+    view, tensors = open_view(zoo(family)), disk(out)
+    priced = plan_of(out).cost(view.source)
+    assert priced.bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert priced == open_view(out).source.cost()
+    assert priced.params == view.source.cost().params
+    plain = {name for name in tensors if "weight_" not in name}
+    assert not any(".experts." in name for name in plain)
+    for name in plain:  # routers, norms, attention, embedding, shared experts
+        torch.testing.assert_close(tensors[name], disk_of(zoo(family))[name], rtol=0, atol=0)
+
+
+def disk_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def test_experts_in_memory_are_what_our_reader_decodes(packed: Path):
+    view = open_view(packed)
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype="auto")
+    state = model.state_dict()
+    with Reader(packed) as reader:
+        for piece in view.pieces:
+            if piece.unit.part != "experts" or piece.unit.matrix != "down":
+                continue
+            stack = state[f"model.layers.{piece.unit.layer}.mlp.experts.down_proj"]
+            torch.testing.assert_close(stack[piece.unit.expert], reader.piece(piece), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("step", ["rtn", "hqq", "gptq"])
+def test_more_bits_come_closer(step: str, bits: int, source: Path, text: Path, tmp_path: Path):
+    out = press(source, tmp_path / "out", f"{step}:bits={bits},group_size=32", text=text)
+    whole, pressed = families.reference(source), families.reference(source)
+    with Reader(out) as reader:
+        view = open_view(out)
+        pressed = view.skeleton(reader, torch.float32, torch.device("cpu")).whole()
+    ids = families.random_ids(whole.config, 2, 20)
+    logits = families.logits_of(whole, ids)
+    error = float((families.logits_of(pressed, ids) - logits).norm() / logits.norm())
+    assert error < {8: 0.03, 4: 0.25, 3: 0.5, 2: 1.2}[bits]
+    assert error > 0
+
+
+def test_parts_beside_the_experts(text: Path, tmp_path: Path):
+    source = wide(tmp_path / "source", "deepseek_v3", moe_intermediate_size=32, num_attention_heads=4, v_head_dim=16,
+                  q_lora_rank=None, kv_lora_rank=32)  # fmt: skip
+    steps = ("gptq:group_size=32,parts=experts+shared+attention+dense,bits=4+attention:8+shared:8",)
+    out = press(source, tmp_path / "out", *steps, text=text)
+    proven(out, source)
+    kinds = {packed.bits for packed in open_view(out).formats.values()}
+    assert kinds == {4, 8}
+    plain = {name for name in disk(out) if name.endswith(".weight")}
+    assert all(
+        "norm" in name or "gate.weight" in name or "embed" in name or "lm_head" in name for name in plain
+    )
+
+
+def test_one_recipe_is_its_steps_one_after_the_other(source: Path, tmp_path: Path):
+    drop, rounding = "expert_drop:keep=6,score=aimer", "rtn:group_size=32"
+    at_once = press(source, tmp_path / "at_once", drop, rounding)
+    first = press(source, tmp_path / "first", drop)
+    second = press(first, tmp_path / "second", rounding)
+    same_tensors(at_once, second)
+    proven(at_once, source)
+    other = press(source, tmp_path / "other", rounding, drop)
+    proven(other, source)
+    slim = press(source, tmp_path / "slim", rounding)
+    same_tensors(other, press(slim, tmp_path / "slim_trim", "expert_drop:keep=6,score=aimer"), config=True)
+
+
+def same_tensors(one: Path, other: Path, *, config: bool = True) -> None:
+    left, right = disk(one), disk(other)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+    if config:
+        assert json.loads((one / "config.json").read_text()) == json.loads(
+            (other / "config.json").read_text()
+        )
+
+
+# A packed folder is a checkpoint like any other
+
+
+@pytest.mark.parametrize(
+    ("step", "target"),
+    [
+        ("expert_drop:keep=6", "transformers"),
+        ("expert_drop:keep=6,replace=novice", "plugin"),
+        ("expert_merge:keep=6", "transformers"),
+        ("layer_drop", "transformers"),
+        ("layer_drop:part=attention", "plugin"),
+        ("block_drop:repair=scale", "transformers"),
+        ("block_drop:score=kl,rows=2", "transformers"),
+        ("rtn:bits=8,group_size=32,parts=attention", "transformers"),
+        ("gptq:bits=3,group_size=32", "transformers"),
+    ],
+)
+def test_a_packed_folder_can_be_pressed_on(step: str, target: Any, packed: Path, text: Path, tmp_path: Path):
+    out = press(packed, tmp_path / "out", step, text=text, target=target)
+    proven(out, packed)
+    assert open_view(out).formats
+
+
+def test_what_is_not_touched_keeps_its_bytes(packed: Path, tmp_path: Path):
+    out = press(packed, tmp_path / "out", "expert_drop:keep=6,score=aimer")
+    before, after = open_view(packed), open_view(out)
+    kept = {piece.name for piece in before.pieces}
+    with Reader(packed) as old, Reader(out) as new:
+        plan = plan_of(out)
+        for layer in before.source.moe_layers:
+            for place, expert in enumerate(plan.kept_experts(layer.index, layer.experts)):
+                name = "model.layers.{}.block_sparse_moe.experts.{}.w2.weight"
+                a, b = (view.checkpoint.tensors[name.format(layer.index, number)]
+                        for view, number in ((before, expert), (after, place)))  # fmt: skip
+                for suffix, part in a.stored().items():
+                    assert torch.equal(old.tensor(part), new.tensor(b.stored()[suffix]))
+    assert kept
+
+
+def test_new_values_of_packed_matrices_are_rounded_aloud(packed: Path, text: Path, tmp_path: Path):
+    report = api.press(packed, out=tmp_path / "out", steps=["expert_merge:keep=6"], texts=[text], **OPTIONS)
+    assert any("rounded to nearest in their old format" in note for note in report.notes)
+
+
+# Different bits
+
+
+MIXED = ["rtn:bits=gate_up:3+down:4,group_size=32", "rtn:layers=0:8,group_size=32", "rtn:symmetric=false,group_size=32",
+         "rtn:exclude=L1.*,group_size=32"]  # fmt: skip
+
+
+@pytest.mark.parametrize("step", MIXED)
+def test_what_engines_would_read_wrongly_is_refused_and_loads_by_us(step: str, source: Path, tmp_path: Path):
+    with pytest.raises(
+        UserError, match=r"loads without an error and computes wrong; the nearest plan .* --target plugin"
+    ):
+        press(source, tmp_path / "stock", step)
+    assert not (tmp_path / "stock").exists()
+    out = press(source, tmp_path / "out", step, target="plugin")
+    assert "moespresso.load loads it and agrees" in proven(out, source)
+    with pytest.raises(Exception, match=r"issues during automatic conversion|moespresso-packed"):
+        AutoModelForCausalLM.from_pretrained(out)  # stock loaders stop instead
+    model, view = api.load(out), open_view(out)
+    ids = families.random_ids(model.config, 2, 12)
+    with Reader(out) as reader:
+        whole = view.skeleton(reader, torch.float32, torch.device("cpu")).whole()
+    assert torch.equal(families.logits_of(model, ids), families.logits_of(whole, ids))
+    assert model.generate(ids[:1], max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+
+
+def test_bits_by_place_and_layer(source: Path, tmp_path: Path):
+    out = press(
+        source, tmp_path / "out", "rtn:bits=gate_up:3+down:4,layers=1-2:8,group_size=32", target="plugin"
+    )
+    bits = {
+        name.removeprefix("model.layers."): format.bits for name, format in open_view(out).formats.items()
+    }
+    assert {bits[f"0.block_sparse_moe.experts.{e}.w1"] for e in range(8)} == {3}
+    assert {bits[f"0.block_sparse_moe.experts.{e}.w2"] for e in range(8)} == {4}
+    assert {value for name, value in bits.items() if name.startswith(("1.", "2."))} == {8}
+
+
+# Experts without tokens
+
+
+def test_experts_without_tokens_are_rounded_without_them(text: Path, tmp_path: Path):
+    model = families.build("mixtral", hidden_size=64, intermediate_size=96)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[3] = 0
+            layer.mlp.gate.weight[5] = 0
+            layer.mlp.gate.weight[:3].add_(2.0)
+    model.save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    out = tmp_path / "out"
+    report = api.press(
+        tmp_path / "source", out=out, steps=["gptq:group_size=32"], texts=[text], samples=1, length=4
+    )
+    proven(out, tmp_path / "source")
+    coverage = json.loads((out / "moespresso.json").read_text())["coverage"]
+    helped = {(layer, expert) for layer, row in coverage.items() for expert in row["remedies"]}
+    empty = {
+        (layer, str(expert))
+        for layer, row in coverage.items()
+        for expert, count in enumerate(row["tokens"])
+        if not count
+    }
+    assert empty
+    assert helped == empty
+    assert all(sum(row["tokens"]) == 4 * 3 for row in coverage.values())
+    assert any("without any were rounded by hqq" in note for note in report.notes)
+
+
+# Layouts
+
+
+@pytest.mark.parametrize("layout", ["gptq", "awq"])
+def test_other_layouts_hold_the_same_values(layout: str, packed: Path, tmp_path: Path):
+    api.export(packed, to=layout, out=tmp_path / "out")
+    proven(tmp_path / "out", packed)
+    before, after = open_view(packed), open_view(tmp_path / "out")
+    with Reader(packed) as old, Reader(tmp_path / "out") as new:
+        for one, other in zip(before.pieces, after.pieces, strict=True):
+            assert one.name == other.name
+            torch.testing.assert_close(
+                new.piece(other).float(), old.piece(one).float(), rtol=2e-3 if one.ref.packed else 0, atol=0
+            )
+    again = tmp_path / "again"
+    api.export(tmp_path / "out", to="compressed-tensors", out=again)
+    assert open_view(again).source.cost().params == before.source.cost().params
+
+
+def test_a_layout_that_cannot_hold_it_is_refused(source: Path, tmp_path: Path):
+    out = press(source, tmp_path / "three", "rtn:bits=3,group_size=32")
+    with pytest.raises(UserError, match="awq cannot store values of 3 bits"):
+        api.export(out, to="awq", out=tmp_path / "out")
+    mixed = press(source, tmp_path / "mixed", "rtn:layers=0:8,group_size=32", target="plugin")
+    with pytest.raises(UserError, match="gptq has one format for all matrices"):
+        api.export(mixed, to="gptq", out=tmp_path / "out")
+    with pytest.raises(UserError, match="holds no packed matrices"):
+        api.export(source, to="gptq", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("step", "complaint"),
+    [
+        ("rtn:bits=5", r"bits '5' are unknown: use 2, 3, 4 or 8"),
+        ("rtn:bits=up:4", r"there is no place 'up'"),
+        ("rtn:bits=down:4", r"says nothing of gate_up"),
+        ("rtn:layers=9:4", r"layers names L9, but .* has 3 layers"),
+        ("rtn:layers=one", r"layers 'one' are not LAYER:BITS"),
+        ("rtn:parts=router", r"parts='router' is unknown"),
+        ("rtn:parts=shared", r"has no matrices in its shared to round"),
+        ("rtn:group_size=128", r"has 64 inputs, which groups of 128 do not divide: use group_size=64"),
+        ("rtn:group_size=5", r"group_size=5 must be 0 or a multiple of 8"),
+        ("hqq:p=2", r"p=2.0 must lie between 0 and 1"),
+        ("gptq:damping=-1", r"damping=-1.0 must not be negative"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(
+    step: str, complaint: str, source: Path, text: Path, tmp_path: Path
+):
+    with pytest.raises(UserError, match=complaint):
+        press(source, tmp_path / "out", step, text=text)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "gpt_oss"])
+def test_experts_stored_as_one_tensor_are_refused(family: str, zoo: Zoo, tmp_path: Path):
+    with pytest.raises(UserError, match="stores all experts of a layer in one tensor"):
+        press(zoo(family), tmp_path / "out", "rtn:group_size=0")
+
+
+def test_llama_cpp_reads_no_packed_integers(source: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"packs integers, which llama.cpp does not read"):
+        press(source, tmp_path / "out", "rtn:group_size=32", target="llama.cpp")
+
+
+def test_values_are_not_changed_after_they_were_rounded(source: Path, text: Path, tmp_path: Path):
+    for later in ("expert_merge:keep=6", "block_drop:repair=scale"):
+        with pytest.raises(UserError, match="after a step that rounds weights: put the rounding last"):
+            press(source, tmp_path / "out", "rtn:group_size=32", later, text=text)
+
+
+def test_text_is_asked_for(source: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="score on real text: give --text"):
+        press(source, tmp_path / "out", "gptq:group_size=32")
+
+
+def damaged(packed: Path, folder: Path, name: str, tensor: torch.Tensor | None) -> Path:
+    """A copy in which one tensor is another, or gone."""
+    folder.mkdir()
+    for file in packed.iterdir():
+        if file.is_file():
+            (folder / file.name).write_bytes(file.read_bytes())
+    tensors = disk(packed)
+    if tensor is None:
+        del tensors[name]
+    else:
+        tensors[name] = tensor
+    from safetensors.torch import save_file
+
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+EXPERT = "model.layers.1.block_sparse_moe.experts.2.w2"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "complaint"),
+    [
+        ("weight_scale", None, "lacks a part of its packed weight"),
+        ("weight_shape", None, "weight_shape is missing"),
+        ("weight_scale", torch.ones(64, 2), r"weight_packed is I32 \[64, 12\], not I32 \[64, 8\]"),
+        (
+            "weight_packed",
+            torch.zeros(64, 5, dtype=torch.int32),
+            r"weight_packed is I32 \[64, 5\], not I32 \[64, 12\]",
+        ),
+        (
+            "weight_zero_point",
+            torch.zeros(8, 3, dtype=torch.int32),
+            "has a weight_zero_point, which its format does not know",
+        ),
+    ],
+)
+def test_a_damaged_packed_folder_is_refused(
+    name: str, tensor: torch.Tensor | None, complaint: str, packed: Path, tmp_path: Path
+):
+    folder = damaged(packed, tmp_path / "folder", f"{EXPERT}.{name}", tensor)
+    with pytest.raises(UserError, match=complaint):
+        open_view(folder)
+
+
+def test_verify_sees_a_wrong_shape_and_a_dead_scale(packed: Path, tmp_path: Path):
+    wrong = damaged(packed, tmp_path / "wrong", f"{EXPERT}.weight_shape", torch.tensor([96, 64]))
+    assert not api.verify(wrong)["ok"]
+    scales = disk(packed)[f"{EXPERT}.weight_scale"]
+    dead = damaged(packed, tmp_path / "dead", f"{EXPERT}.weight_scale", torch.zeros_like(scales))
+    assert any("scales that are zero" in check["detail"] for check in api.verify(dead)["checks"])
+
+
+# Twice, and resumed
+
+
+def test_the_same_recipe_gives_the_same_bytes(source: Path, packed: Path, text: Path, tmp_path: Path):
+    again = press(source, tmp_path / "again", "gptq:group_size=32", text=text)
+    assert same(
+        {p.name: p.read_bytes() for p in again.iterdir()}, {p.name: p.read_bytes() for p in packed.iterdir()}
+    )
+
+
+def test_a_plan_is_built_again_to_the_same_bytes(source: Path, packed: Path, text: Path, tmp_path: Path):
+    plan_of(packed).save(tmp_path / "plan.json")
+    from moespresso.data import Source
+    from moespresso.recipe import Request
+
+    with pytest.raises(UserError, match="fitted on real text"):
+        api.build(source, plan=tmp_path / "plan.json", out=tmp_path / "none")
+    api.build(
+        source, plan=tmp_path / "plan.json", out=tmp_path / "out", request=Request(texts=(Source(str(text)),))
+    )
+    same_tensors(tmp_path / "out", packed)
+
+
+def test_a_size_is_met_by_bits(source: Path, tmp_path: Path):
+    whole = open_view(source).source.cost().bytes
+    out = press(source, tmp_path / "out", "rtn:group_size=32", size="60%")
+    assert open_view(out).source.cost().bytes <= 0.6 * whole
+    assert stored(open_view(out).pieces[0])
