@@ -1,7 +1,8 @@
-"""Rounding at the widths of Mixtral-8x7B: one layer of random weights (8 experts of 3 x 4096 x 14336) by each method.
+"""Rounding at the widths of Mixtral-8x7B: experts of random weights (3 x 4096 x 14336 each) by each method.
 
-Prints seconds, bytes of bfloat16 source per second, and the peak of anonymous memory. GPTQ takes second moments of random
-tokens; `--experts` says for how many experts it is run (all of a layer take as many times as long).
+Prints seconds, bytes of bfloat16 source per second, and the peak of anonymous memory, the expert's own weights included. GPTQ
+takes second moments of 4,096 random tokens. A layer has eight such experts, which are rounded one after the other where the
+memory for second moments is 1 GiB, and so takes eight times as long as one.
 
     python benchmarks/real_widths.py [--device cpu] [--experts 1] [--out FILE.json]
 """
@@ -24,7 +25,7 @@ from moespresso.methods import Gptq, Hqq, Rtn
 from moespresso.report import machine, versions
 from moespresso.stream import PeakMemory
 
-HIDDEN, WIDTH, EXPERTS = 4096, 14336, 8
+HIDDEN, WIDTH, TOKENS = 4096, 14336, 4096
 FORMAT = Format("integer", 4, 128)
 
 
@@ -50,8 +51,7 @@ def timed(label: str, work: Callable[[], object], weights: int) -> dict[str, Any
 
 def moments(count: int, width: int, device: str) -> Tensor:
     """Second moments [count, width, width] of random correlated tokens."""
-    rows = torch.randn(2 * width, width // 4, device=device) @ torch.randn(width // 4, width, device=device)
-    rows += torch.randn_like(rows)
+    rows = torch.randn(TOKENS, width, device=device) * torch.rand(width, device=device)
     return (rows.T @ rows / len(rows)).expand(count, width, width)
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     shapes = [(WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)]
-    total, found = EXPERTS * sum(out * width for out, width in shapes), {}
+    total, found = asked.experts * sum(out * width for out, width in shapes), {}
     with torch.inference_mode():
         for step in (Rtn(scales="minmax", unbiased=False), Rtn(), Hqq()):
             label = f"{step.kind} {getattr(step, 'scales', '')}".strip()
@@ -72,7 +72,7 @@ def main() -> None:
             ]
 
             def all_experts(step: Any = step, layer: list[Tensor] = layer) -> None:
-                for _ in range(EXPERTS):  # expert by expert, as the build does
+                for _ in range(asked.experts):  # expert by expert, as the build does
                     for weights in layer:
                         step.round(weights, FORMAT, torch.bfloat16)
 

@@ -134,6 +134,14 @@ def test_parts_beside_the_experts(text: Path, tmp_path: Path):
     )
 
 
+def test_other_mixers_than_attention_are_left_alone(zoo: Zoo, text: Path, tmp_path: Path):
+    out = press(zoo("jamba"), tmp_path / "out", "gptq:group_size=0,parts=experts+attention", text=text)
+    proven(out, zoo("jamba"))
+    packed = open_view(out).formats
+    assert any("self_attn" in name for name in packed)
+    assert not any("mamba" in name for name in packed)
+
+
 def test_one_recipe_is_its_steps_one_after_the_other(source: Path, tmp_path: Path):
     drop, rounding = "expert_drop:keep=6,score=aimer", "rtn:group_size=32"
     at_once = press(source, tmp_path / "at_once", drop, rounding)

@@ -146,10 +146,14 @@ class _Visitor:
             dtypes[name] = TORCH_DTYPES[experts or piece.ref.dtype]
         everyone = bool(getattr(self.step, "calibrate_all_experts", False))
         experts = RoutedExperts.of(layer.experts, fed, everyone=everyone) if "up" in formats else None
-        linears = {
-            name: (layer.module.get_parameter(f"{name}.weight").float(), total.mean)
-            for name, total in sums.items()
-        }
+        linears: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, total in sums.items():
+            if total.mean is None:
+                raise UserError(
+                    f"L{layer.spec.index}.{name} is never run as a module of its own, so what it is given cannot be seen: round "
+                    "it by rtn, or leave it out with exclude"
+                )
+            linears[name] = layer.module.get_parameter(f"{name}.weight").float(), total.mean
         return Shown(layer.spec.index, layer.module, formats, dtypes, experts, linears)
 
     def _module(self, piece: Piece, layer: Layer) -> str:
@@ -225,10 +229,9 @@ class _Moment:
         self._tokens += len(inputs)
 
     @property
-    def mean(self) -> Tensor:
-        """The mean [in, in]."""
-        assert self._sum is not None, "a module was never run"
-        return self._sum / self._tokens
+    def mean(self) -> Tensor | None:
+        """The mean [in, in]; None where it was never given any."""
+        return self._sum / self._tokens if self._sum is not None else None
 
 
 def _projection(piece: Piece) -> str:

@@ -22,7 +22,7 @@ from moespresso.core.fits import PARTS, Fits, Repair, cuts, found_key, key
 from moespresso.core.format import Layout
 from moespresso.core.plan import Plan, Treatment
 from moespresso.core.remains import pressed_layers, remains
-from moespresso.core.slim import REFIT, format_of, scale_dtypes, step_of
+from moespresso.core.slim import REFIT, format_of, scale_dtypes, slims, step_of
 from moespresso.core.unit import Unit
 
 _EXPERT_NUMBER = re.compile(r"(?<=experts\.)\d+(?=\.)")
@@ -190,6 +190,7 @@ class _Rewriter:
         self._folds: dict[tuple[int, str], list[tuple[int, Fold]]] = {}  # with the stages they come from
         self._biases: dict[tuple[int, Branch], Tensor | None] = {}
         self._scale_dtypes = scale_dtypes(blueprint)
+        self._steps = {number: step_of(stage) for number, stage in enumerate(plan.stages) if slims(stage)}
         self._gather_folds()
         self._groups = {layer: _groups(plan, layer) for layer in self._left.experts}
         self._rows = {layer: _groups(plan, layer, of_rows=True) for layer in self._left.experts}
@@ -263,7 +264,7 @@ class _Rewriter:
 
     def _coded(self, piece: Piece, entry: Entry, number: int, packed: Packed) -> Piece:
         """Encoded by stage `number`; later scales are put on its scales."""
-        step = step_of(self._plan.stages[number])
+        step = self._steps[number]
         before = Plan("", self._plan.stages[:number])
         scale = before.routed_scale(entry.unit.layer or 0) if piece.scale != 1 else 1.0
         factor = piece.scale / scale

@@ -225,7 +225,13 @@ class Slimming:
         self, blueprint: Blueprint, positions: Mapping[int, int] | None = None
     ) -> Iterator[tuple[Entry, Format]]:
         """Every matrix to round with its format; `positions` are the layers' numbers where they differ from the blueprint's."""
-        chosen = [entry for entry in blueprint.entries if is_matrix(entry) and self._is_meant(entry)]
+        # Other mixers (Mamba, linear attention) read their weights in their own ways.
+        others = {layer.index for layer in blueprint.layers if layer.mixer != "attention"}
+        chosen = [
+            entry for entry in blueprint.entries
+            if is_matrix(entry) and self._is_meant(entry)
+            and not (entry.unit.part == "attention" and entry.unit.layer in others)
+        ]  # fmt: skip
         sizes = {part: self._group(part, chosen) for part in {entry.unit.part for entry in chosen}}
         for entry in chosen:
             layer = entry.unit.layer

@@ -84,7 +84,7 @@ class View:
         found = {piece.name.removesuffix(".weight"): piece.ref.packed for piece in self.pieces}
         return {name: packed.format for name, packed in found.items() if packed is not None}
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
         """The config.json of the result; raises `UserError` where none can say what is left."""
         config = {key: value for key, value in self._config[0].items() if key != SECTION}
