@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moespresso.core.format import Format
-from moespresso.formats.grids import SLAB, minmax, searched, slabs
-from moespresso.formats.integer import Codes, decode, encode, in_groups, spread
+from moespresso.formats.grids import minmax, searched
+from moespresso.formats.integer import SLAB, Codes, decode, encode, in_groups, slabs, spread
 from moespresso.formats.rounding import round_nearest, unbias
 from moespresso.methods._gptq import solve
 from moespresso.methods._hessians import factored, shrunk

@@ -21,23 +21,10 @@ import torch
 from torch import Tensor
 
 from moespresso.core.format import Format
-from moespresso.formats.integer import in_groups, levels
+from moespresso.formats.integer import in_groups, levels, slabs
 
 Grid = tuple[Tensor, Tensor]
 """Scale in the dtype it is stored in and zero as uint8, both [N, out, G]."""
-
-# Weights that are looked at in one go: a few temporaries of this many float32 stay in a CPU's cache.
-SLAB = 1 << 18
-
-
-def slabs(shape: torch.Size) -> Iterator[tuple[slice, slice]]:
-    """Cut [N, out, in] into parts of about `SLAB` weights at most: whole rows, and whole matrices where they are small."""
-    count, rows, width = shape
-    tall = min(rows, max(1, SLAB // width))
-    deep = max(1, SLAB // (tall * width))
-    for first in range(0, count, deep):
-        for row in range(0, rows, tall):
-            yield slice(first, first + deep), slice(row, row + tall)
 
 
 def minmax(weights: Tensor, format: Format, dtype: torch.dtype, *, signed: bool = True) -> Grid:

@@ -7,12 +7,16 @@ method sees is what a user will load. Shapes: N matrices at once, out x in, G gr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moespresso.core.format import Format
+
+# Weights that are looked at in one go: a few temporaries of this many float32 stay in a CPU's cache.
+SLAB = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,11 +44,23 @@ def spread(grid: Tensor, width: int) -> Tensor:
     return grid.repeat_interleave(width // grid.shape[-1], -1)
 
 
+def slabs(shape: torch.Size) -> Iterator[tuple[slice, slice]]:
+    """Cut [N, out, in] into parts of about `SLAB` weights at most: whole rows, and whole matrices where they are small."""
+    count, rows, width = shape
+    tall = min(rows, max(1, SLAB // width))
+    deep = max(1, SLAB // (tall * width))
+    for first in range(0, count, deep):
+        for row in range(0, rows, tall):
+            yield slice(first, first + deep), slice(row, row + tall)
+
+
 def encode(weights: Tensor, scale: Tensor, zero: Tensor, format: Format) -> Codes:
     """Round `weights` [N, out, in] to the nearest value of the grid."""
-    grouped = in_groups(weights.float(), format)
-    steps = grouped.div(scale.float().unsqueeze(-1)).add_(zero.float().unsqueeze(-1))
-    values = steps.round_().clamp_(0, levels(format) - 1).to(torch.uint8).flatten(-2)
+    values = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
+    for part in slabs(weights.shape):
+        steps = in_groups(weights[part].float(), format) / scale[part].float().unsqueeze(-1)
+        steps.add_(zero[part].float().unsqueeze(-1)).round_().clamp_(0, levels(format) - 1)
+        values[part] = steps.flatten(-2)
     return Codes(format, values, scale, zero)
 
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from moespresso.core.format import Format
-from moespresso.formats.grids import minmax, searched, slabs, stored
-from moespresso.formats.integer import Codes, decode, encode
+from moespresso.formats.grids import minmax, searched, stored
+from moespresso.formats.integer import Codes, decode, encode, slabs
 
 Scales = Literal["searched", "minmax"]
 

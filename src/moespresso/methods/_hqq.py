@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from moespresso.core.format import Format
-from moespresso.formats.grids import Grid, chosen, loss, minmax, slabs, stored
-from moespresso.formats.integer import Codes, encode, in_groups, levels
+from moespresso.formats.grids import Grid, chosen, loss, minmax, stored
+from moespresso.formats.integer import Codes, encode, in_groups, levels, slabs
 from moespresso.formats.rounding import unbias
 
 
