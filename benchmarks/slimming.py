@@ -42,9 +42,9 @@ WAYS = {
     "awq": "awq:",
     "gptq, as published": f"gptq:weighting=none,{PUBLISHED}",
     "gptq, as published, gate2": f"gptq:weighting=gate2,{PUBLISHED}",
-    "gptq, without gate2": "gptq:weighting=none",
-    "gptq, shrunk (kappa = 256)": "gptq:shrink=256",
     "gptq": "gptq:",
+    "gptq, gate2": "gptq:weighting=gate2",
+    "gptq, gate2, shrunk (kappa = 256)": "gptq:weighting=gate2,shrink=256",
     "autoround": "autoround:",
 }
 

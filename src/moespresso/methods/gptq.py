@@ -2,8 +2,8 @@
 
     minimise  sum over tokens of c^2 |(W - Q) x|^2     over the tokens that the router really sends to an expert
 
-For gate and up (one second moment for both) c = 1, for down c = the gate, with which its output is multiplied. All experts
-of a layer are solved at once (`_gptq.py`; arXiv 2210.17323). Experts that no token reaches are rounded by HQQ, those with
+with c = 1, or for down c = the gate, with which its output is multiplied; gate and up share one second moment. All experts of
+a layer are solved at once (`_gptq.py`; arXiv 2210.17323). Experts that no token reaches are rounded by HQQ, those with
 few may be drawn towards the mean over all tokens. Down is solved on what the rounded gate and up really hand on, and later
 layers on what the rounded ones before let through.
 """
@@ -52,7 +52,7 @@ class Gptq(Slimming):
     sweeps: int = 2
     unbiased: bool = True
     weighted: bool = True
-    weighting: Literal["gate2", "none"] = "gate2"
+    weighting: Literal["none", "gate2"] = "none"
     shrink: float = 0.0
     calibrate_all_experts: bool = False
     sequential: bool = True
