@@ -4,7 +4,7 @@ Prints seconds, bytes of bfloat16 source per second, and the peak of anonymous m
 takes second moments of 4,096 random tokens. A layer has eight such experts, which are rounded one after the other where the
 memory for second moments is 1 GiB, and so takes eight times as long as one.
 
-    python benchmarks/real_widths.py [--device cpu] [--experts 1] [--out FILE.json]
+    python benchmarks/real_widths.py [--device cpu] [--experts 1] [--no-gptq] [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--experts", type=int, default=1)
+    parser.add_argument("--no-gptq", action="store_true", help="only what needs no text")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     shapes = [(WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)]
@@ -77,7 +78,8 @@ def main() -> None:
                         step.round(weights, FORMAT, torch.bfloat16)
 
             found[label] = timed(label, all_experts, total)
-        for name, (out, width) in {"gate and up": (2 * WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}.items():
+        solved = {} if asked.no_gptq else {"gate and up": (2 * WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
+        for name, (out, width) in solved.items():
             weights = torch.randn(asked.experts, out, width, device=asked.device)
             seen = moments(asked.experts, width, asked.device)
             label = f"gptq, {name} x {asked.experts}"
