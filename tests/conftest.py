@@ -4,8 +4,9 @@ Whatever is handed out here is shared by the whole session: read it, never write
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -14,7 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from families import COMMON, write_checkpoint
+from driver import Driver
+from families import COMMON, build, write_checkpoint
+from moespresso import api
 
 Zoo = Callable[[str], Path]
 
@@ -53,6 +56,34 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain text of some 3,000 tokens in the zoo's tokenizer, different all the way."""
     return write_words(tmp_path_factory.mktemp("text") / "words.txt", 800)
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    """Runs commands in processes of their own, and kills them where a test says."""
+    with Driver(tmp_path_factory.mktemp("driver")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Mixtral whose widths groups of 32 divide."""
+    return write_wide(tmp_path_factory.mktemp("wide") / "mixtral")
+
+
+@pytest.fixture(scope="session")
+def packed(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It, with its experts rounded by gptq to 4 bits in groups of 32."""
+    out = tmp_path_factory.mktemp("packed") / "out"
+    api.press(source, out=out, steps=["gptq:group_size=32"], texts=[text], samples=8, length=24)
+    return out
+
+
+def write_wide(folder: Path, family: str = "mixtral", **changes: Any) -> Path:
+    """Write a tiny checkpoint whose widths groups of 32 divide, and a tokenizer."""
+    build(family, **({"hidden_size": 64, "intermediate_size": 96} | changes)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def write_model(family: str, folder: Path, **options) -> Path:

@@ -119,6 +119,10 @@ PLANS: list[tuple[str, str]] = [
     (treated(rank="4"), "rank '4' is not a whole number"),
     (treated(format=3), "format 3 is not an object"),
     (treated(format={"bit": 4}), "bit"),
+    (treated(format={"bits": "4"}), "format: bits '4' is not a whole number"),
+    (treated(format={"group_size": "x"}), "format: group_size 'x' is not a whole number"),
+    (treated(format={"group_size": -1}), "format: group_size -1 is less than 0"),
+    (treated(format={"symmetric": "yes"}), "format: symmetric 'yes' is not true or false"),
     (treated(repair=["scale"]), r"repair \['scale'\] is not text"),
 ]
 

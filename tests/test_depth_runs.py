@@ -7,7 +7,6 @@ What cannot be done, or not be loaded by the target, is said in one sentence tha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,6 @@ from test_resume import KILLED, Press, contents, same
 
 
 LINEAR = "layer_drop:drop=1,repair=linear"
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
-    with Driver(tmp_path_factory.mktemp("driver")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

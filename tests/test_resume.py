@@ -38,12 +38,6 @@ WHILE_BUILDING = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
-    with Driver(tmp_path_factory.mktemp("driver")) as running:
-        yield running
-
-
 class Press:
     """One command, run as often as a test likes."""
 

@@ -1,6 +1,5 @@
 """Kill a rounding anywhere and run it again: the same bytes come out, and no finished layer is rounded twice."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,6 @@ WHERE = [
     "begin rename slim-00002.safetensors", "end remember 2", "begin shard model-00001-of-00003.safetensors",
     "end rename config.json", "begin rename moespresso.json",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
-    with Driver(tmp_path_factory.mktemp("driver")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,7 @@ from moespresso.model import (
     make_skeleton,
     one_format,
     open_view,
+    other_layout,
     own_packing,
     pick_device,
     pick_dtype,
@@ -471,7 +472,7 @@ def load(folder: str | Path) -> PreTrainedModel:
     """The model in any folder we write, stock or with layers that differ; packed matrices that stock code would read wrongly
     are decoded by ours."""
     view = open_view(locate(folder))
-    if not own_packing(view):
+    if not own_packing(view) and not other_layout(view):
         return AutoModelForCausalLM.from_pretrained(folder)
     with Reader(view.checkpoint.folder, allow_nonfinite=True) as reader:
         device = pick_device("cpu")

@@ -153,6 +153,7 @@ def _report(
                 if made.stages and layer.index in left.experts},
         gone={unit: manifest["scores"].get(str(unit)) for unit in sorted(dropped_units(made))},
         seconds=clock.seconds, machine=machine(), versions=manifest["versions"], out=str(out), plugin=manifest["plugin"],
+        packing=manifest.get("packing", ""),
         trouble=tuple(manifest["trouble"]), notes=(*manifest["notes"], *notes), peak_rss_bytes=peak_rss_bytes(),
         peak_anonymous_bytes=anonymous,
     )  # fmt: skip

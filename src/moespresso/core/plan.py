@@ -22,7 +22,7 @@ from moespresso.core.blueprint import Blueprint
 from moespresso.core.cost import Cost
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import Format
-from moespresso.core.stats import MALFORMED, described, each, given, of_kind, read_object, units_of
+from moespresso.core.stats import MALFORMED, at_least, described, each, given, of_kind, read_object, units_of
 from moespresso.core.unit import Unit
 
 
@@ -68,7 +68,7 @@ class Treatment:
             if name in values:
                 values[name] = _ascending(values[name], name)
         if "format" in values:
-            values["format"] = Format(**values["format"])
+            values["format"] = _format(values["format"])
         read = cls(**values)
         read._check_amounts()
         return read
@@ -88,6 +88,27 @@ class Treatment:
 _KINDS: Mapping[str, type[Any]] = {"keep": list, "channels": list, "drop": bool, "scale": float, "into": int,
                                    "share": float, "rank": int, "format": dict, "repair": str}  # fmt: skip
 _MAY_BE_NULL = frozenset({"keep", "channels", "into", "rank", "format", "repair"})
+
+
+_FORMAT_KINDS: Mapping[str, type[Any]] = {
+    "kind": str,
+    "bits": int,
+    "group_size": int,
+    "symmetric": bool,
+    "density": float,
+}
+
+
+def _format(data: Mapping[str, Any]) -> Format:
+    """Read a treatment's format; raises `ValueError` for what is none."""
+    strangers = [name for name in data if name not in _FORMAT_KINDS]
+    if strangers:
+        raise ValueError(f"format: {strangers[0]!r} is unknown{did_you_mean(strangers[0], _FORMAT_KINDS)}")
+    values: dict[str, Any] = {
+        name: of_kind(value, _FORMAT_KINDS[name], f"format: {name}") for name, value in data.items()
+    }
+    at_least(0, values.get("group_size", 0), "format: group_size")
+    return Format(**values)
 
 
 def _ascending(numbers: list[Any], place: str) -> tuple[int, ...]:

@@ -89,9 +89,15 @@ def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
                 f"the plan gives {unit} a format and something else as well: do one after the other"
             )
         _check_values(unit, treatment, plan.stages[:number])
+    refitted = {unit for unit, treatment in stage.treatments.items() if treatment.repair == REFIT}
+    if refitted and not rounds_on_text(stage):
+        raise UserError(f"the plan rescales {min(refitted)} in a step that does not round weights on text")
     if not slims(stage):
         return
     step_of(stage)
+    there = {Unit(entry.unit.layer, entry.unit.part) for entry in blueprint.entries}
+    if refitted - there:
+        raise UserError(f"the plan rescales {min(refitted - there)}, but {blueprint.source} has no such part")
     met: set[Unit] = set()
     for entry in blueprint.entries:
         _check_fused(entry, stage, blueprint)

@@ -7,10 +7,11 @@ Routed experts alone are rounded by default; routers, norms and embeddings never
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatch
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError, did_you_mean
@@ -28,16 +29,25 @@ BITS = (8, 4, 3, 2)
 GROUPS = (128, 64, 32)
 
 
-class Bits(str):
-    """Bits of everything (`4`), or by place (`gate_up:3+down:4`); a number, text or a mapping makes one."""
+class _Table(str):
+    """A table written as `KEY:VALUE+KEY:VALUE`; text, a number or a mapping makes one, and it is read at once."""
 
-    def __new__(cls, value: object) -> Bits:
-        """Raise `UserError` for what is neither."""
+    def __new__(cls, value: object) -> Self:
+        """Raise `UserError` for what the kind of table does not know."""
         if isinstance(value, Mapping):
-            value = "+".join(f"{place}:{bits}" for place, bits in value.items())
+            value = "+".join(f"{key}:{bits}" for key, bits in value.items())
         made = super().__new__(cls, str(value))
         _ = made.table
         return made
+
+    @property
+    def table(self) -> Mapping[Any, int]:
+        """What it says."""
+        raise NotImplementedError
+
+
+class Bits(_Table):
+    """Bits of everything (`4`), or by place (`gate_up:3+down:4`)."""
 
     @property
     def table(self) -> dict[str, int]:
@@ -56,16 +66,8 @@ class Bits(str):
         return found
 
 
-class LayerBits(str):
-    """Bits of single layers or runs of them: `0:8+28-31:4`; text or a mapping makes one."""
-
-    def __new__(cls, value: object) -> LayerBits:
-        """Raise `UserError` for what is neither."""
-        if isinstance(value, Mapping):
-            value = "+".join(f"{layers}:{bits}" for layers, bits in value.items())
-        made = super().__new__(cls, str(value))
-        _ = made.table
-        return made
+class LayerBits(_Table):
+    """Bits of single layers or runs of them: `0:8+28-31:4`."""
 
     @property
     def table(self) -> dict[int, int]:
@@ -105,14 +107,15 @@ class Slimming:
     symmetric: a fixed zero in the middle; stock engines load experts in this form only.
     parts: what is rounded, joined by +: experts, shared, attention, dense, head.
     layers: bits of single layers instead, such as 0:8+28-31:4.
-    exclude: unit addresses to leave alone, joined by + (patterns: L0.*).
-    rescore: without effect, as for every step: what is rounded is always what the steps before leave.
+    exclude: parts or projections of layers to leave alone, joined by + (patterns on addresses: L0.*, L3.experts.down).
     """
 
     kind: ClassVar[str] = ""
     on_text: ClassVar[bool] = False
     searches: ClassVar[bool] = False
     uneven: ClassVar[bool] = False
+    # What is rounded is always what the steps before leave.
+    rescore: ClassVar[bool] = True
     # Parts that the method can treat.
     able: ClassVar[tuple[str, ...]] = SLIM_PARTS
 
@@ -122,7 +125,6 @@ class Slimming:
     parts: Words = EXPERTS
     layers: LayerBits = NO_LAYERS
     exclude: Words = NOTHING
-    rescore: bool = True
 
     def __post_init__(self) -> None:
         """Read what was given in other forms; refuse what cannot be."""
@@ -141,6 +143,15 @@ class Slimming:
                 )
         if not self.parts.each():
             raise UserError(f"{self.kind}: parts is empty: say what is to be rounded, such as experts")
+        beside = self.bits.table.keys() - {"", "gate_up", "down", *self.parts.each()}
+        experts = (
+            self.bits.table.keys() & {"gate_up", "down"} if "experts" not in self.parts.each() else set()
+        )
+        for place in sorted(beside | experts):
+            part = "experts" if place in experts else place
+            raise UserError(
+                f"{self.kind}: bits={self.bits} names {place}, but parts={self.parts} leaves it alone: add {part} to parts"
+            )
 
     def needs(self) -> frozenset[str]:
         """What must be measured for this step: nothing but text to see."""
@@ -163,14 +174,46 @@ class Slimming:
                 f"{self.kind}: {blueprint.source} ({blueprint.family}) stores all experts of a layer in one tensor "
                 f"({fused[0].ref.name}), for which no packed form is known to load: use parts=attention, or drop experts"
             )
-        found = {entry.unit.part for entry, _ in self._formats(blueprint)}
+        self._check_exclude(blueprint)
+        chosen = [entry for entry, _ in self._formats(blueprint)]
         for part in self.parts.each():
-            if part not in found and not self.exclude:
-                raise UserError(
-                    f"{self.kind}: {blueprint.source} has no matrices in its {part} to round: change parts"
+            if part not in {entry.unit.part for entry in chosen}:
+                why = (
+                    f"exclude={self.exclude} leaves nothing of"
+                    if self.exclude
+                    else f"{blueprint.source} has no matrices in"
                 )
+                raise UserError(f"{self.kind}: {why} its {part} to round: change parts")
         for entry, format in self._formats(blueprint):
             check_storable(entry, format)
+        if self.on_text:
+            self._check_whole(chosen, blueprint)
+
+    def _check_exclude(self, blueprint: Blueprint) -> None:
+        """Every pattern must leave something alone: a misspelt one would otherwise round it without a word."""
+        addresses = {
+            address
+            for entry in blueprint.entries
+            if entry.unit.part in self.parts.each()
+            for address in _addresses(entry)
+        }
+        for pattern in self.exclude.each():
+            if not any(fnmatch(address, pattern) for address in addresses):
+                raise UserError(
+                    f"{self.kind}: exclude={pattern!r} matches no part of {blueprint.source} that is rounded: name parts or "
+                    "projections of layers, such as L0.* or L3.experts.down (single experts share their layer's format)"
+                )
+
+    def _check_whole(self, chosen: Sequence[Entry], blueprint: Blueprint) -> None:
+        """On text the projections of an expert are solved one after the other, so all of a layer are rounded or none."""
+        there = [entry for entry in blueprint.entries if entry.unit.part == "experts" and is_matrix(entry)]
+        rounded = Counter(entry.unit.layer for entry in chosen if entry.unit.part == "experts")
+        for layer, count in Counter(entry.unit.layer for entry in there).items():
+            if 0 < rounded[layer] < count:
+                raise UserError(
+                    f"{self.kind} rounds gate, up and down of a layer's experts together, but exclude={self.exclude} leaves some "
+                    f"of L{layer} alone: exclude L{layer}.experts, or use rtn"
+                )
 
     def amounts(self, blueprint: Blueprint) -> list[Any]:
         """This step with every number of bits, most first (for a byte budget)."""
@@ -239,16 +282,11 @@ class Slimming:
             yield entry, Format("integer", self._bits(entry, at), sizes[entry.unit.part], self.symmetric)
 
     def _is_meant(self, entry: Entry) -> bool:
-        unit = entry.unit
-        if unit.part not in self.parts.each():
+        if entry.unit.part not in self.parts.each():
             return False
-        addresses = {
-            str(unit),
-            str(replace(unit, expert=None)),
-            str(Unit(unit.layer, unit.part)),
-            str(Unit(unit.layer)),
-        }
-        return not any(fnmatch(address, pattern) for pattern in self.exclude.each() for address in addresses)
+        return not any(
+            fnmatch(address, pattern) for pattern in self.exclude.each() for address in _addresses(entry)
+        )
 
     def _bits(self, entry: Entry, layer: int | None) -> int:
         table = self.bits.table
@@ -268,3 +306,9 @@ class Slimming:
             return self.group_size
         widths = {entry.ref.shape[1] for entry in chosen if entry.unit.part == part}
         return next((size for size in GROUPS if all(width % size == 0 for width in widths)), GROUPS[-1])
+
+
+def _addresses(entry: Entry) -> set[str]:
+    """What an entry can be excluded by: its projection (of all experts), its part, and its layer."""
+    unit = replace(entry.unit, expert=None)
+    return {str(unit), str(Unit(unit.layer, unit.part)), str(Unit(unit.layer))}

@@ -33,6 +33,26 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 """
+PACKED = """\
+Its weights are packed integers, which transformers unpacks with the package `compressed-tensors` (0.18 or newer).
+
+"""
+OWN = """\
+Its packed experts are in formats that stock loaders would read wrongly, so they stop at it; moespresso reads it:
+
+```python
+import moespresso
+from transformers import AutoTokenizer
+
+folder = "path/to/this/folder"
+model = moespresso.load(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+"""
+OTHER = """\
+Its weights are packed in the layout of {layout}, for engines that read that. It was checked by moespresso's own reader only:
+`moespresso.load` loads it, decoded.
+"""
 
 
 @dataclass(frozen=True)
@@ -70,12 +90,21 @@ def model_card(report: Report, base_model: str | None = None, licence: Licence |
         _numbers(report),
         _dropped(report.scores),
         _listed((*report.trouble, *report.notes)),
-        f"## Load it\n\n{PLUGIN + LOAD if report.plugin else LOAD}",
+        f"## Load it\n\n{_load(report)}",
         _check(base_model),
         f"## Recipe\n\n```yaml\n{_yaml(recipe)}```\n",
         f"Made with moespresso {report.versions['moespresso']}.\n",
     )
     return "\n".join(section for section in sections if section)
+
+
+def _load(report: Report) -> str:
+    """How the folder is loaded, by whoever can read its packed matrices and unequal layers."""
+    if report.packing == "own":
+        return OWN
+    if report.packing in ("gptq", "awq"):
+        return OTHER.format(layout=report.packing.upper())
+    return (PLUGIN if report.plugin else "") + (PACKED if report.packing else "") + LOAD
 
 
 def shareable(recipe: Body) -> dict[str, Any]:

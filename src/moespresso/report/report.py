@@ -38,7 +38,7 @@ class LayerScores:
 class Report:
     """What came of a run. `scores` by layer index; `gone` the blocks and parts of layers that were dropped, each with
     its score where it has one; `seconds` by phase; peaks in bytes; `out` the folder written, and whether only
-    moespresso's `plugin` loads it.
+    moespresso's `plugin` loads it; who reads its packed matrices (`packing`: `stock`, `own`, `gptq`, `awq`, or empty).
 
     `trouble` is what went wrong and was survived, `notes` what a reader should know; both are whole sentences.
     """
@@ -54,6 +54,7 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
     out: str | Path = ""
     plugin: bool = False
+    packing: str = ""
     trouble: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     peak_rss_bytes: int = 0
@@ -71,6 +72,7 @@ class Report:
         return {
             "out": str(self.out),
             "plugin": self.plugin,
+            "packing": self.packing,
             **both,
             "seconds": self.total_seconds,
             "phases": {name: value for name, value in self.seconds.items() if name != "total"},
