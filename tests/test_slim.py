@@ -17,6 +17,7 @@ from conftest import Zoo, tiny_tokenizer, write_wide
 from moespresso import api
 from moespresso.checkpoint import Reader
 from moespresso.core.errors import UserError
+from moespresso.core.runtime import Runtime
 from moespresso.data import Source
 from moespresso.model import open_view
 from moespresso.recipe import Request
@@ -112,6 +113,35 @@ def test_parts_beside_the_experts(text: Path, tmp_path: Path):
     assert all(
         "norm" in name or "gate.weight" in name or "embed" in name or "lm_head" in name for name in plain
     )
+
+
+def test_the_head_can_be_rounded_where_it_is_its_own(source: Path, tmp_path: Path):
+    out = press(source, tmp_path / "out", "rtn:group_size=32,parts=experts+head,bits=4+head:8")
+    proven(out, source)
+    assert open_view(out).formats["lm_head"].bits == 8
+
+
+@pytest.mark.parametrize(
+    ("steps", "target"),
+    [
+        (
+            ["expert_drop:keep=6", "gptq:group_size=32", "rtn:bits=8,group_size=32,parts=attention"],
+            "transformers",
+        ),
+        (
+            ["awq:group_size=32", "expert_drop:keep=6", "layer_drop"],
+            "transformers",
+        ),  # in another family's name
+        (["layer_drop:repair=linear", "gptq:group_size=32"], "transformers"),
+        (["expert_drop:keep=6,replace=novice", "gptq:group_size=32"], "plugin"),
+        (["expert_drop:keep=6,scope=global", "gptq:group_size=32"], "plugin"),
+        (["gptq:layers=0:8,group_size=32", "block_drop"], "plugin"),
+    ],
+)
+def test_trimming_and_rounding_in_one_recipe(
+    steps: list[str], target: Any, source: Path, text: Path, tmp_path: Path
+):
+    proven(press(source, tmp_path / "out", *steps, text=text, target=target), source)
 
 
 def test_other_mixers_than_attention_are_left_alone(zoo: Zoo, text: Path, tmp_path: Path):
@@ -328,3 +358,20 @@ def test_a_size_is_met_by_bits(source: Path, tmp_path: Path):
         out = press(source, tmp_path / f"{bits}", "rtn:group_size=32", size=size)
         assert open_view(out).source.cost().bytes <= size
         assert {format.bits for format in open_view(out).formats.values()} == {bits}
+
+
+def test_spilled_hidden_states_give_the_same_bytes(
+    source: Path, packed: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("moespresso.slimming.must_spill", lambda *_: True)
+    same_tensors(press(source, tmp_path / "out", "gptq:group_size=32", text=text), packed)
+
+
+def test_too_little_memory_for_a_layer_is_refused(source: Path, text: Path, tmp_path: Path):
+    with pytest.raises(
+        UserError, match=r"--max-memory 100 MiB is too little to measure: one layer takes about"
+    ):
+        press(
+            source, tmp_path / "out", "gptq:group_size=32", text=text, runtime=Runtime(max_memory=100 << 20)
+        )
+    assert not (tmp_path / "out").exists()

@@ -40,6 +40,11 @@ from test_slim import disk, press
             "gptq:exclude=L1.experts.down,group_size=32",
             r"rounds gate, up and down of a layer's experts together",
         ),
+        (
+            "gptq:parts=experts+head",
+            r"gptq rounds experts and shared and attention and dense only, not head: use rtn",
+        ),
+        ("awq:parts=attention", r"awq rounds experts only, not attention: use rtn"),
         ("rtn:rescore=false", r"rtn has no setting 'rescore'"),
         ("rtn:group_size=5", r"group_size=5 must be 0 or a multiple of 8"),
         ("hqq:p=2", r"p=2.0 must lie between 0 and 1"),
@@ -72,7 +77,9 @@ def test_values_are_not_changed_after_they_were_rounded(source: Path, text: Path
 
 
 def test_text_is_asked_for(source: Path, tmp_path: Path):
-    with pytest.raises(UserError, match="score on real text: give --text"):
+    with pytest.raises(
+        UserError, match=r"see real text: give --text FILE .*\(or use rtn or hqq, which needs none\)"
+    ):
         press(source, tmp_path / "out", "gptq:group_size=32")
 
 

@@ -50,12 +50,13 @@ from moespresso.model import (
     quiet_transformers,
     rehoused_views,
 )
-from moespresso.pipeline import Clock, Decided, all_needs, decide, describe_step, must_spill
+from moespresso.pipeline import Clock, Decided, all_needs, decide, describe_step
 from moespresso.pipeline import measure as measure_view
 from moespresso.recipe import Recipe, Request, parse_size
 from moespresso.report import Report, describe_methods
-from moespresso.result import outside_notes, produce
+from moespresso.result import format_notes, outside_notes, produce
 from moespresso.slimming import found
+from moespresso.stream import must_spill
 from moespresso.verify import verify as verify_folder
 
 quiet_transformers()
@@ -110,7 +111,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
     alone = Path(model).suffix == ".json"
     view = config_view(Path(model)) if alone else open_view(locate(model))
     blueprint, cost = view.blueprint, view.blueprint.cost()
-    notes = outside_notes(view)
+    notes = [*outside_notes(view), *format_notes(view)]
     if alone:
         notes.append("priced from its config alone: no tensor was seen")
     if is_unequal(view.checkpoint.config):
@@ -376,10 +377,20 @@ def _calibration(view: View, request: Request) -> Batches | None:
         return None
     if not request.texts:
         raise UserError(
-            "these steps score on real text: give --text FILE or --dataset NAME (or score=aimer, which needs none)"
+            f"these steps see real text: give --text FILE or --dataset NAME{_without_text(request)}"
         )
     return calibration(request.texts, load_tokenizer(view.checkpoint.folder), request.samples, request.length,
                        request.seed, request.mode)  # fmt: skip
+
+
+def _without_text(request: Request) -> str:
+    """Which settings would need no text, for the steps that have such."""
+    hints = {
+        step.without_text
+        for step in request.steps
+        if step.needs() - {"weights"} and hasattr(step, "without_text")
+    }
+    return f" (or use {' and '.join(sorted(hints))}, which needs none)" if hints else ""
 
 
 def verify(

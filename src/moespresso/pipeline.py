@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-import torch
 from torch import Tensor
 
 from moespresso.checkpoint import (
@@ -46,20 +45,25 @@ from moespresso.model import (
     View,
     is_rehoused,
     make_skeleton,
-    pick_device,
-    pick_dtype,
     tokenizer_config,
 )
 from moespresso.sequence import decide_in_sequence, in_source, numbered
 from moespresso.slimming import Slimmed, found
-from moespresso.stream import ANSWER_BYTES, Cuts, Memento, lanes_at_once, state_bytes, sweep, sweep_variants
+from moespresso.stream import (
+    Cuts,
+    Memento,
+    lanes_at_once,
+    layer_bytes,
+    must_spill,
+    state_bytes,
+    sweep,
+    sweep_variants,
+)
 
 logger = logging.getLogger(__name__)
 
 # Formats of what is measured: raise when the same needs would give other numbers.
 _STATS_VERSION = "1"
-# Memory beside the layer and its hidden states: a few copies of what all selected experts answer to one batch, and more.
-_OVERHEAD = 4 * ANSWER_BYTES
 
 
 class Step(Protocol):
@@ -172,27 +176,6 @@ def _sweep(
     return measurer
 
 
-def must_spill(view: View, batches: Batches | None, runtime: Runtime) -> bool:
-    """Whether hidden states go to disk between layers; raises `UserError` when not even one layer fits the limit."""
-    if runtime.max_memory is None or batches is None:
-        return False
-    dtype = pick_dtype(runtime.dtype, view, pick_device(runtime.device))
-    needed = _one_layer(view, dtype)
-    if needed > runtime.max_memory:
-        raise UserError(
-            f"--max-memory {runtime.max_memory >> 20} MiB is too little to measure: one layer takes about "
-            f"{needed >> 20} MiB in {dtype}; give that much, try --dtype bfloat16, or score=aimer"
-        )
-    return needed + 2 * batches.ids.numel() * view.blueprint.hidden * dtype.itemsize > runtime.max_memory
-
-
-def _one_layer(view: View, dtype: torch.dtype) -> int:
-    """Bytes of the largest layer and of what passes through it."""
-    layers = view.blueprint.by_layer
-    largest = max(sum(entry.ref.numel for entry in layers[spec.index]) for spec in view.blueprint.layers)
-    return largest * dtype.itemsize + _OVERHEAD
-
-
 @dataclass
 class Decided:
     """A plan with what it stands on: stats, fitted values, notes for the user, and every unit's score (in source
@@ -285,7 +268,7 @@ def _searched(
         each = state_bytes(source, ids, mask)
         left = sys.maxsize
         if runtime.max_memory is not None:
-            left = runtime.max_memory - _one_layer(view, source.dtype)
+            left = runtime.max_memory - layer_bytes(view, source.dtype)
         _, spill = lanes_at_once(1, each, left, work)
         truth = sweep(source, ids, mask, spill=spill, progress=runtime.progress, label="layers, original")
 
@@ -307,7 +290,7 @@ def _searched(
 
 def _needed(batches: Batches | None) -> Batches:
     if batches is None:
-        raise UserError("these steps score on real text: give --text FILE or --dataset NAME")
+        raise UserError("these steps see real text: give --text FILE or --dataset NAME")
     return batches
 
 

@@ -195,7 +195,7 @@ def form_notes(view: View) -> list[str]:
         width = view.blueprint.layers[view.stubs[0]].width
         names = ", ".join(f"L{view.left.layers[position]}" for position in view.stubs)
         notes.append(f"in place of what {names} lost stands a dense part of zeros, {width} wide")
-    notes += _format_notes(view)
+    notes += format_notes(view)
     again = sum(piece.code is not None and piece.code.again for piece in view.pieces)
     if again:
         notes.append(
@@ -228,7 +228,7 @@ def _coverage_notes(coverage: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [f"{words}; {len(helped)} without any were rounded by {' and '.join(ways)}: {some}"]
 
 
-def _format_notes(view: View) -> list[str]:
+def format_notes(view: View) -> list[str]:
     """How many bits the packed matrices have, scales and zeros included."""
     sums: dict[tuple[str, Format], list[int]] = {}
     for piece in view.pieces:

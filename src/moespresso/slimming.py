@@ -35,7 +35,7 @@ from moespresso.formats import Codes, decode, encode_parts
 from moespresso.measure import RoutedExperts
 from moespresso.methods import Answer, Shown
 from moespresso.model import Skeleton, View, make_skeleton
-from moespresso.stream import Memento, sweep
+from moespresso.stream import Memento, must_spill, sweep
 
 # Raise when the same plan and text would give other codes.
 _VERSION = "1"
@@ -76,7 +76,8 @@ def slim(view: View, plan: Plan, batches: Batches, work: Path, runtime: Runtime)
             skeleton = make_skeleton(view, reader, runtime)
             visitor = _Visitor(view, plan, step, skeleton, files)
             carry = "rebuilt" if getattr(step, "sequential", True) else "original"
-            sweep(skeleton, batches.ids, batches.mask, visitor, carry=carry, memento=memento, progress=runtime.progress,
+            spill = work if must_spill(view, batches, runtime) else None
+            sweep(skeleton, batches.ids, batches.mask, visitor, carry=carry, memento=memento, spill=spill, progress=runtime.progress,
                   label=f"{step.kind}, layers")  # fmt: skip
     memento.path.unlink(missing_ok=True)
     return _gathered(files)

@@ -166,7 +166,7 @@ def _check_rows(plan: Plan) -> None:
     for stage in plan.stages:
         for unit in sorted(stage.treatments):
             treatment = stage.treatments[unit]
-            if unit.part != "experts" or treatment.drop:
+            if unit.part != "experts" or treatment.drop or treatment.format is not None:
                 continue
             if unit.layer in whole:
                 raise UserError(

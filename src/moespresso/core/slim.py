@@ -15,12 +15,13 @@ from moespresso.core.fits import REPAIRS
 from moespresso.core.format import DTYPE_BYTES, Format, check_group, check_layout
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.registry import parse_step
-from moespresso.core.unit import Unit
+from moespresso.core.unit import Part, Unit
 
 # Parts of a model whose matrices can be encoded.
 SLIM_PARTS = ("experts", "shared", "attention", "dense", "head")
 # The repair of a part whose tensors are replaced by fitted ones, since a stage moved a scale into them.
 REFIT = "rescale"
+REFIT_PARTS: tuple[Part, ...] = ("norm", "router", "shared")
 
 
 def is_matrix(entry: Entry) -> bool:
@@ -95,9 +96,10 @@ def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
     if not slims(stage):
         return
     step_of(stage)
-    there = {Unit(entry.unit.layer, entry.unit.part) for entry in blueprint.entries}
-    if refitted - there:
-        raise UserError(f"the plan rescales {min(refitted - there)}, but {blueprint.source} has no such part")
+    # Shared experts may be those of the family that the checkpoint is presented as, so only the layer is looked up.
+    known = {Unit(layer.index, part) for layer in blueprint.moe_layers for part in REFIT_PARTS}
+    if refitted - known:
+        raise UserError(f"the plan rescales {min(refitted - known)}, but {blueprint.source} has no such part")
     met: set[Unit] = set()
     for entry in blueprint.entries:
         _check_fused(entry, stage, blueprint)

@@ -30,7 +30,12 @@ GROUPS = (128, 64, 32)
 
 
 class _Table(str):
-    """A table written as `KEY:VALUE+KEY:VALUE`; text, a number or a mapping makes one, and it is read at once."""
+    """A table written as `KEY:VALUE+KEY:VALUE`; text, a number or a mapping makes one, and it is read at once.
+
+    `written` says how, for the manual.
+    """
+
+    written: ClassVar[str] = ""
 
     def __new__(cls, value: object) -> Self:
         """Raise `UserError` for what the kind of table does not know."""
@@ -48,6 +53,8 @@ class _Table(str):
 
 class Bits(_Table):
     """Bits of everything (`4`), or by place (`gate_up:3+down:4`)."""
+
+    written = "BITS or PLACE:BITS+..."
 
     @property
     def table(self) -> dict[str, int]:
@@ -69,6 +76,8 @@ class Bits(_Table):
 class LayerBits(_Table):
     """Bits of single layers or runs of them: `0:8+28-31:4`."""
 
+    written = "LAYER:BITS+..."
+
     @property
     def table(self) -> dict[int, int]:
         """Bits by layer."""
@@ -83,6 +92,8 @@ class LayerBits(_Table):
 
 class Words(str):
     """Words joined by `+`; text or a list makes one."""
+
+    written: ClassVar[str] = "WORD+..."
 
     def __new__(cls, value: object) -> Words:
         """Join a list."""
@@ -112,6 +123,7 @@ class Slimming:
 
     kind: ClassVar[str] = ""
     on_text: ClassVar[bool] = False
+    without_text: ClassVar[str] = "rtn or hqq"
     searches: ClassVar[bool] = False
     uneven: ClassVar[bool] = False
     # What is rounded is always what the steps before leave.
@@ -139,7 +151,7 @@ class Slimming:
                 raise UserError(f"{self.kind}: parts={part!r} is unknown{did_you_mean(part, SLIM_PARTS)}")
             if part not in self.able:
                 raise UserError(
-                    f"{self.kind} rounds {' and '.join(self.able)} only, not {part}: use gptq for it"
+                    f"{self.kind} rounds {' and '.join(self.able)} only, not {part}: use rtn for it"
                 )
         if not self.parts.each():
             raise UserError(f"{self.kind}: parts is empty: say what is to be rounded, such as experts")

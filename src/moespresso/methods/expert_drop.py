@@ -77,6 +77,7 @@ class ExpertDrop:
     """
 
     kind: ClassVar[str] = "expert_drop"
+    without_text: ClassVar[str] = "score=aimer"
     keep: int | None = None
     ratio: float | None = None
     score: Score = "easy_ep"

@@ -47,6 +47,7 @@ class Gptq(Slimming):
 
     kind: ClassVar[str] = "gptq"
     on_text: ClassVar[bool] = True
+    able: ClassVar[tuple[str, ...]] = ("experts", "shared", "attention", "dense")
     damping: float = 0.03
     act_order: bool = True
     sweeps: int = 2

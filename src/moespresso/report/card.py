@@ -19,7 +19,7 @@ from moespresso.report.tables import COSTS
 
 Body = Mapping[str, Any]
 
-TAGS = ("moespresso", "mixture-of-experts", "pruned")
+TAGS = ("moespresso", "mixture-of-experts")
 PLUGIN = """\
 Its layers differ, which transformers on its own cannot build: put `import moespresso` (`pip install moespresso`) first.
 
@@ -84,7 +84,7 @@ def model_card(report: Report, base_model: str | None = None, licence: Licence |
     recipe = shareable(report.recipe)
     name = base_model or recipe.get("model", "model")
     sections = (
-        f"---\n{_yaml(_front(base_model, licence or Licence()))}---\n",
+        f"---\n{_yaml(_front(report, base_model, licence or Licence()))}---\n",
         f"# {PurePath(name).name}, pressed\n",
         _deed(name, report),
         _numbers(report),
@@ -126,7 +126,7 @@ def _yaml(body: Body) -> str:
     return yaml.safe_dump(dict(body), sort_keys=False, allow_unicode=True, width=100)
 
 
-def _front(base_model: str | None, licence: Licence) -> dict[str, Any]:
+def _front(report: Report, base_model: str | None, licence: Licence) -> dict[str, Any]:
     stated = {name: value for name, value in asdict(licence).items() if value}
     base = {"base_model": base_model} if base_model else {}
     return {
@@ -134,8 +134,14 @@ def _front(base_model: str | None, licence: Licence) -> dict[str, Any]:
         **base,
         **stated,
         "pipeline_tag": "text-generation",
-        "tags": list(TAGS),
+        "tags": [*TAGS, *_kinds(report)],
     }
+
+
+def _kinds(report: Report) -> list[str]:
+    """What was done, in the hub's words."""
+    trimmed = report.gone or any(row.dropped for row in report.scores.values())
+    return [*(["pruned"] if trimmed else []), *(["quantized"] if report.packing else [])]
 
 
 def _deed(name: str, report: Report) -> str:

@@ -57,7 +57,7 @@ def _type_words(hint: Any) -> str:
     """A type as a person writes it: choices parted by bars."""
     choices = get_args(hint)
     if not choices:
-        return getattr(hint, "__name__", str(hint))
+        return getattr(hint, "written", None) or getattr(hint, "__name__", str(hint))
     return " | ".join(
         "none" if choice is type(None) else getattr(choice, "__name__", str(choice)) for choice in choices
     )

@@ -6,7 +6,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -195,10 +197,13 @@ def _stock(folder: Path, view: View, nonfinite: dict[str, int]) -> str:
 
 def _loaded(folder: Path, view: View) -> tuple[nn.Module, dict[str, Any]]:
     """What stock transformers loads, in float32, and what it says about the tensors."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    model, info = loaded
-    if view.formats:
-        _unpack(model, view)
+    with redirect_stderr(StringIO()):  # unpacking shows progress bars of its own
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
+        model, info = loaded
+        if view.formats:
+            _unpack(model, view)
     return model, info
 
 
