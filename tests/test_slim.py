@@ -176,6 +176,43 @@ def same_tensors(one: Path, other: Path, *, config: bool = True) -> None:
         )
 
 
+def test_later_layers_see_what_the_rounded_ones_before_let_through(source: Path, text: Path, tmp_path: Path):
+    """Layer 1 comes out as if layer 0 had been rounded by an earlier step."""
+    whole = disk(press(source, tmp_path / "whole", "gptq:group_size=32", text=text))
+    apart = ["gptq:group_size=32,exclude=L1.*+L2.*", "gptq:group_size=32,exclude=L0.*+L2.*"]
+    parted = disk(press(source, tmp_path / "parted", *apart, text=text, target="plugin"))
+    blind = disk(press(source, tmp_path / "blind", "gptq:group_size=32,sequential=false", text=text))
+    packed = [
+        name for name in whole if "experts" in name and name.endswith(("weight_packed", "weight_scale"))
+    ]
+    for layer, alike in ((0, True), (1, False)):
+        names = [name for name in packed if f"layers.{layer}." in name]
+        assert all(torch.equal(whole[name], parted[name]) for name in names)
+        assert all(torch.equal(whole[name], blind[name]) for name in names) == alike
+
+
+@pytest.mark.parametrize("step", ["gptq:group_size=0", "rtn:group_size=0"])
+def test_a_scale_that_comes_later_goes_into_the_scales(step: str, zoo: Zoo, text: Path, tmp_path: Path):
+    """DeepSeek-V2 does not renormalise, so dropping experts scales its routed part."""
+    drop = "expert_drop:keep=6,renormalise=compensate"
+    rounded = open_view(press(zoo("deepseek_v2"), tmp_path / "rounded", step, text=text))
+    both = press(zoo("deepseek_v2"), tmp_path / "both", step, drop, text=text)
+    proven(both, zoo("deepseek_v2"))
+    made, after = plan_of(both), open_view(both)
+    with Reader(rounded.checkpoint.folder) as old, Reader(both) as new:
+        for layer in rounded.source.moe_layers:
+            scale = made.routed_scale(layer.index)
+            assert scale != 1
+            expert = made.kept_experts(layer.index, layer.experts)[0]
+            for matrix, factor in (("down", scale), ("up", 1.0)):
+                name = f"model.layers.{layer.index}.mlp.experts.{{}}.{matrix}_proj.weight"
+                before = old.codes_of(rounded.checkpoint.tensors[name.format(expert)])
+                found = new.codes_of(after.checkpoint.tensors[name.format(0)])
+                assert torch.equal(found.values, before.values)
+                wanted = (before.scale.float() * factor).to(before.scale.dtype)
+                torch.testing.assert_close(found.scale, wanted, rtol=0, atol=0)
+
+
 # A packed folder is a checkpoint like any other
 
 
