@@ -225,7 +225,6 @@ def _weights(format: Format) -> dict[str, Any]:
 
 
 def _gptq_section(format: Format, plain: list[str]) -> dict[str, Any]:
-    # Modules left alone are said by GPTQModel's own `dynamic`: a pattern with a minus in front.
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
@@ -234,7 +233,7 @@ def _gptq_section(format: Format, plain: list[str]) -> dict[str, Any]:
         "sym": format.symmetric,
         "desc_act": False,
         "lm_head": False,
-        "dynamic": {f"-:^{re.escape(name)}$": {} for name in plain},
+        "dynamic": _left_alone(plain),
     }
 
 
@@ -246,7 +245,13 @@ def _awq_section(format: Format, plain: list[str]) -> dict[str, Any]:
         "group_size": format.group_size or -1,
         "zero_point": True,
         "modules_to_not_convert": plain,
+        "dynamic": _left_alone(plain),
     }
+
+
+def _left_alone(plain: list[str]) -> dict[str, dict[str, Any]]:
+    """GPTQModel's own way to say so, in both layouts: a pattern with a minus in front."""
+    return {f"-:^{re.escape(name)}$": {} for name in plain}
 
 
 _OTHERS = {"gptq": _gptq_section, "awq": _awq_section}

@@ -150,10 +150,12 @@ class Reader:
         until they are asked for."""
         if part == "weight_shape":  # comes before all others in a shard
             return torch.tensor(whole.shape)
-        key = whole.name, part
+        key, code = (whole.name, part), whole.code
+        assert code is not None
+        if part in code.found and code.packed.layout == "compressed-tensors" and code.factor == 1:
+            return code.found[part]  # it was found in this very form
         if key not in self._stash:
-            assert whole.code is not None
-            made = encode_parts(whole.code.packed.layout, self.codes(whole))
+            made = encode_parts(code.packed.layout, self.codes(whole))
             self._stash |= {(whole.name, name): tensor.squeeze(0) for name, tensor in made.items()}
         return self._stash.pop(key)
 

@@ -29,6 +29,8 @@ from moespresso.core.rewrite import Piece
 _SMALLEST, _LARGEST, _AIM = 256 << 20, 4 << 30, 32
 # Bytes after which the disk is asked to start writing.
 _FLUSH = 32 << 20
+# Bytes that are sooner hashed than handed to another thread.
+_SMALL = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,11 @@ def _stream(file: FileIO, parts: Iterable[memoryview]) -> tuple[int, str]:
         for part in parts:
             if hashing is not None:
                 hashing.result()
-            hashing = hasher.submit(digest.update, part)
+            hashing = None
+            if part.nbytes > _SMALL:
+                hashing = hasher.submit(digest.update, part)
+            else:
+                digest.update(part)
             written = 0
             while written < part.nbytes:  # an unbuffered write may take less than it is given
                 written += file.write(part[written:])

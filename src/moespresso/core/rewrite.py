@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class Fold:
     values: Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Piece:
     """One tensor to write: `source` bytes, of which only `take` along `axis` (None: all), times `scale`.
 
@@ -100,11 +101,16 @@ class Piece:
         """Address in the result."""
         return self.place or self.source.unit
 
-    @property
+    @cached_property
+    def parts(self) -> Mapping[str, TensorRef]:
+        """The tensors that it is written as, by suffix, where it is packed."""
+        return self.ref.stored()
+
+    @cached_property
     def ref(self) -> TensorRef:
         """The tensor as it will be written (its file is not known yet)."""
         if self.whole is not None:
-            return self.whole.ref.stored()[self.part]
+            return self.whole.parts[self.part]
         ref = replace(self.source.ref, name=self.name, shape=self.shape, file="", offset=0, factor=1.0)
         if self.code is not None:
             return replace(ref, packed=self.code.packed, dtype=self.code.dtype or ref.dtype)
@@ -144,7 +150,7 @@ def stored(piece: Piece) -> list[Piece]:
         ]
     return [
         Piece(ref.name, ref.shape, piece.source, place=piece.unit, part=suffix, whole=piece)
-        for suffix, ref in piece.ref.stored().items()
+        for suffix, ref in piece.parts.items()
     ]
 
 
@@ -221,9 +227,9 @@ class _Rewriter:
         piece = self._of_experts(entry, layer) if layer in self._left.experts and entry.in_graph else None
         if entry.unit.expert is not None and layer in self._left.experts and piece is None:
             return None
-        piece = replace(
-            piece or Piece(entry.ref.name, entry.ref.shape, entry), folds=self._folds_on(entry, layer)
-        )
+        piece = piece or Piece(entry.ref.name, entry.ref.shape, entry)
+        if folds := self._folds_on(entry, layer):
+            piece = replace(piece, folds=folds)
         return self._moved(
             self._encoded(self._refitted(piece, entry), entry), layer, self._left.position(layer)
         )
@@ -280,9 +286,9 @@ class _Rewriter:
         return entry.branch is not None and (layer, entry.branch) in self._left.cut and not keeps_norm
 
     def _moved(self, piece: Piece, layer: int, position: int) -> Piece:
-        place = replace(piece.unit, layer=position)
         if position == layer:
-            return replace(piece, place=place)
+            return piece
+        place = replace(piece.unit, layer=position)
         name = re.sub(rf"(?<=\.){layer}(?=\.)", str(position), piece.name, count=1)
         return replace(piece, name=name, place=place)
 

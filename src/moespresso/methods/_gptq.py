@@ -154,48 +154,62 @@ def _pass(columns: _Columns, factors: Tensor, order: Tensor, block: int) -> None
     """GPTQ itself: round every column once, in `order`."""
     ordered, feedback = columns.reordered(order), _feedback(factors.mT)
     for start in range(0, order.shape[1], block):
-        _round(ordered, feedback, start, start + block, again=False)
+        here = slice(start, start + block)
+        target = torch.baddbmm(ordered.weights[:, here], feedback[:, here, :start], ordered.error[:, :start])
+        _round(ordered, target, feedback[:, here, here], start)
     columns.values.scatter_(1, _wide(order, columns.values), ordered.values)
     columns.error.scatter_(1, _wide(order, columns.error), ordered.error)
 
 
 def _descend(columns: _Columns, hessians: Tensor, block: int, sweeps: int) -> None:
-    """Fit each group's scale, then round its columns again; `sweeps` times over all groups."""
-    feedback = _feedback(hessians)
+    """Fit each group's scale, then round its columns again; `sweeps` times over all groups.
+
+    The pull H e of all errors on a group's columns is one product, which serves both.
+    """
     width, groups = hessians.shape[-1], columns.scale.shape[1]
     size = width // groups
     for _ in range(sweeps):
         for number, first in enumerate(range(0, width, size)):
-            _fit_scale(columns, hessians, number, slice(first, first + size))
+            part = slice(first, first + size)
+            pull = hessians[:, part] @ columns.error
+            pull += _fit_scale(columns, hessians[:, part, part], pull, number, part)
             for start in range(first, first + size, block):
-                _round(columns, feedback, start, min(start + block, first + size), again=True)
+                _round_again(columns, hessians, pull, slice(start, min(start + block, first + size)), part)
 
 
-def _round(columns: _Columns, feedback: Tensor, start: int, stop: int, again: bool) -> None:
-    """Round columns `start` to `stop` one by one from their weights plus `feedback` of all errors before them.
+def _round_again(columns: _Columns, hessians: Tensor, pull: Tensor, here: slice, part: slice) -> None:
+    """Round the columns `here` of the group `part` once more, and tell the `pull` on those of the group behind them."""
+    error = columns.error[:, here]
+    local, before = hessians[:, here, here], error.clone()
+    mine = pull[:, here.start - part.start : here.stop - part.start]
+    diagonal = local.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+    target = torch.baddbmm(mine, local, error, alpha=-1).div_(diagonal).add_(columns.weights[:, here])
+    _round(columns, target, _feedback(local), here.start)
+    if here.stop < part.stop:
+        behind = pull[:, here.stop - part.start :]
+        behind.baddbmm_(hessians[:, here.stop : part.stop, here], error - before)
 
-    Errors outside come in by one product; those behind only if columns are rounded `again`.
-    """
-    error, here, behind = columns.error, slice(start, stop), slice(stop, None)
-    target = torch.baddbmm(columns.weights[:, here], feedback[:, here, :start], error[:, :start])
-    if again:
-        target.baddbmm_(feedback[:, here, behind], error[:, behind])
-    near, local = feedback[:, here, here], error[:, here]
+
+def _round(columns: _Columns, target: Tensor, near: Tensor, start: int) -> None:
+    """Round columns from `start` on one by one, to their `target` [N, n, out] plus `near` [N, n, n] of their errors so far."""
+    local = columns.error[:, start : start + target.shape[1]]
     for j in range(target.shape[1]):
         wanted = torch.baddbmm(target[:, j : j + 1], near[:, j : j + 1], local)
         columns.round(start + j, wanted.squeeze(1))
 
 
-def _fit_scale(columns: _Columns, hessians: Tensor, number: int, part: slice) -> None:
-    """Move a group's scales to the least error that its values v allow: s + (v H e) / (v H v), v counted from zero.
+def _fit_scale(columns: _Columns, local: Tensor, pull: Tensor, number: int, part: slice) -> Tensor:
+    """Move a group's scales to the least error that its values v allow, s + (v H e) / (v H v), v counted from zero; return
+    what that adds to the `pull` H e on its columns.
 
     A scale that would change its sign, vanish or overflow stays.
     """
     zero, old = columns.zero[:, number, None], columns.scale[:, number]
     steps = columns.values[:, part].float() - zero.float()
-    gain = (steps * (hessians[:, part] @ columns.error)).sum(1)
-    cost = (steps * (hessians[:, part, part] @ steps)).sum(1)
-    fitted = (old.float() + gain / cost).to(old.dtype)
+    response = local @ steps
+    fitted = (old.float() + (steps * pull).sum(1) / (steps * response).sum(1)).to(old.dtype)
     new = torch.where((fitted / old > 0) & fitted.isfinite(), fitted, old)
     columns.scale[:, number] = new
+    before = columns.error[:, part].clone()
     columns.error[:, part] = columns.weights[:, part] - (steps.to(new.dtype) * new.unsqueeze(1)).float()
+    return local @ (columns.error[:, part] - before)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moespresso.core.format import Format
-from moespresso.formats.grids import Grid, chosen, loss, minmax, stored
+from moespresso.formats.grids import Grid, loss, minmax, raised, stored
 from moespresso.formats.integer import Codes, encode, in_groups, levels, slabs
 from moespresso.formats.rounding import unbias
 
@@ -48,16 +48,22 @@ def half_quadratic(
 
 def _fitted(grouped: Tensor, grid: Grid, format: Format, p: float, betas: list[float]) -> Grid:
     """Grids of one slab [n, rows, G, g], from a first one on. A group rests as soon as its error no longer falls."""
-    best, lowest = grid, loss(grouped, grid, format, p)
-    active = torch.ones_like(lowest, dtype=torch.bool)
+    shape = grid[0].shape
+    scale, zero = (each.flatten().clone() for each in grid)
+    left = torch.arange(len(scale), device=scale.device)
+    grouped, grid = grouped.flatten(0, -2), (scale, zero)
+    lowest = loss(grouped, grid, format, p)
     for beta in betas:
         grid = _turn(grouped, grid, format, p, beta)
         found = loss(grouped, grid, format, p)
-        active &= found < lowest
-        if not active.any():
+        better = (found < lowest).nonzero().squeeze(1)
+        left, grid, lowest = left[better], (grid[0][better], grid[1][better]), found[better]
+        scale[left], zero[left] = grid
+        if len(better) < len(grouped):
+            grouped = grouped[better]  # most rest after a few turns: what is left is looked at alone
+        if not len(left):
             break
-        best, lowest = chosen(active, grid, best), torch.where(active, found, lowest)
-    return best
+    return scale.view(shape), zero.view(shape)
 
 
 def _turn(grouped: Tensor, grid: Grid, format: Format, p: float, beta: float) -> Grid:
@@ -81,4 +87,4 @@ def _slope(x: Tensor, y: Tensor) -> Tensor:
 def shrink(x: Tensor, p: float, beta: float) -> Tensor:
     """The generalized soft threshold: sign(x) max(|x| - |x|^(p-1) / beta, 0)."""
     size = x.abs()
-    return (size - size.clamp(min=1e-8).pow_(p - 1).div_(beta)).clamp_(min=0).mul_(x.sign())
+    return (size - raised(size.clamp(min=1e-8), p - 1).div_(beta)).clamp_(min=0).mul_(x.sign())

@@ -17,8 +17,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 NAME = "moespresso"
 # hidden [T, H], index [T, k], weights [T, k], outputs [T, k, H]
 Tap = Callable[[Tensor, Tensor, Tensor, Tensor], None]
-# hidden, index, weights; what it returns is answered in the experts' place
-Ear = Callable[[Tensor, Tensor, Tensor], Tensor]
+# hidden, index, weights; what it returns is answered in the experts' place, and with None they answer themselves
+Ear = Callable[[Tensor, Tensor, Tensor], Tensor | None]
 
 
 def experts_forward(
@@ -26,8 +26,8 @@ def experts_forward(
 ) -> Tensor:
     """Weighted sum [T, H] of what the selected experts answer; a slot with index >= num_experts adds nothing."""
     ear: Ear | None = self.__dict__.get("moespresso_ear")
-    if ear is not None:
-        return ear(hidden_states, top_k_index, top_k_weights)
+    if ear is not None and (answer := ear(hidden_states, top_k_index, top_k_weights)) is not None:
+        return answer
     outputs = expert_outputs(self, hidden_states, top_k_index)
     tap: Tap | None = self.__dict__.get("moespresso_tap")
     if tap is not None:

@@ -50,8 +50,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 """
 OTHER = """\
-Its weights are packed in the layout of {layout}, for engines that read that. It was checked by moespresso's own reader only:
-`moespresso.load` loads it, decoded.
+Its weights are packed in the layout of {layout}, for engines that read that, such as GPTQModel. `moespresso.load` loads it, decoded.
 """
 
 

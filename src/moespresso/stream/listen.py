@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from moespresso.core.layer import Fed, Layer, Routed
@@ -39,17 +40,41 @@ def listening(layer: Layer) -> Generator[Heard]:
         yield heard
 
 
+class Held:
+    """One run of a layer that waits where its experts are called, or is through where they never are.
+
+    It goes on with the experts' weights as they are by then.
+    """
+
+    def __init__(self, run: Callable[[], Tensor]) -> None:
+        self._run = greenlet(run)
+        self._output: Tensor | None = self._run.switch()
+
+    def finish(self) -> Tensor:
+        """What the layer answers."""
+        return self._run.switch(None) if self._output is None else self._output
+
+
 @contextmanager
 def overhearing(
-    layer: Layer, valid: Tensor, watched: Mapping[str, Callable[[Tensor], None]], found: list[Fed]
+    layer: Layer,
+    valid: Tensor,
+    watched: Mapping[str, Callable[[Tensor], None]],
+    found: list[Fed],
+    *,
+    hold: bool = False,
 ) -> Generator[None]:
-    """While the layer runs once on a batch with the mask `valid` [B, L]: its experts stay silent and what they are given is
-    added to `found`; modules that are `watched` hand on their inputs."""
+    """While the layer runs once on a batch with the mask `valid` [B, L]: its experts stay silent (with `hold`, a `Held` run
+    waits) and what they are given is added to `found`; modules that are `watched` hand on their inputs."""
     tokens = torch.nonzero(valid.reshape(-1)).squeeze(-1)
 
-    def on_experts(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def on_experts(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
         found.append(Fed(hidden[tokens], index[tokens], weights[tokens].float()))
-        return torch.zeros_like(hidden)
+        if not hold:
+            return torch.zeros_like(hidden)
+        driver = getcurrent().parent
+        assert driver is not None
+        return driver.switch(None)
 
     def told(tell: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda _, args: tell(args[0].reshape(-1, args[0].shape[-1])[tokens])

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from moespresso.core.blueprint import BRANCHES, Branch, LayerSpec, TensorRef
 from moespresso.core.layer import Call, Fed, Layer, LayerWeights, Taps
 from moespresso.core.progress import Progress, Silent
 from moespresso.model import Skeleton, Waiting, start, without
-from moespresso.stream.listen import listening, overhearing
+from moespresso.stream.listen import Held, listening, overhearing
 
 Visitor = Callable[[Layer, Taps], LayerWeights | None]
 # Tokens that pass a layer at once: enough to keep matrix products busy, few enough that what all selected experts answer
@@ -94,7 +95,7 @@ def sweep(
             if index < next_layer:
                 _skip(waiting, remembered if index == next_layer - 1 else None, skeleton.device)
             else:
-                _pass(skeleton, index, waiting, masks, visit, carry, parked)
+                _pass(skeleton, index, waiting, masks, visit, carry, parked, hold=spill is None)
                 if memento:
                     memento.save(index + 1, [batch.hidden for batch in waiting])
             watch.advance()
@@ -129,26 +130,37 @@ def _pass(
     visit: Visitor | None,
     carry: str,
     parked: Callable[[int, Tensor], Tensor],
+    *,
+    hold: bool,
 ) -> None:
     """Take all batches through one layer."""
     with skeleton.layer(index) as layer:
-        taps = _LayerTaps(layer, waiting, masks)
+        taps = _LayerTaps(layer, waiting, masks, hold=hold)
         new = visit(layer, taps) if visit else None
         if new is not None and carry == "rebuilt":
-            for name, tensor in new.items():
-                layer.module.get_parameter(name).data = tensor
-            taps = _LayerTaps(layer, waiting, masks)
+            changed = [layer.module.get_parameter(name) for name in new]
+            for parameter, tensor in zip(changed, new.values(), strict=True):
+                parameter.data = tensor
+            experts = set() if layer.experts is None else set(layer.experts.parameters())
+            taps.forget(whole=not experts.issuperset(changed))
         outputs = taps.outputs(parked)
     for batch, output in zip(waiting, outputs, strict=True):
         batch.go_on(output)
 
 
 class _LayerTaps:
-    """Runs each batch through the layer once; what the visitor did not ask for is run when the loop needs it."""
+    """Runs each batch through the layer once; what the visitor did not ask for is run when the loop needs it.
 
-    def __init__(self, layer: Layer, waiting: list[Waiting], masks: Sequence[Tensor]) -> None:
-        self._layer, self._waiting, self._masks = layer, waiting, masks
+    With `hold`, batches that were run as far as the experts wait there, so that nothing before these runs twice; each then
+    holds a few more hidden states.
+    """
+
+    def __init__(
+        self, layer: Layer, waiting: list[Waiting], masks: Sequence[Tensor], *, hold: bool = False
+    ) -> None:
+        self._layer, self._waiting, self._masks, self._hold = layer, waiting, masks, hold
         self._outputs: dict[int, Tensor] = {}
+        self._held: dict[int, Held] = {}
 
     def __iter__(self) -> Iterator[Call]:
         for number, (batch, valid) in enumerate(zip(self._waiting, self._masks, strict=True)):
@@ -168,9 +180,14 @@ class _LayerTaps:
     def fed(self, watched: Mapping[str, Callable[[Tensor], None]]) -> list[Fed]:
         """What reaches the experts, batch by batch; their own answers are not computed."""
         found: list[Fed] = []
-        for batch, valid in zip(self._waiting, self.valid, strict=True):
-            with overhearing(self._layer, valid, watched, found):
-                batch.run(self._layer.module)
+        hold = self._hold and not watched  # watched modules may come behind the experts
+        for number, (batch, valid) in enumerate(zip(self._waiting, self.valid, strict=True)):
+            with overhearing(self._layer, valid, watched, found, hold=hold):
+                run = partial(batch.run, self._layer.module)
+                if hold:
+                    self._held[number] = Held(run)
+                else:
+                    run()
         return found
 
     @property
@@ -197,15 +214,21 @@ class _LayerTaps:
         """Let a batch go on with `output`."""
         self._outputs[number] = output
 
+    def forget(self, *, whole: bool) -> None:
+        """The experts have new weights, or the `whole` layer: nothing behind these is as it was."""
+        self._outputs.clear()
+        if whole:
+            self._held.clear()
+
     def outputs(self, parked: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
         """Outputs of all batches, put where they may wait for the next layer."""
-        return [
-            parked(
-                number,
-                self._outputs.pop(number) if number in self._outputs else batch.run(self._layer.module),
-            )
-            for number, batch in enumerate(self._waiting)
-        ]
+        return [parked(number, self._output(number)) for number in range(len(self._waiting))]
+
+    def _output(self, number: int) -> Tensor:
+        if number in self._outputs:
+            return self._outputs.pop(number)
+        held = self._held.pop(number, None)
+        return self._waiting[number].run(self._layer.module) if held is None else held.finish()
 
 
 @contextmanager
