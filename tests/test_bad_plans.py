@@ -97,7 +97,7 @@ PLANS: list[tuple[str, str]] = [
     (treated(keep=[0.0, 1]), "keep: 0.0 is not a whole number"),
     (treated(keep=[0, 0, 1]), r"keep \[0, 0, 1\] does not ascend: give each number once"),
     (treated(keep=[2, 1]), r"keep \[2, 1\] does not ascend"),
-    (treated(channels=[2, 1]), r"channels \[2, 1\] does not ascend"),
+    (treated(channels=[2, 1]), r"channels \[2, 1\] is not a whole number"),
     (treated(keep=[0], drop=True), "keep stands beside drop"),
     (treated(keep=[], drop=True), "keep stands beside drop"),
     (treated(drop=True, scale=2.0), "scale stands beside drop"),

@@ -335,7 +335,7 @@ def test_experts_without_tokens_are_rounded_without_them(text: Path, tmp_path: P
     assert empty
     assert helped == empty
     assert all(sum(row["tokens"]) == 4 * 3 for row in coverage.values())
-    assert any("without any were rounded by hqq" in note for note in report.notes)
+    assert any("without any were treated by hqq" in note for note in report.notes)
 
 
 # Layouts

@@ -38,7 +38,7 @@ from test_slim import disk, press
         ("rtn:exclude=*", r"exclude=\* leaves nothing of its experts to round"),
         (
             "gptq:exclude=L1.experts.down,group_size=32",
-            r"rounds gate, up and down of a layer's experts together",
+            r"treats gate, up and down of a layer's experts together",
         ),
         (
             "gptq:parts=experts+head",
@@ -72,7 +72,7 @@ def test_llama_cpp_reads_no_packed_integers(source: Path, tmp_path: Path):
 
 def test_values_are_not_changed_after_they_were_rounded(source: Path, text: Path, tmp_path: Path):
     for later in ("expert_merge:keep=6", "block_drop:repair=scale"):
-        with pytest.raises(UserError, match="after a step that rounds weights: put the rounding last"):
+        with pytest.raises(UserError, match="after a step that rounds or prunes weights: put that step last"):
             press(source, tmp_path / "out", "rtn:group_size=32", later, text=text)
 
 

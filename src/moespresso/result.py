@@ -227,7 +227,7 @@ def _coverage_notes(coverage: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not helped:
         return [words]
     some = ", ".join(helped[:5]) + (f" and {len(helped) - 5} more" if len(helped) > 5 else "")
-    return [f"{words}; {len(helped)} without any were rounded by {' and '.join(ways)}: {some}"]
+    return [f"{words}; {len(helped)} without any were treated by {' and '.join(ways)}: {some}"]
 
 
 def format_notes(view: View) -> list[str]:

@@ -27,7 +27,7 @@ from moespresso.core.layer import Layer, LayerWeights, Taps
 from moespresso.core.plan import Plan
 from moespresso.core.rewrite import Piece
 from moespresso.core.runtime import Runtime
-from moespresso.core.slim import format_of, rounds_on_text, scale_dtypes, step_of
+from moespresso.core.slim import channels_of, format_of, rounds_on_text, scale_dtypes, step_of
 from moespresso.core.stats import stats_key
 from moespresso.data import Batches
 from moespresso.fitting import fit
@@ -35,7 +35,7 @@ from moespresso.formats import Codes, decode, encode_parts
 from moespresso.measure import RoutedExperts
 from moespresso.methods import Answer, Shown
 from moespresso.model import Skeleton, View, make_skeleton
-from moespresso.stream import Memento, must_spill, sweep
+from moespresso.stream import Memento, must_spill, stiffness, sweep
 
 # Raise when the same plan and text would give other codes.
 _VERSION = "1"
@@ -75,12 +75,26 @@ def slim(view: View, plan: Plan, batches: Batches, work: Path, runtime: Runtime)
         with Reader(view.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as reader:
             skeleton = make_skeleton(view, reader, runtime)
             visitor = _Visitor(view, plan, step, skeleton, files)
+            if getattr(step, "by_gradient", False):
+                visitor.curvature = _curvature(
+                    skeleton, batches, work / f"curvature-{name}.safetensors", runtime
+                )
             carry = "rebuilt" if getattr(step, "sequential", True) else "original"
             spill = work if must_spill(view, batches, runtime) else None
             sweep(skeleton, batches.ids, batches.mask, visitor, carry=carry, memento=memento, spill=spill, progress=runtime.progress,
                   label=f"{step.kind}, layers")  # fmt: skip
     memento.path.unlink(missing_ok=True)
+    (work / f"curvature-{name}.safetensors").unlink(missing_ok=True)
     return _gathered(files)
+
+
+def _curvature(skeleton: Skeleton, batches: Batches, file: Path, runtime: Runtime) -> dict[int, Tensor]:
+    """By layer, how sharply the model's loss bends along every channel's output [E, I]; kept in `file` for a run that is killed
+    later."""
+    if not file.is_file():
+        found = stiffness(skeleton, batches.ids, batches.mask, file.parent, progress=runtime.progress)
+        _write(file, {str(layer): tensor for layer, tensor in found.items()}, {})
+    return {int(layer): tensor.to(skeleton.device) for layer, tensor in load_file(file).items()}
 
 
 def _gathered(files: list[Path]) -> Slimmed:
@@ -104,16 +118,16 @@ class _Visitor:
     step: Any
     skeleton: Skeleton
     files: list[Path]
+    curvature: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
     def __post_init__(self) -> None:
         self.stage = len(self.plan.stages) - 1
         self.dtypes = scale_dtypes(self.view.source)
         self.pieces: dict[int, list[Piece]] = {}
         for piece in self.view.pieces:
-            if (
-                piece.unit.layer is not None
-                and format_of(piece.source, self.plan.stages[self.stage]) is not None
-            ):
+            stage, entry = self.plan.stages[self.stage], piece.source
+            treated = format_of(entry, stage) is not None or channels_of(entry, stage) is not None
+            if piece.unit.layer is not None and treated:
                 self.pieces.setdefault(piece.unit.layer, []).append(piece)
 
     def __call__(self, layer: Layer, taps: Taps) -> LayerWeights | None:
@@ -125,8 +139,9 @@ class _Visitor:
             return None
         shown = self._shown(layer, taps, pieces)
         answer: Answer = self.step.slim(shown)
+        self._check_finite(answer, at)
         self._save(target, self._tensors(pieces, answer, layer), answer, _coverage(shown, answer))
-        return self._weights(layer, answer)
+        return self._weights(layer, answer, shown)
 
     def _shown(self, layer: Layer, taps: Taps, pieces: list[Piece]) -> Shown:
         """The layer as the step sees it, with the second moments of what reaches its linear modules."""
@@ -136,8 +151,7 @@ class _Visitor:
         formats: dict[str, Format] = {}
         dtypes: dict[str, torch.dtype] = {}
         for piece in pieces:
-            format = format_of(piece.source, self.plan.stages[self.stage])
-            assert format is not None
+            format = format_of(piece.source, self.plan.stages[self.stage]) or Format()
             name = _projection(piece) if piece.unit.part == "experts" else self._module(piece, layer)
             if formats.setdefault(name, format) != format:
                 raise UserError(
@@ -155,7 +169,9 @@ class _Visitor:
                     "it by rtn, or leave it out with exclude"
                 )
             linears[name] = layer.module.get_parameter(f"{name}.weight").float(), total.mean
-        return Shown(layer.spec.index, layer.module, formats, dtypes, experts, linears)
+        channels = channels_of(pieces[0].source, self.plan.stages[self.stage])
+        curvature = self.curvature.get(layer.spec.index)
+        return Shown(layer.spec.index, layer.module, formats, dtypes, experts, linears, channels, curvature)
 
     def _module(self, piece: Piece, layer: Layer) -> str:
         """The name, in its layer, of the module that holds a matrix."""
@@ -174,15 +190,17 @@ class _Visitor:
         found: dict[str, Tensor] = {}
         stacks = {name: encode_parts("compressed-tensors", codes)
                   for name, codes in _by_projection(answer, layer).items()}  # fmt: skip
+        plain = _plain(answer, layer)
         for piece in pieces:
-            if piece.unit.part == "experts":
+            name = piece.unit.matrix or "" if piece.unit.part == "experts" else self._module(piece, layer)
+            if name in plain:
+                whole = plain[name] if piece.unit.expert is None else plain[name][piece.unit.expert]
+                parts = {"dense": whole.to(TORCH_DTYPES[piece.ref.dtype])}
+            elif piece.unit.part == "experts":
                 assert piece.unit.expert is not None
-                parts = {
-                    suffix: tensor[piece.unit.expert]
-                    for suffix, tensor in stacks[piece.unit.matrix or ""].items()
-                }
+                parts = {suffix: tensor[piece.unit.expert] for suffix, tensor in stacks[name].items()}
             else:
-                stored = encode_parts("compressed-tensors", answer.linears[self._module(piece, layer)])
+                stored = encode_parts("compressed-tensors", answer.linears[name])
                 parts = {suffix: tensor[0] for suffix, tensor in stored.items()}
             found |= {
                 found_key(self.stage, piece.source.ref.name, suffix): tensor
@@ -200,20 +218,36 @@ class _Visitor:
     def _save(
         self, path: Path, tensors: Mapping[str, Tensor], answer: Answer, coverage: dict[str, Any]
     ) -> None:
-        refs = [TensorRef(name, tuple(t.shape), _NAMES[t.dtype], "") for name, t in sorted(tensors.items())]
-        notes = {"notes": json.dumps({"trouble": answer.trouble, "coverage": coverage})}
-        bodies = (as_bytes(tensors[ref.name].cpu().reshape(-1)) for ref in refs)
-        write_file(path, [memoryview(header(refs, notes)), *bodies])
+        _write(path, tensors, {"notes": json.dumps({"trouble": answer.trouble, "coverage": coverage})})
 
-    def _weights(self, layer: Layer, answer: Answer) -> dict[str, Tensor]:
-        """The layer's parameters as they decode."""
+    def _check_finite(self, answer: Answer, layer: int) -> None:
+        broken = [name for name, tensor in answer.weights.items() if not bool(tensor.isfinite().all())]
+        if broken:
+            raise UserError(
+                f"L{layer}.{broken[0]}: fitting it gave values that are not finite: give more text, or a larger damping"
+            )
+
+    def _weights(self, layer: Layer, answer: Answer, shown: Shown) -> dict[str, Tensor]:
+        """The layer's parameters as they will be loaded."""
         found = dict(answer.replaced)
+        plain = {name: tensor.to(shown.dtypes[name]) for name, tensor in answer.weights.items()}
+        up, down = plain.pop("up", None), plain.pop("down", None)
         if answer.up is not None and answer.down is not None:
+            up, down = decode(answer.up), decode(answer.down)
+        if up is not None and down is not None:
             prefix = next(name for name, module in layer.module.named_modules() if module is layer.experts)
-            up = "gate_up_proj" if getattr(layer.experts, "has_gate", True) else "up_proj"
-            found |= {f"{prefix}.{up}": decode(answer.up), f"{prefix}.down_proj": decode(answer.down)}
+            name = "gate_up_proj" if getattr(layer.experts, "has_gate", True) else "up_proj"
+            found |= {f"{prefix}.{name}": up, f"{prefix}.down_proj": down}
         found |= {f"{name}.weight": decode(codes)[0] for name, codes in answer.linears.items()}
+        found |= {f"{name}.weight": tensor for name, tensor in plain.items()}
         return {name: tensor.to(layer.module.get_parameter(name)) for name, tensor in found.items()}
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Keep tensors in a file that is there as a whole or not at all."""
+    refs = [TensorRef(name, tuple(t.shape), _NAMES[t.dtype], "") for name, t in sorted(tensors.items())]
+    bodies = (as_bytes(tensors[ref.name].cpu().reshape(-1)) for ref in refs)
+    write_file(path, [memoryview(header(refs, metadata)), *bodies])
 
 
 class _Moment:
@@ -252,6 +286,14 @@ def _by_projection(answer: Answer, layer: Layer) -> dict[str, Codes]:
         )
     )
     return {"gate": gate, "up": up, "down": answer.down}
+
+
+def _plain(answer: Answer, layer: Layer) -> dict[str, Tensor]:
+    """Matrices that stay plain, by the name of their stored form."""
+    found = dict(answer.weights)
+    if "up" in found and getattr(layer.experts, "has_gate", True):
+        found["gate"], found["up"] = found["up"].chunk(2, dim=1)
+    return found
 
 
 def _coverage(shown: Shown, answer: Answer) -> dict[str, Any]:

@@ -95,8 +95,15 @@ class Reader:
         if piece.whole is not None:
             yield self._part(piece.whole, piece.part).reshape(-1)
             return
+        if piece.filled:
+            yield self._filled(piece).reshape(-1)
+            return
+        if piece.pruned:
+            yield self._pruned(piece).reshape(-1)
+            return
         if piece.given is not None:
-            yield piece.given.to(TORCH_DTYPES[piece.ref.dtype]).reshape(-1)
+            flat = piece.given.to(TORCH_DTYPES[piece.ref.dtype]).reshape(-1)
+            yield flat if piece.scale == 1 else _times(flat, piece.scale)
             return
         assert not piece.refit, f"{piece.name} was never fitted"
         if piece.blend or piece.folds:
@@ -158,6 +165,20 @@ class Reader:
             made = encode_parts(code.packed.layout, self.codes(whole))
             self._stash |= {(whole.name, name): tensor.squeeze(0) for name, tensor in made.items()}
         return self._stash.pop(key)
+
+    def _filled(self, piece: Piece) -> torch.Tensor:
+        """The piece in the first corner of its shape, zeros around it."""
+        values = self.piece(replace(piece, filled=False, shape=piece.source.ref.shape))
+        wide = values.new_zeros(piece.shape)
+        wide[tuple(slice(size) for size in values.shape)] = values
+        return wide
+
+    def _pruned(self, piece: Piece) -> torch.Tensor:
+        """The piece with what its steps prune as zeros."""
+        values = self.piece(replace(piece, pruned=()))
+        for step, format in piece.pruned:
+            values = step.pruned(values.unsqueeze(0), format).squeeze(0)
+        return values
 
     def _computed(self, piece: Piece) -> Iterator[torch.Tensor]:
         """A piece whose values are new, in float32: averaged, scaled, mapped, in that order. A stack of experts comes one

@@ -20,7 +20,7 @@ from moespresso.core.slim import REFIT, check_formats
 from moespresso.core.unit import Unit
 
 # Fields of a treatment that this version carries out.
-_KNOWN = {"keep", "drop", "scale", "into", "share", "repair", "format"}
+_KNOWN = {"keep", "drop", "scale", "into", "share", "repair", "format", "channels"}
 
 
 def check_plan(plan: Plan, blueprint: Blueprint) -> None:
@@ -94,6 +94,10 @@ def _check_experts(unit: Unit, treatment: Treatment, layer: LayerSpec) -> None:
         raise UserError(
             f"the plan merges {unit}: say of each expert by itself, as L3.E5, what it merges into"
         )
+    if treatment.channels is not None and not 0 < treatment.channels <= layer.width:
+        raise UserError(
+            f"the plan leaves {treatment.channels} channels to the experts of L{layer.index}, which have {layer.width}"
+        )
     if treatment.repair not in (None, *ROWS_STAY):
         raise UserError(
             f"the plan repairs {unit} by {treatment.repair!r}: experts know {', '.join(ROWS_STAY)}"
@@ -166,7 +170,7 @@ def _check_rows(plan: Plan) -> None:
     for stage in plan.stages:
         for unit in sorted(stage.treatments):
             treatment = stage.treatments[unit]
-            if unit.part != "experts" or treatment.drop or treatment.format is not None:
+            if unit.part != "experts" or treatment.drop or treatment == _slimmed(treatment):
                 continue
             if unit.layer in whole:
                 raise UserError(
@@ -174,6 +178,11 @@ def _check_rows(plan: Plan) -> None:
                 )
             if unit.expert is None and treatment.repair in ROWS_STAY:
                 whole.add(unit.layer)
+
+
+def _slimmed(treatment: Treatment) -> Treatment:
+    """What of a treatment leaves the number and order of experts alone."""
+    return Treatment(format=treatment.format, channels=treatment.channels)
 
 
 def _check_layer(layer: LayerSpec, kept: tuple[int, ...]) -> None:

@@ -34,8 +34,9 @@ DTYPE_BYTES: dict[str, float] = {
 class Format:
     """A storage format; the default is the dtype the source has.
 
-    `group_size` counts weights that share one scale (0: one per output channel); `density` is the share of
-    weights that are stored.
+    `group_size` counts weights that share one scale (0: one per output channel). `density` is the share of weights that
+    stay when others are pruned: `sparse` stores those with a mask, `source` stores zeros between them; there
+    `group_size` m > 0 means n:m, density x m of every m neighbouring inputs.
     """
 
     kind: Literal["source", "integer", "sparse"] = "source"
@@ -64,6 +65,19 @@ def check_group(width: int, format: Format, what: str) -> None:
         fitting = [each for each in (128, 64, 32, 16, 8) if width % each == 0]
         cure = f"group_size={fitting[0]}" if fitting else "group_size=0 (one scale per channel)"
         raise UserError(f"{what} has {width} inputs, which groups of {size} do not divide: use {cure}")
+
+
+def check_pattern(width: int, format: Format, what: str) -> None:
+    """Raise `UserError` where `format` cannot prune `width` inputs of `what`: a share that is none, groups that do not fit."""
+    size = format.group_size
+    if not 0 < format.density <= 1:
+        raise UserError(f"{what}: a density of {format.density:g} is no share between 0 and 1")
+    if size and width % size:
+        fitting = [each for each in (4, 8, 16, 2) if width % each == 0]
+        cure = f"such as {fitting[0] // 2}:{fitting[0]}" if fitting else "or a plain share such as 0.5"
+        raise UserError(
+            f"{what} has {width} inputs, which groups of {size} do not divide: use another pattern, {cure}"
+        )
 
 
 def stored_parts(

@@ -34,7 +34,8 @@ class Treatment:
     attention (`L3.attention`) or feed-forward part (`L3.experts`, `L3.dense`), norm included. `scale` multiplies the layer's routed part (folded into the down projections). An expert that merges `into`
     another has a `share` of the average, and so has that one itself.
     `repair` says what stands in for what goes, or how members of a merge are put in line (see `moespresso.core.fits`).
-    `channels`, `rank`, `format` are for slimming.
+    `channels`, `rank`, `format` are for slimming; `channels` counts those that each expert of the layer keeps (which ones
+    is found on text or weights, like all fitted values).
     """
 
     keep: tuple[int, ...] | None = None
@@ -42,7 +43,7 @@ class Treatment:
     scale: float = 1.0
     into: int | None = None
     share: float = 1.0
-    channels: tuple[int, ...] | None = None
+    channels: int | None = None
     rank: int | None = None
     format: Format | None = None
     repair: str | None = None
@@ -64,9 +65,8 @@ class Treatment:
         for name, kind in _KINDS.items():
             if name in values:
                 values[name] = kind(of_kind(values[name], kind, name))
-        for name in ("keep", "channels"):
-            if name in values:
-                values[name] = _ascending(values[name], name)
+        if "keep" in values:
+            values["keep"] = _ascending(values["keep"], "keep")
         if "format" in values:
             values["format"] = _format(values["format"])
         read = cls(**values)
@@ -85,7 +85,7 @@ class Treatment:
             )
 
 
-_KINDS: Mapping[str, type[Any]] = {"keep": list, "channels": list, "drop": bool, "scale": float, "into": int,
+_KINDS: Mapping[str, type[Any]] = {"keep": list, "channels": int, "drop": bool, "scale": float, "into": int,
                                    "share": float, "rank": int, "format": dict, "repair": str}  # fmt: skip
 _MAY_BE_NULL = frozenset({"keep", "channels", "into", "rank", "format", "repair"})
 

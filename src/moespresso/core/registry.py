@@ -17,7 +17,7 @@ from moespresso.core.errors import UserError, did_you_mean
 
 _METHODS: dict[str, type[Any]] = {}
 # Kinds of the design that this version does not have yet: refused as such, not as misspelt.
-PLANNED = ("magnitude", "wanda", "sparsegpt", "channel_prune", "low_rank")
+PLANNED = ("low_rank",)
 T = TypeVar("T")
 
 

@@ -7,7 +7,7 @@ config editing all read this one answer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from moespresso.core.blueprint import BRANCHES, Blueprint, Branch, LayerSpec
 from moespresso.core.plan import Plan
@@ -23,13 +23,15 @@ SILENT_KV = 2
 class Remains:
     """`layers`: kept blocks; `cut`: branches that go from kept blocks; `experts`: kept experts of every MoE branch that
     stays; `gone`: experts that the router of a layer may still select, of the layers where there are any; `novices`:
-    those layers in which a constant answers for them."""
+    those layers in which a constant answers for them; `widths`: channels that each expert has left, of the layers where
+    some go."""
 
     layers: tuple[int, ...]
     cut: frozenset[tuple[int, Branch]]
     experts: Mapping[int, tuple[int, ...]]
     gone: Mapping[int, tuple[int, ...]]
     novices: frozenset[int] = frozenset()
+    widths: Mapping[int, int] = field(default_factory=dict[int, int])
 
     def position(self, layer: int) -> int:
         """The new number of a kept block."""
@@ -54,9 +56,9 @@ def remains(plan: Plan, blueprint: Blueprint) -> Remains:
         if specs[layer].experts and (layer, "mlp") not in cut
     }
     gone = {layer: lost for layer in experts if (lost := _gone(plan, layer, specs[layer].experts))}
-    return Remains(
-        layers, cut, experts, gone, frozenset(layer for layer in gone if _has_novices(plan, layer))
-    )
+    novices = frozenset(layer for layer in gone if _has_novices(plan, layer))
+    widths = {layer: width for layer in experts if (width := _width(plan, layer)) is not None}
+    return Remains(layers, cut, experts, gone, novices, widths)
 
 
 def dropped_units(plan: Plan) -> frozenset[Unit]:
@@ -76,6 +78,12 @@ def merged_into(plan: Plan, layer: int) -> dict[int, int]:
                 found |= {member: into for member, leader in found.items() if leader == unit.expert}
                 found[unit.expert] = into
     return found
+
+
+def _width(plan: Plan, layer: int) -> int | None:
+    """Channels that the last stage to cut any leaves to the experts of a layer."""
+    found = (stage.treatments.get(Unit(layer, "experts")) for stage in reversed(plan.stages))
+    return next((each.channels for each in found if each is not None and each.channels is not None), None)
 
 
 def _gone(plan: Plan, layer: int, experts: int) -> tuple[int, ...]:
@@ -113,5 +121,8 @@ def _pressed(layer: LayerSpec, position: int, left: Remains) -> LayerSpec:
         layer = replace(layer, experts=0, shared_experts=0, top_k=0, groups=1, floor=0, width=0, skipped=0)
     if layer.experts:
         gone = len(left.gone.get(layer.index, ()))
-        layer = replace(layer, experts=len(left.experts[layer.index]), skipped=layer.skipped + gone)
+        width = left.widths.get(layer.index, layer.width)
+        layer = replace(
+            layer, experts=len(left.experts[layer.index]), skipped=layer.skipped + gone, width=width
+        )
     return replace(layer, index=position)

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from moespresso.core.blueprint import Blueprint, Branch, Entry, Packed, TensorRef
 from moespresso.core.fits import PARTS, Fits, Repair, cuts, found_key, key
-from moespresso.core.format import Layout
+from moespresso.core.format import Format, Layout
 from moespresso.core.plan import Plan, Treatment
 from moespresso.core.remains import pressed_layers, remains
-from moespresso.core.slim import REFIT, format_of, scale_dtypes, slims, step_of
+from moespresso.core.slim import format_of, narrowed, prunes, replaces, scale_dtypes, slims, step_of
 from moespresso.core.unit import Unit
 
 _EXPERT_NUMBER = re.compile(r"(?<=experts\.)\d+(?=\.)")
@@ -75,8 +75,8 @@ class Fold:
 class Piece:
     """One tensor to write: `source` bytes, of which only `take` along `axis` (None: all), times `scale`.
 
-    With `blend` it is an average of experts: of one expert's tensors, or along `axis` one average per kept expert.
-    `folds` come last, in order; `given` is what stands in its place, where that was fitted (`refit`: whether or not it is
+    `pruned` are steps that prune it by what it holds alone, each with its format. With `blend` it is an average of experts: of one expert's tensors, or along `axis` one average per kept expert.
+    `filled` with zeros up to its shape, which then is that of something wider. `folds` come last, in order; `given` is what stands in its place, where that was fitted (`refit`: whether or not it is
     known yet); with `code` all of that is encoded. `unit` is its address in the result. `part` of the matrix `whole` is
     one of the tensors that it is stored as.
     """
@@ -90,6 +90,8 @@ class Piece:
     blend: tuple[tuple[Member, ...], ...] = ()
     folds: tuple[Fold, ...] = ()
     place: Unit | None = None
+    pruned: tuple[tuple[Any, Format], ...] = ()
+    filled: bool = False
     refit: bool = False
     given: Tensor | None = None
     code: Code | None = None
@@ -130,7 +132,7 @@ class Piece:
     @property
     def changed(self) -> bool:
         """Whether its values are others than the source's, encoding aside."""
-        return self.scale != 1 or self.refit or bool(self.blend) or bool(self.folds)
+        return self.scale != 1 or self.refit or self.filled or bool(self.blend or self.folds or self.pruned)
 
     @property
     def copied(self) -> bool:
@@ -230,20 +232,47 @@ class _Rewriter:
         piece = piece or Piece(entry.ref.name, entry.ref.shape, entry)
         if folds := self._folds_on(entry, layer):
             piece = replace(piece, folds=folds)
-        return self._moved(
-            self._encoded(self._refitted(piece, entry), entry), layer, self._left.position(layer)
-        )
+        piece = replace(piece, shape=self._narrowed(piece, entry))
+        piece = self._encoded(self._refitted(self._pruned(piece, entry), entry), entry)
+        return self._moved(piece, layer, self._left.position(layer))
+
+    def _narrowed(self, piece: Piece, entry: Entry) -> tuple[int, ...]:
+        """The shape with the channels that are left."""
+        axis, cut = entry.channel_axis, narrowed(entry, self._left.widths)
+        if axis is None or cut == entry.ref.shape:
+            return piece.shape
+        shape = list(piece.shape)
+        shape[axis] = cut[axis]
+        return tuple(shape)
+
+    def _pruned(self, piece: Piece, entry: Entry) -> Piece:
+        """With the steps that prune it without text."""
+        found = [(self._steps[number], format) for number, stage in enumerate(self._plan.stages)
+                 if (format := format_of(entry, stage)) is not None and prunes(format) and not self._steps[number].on_text]  # fmt: skip
+        return replace(piece, pruned=tuple(found)) if found else piece
 
     def _refitted(self, piece: Piece, entry: Entry) -> Piece:
         """With what a stage found to stand in the place of the whole tensor. Before it has found anything every tensor of
         such a part may be replaced; afterwards those are that it found."""
         for number, stage in reversed([*enumerate(self._plan.stages)]):
-            if stage.treatments.get(Unit(entry.unit.layer, entry.unit.part), Treatment()).repair != REFIT:
+            if not replaces(entry, stage):
                 continue
             given = self._fits.get(found_key(number, entry.ref.name, "dense"))
             if given is not None or number not in self._found:
-                return replace(piece, refit=True, given=self._left_of(given, piece, number))
+                return self._given(piece, entry, number, given)
         return piece
+
+    def _given(self, piece: Piece, entry: Entry, number: int, given: Tensor | None) -> Piece:
+        """With what stage `number` found, and what later stages do to that."""
+        before = Plan("", self._plan.stages[:number])
+        scale = piece.scale / (before.routed_scale(entry.unit.layer or 0) if piece.scale != 1 else 1.0)
+        later = tuple(pruned for pruned in piece.pruned if not self._is_before(pruned[0], number))
+        return replace(
+            piece, refit=True, given=self._left_of(given, piece, number), scale=scale, blend=(), pruned=later
+        )
+
+    def _is_before(self, step: Any, number: int) -> bool:
+        return any(self._steps.get(earlier) is step for earlier in range(number))
 
     def _left_of(self, given: Tensor | None, piece: Piece, number: int) -> Tensor | None:
         """What later stages take of a tensor that stage `number` found: `given` has the rows that were left by then."""
@@ -258,13 +287,13 @@ class _Rewriter:
         """With the last format that a stage gives it; what was packed already stays so."""
         for number, stage in reversed([*enumerate(self._plan.stages)]):
             format = format_of(entry, stage)
-            if format is not None:
+            if format is not None and not prunes(format):
                 return self._coded(piece, entry, number, Packed(format))
         packed = entry.ref.packed
         if packed is None or not (piece.changed or entry.ref.factor != 1):
             return piece
         again = Packed(packed.format, packed.layout)
-        if piece.blend or piece.folds or piece.refit:
+        if piece.blend or piece.folds or piece.refit or piece.pruned:
             return replace(piece, code=Code(again, again=True))
         return replace(piece, scale=1.0, code=Code(again, factor=piece.scale))
 

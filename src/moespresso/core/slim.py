@@ -12,9 +12,10 @@ from typing import Any
 from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError
 from moespresso.core.fits import REPAIRS
-from moespresso.core.format import DTYPE_BYTES, Format, check_group, check_layout
+from moespresso.core.format import DTYPE_BYTES, Format, check_group, check_layout, check_pattern
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.registry import parse_step
+from moespresso.core.remains import remains
 from moespresso.core.unit import Part, Unit
 
 # Parts of a model whose matrices can be encoded.
@@ -46,6 +47,23 @@ def format_of(entry: Entry, stage: Stage) -> Format | None:
     return next((format for format in found if format is not None), None)
 
 
+def channels_of(entry: Entry, stage: Stage) -> int | None:
+    """The channels that `stage` leaves to the expert of an entry that is one of its matrices, or None."""
+    if entry.unit.part != "experts" or not is_matrix(entry):
+        return None
+    return stage.treatments.get(Unit(entry.unit.layer, "experts"), Treatment()).channels
+
+
+def replaces(entry: Entry, stage: Stage) -> bool:
+    """Whether `stage` puts fitted values in the place of a whole tensor: those of a part that a scale was moved into, of
+    experts that lose channels, and of matrices that are pruned on text and stored as they were."""
+    part = stage.treatments.get(Unit(entry.unit.layer, entry.unit.part), Treatment())
+    if part.repair == REFIT or (part.channels is not None and entry.unit.part == "experts"):
+        return True
+    format = format_of(entry, stage)
+    return format is not None and format.kind == "source" and bool(step_of(stage).on_text)
+
+
 def scale_dtypes(blueprint: Blueprint) -> dict[int | None, str]:
     """By layer, the dtype that the scales of its experts are stored in: the narrowest of the experts' own, since loaders
     stack all of them in one dtype."""
@@ -59,9 +77,22 @@ def scale_dtypes(blueprint: Blueprint) -> dict[int | None, str]:
     return found
 
 
+def prunes(format: Format) -> bool:
+    """Whether a format keeps some weights only, and those as they are."""
+    return format.kind in ("source", "sparse")
+
+
+def rounds(stage: Stage) -> bool:
+    """Whether a stage rounds weights to integers."""
+    return any(t.format is not None and not prunes(t.format) for t in stage.treatments.values())
+
+
 def slims(stage: Stage) -> bool:
-    """Whether a stage encodes anything."""
-    return any(treatment.format is not None for treatment in stage.treatments.values())
+    """Whether a stage encodes matrices, prunes them or takes channels out of them."""
+    return any(
+        treatment.format is not None or treatment.channels is not None
+        for treatment in stage.treatments.values()
+    )
 
 
 def rounds_on_text(stage: Stage) -> bool:
@@ -75,7 +106,7 @@ def step_of(stage: Stage) -> Any:
     step = parse_step(method)
     if not hasattr(step, "on_text"):
         raise UserError(
-            f"the plan gives formats by {method.get('kind')!r}, which is no step that rounds weights"
+            f"the plan gives formats or channels by {method.get('kind')!r}, which is no step that slims weights"
         )
     return step
 
@@ -101,11 +132,12 @@ def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
     if refitted - known:
         raise UserError(f"the plan rescales {min(refitted - known)}, but {blueprint.source} has no such part")
     met: set[Unit] = set()
+    widths = remains(Plan(plan.blueprint, plan.stages[: number + 1]), blueprint).widths
     for entry in blueprint.entries:
         _check_fused(entry, stage, blueprint)
         format = format_of(entry, stage)
         if format is not None:
-            check_storable(entry, format)
+            check_storable(entry, format, narrowed(entry, widths))
             met |= {
                 Unit(entry.unit.layer, entry.unit.part, None, matrix) for matrix in (None, entry.unit.matrix)
             }
@@ -118,24 +150,41 @@ def _check_values(unit: Unit, treatment: Treatment, before: tuple[Stage, ...]) -
     changes = treatment.into is not None or treatment.repair in REPAIRS
     if changes and any(map(slims, before)):
         what = "merges" if treatment.into is not None else "repairs"
-        raise UserError(f"the plan {what} {unit} after a step that rounds weights: put the rounding last")
+        raise UserError(
+            f"the plan {what} {unit} after a step that rounds or prunes weights: put that step last"
+        )
+    cuts = treatment.channels is not None or (treatment.format is not None and prunes(treatment.format))
+    if cuts and any(map(rounds, before)):
+        raise UserError(f"the plan prunes {unit} after a step that rounds weights: put the rounding last")
 
 
 def _check_fused(entry: Entry, stage: Stage, blueprint: Blueprint) -> None:
     """Experts that are stored as one tensor have no packed form that an engine knows."""
-    unit = Unit(entry.unit.layer, "experts")
-    wanted = stage.treatments.get(unit, Treatment()).format is not None
+    treatment = stage.treatments.get(Unit(entry.unit.layer, "experts"), Treatment())
+    wanted = treatment.format is not None or treatment.channels is not None
     if wanted and entry.unit.part == "experts" and entry.unit.expert is None and len(entry.ref.shape) == 3:
         raise UserError(
             f"{blueprint.source} ({blueprint.family}) stores all experts of a layer in one tensor, for which no packed "
-            "form is known to load: its experts cannot be rounded by this version"
+            "form is known to load: its experts cannot be slimmed by this version"
         )
 
 
-def check_storable(entry: Entry, format: Format) -> None:
-    """Raise `UserError` where a matrix cannot be stored in `format`."""
+def narrowed(entry: Entry, widths: Mapping[int, int]) -> tuple[int, ...]:
+    """The shape of a tensor when the experts of the layers in `widths` have so many channels left."""
+    shape, axis = list(entry.ref.shape), entry.channel_axis
+    width = widths.get(-1 if entry.unit.layer is None else entry.unit.layer)
+    if width is not None and axis is not None and entry.unit.part == "experts":
+        shape[axis] = 2 * width if entry.joined else width
+    return tuple(shape)
+
+
+def check_storable(entry: Entry, format: Format, shape: tuple[int, ...] | None = None) -> None:
+    """Raise `UserError` where a matrix (of `shape`, if that is no longer its own) cannot be stored in `format`."""
+    out, width = shape or entry.ref.shape
+    if prunes(format):
+        check_pattern(width, format, entry.ref.name)
+        return
     if format.kind != "integer" or format.bits not in (2, 3, 4, 8):
         raise UserError(f"{entry.ref.name}: format {format} is not known: integers of 2, 3, 4 or 8 bits are")
-    out, width = entry.ref.shape
     check_group(width, format, entry.ref.name)
     check_layout("compressed-tensors", format, out, width)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from moespresso.core.blueprint import LayerSpec
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.rewrite import biased_stubs
-from moespresso.model import View, one_format, skipping
+from moespresso.model import View, is_unequal, one_format, skipping
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,7 @@ def _stock(target: Target, view: View) -> View:
             target, f"leaves a constant where {_some(biased)} lost a part", "repair=linear or repair=scale"
         )
     made = _stubbed(target, replace(view, stock=True))
+    _check_widths(target, made)
     odd = [f"L{view.left.layers[position]}" for position in skipping(made.config)]
     if odd:
         raise _beyond(
@@ -112,6 +113,25 @@ def _check_experts(target: Target, view: View) -> None:
             target,
             f"leaves unequal layers ({min(counts)} to {max(counts)} experts)",
             f"scope=layer,keep={nearest}",
+        )
+
+
+def _check_widths(target: Target, view: View) -> None:
+    """One number of the config is the width of all experts."""
+    widths = [layer.width for layer in view.blueprint.moe_layers]
+    if len(set(widths)) > 1:
+        mean = round(sum(widths) / len(widths))
+        raise _beyond(
+            target,
+            f"leaves experts of unequal width ({min(widths)} to {max(widths)} channels)",
+            f"channel_prune:scope=layer,width={mean}",
+        )
+    if view.left.widths and is_unequal(view.config):
+        raise _beyond(
+            target,
+            f"narrows experts to {widths[0]} channels, which the config of a {view.source.family} model cannot say without "
+            "changing its dense layers too",
+            "expert_drop",
         )
 
 

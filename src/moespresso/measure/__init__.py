@@ -12,6 +12,7 @@ from typing import Any
 from moespresso.core.layer import Call, Layer, Taps
 from moespresso.core.unit import Unit
 from moespresso.measure.align import channel_order
+from moespresso.measure.curvature import Pulled, Stiffness
 from moespresso.measure.folds import Folds
 from moespresso.measure.means import MeanAnswers
 from moespresso.measure.pairs import PAIRS, pair_values
@@ -23,7 +24,7 @@ from moespresso.measure.similarity import CosineSums, Runs
 from moespresso.measure.weights import weight_sums
 
 __all__ = [
-    "NEEDS", "PAIRS", "SUMS", "CosineSums", "Folds", "MeanAnswers", "Measurer", "Reconstruction", "RoutedExperts", "RoutingSums", "Runs", "Sample",
+    "NEEDS", "PAIRS", "SUMS", "CosineSums", "Folds", "MeanAnswers", "Measurer", "Pulled", "Reconstruction", "RoutedExperts", "RoutingSums", "Runs", "Sample", "Stiffness",
     "channel_order", "is_need", "pair_values", "weight_sums",
 ]  # fmt: skip
 

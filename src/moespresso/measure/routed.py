@@ -89,9 +89,46 @@ class RoutedExperts:
             inner = self.inner(expert, self.hidden[tokens], weights)
             yield _moment(inner, gates if by_gate else None)
 
+    def squares_in(self, experts: range, *, by_gate: bool) -> Tensor:
+        """Means of the squares [N, H] of what each of `experts` is given, weighted as in `moments_inner`."""
+        found = [self.rows(expert) for expert in experts]
+        return torch.stack(
+            [_squares(self.hidden[tokens], gates if by_gate else None) for tokens, gates in found]
+        )
+
+    def squares_inner(self, experts: range, up: Tensor, *, by_gate: bool) -> Tensor:
+        """Means of the squares [N, I] of what the down projections of `experts` are given: the diagonals of
+        `moments_inner`."""
+        found: list[Tensor] = []
+        for weights, expert in zip(up, experts, strict=True):
+            tokens, gates = self.rows(expert)
+            inner = self.inner(expert, self.hidden[tokens], weights)
+            found.append(_squares(inner, gates if by_gate else None))
+        return torch.stack(found)
+
+    def sums_and_peaks(self, experts: range, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over tokens and highest values, both [N, I], of the squares of the same times the gate."""
+        sums, peaks = [], []
+        for weights, expert in zip(up, experts, strict=True):
+            tokens, gates = self.rows(expert)
+            rows = self.inner(expert, self.hidden[tokens], weights).float() * gates.float().unsqueeze(1)
+            squares = torch.cat([rows.square(), rows.new_zeros(1, rows.shape[1])])  # there may be no token
+            sums.append(squares.sum(0))
+            peaks.append(squares.amax(0))
+        return torch.stack(sums), torch.stack(peaks)
+
     def pooled(self) -> Tensor:
         """Mean x x^T [H, H] of all tokens."""
         return _moment(self.hidden, None)
+
+
+def _squares(rows: Tensor, gates: Tensor | None) -> Tensor:
+    """The diagonal of `_moment`."""
+    squares = rows.float().square()
+    if gates is None:
+        return squares.sum(0) / max(len(rows), 1)
+    weights = gates.float().square()
+    return weights @ squares / max(float(weights.sum()), 1e-12)
 
 
 def _moment(rows: Tensor, gates: Tensor | None) -> Tensor:

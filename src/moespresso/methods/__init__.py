@@ -7,13 +7,18 @@ from moespresso.methods._on_text import Answer, Shown
 from moespresso.methods.autoround import AutoRound
 from moespresso.methods.awq import Awq
 from moespresso.methods.block_drop import BlockDrop
+from moespresso.methods.channel_prune import ChannelPrune
 from moespresso.methods.expert_drop import ExpertDrop
 from moespresso.methods.expert_merge import ExpertMerge
 from moespresso.methods.gptq import Gptq
 from moespresso.methods.hqq import Hqq
 from moespresso.methods.layer_drop import LayerDrop
+from moespresso.methods.magnitude import Magnitude
 from moespresso.methods.rtn import Rtn
+from moespresso.methods.sparsegpt import SparseGpt
+from moespresso.methods.wanda import Wanda
 
 __all__ = [
-    "Answer", "AutoRound", "Awq", "BlockDrop", "ExpertDrop", "ExpertMerge", "Gptq", "Hqq", "LayerDrop", "Rtn", "Shown",
+    "Answer", "AutoRound", "Awq", "BlockDrop", "ChannelPrune", "ExpertDrop", "ExpertMerge", "Gptq", "Hqq", "LayerDrop", "Magnitude", "Rtn", "Shown",
+    "SparseGpt", "Wanda",
 ]  # fmt: skip

@@ -36,7 +36,7 @@ def factored(hessians: Tensor, damping: float) -> tuple[Tensor, Tensor, dict[int
     """Upper factors R [N, in, in], R R^T = H + ridge I, the ridges [N], and who took more relative damping than asked.
 
     A ridge is a share of the mean of the diagonal: `damping`, or tenfold more for those matrices whose factorization meets a
-    pivot that is not positive, as often as it takes.
+    pivot that is not positive, as often as it takes. None may be all zero or not finite (`usable`).
     """
     mean = hessians.diagonal(dim1=1, dim2=2).mean(1)
     factors, ridge = torch.empty_like(hessians), torch.empty_like(mean)

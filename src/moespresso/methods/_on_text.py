@@ -22,7 +22,9 @@ MOMENT_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One layer: `formats` of `up` and `down` of its experts and of every linear; `dtypes` that their scales are stored in.
+    """One layer: `formats` of `up` and `down` of its experts and of every linear; `dtypes` that their scales (or what is left
+    of them) are stored in; `channels` that its experts keep, where some go; `curvature` [E, I] of the model's loss along the
+    output of every channel, for steps that go by gradients (`measure.Stiffness`).
 
     `linears` maps a module's name to its weight [out, in] and the mean of x x^T [in, in] of its inputs. `module` is the
     layer itself, `layer` its number.
@@ -34,6 +36,8 @@ class Shown:
     dtypes: Mapping[str, torch.dtype]
     experts: RoutedExperts | None = None
     linears: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
+    channels: int | None = None
+    curvature: Tensor | None = None
 
     def groups(self, budget: int = MOMENT_BYTES) -> Iterator[range]:
         """The experts, in runs whose second moments fit in `budget` bytes."""
@@ -46,12 +50,13 @@ class Shown:
 
 @dataclass(slots=True)
 class Answer:
-    """`up` and `down` are codes of all experts, in order; `linears` by module; `replaced` tensors by their name in the
-    layer; `trouble` in sentences, `remedies` by expert for those that could not be treated as the others."""
+    """`up` and `down` are codes of all experts, in order; `linears` by module; `weights` are matrices that stay plain, under
+    the same names (`up` [E, R, H], `down` [E, H, I], a linear [out, in]); `replaced` tensors by their name in the layer; `trouble` in sentences, `remedies` by expert for those that could not be treated as the others."""
 
     up: Codes | None = None
     down: Codes | None = None
     linears: dict[str, Codes] = field(default_factory=dict[str, Codes])
+    weights: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     replaced: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     trouble: list[str] = field(default_factory=list[str])
     remedies: dict[int, str] = field(default_factory=dict[int, str])

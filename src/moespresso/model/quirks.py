@@ -15,6 +15,10 @@ REFUSED: dict[str, str] = {
 # Keys of config.json that count routed experts. A stale alias wins over the right key, so all present are edited.
 COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
+# Keys of config.json that set the channels of an expert, and those that count shared experts (as multiples of that width).
+WIDTH_KEYS = ("moe_intermediate_size", "intermediate_size")
+SHARED_KEYS = ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts")
+
 # Families that also need an alias written: other engines read `num_experts`, transformers saves `num_local_experts`.
 COUNT_ALIASES: dict[str, tuple[str, ...]] = {"qwen3_moe": ("num_experts", "num_local_experts")}
 

@@ -15,18 +15,23 @@ from typing import Any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moespresso.core.blueprint import Blueprint, Branch, LayerSpec
+from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan
 from moespresso.core.remains import Remains, pressed_layers
 from moespresso.core.rewrite import biased_stubs
 from moespresso.model import quirks
 from moespresso.model.counts import with_count
 from moespresso.model.depth import with_layers
+from moespresso.model.widths import width_key, with_width
 
 Config = dict[str, Any]
 
 
-def pressed_config(raw: Mapping[str, Any], source: Blueprint, plan: Plan, left: Remains) -> Config:
-    """What `raw` (a config.json) becomes; raises `UserError` where no config can say which blocks are left."""
+def pressed_config(
+    raw: Mapping[str, Any], source: Blueprint, plan: Plan, left: Remains, *, stock: bool = False
+) -> Config:
+    """What `raw` (a config.json) becomes; raises `UserError` where no config can say which blocks are left. In the `stock`
+    form shared experts may be said to be wider than they are."""
     whole = len(left.layers) == len(source.layers)
     config = copy.deepcopy(dict(raw)) if whole else with_layers(raw, left.layers, source.source)
     config.pop("auto_map", None)  # custom code is not copied; the family is transformers' own
@@ -34,7 +39,7 @@ def pressed_config(raw: Mapping[str, Any], source: Blueprint, plan: Plan, left: 
     layers, biased = pressed_layers(source, left), biased_stubs(source, plan)
     rows = {layer.index: layer.experts + layer.skipped for layer in layers if layer.experts}
     before = [layer.experts + layer.skipped for layer in source.moe_layers]
-    own = _own(config)
+    config, own = _narrowed(config, source, left, stock)
     common = _common(rows, before)
     if common is not None and (set(before) != {common} or len(set(rows.values())) > 1):
         config = with_count(config, source.family, common)
@@ -52,6 +57,28 @@ def pressed_config(raw: Mapping[str, Any], source: Blueprint, plan: Plan, left: 
     if not _text(config)["per_layer_config"]:
         del _text(config)["per_layer_config"]
     return config
+
+
+def _narrowed(
+    config: Config, source: Blueprint, left: Remains, stock: bool
+) -> tuple[Config, dict[int, Config]]:
+    """The config with the widths of experts that are left, and what single layers have of their own."""
+    own, widths = _own(config), {left.position(layer): width for layer, width in left.widths.items()}
+    mixtures = {left.position(layer) for layer in left.experts}
+    if not widths or all(widths[at] == source.layers[left.layers[at]].width for at in widths):
+        return config, own
+    if set(widths) == mixtures and len(set(widths.values())) == 1 and not own:
+        edited = with_width(config, next(iter(widths.values())), source.source, grow=stock)
+        if edited is not None:
+            return edited, own
+    key = width_key(config)
+    if key is None:
+        raise UserError(
+            f"{source.source} ({source.family}): no known key of its config sets the width of its experts"
+        )
+    for position, width in widths.items():
+        own.setdefault(position, {})[key] = width
+    return config, own
 
 
 def _text(config: Mapping[str, Any]) -> Any:

@@ -29,6 +29,7 @@ from moespresso.core.rewrite import Piece, laid_out, pieces, pressed_blueprint, 
 from moespresso.core.unit import Unit
 from moespresso.model.blueprint import check_tensors
 from moespresso.model.depth import with_dense
+from moespresso.model.names import Names
 from moespresso.model.skeleton import Skeleton, build_meta, read_config
 from moespresso.model.unequal import pressed_config
 
@@ -71,7 +72,7 @@ class View:
     def pieces(self) -> list[Piece]:
         """Every tensor of the result, in the source's order."""
         found = pieces(self.source, self.plan, self.fits, stock=self.stock)
-        return [*(laid_out(piece, self.layout) for piece in found), *self._stub_pieces()]
+        return [*(laid_out(piece, self.layout) for piece in self._grown(found)), *self._stub_pieces()]
 
     @cached_property
     def stored(self) -> list[Piece]:
@@ -110,7 +111,9 @@ class View:
     def _config(self) -> tuple[dict[str, Any], int]:
         """The config, and the width of dense stubs."""
         if not self.stubs:
-            return pressed_config(self.checkpoint.config, self.source, self.plan, self.left), 0
+            return pressed_config(
+                self.checkpoint.config, self.source, self.plan, self.left, stock=self.stock
+            ), 0
         whole = frozenset(at for at in self.left.cut if at[1] != "mlp")
         kept = {
             **{layer.index: tuple(range(layer.experts)) for layer in self.source.moe_layers},
@@ -122,14 +125,40 @@ class View:
         experts |= {
             layer: kept[layer][:most] or kept[layer] for layer in experts if layer not in self.left.experts
         }
+        # What will be dense has no width of its own to be asked for.
+        widths = self.left.widths
+        if len(set(widths.values())) == 1:
+            widths = dict.fromkeys(experts, next(iter(widths.values())))
         config = pressed_config(
-            self.checkpoint.config, self.source, self.plan, replace(self.left, cut=whole, experts=experts)
+            self.checkpoint.config,
+            self.source,
+            self.plan,
+            replace(self.left, cut=whole, experts=experts, widths=widths),
+            stock=self.stock,
         )
         return with_dense(config, self.stubs, self.source.source)
 
     def _body(self, position: int) -> str:
         layer = self.left.layers[position]
         return next(spec for spec in self.source.layers if spec.index == layer).bodies["mlp"]
+
+    def _grown(self, found: list[Piece]) -> list[Piece]:
+        """Shared experts as wide as the config says: where its one width of experts counts them."""
+        if not self.stock or not self.left.widths:
+            return found
+        config, place = self._config[0], self.source.source
+        model = build_meta(read_config(config, place), torch.bfloat16, place)
+        names, state = Names(model), model.state_dict()
+        grown: list[Piece] = []
+        for piece in found:
+            wanted = state.get(names.in_memory(piece.name)[0]) if piece.unit.part == "shared" else None
+            wide = wanted is not None and tuple(wanted.shape) != piece.shape
+            grown.append(
+                replace(piece, shape=tuple(wanted.shape), filled=True)
+                if wide and wanted is not None
+                else piece
+            )
+        return grown
 
     def _stub_pieces(self) -> list[Piece]:
         """The zeros that stand where feed-forward parts were, as the model of the config has them."""

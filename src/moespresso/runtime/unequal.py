@@ -5,6 +5,7 @@ them: when a model ends its construction, each layer that the config changes get
 loses single experts, by general code that knows no family. What a layer may say (`{"3": {...}}`):
 
 * a count of experts: `{"num_local_experts": 6}`, or what else the family calls it;
+* the width of its experts: `{"moe_intermediate_size": 96}` (shared experts and dense layers keep theirs);
 * branches that add nothing, or one vector: `{"skip": ["mlp", "attention+bias"]}`;
 * experts that are gone while the router still selects them: `{"skip": ["expert.1", "expert.5+novice"]}`, where a
   novice is a constant vector that answers in the expert's place.
@@ -33,6 +34,8 @@ from moespresso.runtime.parts import NoNorm, Silent, SilentMixer, thin_out
 
 # Keys of a config that count routed experts.
 COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# Keys of a config that set the width of experts.
+WIDTH_KEYS = ("moe_intermediate_size", "intermediate_size")
 
 _BRANCH = re.compile(r"(attention|mlp)(\+bias)?")
 _EXPERT = re.compile(r"expert\.(\d+)(\+novice)?")
@@ -42,12 +45,13 @@ _DONE = "_moespresso"
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What one layer has of its own: a `count` of experts (None: as all others), `silent` branches and experts that
-    are `gone`, each with whether it leaves a vector (a bias, a novice) in its place."""
+    """What one layer has of its own: a `count` of experts and their `width` (None: as all others), `silent` branches and
+    experts that are `gone`, each with whether it leaves a vector (a bias, a novice) in its place."""
 
     count: int | None
     silent: Mapping[str, bool]
     gone: Mapping[int, bool]
+    width: int | None = None
 
 
 def install() -> None:
@@ -115,8 +119,11 @@ def _change(layer: int, said: Mapping[str, Any]) -> Change:
             f"config.json: per_layer_config skips what moespresso does not know in layer {layer}: {words}"
         )
     silent = {found[1]: found[2] is not None for found in branches}
-    count = None if "mlp" in silent else next((said[key] for key in COUNT_KEYS if key in said), None)
-    return Change(count, silent, {int(found[1]): found[2] is not None for found in experts})
+    count, width = (
+        None if "mlp" in silent else next((said[key] for key in keys if key in said), None)
+        for keys in (COUNT_KEYS, WIDTH_KEYS)
+    )
+    return Change(count, silent, {int(found[1]): found[2] is not None for found in experts}, width)
 
 
 def _admit(config: PreTrainedConfig) -> None:
@@ -128,7 +135,7 @@ def _admit(config: PreTrainedConfig) -> None:
         key
         for said in _said(config).values()
         for key, value in said.items()
-        if key not in COUNT_KEYS and not (value == 0 and "skip" in said)
+        if key not in (*COUNT_KEYS, *WIDTH_KEYS) and not (value == 0 and "skip" in said)
     }
     forbidden = config.per_layer_attributes
     assert forbidden is not None
@@ -169,6 +176,8 @@ def _change_layer(layer: nn.Module, index: int, change: Change, config: PreTrain
         )
     if change.count is not None:
         _resize(layer, index, change.count, config)
+    if change.width is not None:
+        _narrow(layer, index, change.width, config)
     if change.gone:
         experts: Any = _mixture(layer)[1].get_submodule("experts")
         if not set(change.gone) < set(range(experts.num_experts)):
@@ -190,15 +199,36 @@ def _silence(layer: nn.Module, branch: Branch, width: int | None, index: int | N
 def _resize(layer: nn.Module, index: int, count: int, config: PreTrainedConfig) -> None:
     """Build the layer's mixture anew for `count` experts, on the device and with the dtype the model is built with."""
     name, block = _mixture(layer)
-    kind = type(block)
-    numbered = {"layer_idx": index} if "layer_idx" in inspect.signature(kind).parameters else {}
-    resized = kind(config.per_layer_config[index], **numbered)
+    resized = _as_said(block, index, config)
     experts: Any = resized.get_submodule("experts")
     if experts.num_experts != count:
-        raise UserError(f"{kind.__name__} makes {experts.num_experts} experts of a config that says {count}")
-    # Which function computes experts is switched in the model's config.
-    experts.config = config
+        raise UserError(
+            f"{type(block).__name__} makes {experts.num_experts} experts of a config that says {count}"
+        )
+    for child, module in block.named_children():
+        if "shared" in child:  # its width may follow that of the experts
+            resized.set_submodule(child, module)
     layer.set_submodule(name, resized)
+
+
+def _narrow(layer: nn.Module, index: int, width: int, config: PreTrainedConfig) -> None:
+    """Build the experts of a layer anew with `width` channels; all else keeps its own."""
+    _, block = _mixture(layer)
+    experts: Any = _as_said(block, index, config).get_submodule("experts")
+    if experts.down_proj.shape[1 if experts.is_transposed else 2] != width:
+        raise UserError(f"{type(block).__name__} does not make experts {width} wide of a config that says so")
+    block.set_submodule("experts", experts)
+
+
+def _as_said(block: nn.Module, index: int, config: PreTrainedConfig) -> nn.Module:
+    """The same kind of block as the layer's own config makes it."""
+    kind = type(block)
+    numbered = {"layer_idx": index} if "layer_idx" in inspect.signature(kind).parameters else {}
+    made = kind(config.per_layer_config[index], **numbered)
+    # Which function computes experts is switched in the model's config.
+    experts: Any = made.get_submodule("experts")
+    experts.config = config
+    return made
 
 
 def _mixture(layer: nn.Module) -> tuple[str, nn.Module]:

@@ -250,14 +250,14 @@ def parking(folder: Path | None) -> Iterator[Callable[[int, Tensor], Tensor]]:
             # The layer reads one file while the other is written.
             turn[number] = 1 - turn.get(number, 0)
             path = Path(name) / f"{number}-{turn[number]}"
-            _reserve(path, tensor.nbytes)
+            reserve(path, tensor.nbytes)
             mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
             return mapped.view(tensor.shape).copy_(tensor)
 
         yield park
 
 
-def _reserve(path: Path, size: int) -> None:
+def reserve(path: Path, size: int) -> None:
     """Take the disk space now: writing through a map into a full disk would kill the process without a word."""
     with disk_full_is_told(path.parent), path.open("ab") as file:
         os.posix_fallocate(file.fileno(), 0, max(size, 1))

@@ -1,0 +1,199 @@
+"""What does it cost to make experts smaller, and which cut costs least? The pruning table and chart of the README.
+
+At equal bytes of routed experts (15, 25 and 50% gone): whole experts dropped or merged, and channels by every score and refit;
+beside them, at the size that a mask and the values take (`stored`), single weights. On the bundled models (or MODEL ...), on
+three drawings of calibration text. KL is the mean token KL to the original on a tenth of the held-out text; the interval is
+a 95% bootstrap over sequences for the first drawing, the range that of the drawings. Nothing is written: a plan is evaluated as
+a view of the checkpoint.
+
+    python benchmarks/pruning.py [MODEL ...] [--ratios 0.15 0.25 0.5] [--seeds 3] [--out FILE.json] [--figure FILE.svg]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from scores import LENGTH, Bench
+
+import moespresso.methods
+from moespresso.api import load_tokenizer
+from moespresso.bundled import MODELS, TEXT
+from moespresso.core.registry import parse_step
+from moespresso.core.runtime import Runtime
+from moespresso.data import Source, calibration
+from moespresso.formats.sparse import sparse_parts
+from moespresso.methods._prune import Sparsity
+from moespresso.pipeline import Clock, decide
+from moespresso.report import machine, versions
+
+STRIDE, SAMPLES = 10, 48
+CUTS = [
+    "expert_drop:ratio={}",
+    "expert_merge:ratio={}",
+    "channel_prune:ratio={},score=random,refit=none",
+    "channel_prune:ratio={},score=random,refit=expert",
+    "channel_prune:ratio={},score=magnitude,refit=none",
+    "channel_prune:ratio={},score=magnitude,refit=expert",
+    "channel_prune:ratio={},score=wanda,refit=none",
+    "channel_prune:ratio={},score=wanda,refit=expert",
+    "channel_prune:ratio={},score=camera,refit=none",
+    "channel_prune:ratio={},score=camera,refit=expert",
+    "channel_prune:ratio={},score=camera,refit=layer",
+    "channel_prune:ratio={},score=heapr,refit=none",
+    "channel_prune:ratio={},score=heapr,refit=expert",
+    "channel_prune:ratio={},score=surgeon,refit=none",
+    "channel_prune:ratio={},score=surgeon,refit=expert",
+    "channel_prune:ratio={},score=surgeon,refit=layer",
+]
+MASKED = [
+    "magnitude:sparsity={}",
+    "wanda:sparsity={}",
+    "wanda:sparsity={},gate=true",
+    "wanda:sparsity={},variant=true",
+    "sparsegpt:sparsity={}",
+    "sparsegpt:sparsity={},weighting=gate2",
+]
+PATTERNS = ["0.5", "2:4", "4:8"]
+
+
+def ways(ratios: list[float]) -> list[str]:
+    """Every step to be tried."""
+    cuts = [cut.format(ratio) for ratio in ratios for cut in CUTS]
+    masked = [
+        step.format(pattern)
+        for pattern in PATTERNS
+        for step in MASKED
+        if "variant" not in step or ":" not in pattern
+    ]
+    return cuts + masked
+
+
+def stored(step: Any, bench: Bench, view: Any) -> float:
+    """Share of the bytes of routed experts that is left; of single weights, as a mask and the values that stay."""
+    before = sum(e.ref.nbytes for e in bench.view.source.entries if e.unit.part == "experts")
+    sparsity = getattr(step, "sparsity", None)
+    if sparsity is None:
+        return sum(e.ref.nbytes for e in view.blueprint.entries if e.unit.part == "experts") / before
+    form, after = replace(Sparsity(sparsity).pattern, kind="sparse"), 0
+    for entry in bench.view.source.entries:
+        if entry.unit.part == "experts":
+            for shape, dtype in sparse_parts(form, *entry.ref.shape, entry.ref.dtype).values():
+                width = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1, "I64": 8}[dtype]
+                after += torch.Size(shape).numel() * width
+    return after / before
+
+
+def run(folder: str, text: str, seeds: int) -> dict[str, Any]:
+    """One way on one model."""
+    torch.set_num_threads(1)
+    bench, step, found = Bench(Path(folder), STRIDE), parse_step(text), []
+    for seed in range(seeds if step.needs() - {"weights"} else 1):
+        batches = calibration(
+            [Source(str(TEXT / "calibration"))], load_tokenizer(Path(folder)), SAMPLES, LENGTH, seed
+        )
+        with tempfile.TemporaryDirectory() as work:
+            start = time.process_time()
+            decided = decide(bench.view, [step], batches, None, Path(work), Runtime(), Clock())
+            seconds = time.process_time() - start
+            view = replace(bench.view, plan=decided.plan, fits=decided.fits)
+            found.append(bench.compare(view) | {"seconds": seconds})
+            left = stored(step, bench, view)
+    row = {"kl": [each["kl"]["mean"] for each in found], "ci95": found[0]["kl"]["ci95"], "left": left,
+           "perplexity_ratio": found[0]["perplexity_ratio"], "seconds": found[0]["seconds"]}  # fmt: skip
+    print(f"{Path(folder).name:12} {text:52} {left:6.1%} left  KL {cell(row)}", flush=True)
+    return row
+
+
+def table(results: dict[str, dict[str, Any]], steps: list[str]) -> str:
+    """Rows are ways, columns models."""
+    lines = [
+        f"| KL to the original | bytes of experts left | {' | '.join(results)} |",
+        "|---|---|" + "---|" * len(results),
+    ]
+    for step in steps:
+        rows = [rows[step] for rows in results.values()]
+        left = " / ".join(dict.fromkeys(f"{row['left']:.0%}" for row in rows))
+        lines.append(f"| `{step}` | {left} | {' | '.join(map(cell, rows))} |")
+    return "\n".join(lines)
+
+
+def cell(row: dict[str, Any]) -> str:
+    """The mean, and the range where there were several drawings."""
+    values = row["kl"]
+    mean = sum(values) / len(values)
+    return f"{mean:.4f}" + (f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else "")
+
+
+def figure(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """KL against bytes, one panel a model."""
+    import matplotlib.pyplot as plt
+
+    kinds = {
+        "expert_drop": "o",
+        "expert_merge": "s",
+        "channel_prune": "^",
+        "magnitude": "x",
+        "wanda": "+",
+        "sparsegpt": "*",
+    }
+    made, panels = plt.subplots(1, len(results), figsize=(5 * len(results), 4), squeeze=False)
+    for panel, (name, rows) in zip(panels[0], results.items(), strict=True):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for step, row in rows.items():
+            kind, _, settings = step.partition(":")
+            label = ",".join(
+                [kind, *[word for word in settings.split(",") if not word.startswith(("ratio", "sparsity"))]]
+            )
+            if kind != "channel_prune" or "surgeon" in label or "camera" in label or "random" in label:
+                lines.setdefault(label, []).append((row["left"], sum(row["kl"]) / len(row["kl"])))
+        for label, points in lines.items():
+            panel.plot(
+                *zip(*sorted(points), strict=True),
+                marker=kinds[label.partition(",")[0]],
+                label=label,
+                linewidth=1,
+            )
+        panel.set(
+            title=name, xlabel="bytes of routed experts left", ylabel="KL to the original", yscale="log"
+        )
+    panels[0][0].legend(fontsize=5)
+    made.tight_layout()
+    made.savefig(path)
+
+
+def main() -> None:
+    """Run, print and save."""
+    assert moespresso.methods
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=[str(folder) for folder in MODELS.values()])
+    parser.add_argument("--ratios", nargs="*", type=float, default=[0.15, 0.25, 0.5])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--figure", type=Path)
+    asked = parser.parse_args()
+    steps = ways(asked.ratios)
+    jobs = [(folder, step, asked.seeds) for step in steps for folder in asked.models]
+    results: dict[str, dict[str, Any]] = {Path(folder).name: {} for folder in asked.models}
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        for (folder, step, _), row in zip(jobs, pool.map(run, *zip(*jobs, strict=True)), strict=True):
+            results[Path(folder).name][step] = row
+            if asked.out:
+                body = {"date": date.today().isoformat(), "machine": machine(), "versions": versions(), "results": results}  # fmt: skip
+                asked.out.write_text(json.dumps(body, indent=1) + "\n")
+    print(table(results, steps))
+    if asked.figure:
+        figure(results, asked.figure)
+
+
+if __name__ == "__main__":
+    main()

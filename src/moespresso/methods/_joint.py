@@ -1,0 +1,64 @@
+"""All down projections of a layer, fitted together to what the layer answered before.
+
+    minimise  sum over tokens |y - sum_j g_j W_j a_j|^2  +  sum_j lambda_j |W_j - W0_j|^2
+
+with y the answer of the routed part as it was, and j the experts that a token now goes to: what one expert can no longer say,
+the others that see the same token may. The normal equations of a whole layer are too large to hold (experts x channels squared),
+so experts take turns: each is solved exactly against what the others leave over. Every turn lowers the same sum, and
+features are computed anew in each, so memory holds one expert's and one vector a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moespresso.measure import RoutedExperts
+from moespresso.methods._hessians import factored, usable
+
+
+def joint_refit(
+    experts: RoutedExperts, up: Tensor, down: Tensor, kept: Tensor, *, damping: float, sweeps: int
+) -> tuple[Tensor, dict[int, float]]:
+    """Down projections [E, H, K] that start from `down` and are drawn to the original columns `kept` [E, K], with `up` the
+    narrower [E, R', H]; and the damping of experts for which it had to be raised."""
+    narrow = replace(experts, up=up, down=down)
+    anchor = experts.down.float().gather(2, kept.unsqueeze(1).expand(-1, experts.down.shape[1], -1))
+    down, raised = down.float().clone(), {}
+    left = answers(experts, experts.up, experts.down) - answers(narrow, up, down)
+    for _ in range(sweeps):
+        for expert in range(experts.count):
+            tokens, features = featured(experts, expert, up[expert])
+            if not len(tokens):
+                continue
+            change, ridge = _step(features, left[tokens], down[expert] - anchor[expert], damping)
+            raised |= {expert: ridge} if ridge is not None else {}
+            down[expert] += change
+            left.index_add_(0, tokens, features @ change.T, alpha=-1)
+    return down, raised
+
+
+def featured(experts: RoutedExperts, expert: int, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens [n] of an expert, and what its channels hold for them times the gate [n, K]."""
+    tokens, gates = experts.rows(expert)
+    inner = experts.inner(expert, experts.hidden[tokens], up).float()
+    return tokens, inner * gates.float().unsqueeze(1)
+
+
+def answers(experts: RoutedExperts, up: Tensor, down: Tensor) -> Tensor:
+    """What the routed part answers [T, H], in float32."""
+    total = experts.hidden.new_zeros(len(experts.hidden), down.shape[1], dtype=torch.float32)
+    for expert in range(experts.count):
+        tokens, features = featured(experts, expert, up[expert])
+        total.index_add_(0, tokens, features @ down[expert].float().T)
+    return total
+
+
+def _step(features: Tensor, left: Tensor, away: Tensor, damping: float) -> tuple[Tensor, float | None]:
+    """The change [H, K] of one expert's matrix that is best for what is `left` [n, H], with itself `away` from its anchor."""
+    moment, _ = usable((features.T @ features)[None])
+    upper, ridge, raised = factored(moment.flip(1, 2), damping)
+    pull = features.T @ left - ridge * away.T
+    return torch.cholesky_solve(pull, upper[0].flip(0, 1)).T, raised.get(0)

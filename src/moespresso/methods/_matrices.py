@@ -1,0 +1,216 @@
+"""What all steps share that treat single matrices: which parts of a model they take, and which they leave alone.
+
+Routed experts are taken by default; routers, norms and embeddings never are. A step says with which format each matrix is
+left; on text, it also answers for the layers it is shown (`_on_text.py`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatch
+from typing import ClassVar
+
+from moespresso.core.blueprint import Blueprint, Entry
+from moespresso.core.errors import UserError, did_you_mean
+from moespresso.core.format import Format
+from moespresso.core.plan import Decision, Plan, Stage, Treatment
+from moespresso.core.remains import remains
+from moespresso.core.slim import SLIM_PARTS, check_storable, is_matrix
+from moespresso.core.stats import Stats
+from moespresso.core.unit import Unit
+
+
+class Words(str):
+    """Words joined by `+`; text or a list makes one."""
+
+    written: ClassVar[str] = "WORD+..."
+
+    def __new__(cls, value: object) -> Words:
+        """Join a list."""
+        return super().__new__(
+            cls, "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        )
+
+    def each(self) -> list[str]:
+        """The words."""
+        return [word.strip() for word in str(self).split("+") if word.strip()]
+
+
+EXPERTS, NOTHING = Words("experts"), Words("")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnMatrices:
+    """Settings of every step that treats single matrices.
+
+    parts: what is treated, joined by +: experts, shared, attention, dense, head.
+    exclude: parts or projections of layers to leave alone, joined by + (patterns on addresses: L0.*, L3.experts.down).
+    """
+
+    kind: ClassVar[str] = ""
+    # What the step does to a matrix, and what that then is.
+    verb: ClassVar[tuple[str, str]] = ("round", "rounded")
+    on_text: ClassVar[bool] = False
+    without_text: ClassVar[str] = "rtn or hqq"
+    searches: ClassVar[bool] = False
+    uneven: ClassVar[bool] = False
+    # What is treated is always what the steps before leave.
+    rescore: ClassVar[bool] = True
+    # Parts that the method can treat.
+    able: ClassVar[tuple[str, ...]] = SLIM_PARTS
+
+    parts: Words = EXPERTS
+    exclude: Words = NOTHING
+
+    def __post_init__(self) -> None:
+        """Read what was given in other forms; refuse parts that cannot be."""
+        for name in ("parts", "exclude"):
+            object.__setattr__(self, name, Words(getattr(self, name)))
+        for part in self.parts.each():
+            if part not in SLIM_PARTS:
+                raise UserError(f"{self.kind}: parts={part!r} is unknown{did_you_mean(part, SLIM_PARTS)}")
+            if part not in self.able:
+                raise UserError(
+                    f"{self.kind} {self.verb[0]}s {' and '.join(self.able)} only, not {part}: use {self.without_text} for it"
+                )
+        if not self.parts.each():
+            raise UserError(f"{self.kind}: parts is empty: say what is to be {self.verb[1]}, such as experts")
+
+    def needs(self) -> frozenset[str]:
+        """What must be measured for this step: nothing but text to see."""
+        return frozenset({"text"} if self.on_text else ())
+
+    def check(self, blueprint: Blueprint) -> None:
+        """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
+        fused = [
+            e
+            for e in blueprint.entries
+            if e.unit.part == "experts" and e.unit.expert is None and len(e.ref.shape) == 3
+        ]
+        if fused and "experts" in self.parts.each():
+            raise UserError(
+                f"{self.kind}: {blueprint.source} ({blueprint.family}) stores all experts of a layer in one tensor "
+                f"({fused[0].ref.name}), for which no packed form is known to load: use parts=attention, or drop experts"
+            )
+        self._check_exclude(blueprint)
+        chosen = [entry for entry, _ in self._formats(blueprint)]
+        for part in self.parts.each():
+            if part not in {entry.unit.part for entry in chosen}:
+                why = (
+                    f"exclude={self.exclude} leaves nothing of"
+                    if self.exclude
+                    else f"{blueprint.source} has no matrices in"
+                )
+                raise UserError(f"{self.kind}: {why} its {part} to {self.verb[0]}: change parts")
+        for entry, format in self._formats(blueprint):
+            check_storable(entry, format)
+        if self.on_text:
+            self._check_whole(chosen, blueprint)
+
+    def _check_exclude(self, blueprint: Blueprint) -> None:
+        """Every pattern must leave something alone: a misspelt one would otherwise round it without a word."""
+        addresses = {
+            address
+            for entry in blueprint.entries
+            if entry.unit.part in self.parts.each()
+            for address in _addresses(entry)
+        }
+        for pattern in self.exclude.each():
+            if not any(fnmatch(address, pattern) for address in addresses):
+                raise UserError(
+                    f"{self.kind}: exclude={pattern!r} matches no part of {blueprint.source} that is {self.verb[1]}: name parts or "
+                    "projections of layers, such as L0.* or L3.experts.down (single experts share their layer's format)"
+                )
+
+    def _check_whole(self, chosen: Sequence[Entry], blueprint: Blueprint) -> None:
+        """On text the projections of an expert are solved one after the other, so all of a layer are rounded or none."""
+        there = [entry for entry in blueprint.entries if entry.unit.part == "experts" and is_matrix(entry)]
+        rounded = Counter(entry.unit.layer for entry in chosen if entry.unit.part == "experts")
+        for layer, count in Counter(entry.unit.layer for entry in there).items():
+            if 0 < rounded[layer] < count:
+                raise UserError(
+                    f"{self.kind} treats gate, up and down of a layer's experts together, but exclude={self.exclude} leaves some "
+                    f"of L{layer} alone: exclude L{layer}.experts, or use {self.without_text}"
+                )
+
+    def outline(self, source: Blueprint, before: Plan) -> Stage:
+        """A stage of the right size, before anything is measured."""
+        left = remains(before, source)
+        stays = [layer for layer in source.layers if layer.index in left.layers]
+        gone = {
+            layer.unit(branch)
+            for layer in stays
+            for branch in layer.bodies
+            if (layer.index, branch) in left.cut
+        }
+        made = {
+            unit: treatment
+            for unit, treatment in self._treatments(
+                source, {layer: at for at, layer in enumerate(left.layers)}
+            ).items()
+            if (unit.layer is None or unit.layer in left.layers) and replace(unit, matrix=None) not in gone
+        }
+        return Stage(
+            {"kind": self.kind} | {each.name: getattr(self, each.name) for each in fields(self)}, made
+        )
+
+    def decide(self, stats: Stats, blueprint: Blueprint) -> Decision:
+        """Give every part its format."""
+        _ = stats
+        return Decision(self._treatments(blueprint), self._told(blueprint))
+
+    def _told(self, blueprint: Blueprint) -> tuple[str, ...]:
+        """What a reader wants to know of the formats."""
+        _ = blueprint
+        return ()
+
+    def _treatments(
+        self, blueprint: Blueprint, positions: Mapping[int, int] | None = None
+    ) -> dict[Unit, Treatment]:
+        """One treatment a part where its matrices agree, else one a projection."""
+        wanted: dict[Unit, dict[Unit, Format]] = {}
+        for entry, format in self._formats(blueprint, positions):
+            unit = Unit(entry.unit.layer, entry.unit.part)
+            wanted.setdefault(unit, {})[replace(unit, matrix=entry.unit.matrix)] = format
+        made: dict[Unit, Treatment] = {}
+        for unit, single in wanted.items():
+            same = len(set(single.values())) == 1
+            made |= {unit: Treatment(format=next(iter(single.values())))} if same else {
+                each: Treatment(format=format) for each, format in single.items()
+            }  # fmt: skip
+        return made
+
+    def _formats(
+        self, blueprint: Blueprint, positions: Mapping[int, int] | None = None
+    ) -> Iterator[tuple[Entry, Format]]:
+        """Every matrix to treat with its format; `positions` are the layers' numbers where they differ from the blueprint's."""
+        # Other mixers (Mamba, linear attention) read their weights in their own ways.
+        others = {layer.index for layer in blueprint.layers if layer.mixer != "attention"}
+        chosen = [
+            entry for entry in blueprint.entries
+            if is_matrix(entry) and self._is_meant(entry)
+            and not (entry.unit.part == "attention" and entry.unit.layer in others)
+        ]  # fmt: skip
+        form = self._form(chosen)
+        for entry in chosen:
+            layer = entry.unit.layer
+            yield entry, form(entry, layer if positions is None or layer is None else positions.get(layer))
+
+    def _form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
+        """What says the format of each of the `chosen` matrices, in a layer of some number."""
+        raise NotImplementedError
+
+    def _is_meant(self, entry: Entry) -> bool:
+        if entry.unit.part not in self.parts.each():
+            return False
+        return not any(
+            fnmatch(address, pattern) for pattern in self.exclude.each() for address in _addresses(entry)
+        )
+
+
+def _addresses(entry: Entry) -> set[str]:
+    """What an entry can be excluded by: its projection (of all experts), its part, and its layer."""
+    unit = replace(entry.unit, expert=None)
+    return {str(unit), str(Unit(unit.layer, unit.part)), str(Unit(unit.layer))}

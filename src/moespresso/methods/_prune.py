@@ -1,0 +1,178 @@
+"""What all steps that prune single weights share: how many go, in which pattern, and where.
+
+`sparsity` is the share that goes (0.5), or n:m (2:4): n of every m neighbouring inputs stay. Routed experts alone are
+pruned by default; shared experts, which see every token, lose far more quality than they weigh (arXiv 2406.02500, table 8).
+Pruned weights are zeros in ordinary files: neither these nor any engine get smaller or faster by that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from moespresso.core.blueprint import Blueprint, Entry
+from moespresso.core.errors import UserError
+from moespresso.core.format import Format
+from moespresso.formats import Codes, decode
+from moespresso.measure import RoutedExperts
+from moespresso.methods._masks import kept
+from moespresso.methods._matrices import OnMatrices
+from moespresso.methods._on_text import Answer, Shown, joined, patched
+
+
+class Sparsity(str):
+    """A share of weights that goes, or a pattern N:M of which N of M stay; text or a number makes one."""
+
+    written: ClassVar[str] = "SHARE or N:M"
+
+    def __new__(cls, value: object) -> Sparsity:
+        """Raise `UserError` for what is neither."""
+        made = super().__new__(cls, str(value))
+        _ = made.pattern
+        return made
+
+    @property
+    def pattern(self) -> Format:
+        """What is left of a matrix."""
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", self)
+        if match is not None:
+            stay, of = int(match[1]), int(match[2])
+            if not 0 < stay <= of:
+                raise UserError(f"sparsity {self!r}: of every {of} weights 1 to {of} can stay, such as 2:4")
+            return Format("source", density=stay / of, group_size=of)
+        try:
+            share = float(self)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share < 1:
+            raise UserError(
+                f"sparsity {self!r} is neither a share of at least 0 and below 1 nor a pattern: say 0.5, or 2:4"
+            )
+        return Format("source", density=1 - share)
+
+
+HALF = Sparsity("0.5")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pruning(OnMatrices):
+    """Settings of every step that prunes weights.
+
+    sparsity: share of the weights that goes, or N:M (of every M neighbouring inputs N stay).
+    """
+
+    verb: ClassVar[tuple[str, str]] = ("prune", "pruned")
+    without_text: ClassVar[str] = "magnitude"
+
+    sparsity: Sparsity = HALF
+
+    def __post_init__(self) -> None:
+        """Read what was given in other forms."""
+        object.__setattr__(self, "sparsity", Sparsity(self.sparsity))
+        OnMatrices.__post_init__(self)
+
+    def amounts(self, blueprint: Blueprint) -> list[Any]:
+        """None: zeros weigh what weights weigh."""
+        raise UserError(
+            f"{self.kind} leaves zeros in place of weights, which take as many bytes: use channel_prune or rtn for --size"
+        )
+
+    def _form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
+        return lambda entry, layer: self.sparsity.pattern
+
+    def _told(self, blueprint: Blueprint) -> tuple[str, ...]:
+        return (
+            f"{self.kind}: pruned weights are stored as zeros, so no bytes are saved and no engine gets faster",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruningOnText(Pruning):
+    """Settings of steps that see what every matrix is given.
+
+    sequential: later layers see what the pruned ones before let through.
+    """
+
+    on_text: ClassVar[bool] = True
+    able: ClassVar[tuple[str, ...]] = ("experts", "shared", "attention", "dense")
+    sequential: bool = True
+
+    def seen(self, experts: RoutedExperts, some: range, up: Tensor | None) -> Tensor:
+        """What is known of the inputs of `some` experts' gate and up, or with their weights `up` [N, R, H] of down's."""
+        raise NotImplementedError
+
+    def of_moment(self, moment: Tensor) -> Tensor:
+        """The same [1, ...] of one matrix, from the mean of x x^T [in, in]."""
+        raise NotImplementedError
+
+    def left(
+        self, weights: Tensor, seen: Tensor, format: Format, dtype: torch.dtype, halves: int = 1
+    ) -> tuple[Tensor | Codes, list[tuple[int, str]]]:
+        """What is left of `weights` [N, out, in], and what went wrong with which of them. Each holds so many `halves`, one
+        below the other, that are pruned alike."""
+        raise NotImplementedError
+
+    def unseen(self, weights: Tensor, format: Format, dtype: torch.dtype) -> Tensor | Codes:
+        """The same for matrices that were given nothing: the smallest weights go."""
+        _ = dtype
+        return weights.masked_fill(~kept(weights.abs(), format), 0.0)
+
+    def slim(self, shown: Shown) -> Answer:
+        """What is left of one layer."""
+        answer = Answer()
+        if shown.experts is not None:
+            self._experts(shown, shown.experts, answer)
+        for name, (weight, moment) in shown.linears.items():
+            found, trouble = self.left(
+                weight[None], self.of_moment(moment), shown.formats[name], shown.dtypes[name]
+            )
+            if isinstance(found, Codes):
+                answer.linears[name] = found
+            else:
+                answer.weights[name] = found[0]
+            answer.trouble += [f"L{shown.layer}.{name}: {what}" for _, what in trouble]
+        return answer
+
+    def _experts(self, shown: Shown, experts: RoutedExperts, answer: Answer) -> None:
+        ups: list[Tensor | Codes] = []
+        downs: list[Tensor | Codes] = []
+        for some in shown.groups():
+            here = slice(some.start, some.stop)
+            up = self._projection(shown, "up", experts.up[here], self.seen(experts, some, None), some, answer)
+            weights = decode(up).float() if isinstance(up, Codes) else up
+            seen = self.seen(experts, some, weights.to(shown.dtypes["up"]).to(experts.up.dtype))
+            downs.append(self._projection(shown, "down", experts.down[here], seen, some, answer))
+            ups.append(up)
+        for name, found in (("up", ups), ("down", downs)):
+            codes = [each for each in found if isinstance(each, Codes)]
+            if codes:
+                setattr(answer, name, joined(codes))
+            else:
+                answer.weights[name] = torch.cat([each for each in found if isinstance(each, Tensor)])
+
+    def _projection(
+        self, shown: Shown, matrix: str, weights: Tensor, seen: Tensor, some: range, answer: Answer
+    ) -> Tensor | Codes:
+        """One projection of `some` experts; those that no token reaches go by their weights."""
+        assert shown.experts is not None
+        format, dtype, weights = shown.formats[matrix], shown.dtypes[matrix], weights.float()
+        halves = weights.shape[1] // shown.experts.down.shape[2] if matrix == "up" else 1
+        found, trouble = self.left(weights, seen, format, dtype, halves)
+        empty = [at for at, expert in enumerate(some) if not len(shown.experts.rows(expert)[0])]
+        answer.remedies |= {some[at]: "magnitude" for at in empty}
+        answer.trouble += [
+            f"L{shown.layer}.E{some[at]}.{matrix}: {what}" for at, what in trouble if at not in empty
+        ]
+        if not empty:
+            return found
+        others = self.unseen(weights[empty], format, dtype)
+        if isinstance(found, Codes):
+            assert isinstance(others, Codes)
+            return patched(found, empty, others)
+        assert isinstance(others, Tensor)
+        return found.index_copy(0, torch.tensor(empty), others)

@@ -1,0 +1,29 @@
+"""Magnitude pruning: the smallest weights of every matrix go, whatever they are given.
+
+The oldest way (Han et al., arXiv 1506.02626) and the mark that others must beat. It needs no text. With a plain share all
+weights of a matrix compete, in a pattern those of a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from moespresso.core.format import Format
+from moespresso.core.registry import method
+from moespresso.methods._masks import kept
+from moespresso.methods._prune import Pruning
+
+
+@method
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Magnitude(Pruning):
+    """Settings of one magnitude pruning."""
+
+    kind: ClassVar[str] = "magnitude"
+
+    def pruned(self, weights: Tensor, format: Format) -> Tensor:
+        """`weights` [N, out, in] with zeros for those that go."""
+        return weights.masked_fill(~kept(weights.float().abs(), format, whole=True), 0.0)

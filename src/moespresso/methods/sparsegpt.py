@@ -1,0 +1,106 @@
+"""SparseGPT: weights go column by column, and those still to come make up for what went.
+
+    minimise  sum over tokens of |(W - Q) x|^2     Q = W with a share of zeros
+
+An approximate Optimal Brain Surgeon for whole layers (arXiv 2301.00774), with second moments of the tokens that the router sends
+to each expert; all experts of a layer are solved at once (`_sparsegpt.py`). With `bits` what stays is rounded in the same
+pass, so that each of the two makes up for the other. Down is solved on what the pruned gate and up really hand on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from moespresso.core.blueprint import Blueprint, Entry
+from moespresso.core.errors import UserError
+from moespresso.core.format import Format, check_pattern
+from moespresso.core.registry import method
+from moespresso.formats import Codes
+from moespresso.measure import RoutedExperts
+from moespresso.methods._hqq import half_quadratic
+from moespresso.methods._prune import PruningOnText
+from moespresso.methods._sparsegpt import solve
+
+
+@method
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseGpt(PruningOnText):
+    """Settings of one SparseGPT.
+
+    damping: share of the mean diagonal added to every second moment; raised tenfold where that does not do.
+    block: columns whose weights compete, where there is no pattern.
+    weighting: `gate2` weights what reaches an expert's down by the square of its gate, `none` does not.
+    bits: round what stays to 2, 3, 4 or 8 bits in the same pass; 0 for not at all.
+    group_size: inputs that share a scale, with bits; 0 for one scale per output channel.
+    symmetric: a fixed zero in the middle, with bits; stock engines load experts in this form only.
+    """
+
+    kind: ClassVar[str] = "sparsegpt"
+    damping: float = 0.01
+    block: int = 128
+    weighting: Literal["none", "gate2"] = "none"
+    bits: int = 0
+    group_size: int = 32
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        PruningOnText.__post_init__(self)
+        if not 0 <= self.damping < float("inf") or self.block < 1:
+            raise UserError("sparsegpt: damping must not be negative, and block at least 1")
+        if self.bits not in (0, 2, 3, 4, 8):
+            raise UserError(f"sparsegpt: bits={self.bits} must be 2, 3, 4 or 8, or 0 for not at all")
+        if self.group_size < 0 or self.group_size % 8:
+            raise UserError(
+                f"sparsegpt: group_size={self.group_size} must be 0 or a multiple of 8, such as 32 or 128"
+            )
+
+    def check(self, blueprint: Blueprint) -> None:
+        """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
+        PruningOnText.check(self, blueprint)
+        for entry, _ in self._formats(blueprint):
+            check_pattern(entry.ref.shape[1], self.sparsity.pattern, entry.ref.name)
+
+    def seen(self, experts: RoutedExperts, some: range, up: Tensor | None) -> Tensor:
+        """Second moments of the inputs [N, in, in]."""
+        if up is None:
+            return experts.moments_in(some)
+        return experts.moments_inner(some, up, by_gate=self.weighting == "gate2")
+
+    def of_moment(self, moment: Tensor) -> Tensor:
+        """The same of one matrix."""
+        return moment[None]
+
+    def left(
+        self, weights: Tensor, seen: Tensor, format: Format, dtype: torch.dtype, halves: int = 1
+    ) -> tuple[Tensor | Codes, list[tuple[int, str]]]:
+        """`weights` [N, out, in] with zeros for those that go, or their codes."""
+        code = format if self.bits else None
+        new, _, codes, trouble = solve(weights, seen, self.sparsity.pattern, damping=self.damping, block=self.block,
+                                       code=code, dtype=dtype, halves=halves)  # fmt: skip
+        told = [(number, f"its second moment was not positive, damping raised to {damping:g}")
+                for number, damping in sorted(trouble.damped.items())]  # fmt: skip
+        told += [
+            (number, "its second moment was not finite, pruned by size alone") for number in trouble.nonfinite
+        ]
+        return codes if codes is not None else new, told
+
+    def unseen(self, weights: Tensor, format: Format, dtype: torch.dtype) -> Tensor | Codes:
+        """The same for matrices that were given nothing."""
+        new = PruningOnText.unseen(self, weights, self.sparsity.pattern, dtype)
+        assert isinstance(new, Tensor)
+        return half_quadratic(new, format, dtype, unbiased=False) if self.bits else new
+
+    def _form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
+        if not self.bits:
+            return PruningOnText._form(self, chosen)
+        grid = Format("integer", self.bits, self.group_size, self.symmetric)
+        return lambda entry, layer: grid
+
+    def _told(self, blueprint: Blueprint) -> tuple[str, ...]:
+        return () if self.bits else PruningOnText._told(self, blueprint)

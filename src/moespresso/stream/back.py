@@ -1,0 +1,287 @@
+"""The loop once more, last layer to first: what the loss asks of the experts' answers.
+
+Forward, what each batch brings to a layer is written to a file, and what else the layer was called with is kept by reference.
+From the head comes the gradient of the loss with respect to the last layer's output; then, layer by layer, every batch runs
+through the layer again, this time remembered by autograd, and the gradient goes from its output to its input:
+
+    dL/dx_l  =  (d layer_l(x_l) / dx_l)^T  dL/dx_(l+1)
+
+It passes the routed experts on its way, where the visitor hears it. Held are one layer, the graph of one batch and, on the way
+forth, what the embedding answered; on the disk, hidden states once for every layer. No weight gets a gradient. L is the sum over
+all predicted tokens, not their mean, so that gradients do not shrink with the length of the text (see `measure.curvature`).
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moespresso.core.errors import UserError
+from moespresso.core.layer import Layer
+from moespresso.core.progress import Progress, Silent
+from moespresso.measure.curvature import Pulled, Stiffness
+from moespresso.model import Skeleton, Waiting, quirks
+from moespresso.model.experts import expert_forward
+from moespresso.stream.sweep import reserve, begin, rows_at_once
+
+BackVisitor = Callable[[Layer, Iterator[Pulled]], None]
+# Logits computed at once: 64 MiB in float32 (their gradient and a few copies beside them).
+_LOGITS = 16 << 20
+
+
+@torch.no_grad()
+def sweep_back(
+    skeleton: Skeleton,
+    ids: Tensor,
+    mask: Tensor,
+    visit: BackVisitor,
+    *,
+    work: Path,
+    progress: Progress | None = None,
+    label: str = "layers",
+) -> float:
+    """Mean cross-entropy of the next tokens of `ids` [N, L] (int64; `mask` False on padding), with its gradients on the way.
+
+    `visit(layer, batches)` sees each loaded layer that has experts, last to first; each of its `batches` is run as it is asked
+    for. Their `grad` is that of the summed, not of the mean cross-entropy. Hidden states wait in files in the folder `work`.
+    Raises `UserError` for families whose layers hand on more than hidden states, and when the disk is full.
+    """
+    if skeleton.config.model_type in quirks.HANDS_ON:
+        raise _no_way_back(skeleton)
+    watch, count = progress or Silent(), len(skeleton.layers)
+    rows = rows_at_once(ids.shape[1], skeleton.specs, skeleton.config.get_text_config().hidden_size)
+    masks = mask.split(rows)
+    waiting = begin(skeleton, ids.split(rows), masks)
+    watch.stage(label, 2 * count)
+    with _shelf(work, [batch.hidden for batch in waiting], count + 1) as shelf:
+        stops, last = _forth(skeleton, waiting, shelf, watch)
+        loss = _head(skeleton, waiting, last, ids.split(rows), masks)
+        for index in reversed(range(count)):
+            with skeleton.layer(index) as layer:
+                batches = _back(layer, stops.pop(), masks, last, skeleton.device)
+                if layer.experts is not None:
+                    visit(layer, batches)
+                for _ in batches:  # what nobody asked for has to be gone through all the same
+                    pass
+            shelf.drop(index)
+            watch.advance()
+    return loss
+
+
+def stiffness(
+    skeleton: Skeleton,
+    ids: Tensor,
+    mask: Tensor,
+    work: Path,
+    *,
+    progress: Progress | None = None,
+    label: str = "layers",
+) -> dict[int, Tensor]:
+    """How steeply the loss bends along every column of the experts' down projections: [E, I] for each layer that has experts
+    (see `measure.curvature`)."""
+    found = Stiffness()
+    sweep_back(skeleton, ids, mask, found, work=work, progress=progress, label=label)
+    return found.values
+
+
+# Forward
+
+
+def _forth(
+    skeleton: Skeleton, waiting: list[Waiting], shelf: _Shelf, watch: Progress
+) -> tuple[list[list[Waiting]], list[Tensor]]:
+    """Take all batches through the layers: how each waited before each layer, and what the last layer answers."""
+    hidden = [shelf.put(0, number, batch.hidden) for number, batch in enumerate(waiting)]
+    stops: list[list[Waiting]] = []
+    for index in range(len(skeleton.layers)):
+        if index:
+            for batch, output in zip(waiting, hidden, strict=True):
+                _go_on(skeleton, batch, output)
+        stops.append([_stop(batch, states) for batch, states in zip(waiting, hidden, strict=True)])
+        with skeleton.layer(index) as layer:
+            hidden = [
+                shelf.put(index + 1, number, _answer(skeleton, layer.module, stop))
+                for number, stop in enumerate(stops[-1])
+            ]
+        watch.advance()
+    return stops, hidden
+
+
+def _stop(batch: Waiting, hidden: Tensor) -> Waiting:
+    """A batch as it waits now, whatever becomes of it: what the layer is called with, and its hidden states on the shelf."""
+    stop = copy(batch)
+    stop.hidden = hidden
+    return stop
+
+
+def _go_on(skeleton: Skeleton, batch: Waiting, output: Tensor) -> None:
+    batch.go_on(output)
+    if batch.hidden is not output:  # what is computed between layers, autograd would not see
+        raise _no_way_back(skeleton)
+
+
+def _answer(skeleton: Skeleton, layer: nn.Module, stop: Waiting) -> Tensor:
+    """The layer's output, unless the layer also leaves something for later ones where they look for it (keys and values)."""
+    boxes = [value for value in stop._kwargs.values() if isinstance(value, MutableMapping)]
+    before = [len(box) for box in boxes]
+    output = stop.run(layer, stop.hidden.to(skeleton.device))
+    if before != [len(box) for box in boxes]:
+        raise _no_way_back(skeleton)
+    return output
+
+
+def _no_way_back(skeleton: Skeleton) -> UserError:
+    return UserError(
+        f"no gradients can be taken on {skeleton.place}: its layers hand on more than hidden states; "
+        "choose a score that needs no gradients"
+    )
+
+
+# Back
+
+
+def _head(
+    skeleton: Skeleton,
+    waiting: list[Waiting],
+    last: list[Tensor],
+    ids: Sequence[Tensor],
+    masks: Sequence[Tensor],
+) -> float:
+    """The mean loss from what the last layer answers; puts the summed loss's gradient in its place."""
+    total, predicted = 0.0, 0
+    with skeleton.outer():
+        skeleton.model.requires_grad_(False)
+        for batch, hidden, tokens, valid in zip(waiting, last, ids, masks, strict=True):
+            at = torch.nonzero(valid[:, :-1] & valid[:, 1:])
+            leaf = hidden.to(skeleton.device).detach().requires_grad_()
+            with torch.enable_grad():
+                batch.go_on(leaf)  # through whatever the family has behind its layers
+            loss, pull = _loss(skeleton, batch.hidden.detach(), tokens.to(skeleton.device), at)
+            hidden.copy_(torch.autograd.grad(batch.hidden, leaf, pull)[0])
+            batch.hidden = hidden
+            total, predicted = total + loss, predicted + len(at)
+    return total / predicted
+
+
+def _loss(skeleton: Skeleton, hidden: Tensor, ids: Tensor, at: Tensor) -> tuple[float, Tensor]:
+    """Summed cross-entropy of the tokens behind the positions `at` [n, 2], and its gradient with respect to the last hidden
+    states [B, L, H]; never the logits of all of them."""
+    total, pull = 0.0, torch.zeros_like(hidden)
+    rows = max(1, _LOGITS // skeleton.config.get_text_config().vocab_size)
+    for chunk in at.to(hidden.device).split(rows):
+        row, place = chunk.unbind(1)
+        states = hidden[row, place].requires_grad_()
+        with torch.enable_grad():
+            logits = skeleton.logits(states).float()
+            loss = F.cross_entropy(logits, ids[row, place + 1], reduction="sum")
+        (pull[row, place],) = torch.autograd.grad(loss, states)
+        total += loss.item()
+    return total, pull
+
+
+def _back(
+    layer: Layer, stops: list[Waiting], masks: Sequence[Tensor], pulls: list[Tensor], device: torch.device
+) -> Iterator[Pulled]:
+    """What the experts of the layer hear, batch by batch; takes each of `pulls` from the layer's output to its input."""
+    layer.module.requires_grad_(False)
+    for stop, valid, pull in zip(stops, masks, pulls, strict=True):
+        found: list[Pulled] = []
+        pull.copy_(_pull_back(layer, stop, valid.to(device), pull.to(device), found))
+        yield from found
+
+
+def _pull_back(layer: Layer, stop: Waiting, valid: Tensor, pull: Tensor, found: list[Pulled]) -> Tensor:
+    """The gradient with respect to what one batch brought to the layer."""
+    leaf = stop.hidden.to(pull.device).detach().requires_grad_()
+    with torch.enable_grad(), _overheard(layer.experts, valid, found):
+        output = stop.run(layer.module, leaf)
+    return torch.autograd.grad(output, leaf, pull)[0]
+
+
+@contextmanager
+def _overheard(experts: nn.Module | None, valid: Tensor, found: list[Pulled]) -> Generator[None]:
+    """While the layer runs once on a batch with the mask `valid` [B, L]: as soon as the gradient with respect to the experts'
+    answer is known, it is added to `found`, with what they were given."""
+    if experts is None:
+        yield
+        return
+    tokens = torch.nonzero(valid.reshape(-1)).squeeze(-1)
+
+    def on_experts(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        answer = _weighted_sum(experts, hidden, index, weights)
+        given = (hidden.detach()[tokens], index[tokens], weights.detach()[tokens].float())
+        # A hook, since the family may go on to change the answer in place.
+        answer.register_hook(lambda grad: found.append(Pulled(*given, grad[tokens])))
+        return answer
+
+    experts.__dict__["moespresso_ear"] = on_experts
+    try:
+        yield
+    finally:
+        del experts.__dict__["moespresso_ear"]
+
+
+def _weighted_sum(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """What `model.experts.experts_forward` answers. That writes each expert's answers in place, and autograd would copy those
+    of all experts once for each of them."""
+    slots = index.reshape(-1)
+    counts = torch.bincount(slots, minlength=experts.num_experts)[: experts.num_experts].tolist()
+    order = slots.argsort(stable=True)[: sum(counts)]  # numbers beyond the last expert add nothing
+    given = hidden.index_select(0, order // index.shape[1]).split(counts)
+    answers = [expert_forward(experts, expert, rows) for expert, rows in enumerate(given) if len(rows)]
+    outputs = hidden.new_zeros(len(slots), hidden.shape[1])
+    if answers:
+        outputs = outputs.index_copy(0, order, torch.cat(answers))
+    outputs = outputs.view(*index.shape, -1)
+    if outputs.dtype == weights.dtype:
+        return torch.einsum("tkh,tk->th", outputs, weights)
+    return (outputs * weights.unsqueeze(-1)).sum(1).to(hidden.dtype)
+
+
+# Where hidden states wait
+
+
+class _Shelf:
+    """Hidden states of all batches, in one mapped file for each place between layers, that the kernel may write out."""
+
+    def __init__(self, folder: Path, hidden: list[Tensor], places: int) -> None:
+        self._folder, self._ends = folder, list(accumulate(tensor.numel() for tensor in hidden))
+        self._maps: dict[int, Tensor] = {}
+        for place in range(places):  # a disk that is too small is told before any work
+            reserve(folder / str(place), sum(tensor.nbytes for tensor in hidden))
+
+    def put(self, place: int, number: int, tensor: Tensor) -> Tensor:
+        """The states of one batch, as they are there."""
+        if place not in self._maps:
+            self._maps[place] = self._map(self._folder / str(place), tensor.dtype)
+        end = self._ends[number]
+        return self._maps[place][end - tensor.numel() : end].view(tensor.shape).copy_(tensor)
+
+    def _map(self, path: Path, dtype: torch.dtype) -> Tensor:
+        reserve(
+            path, self._ends[-1] * dtype.itemsize
+        )  # a family may go on in a wider dtype than it began with
+        return torch.from_file(str(path), shared=True, size=self._ends[-1], dtype=dtype)
+
+    def drop(self, place: int) -> None:
+        """Let go of what is at a place: the disk space comes back with the last tensor that stands on it."""
+        del self._maps[place]
+        (self._folder / str(place)).unlink()
+
+
+@contextmanager
+def _shelf(work: Path, hidden: list[Tensor], places: int) -> Generator[_Shelf]:
+    for left_by_a_killed_run in work.glob("back-*"):
+        shutil.rmtree(left_by_a_killed_run)
+    with tempfile.TemporaryDirectory(dir=work, prefix="back-") as name:
+        yield _Shelf(Path(name), hidden, places)

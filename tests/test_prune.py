@@ -1,0 +1,184 @@
+"""Weight pruning as a step: exactly so many zeros, in exactly that pattern, in files that load anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import Zoo, write_wide
+from driver import Driver
+from moespresso import api
+from moespresso.core.errors import UserError
+from moespresso.model import open_view
+from test_depth_steps import plan_of
+from test_resume import KILLED, Press, contents, same
+from test_slim import OPTIONS, disk, disk_of, press, proven
+
+FAMILIES = ["mixtral", "qwen3_moe", "deepseek_v2", "olmoe", "glm4_moe", "ernie4_5_moe"]
+STEPS = ["magnitude", "wanda", "wanda:variant=true,gate=true", "sparsegpt", "sparsegpt:weighting=gate2"]
+PATTERNS = ["magnitude:sparsity=2:4", "wanda:sparsity=2:4", "sparsegpt:sparsity=2:4", "wanda:sparsity=1:4"]
+
+
+def experts(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.float() for name, tensor in disk_of(folder).items() if ".experts." in name}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("step", STEPS)
+def test_half_of_every_matrix_goes_and_nothing_else_changes(
+    family: str, step: str, zoo: Zoo, text: Path, tmp_path: Path
+):
+    out = press(zoo(family), tmp_path / "out", step, text=None if step == "magnitude" else text)
+    assert "logits within" in proven(out, zoo(family))["stock transformers loads it and agrees"]
+    before = disk_of(zoo(family))
+    for name, tensor in experts(out).items():
+        whole = tensor.shape[0] * round(tensor.shape[1] / 2)
+        assert int((tensor != 0).sum()) == whole
+        if "sparsegpt" not in step:  # what stays is what was
+            assert bool(((tensor == 0) | (tensor == before[name].float())).all())
+    for name, tensor in disk_of(out).items():
+        if ".experts." not in name:
+            assert torch.equal(tensor, before[name]), name
+    assert plan_of(out).cost(open_view(zoo(family)).source).bytes == sum(t.nbytes for t in disk(out).values())
+
+
+@pytest.mark.parametrize("step", PATTERNS)
+def test_patterns_are_kept_to_the_weight(step: str, zoo: Zoo, text: Path, tmp_path: Path):
+    out = press(zoo("mixtral"), tmp_path / "out", step, text=text)
+    stay = int(step[-3])
+    for tensor in experts(out).values():
+        assert set((tensor.unflatten(1, (-1, 4)) != 0).sum(2).unique().tolist()) == {stay}
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
+def test_pruned_and_rounded_in_one_pass(bits: int, sparsity: str, source: Path, text: Path, tmp_path: Path):
+    out = press(
+        source, tmp_path / "out", f"sparsegpt:sparsity={sparsity},bits={bits},group_size=32", text=text
+    )
+    proven(out, source)
+    view = open_view(out)
+    from moespresso.checkpoint import Reader
+
+    with Reader(out) as reader:
+        for piece in view.pieces:
+            if piece.unit.part == "experts":
+                values = reader.piece(piece).float()
+                assert float((values == 0).float().mean()) >= 0.5
+    assert {packed.bits for packed in view.formats.values()} == {bits}
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ["expert_drop:keep=6", "wanda"],
+        ["wanda", "expert_drop:keep=6,renormalise=compensate"],
+        ["magnitude", "channel_prune:width=64"],
+        ["channel_prune:width=64", "sparsegpt:sparsity=2:4"],
+        ["expert_merge:ratio=0.25", "magnitude"],
+        ["magnitude", "rtn:group_size=32"],
+        ["wanda", "gptq:group_size=32"],
+        ["magnitude:sparsity=0.25", "magnitude:sparsity=0.75"],
+        ["wanda:sparsity=0.25", "magnitude:sparsity=0.75"],
+        ["magnitude", "block_drop"],
+    ],
+)
+def test_before_and_after_other_steps(steps: list[str], text: Path, tmp_path: Path):
+    source = write_wide(tmp_path / "source")
+    out = press(source, tmp_path / "out", *steps, text=text)
+    proven(out, source)
+    if steps[-1].endswith("0.75"):
+        assert all(int((t != 0).sum()) == t.shape[0] * round(t.shape[1] / 4) for t in experts(out).values())
+
+
+def test_a_packed_folder_is_pruned_and_packed_again(packed: Path, text: Path, tmp_path: Path):
+    for step in ("magnitude", "wanda"):
+        proven(press(packed, tmp_path / step, step, text=text), packed)
+
+
+def test_other_parts_go_only_where_asked(zoo: Zoo, text: Path, tmp_path: Path):
+    out = press(
+        zoo("deepseek_v2"), tmp_path / "out", "wanda:parts=experts+shared+dense,exclude=L2.*", text=text
+    )
+    proven(out, zoo("deepseek_v2"))
+    before = disk_of(zoo("deepseek_v2"))
+    for name, tensor in disk_of(out).items():
+        meant = (
+            any(word in name for word in (".experts.", "shared", "layers.0.mlp")) and "layers.2." not in name
+        )
+        assert bool((tensor == 0).float().mean() >= 0.45) == meant, name
+        assert meant or torch.equal(tensor, before[name])
+
+
+def test_later_layers_see_what_the_pruned_ones_before_let_through(zoo: Zoo, text: Path, tmp_path: Path):
+    found = [experts(press(zoo("mixtral"), tmp_path / str(on), f"wanda:sequential={on}", text=text))
+             for on in ("true", "false")]  # fmt: skip
+    equal = {name: torch.equal(tensor, found[1][name]) for name, tensor in found[0].items()}
+    assert all(same for name, same in equal.items() if "layers.0." in name)
+    assert not all(equal.values())
+
+
+def test_nothing_to_prune_changes_no_weight(zoo: Zoo, text: Path, tmp_path: Path):
+    for step in ("magnitude", "wanda", "sparsegpt"):
+        out = press(zoo("mixtral"), tmp_path / step, f"{step}:sparsity=0", text=text)
+        before = disk_of(zoo("mixtral"))
+        assert all(torch.equal(tensor, before[name]) for name, tensor in disk_of(out).items())
+
+
+def test_experts_without_a_token_go_by_their_weights_and_are_named(zoo: Zoo, tmp_path: Path):
+    few = tmp_path / "few.txt"
+    few.write_text("red green blue")
+    for step in ("wanda", "sparsegpt", "sparsegpt:bits=4,group_size=0"):
+        out = tmp_path / step.replace(":", "-")
+        report = api.press(zoo("mixtral"), out=out, steps=[step], texts=[few], samples=1, length=8)
+        assert any("without any were treated by magnitude" in note for note in report.notes)
+        proven(out, zoo("mixtral"))
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        ("wanda:sparsity=1", "sparsity '1' is neither a share"),
+        ("wanda:sparsity=-0.5", "sparsity '-0.5' is neither a share"),
+        ("magnitude:sparsity=nan", "sparsity 'nan' is neither a share"),
+        ("magnitude:sparsity=half", "sparsity 'half' is neither a share"),
+        ("wanda:sparsity=0:4", "of every 4 weights 1 to 4 can stay"),
+        ("wanda:sparsity=5:4", "of every 4 weights 1 to 4 can stay"),
+        ("wanda:sparsity=3:7", "which groups of 7 do not divide: use another pattern, such as 2:4"),
+        ("sparsegpt:sparsity=3:7,bits=4,group_size=8", "which groups of 7 do not divide"),
+        ("wanda:sparsity=2:4,variant=true", "variant=true shares out a plain sparsity"),
+        ("wanda:parts=head", "not head: use magnitude"),
+        ("wanda:parts=router", "parts='router' is unknown"),
+        ("sparsegpt:damping=-1", "damping must not be negative"),
+        ("sparsegpt:bits=5", "bits=5 must be 2, 3, 4 or 8"),
+    ],
+)
+def test_wishes_that_cannot_be(step: str, reason: str, zoo: Zoo, text: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=reason):
+        press(zoo("mixtral"), tmp_path / "out", step, text=text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pruning_after_rounding_and_merging_after_pruning_are_refused(
+    source: Path, text: Path, tmp_path: Path
+):
+    for steps, reason in ((["rtn:group_size=32", "wanda"], "put the rounding last"),
+                          (["gptq:group_size=32", "channel_prune:width=64"], "put the rounding last"),
+                          (["wanda", "expert_merge:ratio=0.25"], "put that step last")):  # fmt: skip
+        with pytest.raises(UserError, match=reason):
+            press(source, tmp_path / "out", *steps, text=text)
+    with pytest.raises(UserError, match="take as many bytes"):
+        press(source, tmp_path / "out", "magnitude", size="50%")
+
+
+@pytest.mark.parametrize("line", ["end rename slim-00001.safetensors", "end remember 2"])
+def test_killed_and_taken_up(line: str, driver: Driver, zoo: Zoo, text: Path, tmp_path: Path):
+    whole = Press(driver, zoo("mixtral"), text, tmp_path / "whole")
+    assert whole("sparsegpt").code == 0
+    again = Press(driver, zoo("mixtral"), text, tmp_path / "out")
+    assert again("sparsegpt", kill=line).code == KILLED
+    assert again("sparsegpt").code == 0
+    assert same(contents(again.out), contents(whole.out))
+    assert OPTIONS
