@@ -133,6 +133,20 @@ def test_the_plugin_loads_and_generates_with_layers_of_their_own_width(zoo: Zoo,
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 8)
 
 
+def test_channels_go_where_they_cost_least(zoo: Zoo, text: Path, tmp_path: Path):
+    step = "channel_prune:ratio=0.4,scope=global"
+    with pytest.raises(
+        UserError, match=r"scope=global leaves unequal layers.*scope=layer,width=24, or say --target plugin"
+    ):
+        press(zoo("mixtral"), tmp_path / "stock", step, text=text)
+    out = press(zoo("mixtral"), tmp_path / "out", step, text=text, target="plugin")
+    proven(out, zoo("mixtral"))
+    widths = [layer.width for layer in open_view(out).source.moe_layers]
+    before = [layer.width for layer in open_view(zoo("mixtral")).source.moe_layers]
+    assert sum(widths) == sum(24 for _ in before)
+    assert all(width % 8 == 0 for width in widths)
+
+
 @pytest.mark.parametrize(
     ("step", "reason"),
     [

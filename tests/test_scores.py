@@ -490,7 +490,7 @@ def test_reverse_drops_the_best():
 def test_only_global_scope_is_uneven():
     assert ExpertDrop(scope="global").uneven
     assert not ExpertDrop().uneven
-    assert ExpertDrop(scope="global", keep=7).even_keep(TWELVE) == 6
+    assert ExpertDrop(scope="global", keep=7).even(TWELVE) == "keep=6"
 
 
 # Random

@@ -348,7 +348,7 @@ def _walk(view: View, request: Request) -> None:
         if step.uneven and not target.plugin:
             raise UserError(
                 f"{step.kind}: scope=global leaves unequal layers, which {target.name} cannot load; the nearest plan "
-                f"that it can is scope=layer,keep={step.even_keep(now.blueprint)}, or say --target plugin"
+                f"that it can is scope=layer,{step.even(now.blueprint)}, or say --target plugin"
             )
         made = replace(made, stages=(*made.stages, step.outline(view.source, made))).validated(view.source)
     formed(request.target, replace(view, plan=made)).check_fits()

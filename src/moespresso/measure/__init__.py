@@ -12,6 +12,7 @@ from typing import Any
 from moespresso.core.layer import Call, Layer, Taps
 from moespresso.core.unit import Unit
 from moespresso.measure.align import channel_order
+from moespresso.measure.channels import STEP, ChannelSums
 from moespresso.measure.curvature import Pulled, Stiffness
 from moespresso.measure.folds import Folds
 from moespresso.measure.means import MeanAnswers
@@ -24,14 +25,14 @@ from moespresso.measure.similarity import CosineSums, Runs
 from moespresso.measure.weights import weight_sums
 
 __all__ = [
-    "NEEDS", "PAIRS", "SUMS", "CosineSums", "Folds", "MeanAnswers", "Measurer", "Pulled", "Reconstruction", "RoutedExperts", "RoutingSums", "Runs", "Sample", "Stiffness",
+    "NEEDS", "PAIRS", "STEP", "SUMS", "ChannelSums", "CosineSums", "Folds", "MeanAnswers", "Measurer", "Pulled", "Reconstruction", "RoutedExperts", "RoutingSums", "Runs", "Sample", "Stiffness",
     "channel_order", "is_need", "pair_values", "weight_sums",
 ]  # fmt: skip
 
 # What a method may ask for: sums over routed tokens, the search by reconstruction, how alike experts are, how much a
-# layer turns the stream, sums over weights (no text); `run@N`, the same across N blocks; and `text`, for steps that take
+# layer turns the stream, what narrower experts would cost, sums over weights (no text); `run@N`, the same across N blocks; and `text`, for steps that take
 # text but no stats.
-NEEDS = ("routing", "reconstruction", "pairs", "similarity", "weights", "text")
+NEEDS = ("routing", "reconstruction", "pairs", "similarity", "channels", "weights", "text")
 
 
 def is_need(name: str) -> bool:
@@ -53,22 +54,27 @@ class Measurer:
         """Measure one layer."""
         of_experts = bool(layer.spec.experts) and bool(self._needs & {"routing", "reconstruction", "pairs"})
         turns = "similarity" in self._needs
-        if not (of_experts or turns or self._runs):
+        narrows = bool(layer.spec.experts) and "channels" in self._needs
+        if not (of_experts or turns or narrows or self._runs):
             return
         experts = _Experts(layer, self._needs, self._tokens) if of_experts else None
-        cosine = CosineSums()
+        cosine, channels = CosineSums(), ChannelSums()
         sampled: list[list[Any]] = [[] for _ in self._runs]
         for call in taps:
             if experts is not None:
                 experts.add(call)
             if turns:
                 cosine.add(call)
+            if narrows:
+                channels.add(layer, call)
             for held, run in zip(sampled, self._runs, strict=True):
                 held.append(run.sample(call))
         if experts is not None:
             self._keep(experts.values())
             self.trouble += experts.trouble()
         self._keep(cosine.values(layer).items())
+        if narrows:
+            self._keep(channels.values(layer).items())
         for held, run in zip(sampled, self._runs, strict=True):
             self._keep(run.add(layer.spec.index, held).items())
 

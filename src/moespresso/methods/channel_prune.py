@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from heapq import heapify, heappop, heappush
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -55,6 +56,7 @@ class ChannelPrune:
     width: channels that stay, instead of a ratio.
     score: `surgeon` (least loss after refitting), `heapr` (by gradients of the model's loss), `camera`, `wanda`, `magnitude`,
         or `random`.
+    scope: `layer` takes as much from every layer, `global` where it costs least (layers then differ: --target plugin).
     refit: `expert` (each by itself), `layer` (all experts of a layer together), or `none`.
     multiple: a ratio's width is rounded up to a multiple of this; engines run multiples of 8, some faster those of 128.
     damping: share of the mean second moment that is added to every one in a refit.
@@ -67,13 +69,13 @@ class ChannelPrune:
     on_text: ClassVar[bool] = True
     without_text: ClassVar[str] = "magnitude or rtn"
     searches: ClassVar[bool] = False
-    uneven: ClassVar[bool] = False
     # What is pruned is always what the steps before leave.
     rescore: ClassVar[bool] = True
 
     ratio: float | None = None
     width: int | None = None
     score: Literal["surgeon", "heapr", "camera", "wanda", "magnitude", "random"] = "surgeon"
+    scope: Literal["layer", "global"] = "layer"
     refit: Literal["expert", "layer", "none"] = "layer"
     multiple: int = 8
     damping: float = 0.003
@@ -103,9 +105,19 @@ class ChannelPrune:
         """Whether the step wants to know how the model's loss bends."""
         return self.score == "heapr"
 
+    @property
+    def uneven(self) -> bool:
+        """Whether layers may come to differ."""
+        return self.scope == "global"
+
+    def even(self, blueprint: Blueprint) -> str:
+        """The settings of the nearest plan with equal layers."""
+        widths = [self._width(layer.width) for layer in blueprint.moe_layers]
+        return f"width={round(sum(widths) / len(widths) / _LEAST) * _LEAST}"
+
     def needs(self) -> frozenset[str]:
-        """What must be measured for this step: nothing but text to see."""
-        return frozenset({"text"})
+        """What must be measured for this step: nothing but text to see, and for a global choice what each layer would lose."""
+        return frozenset({"text", "channels"} if self.uneven else {"text"})
 
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
@@ -164,9 +176,30 @@ class ChannelPrune:
 
     def decide(self, stats: Stats, blueprint: Blueprint) -> Decision:
         """Give every layer its width."""
-        _ = stats
+        if self.uneven:
+            return Decision(_treated(self._allocated(stats, blueprint), blueprint))
         made = self._treatments({layer.index: layer.width for layer in blueprint.moe_layers})
         return Decision(made, tuple(self._told(blueprint)))
+
+    def _allocated(self, stats: Stats, blueprint: Blueprint) -> dict[int, int]:
+        """Widths of all layers: again and again those experts become narrower that lose the least by it, for their weight."""
+        widths = {layer.index: layer.width for layer in blueprint.moe_layers}
+        experts = {layer.index: layer.experts for layer in blueprint.moe_layers}
+        over = sum((width - self._width(width)) * experts[layer] for layer, width in widths.items())
+        costs = {layer: _costs(stats, layer, width, self.multiple) for layer, width in widths.items()}
+        queue = [
+            entry for layer in widths for entry in _next(layer, widths[layer], costs[layer], experts[layer])
+        ]
+        heapify(queue)
+        while queue and over > 0:
+            _, layer, narrower = heappop(queue)
+            if (widths[layer] - narrower) * experts[layer] > over + self.multiple * experts[layer] // 2:
+                continue
+            over -= (widths[layer] - narrower) * experts[layer]
+            widths[layer] = narrower
+            for entry in _next(layer, narrower, costs[layer], experts[layer]):
+                heappush(queue, entry)
+        return widths
 
     def _told(self, blueprint: Blueprint) -> list[str]:
         """Where a ratio could not be met to the channel."""
@@ -262,6 +295,38 @@ class ChannelPrune:
         if not self.alpha:
             return energy(down, squares)
         return peaked(down, *experts.sums_and_peaks(some, up), self.alpha)
+
+
+def _costs(stats: Stats, layer: int, width: int, multiple: int) -> dict[int, float]:
+    """What experts of each width would lose; those of their own nothing."""
+    row = stats.values.get(Unit(layer, "experts"), {})
+    found = {
+        kept: row[f"channels@{kept}"]
+        for kept in range(multiple, width, multiple)
+        if f"channels@{kept}" in row
+    }
+    if not found and width > multiple:
+        raise UserError(
+            f"these stats do not say what narrower experts of L{layer} would lose: measure them again"
+        )
+    return found | {width: 0.0}
+
+
+def _next(layer: int, width: int, costs: Mapping[int, float], experts: int) -> list[tuple[float, int, int]]:
+    """The next narrower width of a layer, with what a channel less then costs; none where there is no narrower one."""
+    narrower = max((kept for kept in costs if kept < width), default=None)
+    if narrower is None:
+        return []
+    return [((costs[narrower] - costs[width]) / ((width - narrower) * experts), layer, narrower)]
+
+
+def _treated(widths: Mapping[int, int], blueprint: Blueprint) -> dict[Unit, Treatment]:
+    """Treatments of the layers that become narrower."""
+    return {
+        Unit(layer.index, "experts"): Treatment(channels=widths[layer.index])
+        for layer in blueprint.moe_layers
+        if widths[layer.index] < layer.width
+    }
 
 
 def _thin(layer: int, expert: int, ridge: float) -> str:

@@ -144,9 +144,10 @@ class ExpertDrop:
         """Whether layers may end with different numbers of experts."""
         return self.scope == "global"
 
-    def even_keep(self, blueprint: Blueprint) -> int:
-        """The number per layer that comes nearest to this step's, all layers alike."""
-        return max(self._keep_count(layer) // layer.groups * layer.groups for layer in blueprint.moe_layers)
+    def even(self, blueprint: Blueprint) -> str:
+        """The settings of the nearest plan with equal layers."""
+        counts = [self._keep_count(layer) // layer.groups * layer.groups for layer in blueprint.moe_layers]
+        return f"keep={max(counts)}"
 
     def amounts(self, blueprint: Blueprint) -> list[ExpertDrop]:
         """This step with every number of experts it could keep, largest first (for a byte budget)."""

@@ -32,7 +32,7 @@ from moespresso.core.progress import Progress, Silent
 from moespresso.measure.curvature import Pulled, Stiffness
 from moespresso.model import Skeleton, Waiting, quirks
 from moespresso.model.experts import expert_forward
-from moespresso.stream.sweep import reserve, begin, rows_at_once
+from moespresso.stream.sweep import begin, reserve, rows_at_once
 
 BackVisitor = Callable[[Layer, Iterator[Pulled]], None]
 # Logits computed at once: 64 MiB in float32 (their gradient and a few copies beside them).
