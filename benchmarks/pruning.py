@@ -6,7 +6,7 @@ three drawings of calibration text. KL is the mean token KL to the original on a
 a 95% bootstrap over sequences for the first drawing, the range that of the drawings. Nothing is written: a plan is evaluated as
 a view of the checkpoint.
 
-    python benchmarks/pruning.py [MODEL ...] [--ratios 0.15 0.25 0.5] [--seeds 3] [--out FILE.json] [--figure FILE.svg]
+    python benchmarks/pruning.py [MODEL ...] [--ratios 0.15 0.25 0.5] [--seeds 3] [--steps ...] [--out FILE.json] [--figure FILE.png]
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from scores import LENGTH, Bench
 import moespresso.methods
 from moespresso.api import load_tokenizer
 from moespresso.bundled import MODELS, TEXT
+from moespresso.core.format import stored_parts
 from moespresso.core.registry import parse_step
 from moespresso.core.runtime import Runtime
 from moespresso.data import Source, calibration
-from moespresso.formats.sparse import sparse_parts
 from moespresso.methods._prune import Sparsity
 from moespresso.pipeline import Clock, decide
 from moespresso.report import machine, versions
@@ -51,9 +51,12 @@ CUTS = [
     "channel_prune:ratio={},score=camera,refit=layer",
     "channel_prune:ratio={},score=heapr,refit=none",
     "channel_prune:ratio={},score=heapr,refit=expert",
+    "channel_prune:ratio={},score=leverage,refit=expert",
     "channel_prune:ratio={},score=surgeon,refit=none",
     "channel_prune:ratio={},score=surgeon,refit=expert",
     "channel_prune:ratio={},score=surgeon,refit=layer",
+    "channel_prune:ratio={},score=surgeon,refit=layer,scope=global",
+    "low_rank:ratio={}",
 ]
 MASKED = [
     "magnitude:sparsity={}",
@@ -64,6 +67,8 @@ MASKED = [
     "sparsegpt:sparsity={},weighting=gate2",
 ]
 PATTERNS = ["0.5", "2:4", "4:8"]
+# What pruning the shared experts as well costs (table 8 of arXiv 2406.02500), where there are any.
+WITH_SHARED = ["wanda:sparsity={},parts=experts+shared", "sparsegpt:sparsity={},parts=experts+shared"]
 
 
 def ways(ratios: list[float]) -> list[str]:
@@ -75,7 +80,8 @@ def ways(ratios: list[float]) -> list[str]:
         for step in MASKED
         if "variant" not in step or ":" not in pattern
     ]
-    return cuts + masked
+    shared = [step.format(pattern) for pattern in PATTERNS[:2] for step in WITH_SHARED]
+    return cuts + masked + shared
 
 
 def stored(step: Any, bench: Bench, view: Any) -> float:
@@ -87,16 +93,18 @@ def stored(step: Any, bench: Bench, view: Any) -> float:
     form, after = replace(Sparsity(sparsity).pattern, kind="sparse"), 0
     for entry in bench.view.source.entries:
         if entry.unit.part == "experts":
-            for shape, dtype in sparse_parts(form, *entry.ref.shape, entry.ref.dtype).values():
+            for shape, dtype in stored_parts("bitmask", form, *entry.ref.shape, entry.ref.dtype).values():
                 width = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1, "I64": 8}[dtype]
                 after += torch.Size(shape).numel() * width
     return after / before
 
 
-def run(folder: str, text: str, seeds: int) -> dict[str, Any]:
-    """One way on one model."""
+def run(folder: str, text: str, seeds: int) -> dict[str, Any] | None:
+    """One way on one model; None where it makes no sense there."""
     torch.set_num_threads(1)
     bench, step, found = Bench(Path(folder), STRIDE), parse_step(text), []
+    if "shared" in text and not any(layer.shared_experts for layer in bench.view.source.layers):
+        return None
     for seed in range(seeds if step.needs() - {"weights"} else 1):
         batches = calibration(
             [Source(str(TEXT / "calibration"))], load_tokenizer(Path(folder)), SAMPLES, LENGTH, seed
@@ -121,9 +129,11 @@ def table(results: dict[str, dict[str, Any]], steps: list[str]) -> str:
         "|---|---|" + "---|" * len(results),
     ]
     for step in steps:
-        rows = [rows[step] for rows in results.values()]
-        left = " / ".join(dict.fromkeys(f"{row['left']:.0%}" for row in rows))
-        lines.append(f"| `{step}` | {left} | {' | '.join(map(cell, rows))} |")
+        rows = [rows.get(step) for rows in results.values()]
+        if not any(rows):
+            continue
+        left = " / ".join(dict.fromkeys(f"{row['left']:.0%}" for row in rows if row))
+        lines.append(f"| `{step}` | {left} | {' | '.join(cell(row) if row else '' for row in rows)} |")
     return "\n".join(lines)
 
 
@@ -178,19 +188,24 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=[str(folder) for folder in MODELS.values()])
     parser.add_argument("--ratios", nargs="*", type=float, default=[0.15, 0.25, 0.5])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", nargs="*", help="these steps only; beside what --out holds already")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--figure", type=Path)
     asked = parser.parse_args()
-    steps = ways(asked.ratios)
+    steps = asked.steps or ways(asked.ratios)
     jobs = [(folder, step, asked.seeds) for step in steps for folder in asked.models]
     results: dict[str, dict[str, Any]] = {Path(folder).name: {} for folder in asked.models}
+    if asked.steps and asked.out and asked.out.is_file():
+        results |= json.loads(asked.out.read_text())["results"]
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         for (folder, step, _), row in zip(jobs, pool.map(run, *zip(*jobs, strict=True)), strict=True):
+            if row is None:
+                continue
             results[Path(folder).name][step] = row
             if asked.out:
                 body = {"date": date.today().isoformat(), "machine": machine(), "versions": versions(), "results": results}  # fmt: skip
                 asked.out.write_text(json.dumps(body, indent=1) + "\n")
-    print(table(results, steps))
+    print(table(results, ways(asked.ratios)))
     if asked.figure:
         figure(results, asked.figure)
 

@@ -268,7 +268,6 @@ class TestSettings:
             ("expert_merge:keep=5,ratio=0.5", "not both"),
             ("expertdrop:keep=5", "did you mean 'expert_drop'"),
             ("prune", "is unknown"),
-            ("low_rank:ratio=0.5", "'low_rank' is not available in this version"),
             (":keep=5", "is unknown"),
             ("use=no.such.module", "is unknown"),
         ],

@@ -77,6 +77,19 @@ def test_all_channels_are_the_identity():
     assert torch.equal(kernels.refitted(down, moments, everything, 0.01)[0], down)
 
 
+def test_channels_that_never_fire_are_no_trouble():
+    _, moments, down = problem(4)
+    moments[:, :K] = 0
+    moments[:, :, :K] = 0
+    kept = torch.arange(K).expand(N, K)
+    new, raised = kernels.refitted(down, moments, kept, 0.0)
+    assert torch.equal(new, down[:, :, :K])
+    assert raised.keys() == {0, 1, 2}
+    chosen, new, _ = kernels.surgeon(down, moments, K, 0.0)
+    assert bool(new.isfinite().all())
+    assert all(set(range(K, I)) <= set(row) for row in chosen.tolist())
+
+
 def test_batches_are_what_single_ones_are():
     _, moments, down = problem(2)
     kept, new, _ = kernels.surgeon(down, moments, K, 0.01)
@@ -131,7 +144,7 @@ def narrow(experts: RoutedExperts, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_joint_refit_ends_where_the_whole_systems_solution_is(seed: int):
     experts = routed(seed)
     kept, up, down = narrow(experts, seed)
-    new, _ = joint_refit(experts, up, down, kept, damping=1e-4, sweeps=400)
+    new, _ = joint_refit(experts, up, down, kept, damping=[1e-4] * 4, sweeps=400)
     wide = torch.zeros(40, experts.count, 3)
     for token in range(40):
         for slot in range(2):
@@ -155,11 +168,11 @@ def test_every_turn_lowers_the_error_and_no_channel_gone_changes_nothing():
     kept, up, down = narrow(experts, 7)
     target, errors = answers(experts, experts.up, experts.down), []
     for sweeps in (1, 2, 4, 16):
-        new, _ = joint_refit(experts, up, down, kept, damping=0, sweeps=sweeps)
+        new, _ = joint_refit(experts, up, down, kept, damping=[0.0] * 4, sweeps=sweeps)
         errors.append(float((target - answers(experts, up, new)).square().sum()))
     start = float((target - answers(experts, up, down)).square().sum())
     assert start > errors[0]
     assert all(later <= earlier * (1 + 1e-4) for earlier, later in itertools.pairwise(errors))
     everything = torch.arange(I).expand(experts.count, I)
-    same, _ = joint_refit(experts, experts.up, experts.down, everything, damping=0.01, sweeps=2)
+    same, _ = joint_refit(experts, experts.up, experts.down, everything, damping=[0.01] * 4, sweeps=2)
     assert torch.equal(same, experts.down)

@@ -42,7 +42,7 @@ from moespresso.checkpoint.reader import count_nonfinite, runs
 from moespresso.checkpoint.writer import header
 from moespresso.core.blueprint import Entry, TensorRef
 from moespresso.core.errors import NonFiniteError, UserError
-from moespresso.core.rewrite import Piece
+from moespresso.core.piece import Piece
 from moespresso.core.unit import Unit
 
 # Hypothesis' examples share the folder of a function-scoped fixture; each writes its own files anew.

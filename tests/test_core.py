@@ -25,7 +25,7 @@ from moespresso.core.cost import Cost
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import Format
 from moespresso.core.plan import Plan, Stage, Treatment
-from moespresso.core.registry import PLANNED, methods, parse_step
+from moespresso.core.registry import methods, parse_step
 from moespresso.core.rewrite import pieces, pressed_blueprint
 from moespresso.core.stats import Stats
 from moespresso.core.unit import PARTS, Unit
@@ -567,7 +567,6 @@ def test_text_and_mapping_make_the_same_step():
     ("step", "complaint"),
     [
         ("expert_dorp:keep=4", r"step kind 'expert_dorp' is unknown \(did you mean 'expert_drop'\?\)"),
-        ("low_rank:ratio=0.5", r"'low_rank' is not available in this version \(it has .*expert_drop"),
         ("expert_drop:keap=4", r"has no setting 'keap' \(did you mean 'keep'\?\)"),
         ("expert_drop:score=reep", r"score='reep' is unknown \(did you mean 'reap'\?\)"),
         ("expert_drop:score=zzz", r"score='zzz' is unknown \(choose from aimer, "),
@@ -589,12 +588,6 @@ def test_a_wrong_step_is_refused_in_one_sentence(step: Any, complaint: str):
 def test_a_number_of_experts_is_never_rounded_in_silence(value: Any):
     with pytest.raises(UserError, match="keep"):
         parse_step({"kind": "expert_drop", "keep": value})
-
-
-@pytest.mark.parametrize("kind", PLANNED)
-def test_planned_kinds_are_refused_as_such(kind: str):
-    with pytest.raises(UserError, match=f"step '{kind}' is not available in this version"):
-        parse_step(f"{kind}:keep=1")
 
 
 OWN_METHOD = '''"""Drop nothing at all."""

@@ -160,6 +160,19 @@ def test_a_mixture_streams_and_is_cut_as_stock_would(
     assert api.verify(out, against=folder)["ok"]
 
 
+@pytest.mark.parametrize(
+    "family", sorted(MIXTURES.keys() - {"granitemoeshared", "granitemoehybrid", "hy_v4"})
+)
+@pytest.mark.parametrize("step", ["channel_prune:ratio=0.4", "sparsegpt"])
+def test_a_mixture_is_narrowed_and_pruned_for_stock(
+    checkpoint: Written, family: str, step: str, text: Path, tmp_path: Path
+) -> None:
+    folder = checkpoint(family, MIXTURES[family])
+    api.press(folder, out=tmp_path / "out", texts=[text], samples=4, length=16, steps=[step])
+    found = api.verify(tmp_path / "out", against=folder)
+    assert found["ok"], found
+
+
 @pytest.mark.parametrize("family", ["afmoe", "nemotron_h", "hy_v4"])
 @pytest.mark.parametrize("score", ["reap", "reconstruction"])
 def test_routers_of_other_shapes_are_measured(

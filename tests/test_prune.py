@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+import moespresso
 from conftest import Zoo, write_wide
 from driver import Driver
 from moespresso import api
+from moespresso.checkpoint import Reader
 from moespresso.core.errors import UserError
 from moespresso.model import open_view
 from test_depth_steps import plan_of
 from test_resume import KILLED, Press, contents, same
-from test_slim import OPTIONS, disk, disk_of, press, proven
+from test_slim import disk, disk_of, press, proven
 
 FAMILIES = ["mixtral", "qwen3_moe", "deepseek_v2", "olmoe", "glm4_moe", "ernie4_5_moe"]
 STEPS = ["magnitude", "wanda", "wanda:variant=true,gate=true", "sparsegpt", "sparsegpt:weighting=gate2"]
@@ -60,8 +63,6 @@ def test_pruned_and_rounded_in_one_pass(bits: int, sparsity: str, source: Path, 
     )
     proven(out, source)
     view = open_view(out)
-    from moespresso.checkpoint import Reader
-
     with Reader(out) as reader:
         for piece in view.pieces:
             if piece.unit.part == "experts":
@@ -181,4 +182,97 @@ def test_killed_and_taken_up(line: str, driver: Driver, zoo: Zoo, text: Path, tm
     assert again("sparsegpt", kill=line).code == KILLED
     assert again("sparsegpt").code == 0
     assert same(contents(again.out), contents(whole.out))
-    assert OPTIONS
+
+
+# Stored with a mask
+
+PACKED = ["magnitude:pack=true", "wanda:pack=true,sparsity=2:4", "sparsegpt:pack=true,sparsity=0.75"]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "ernie4_5_moe"])
+@pytest.mark.parametrize("step", PACKED)
+def test_a_mask_and_what_stays_are_the_same_matrices_in_fewer_bytes(
+    family: str, step: str, zoo: Zoo, text: Path, tmp_path: Path
+):
+    plain = press(zoo(family), tmp_path / "plain", step.replace("pack=true", "pack=false"), text=text)
+    out = press(zoo(family), tmp_path / "out", step, text=text, target="plugin")
+    proven(out, zoo(family))
+    tensors = disk(out)
+    assert plan_of(out).cost(open_view(zoo(family)).source).bytes == sum(t.nbytes for t in tensors.values())
+    assert sum(t.nbytes for t in tensors.values()) < sum(t.nbytes for t in disk(plain).values())
+    with Reader(out) as reader:
+        for piece in open_view(out).pieces:
+            assert torch.equal(reader.piece(piece), disk(plain)[piece.name]), piece.name
+    loaded, dense = moespresso.load(out), moespresso.load(plain)
+    for mine, other in zip(loaded.state_dict().values(), dense.state_dict().values(), strict=True):
+        torch.testing.assert_close(
+            mine.float(), other.float(), rtol=2**-8, atol=0
+        )  # dtypes of loading may differ
+    with pytest.raises(UserError, match=r"transformers does not read.*pack=false"):
+        press(zoo(family), tmp_path / "stock", step, text=text)
+    with pytest.raises(UserError, match="stores integers"):
+        api.export(out, out=tmp_path / "gptq", to="gptq")
+
+
+@pytest.mark.parametrize(
+    "step",
+    ["expert_drop:keep=6", "block_drop", "channel_prune:width=64", "rtn:group_size=32", "gptq:group_size=32",
+     "expert_merge:ratio=0.25", "magnitude:sparsity=0.75,pack=true", "expert_drop:keep=6,renormalise=compensate"],
+)  # fmt: skip
+def test_a_masked_folder_goes_on(step: str, text: Path, tmp_path: Path):
+    source = write_wide(tmp_path / "source", "deepseek_v2", moe_intermediate_size=96)
+    masked = press(source, tmp_path / "masked", "wanda:pack=true", text=text, target="plugin")
+    out = press(masked, tmp_path / "out", step, text=text, target="plugin")
+    proven(out, masked)
+
+
+def test_a_byte_budget_finds_the_share(zoo: Zoo, tmp_path: Path):
+    whole = open_view(zoo("mixtral")).source.cost().bytes
+    out = press(
+        zoo("mixtral"), tmp_path / "out", "magnitude:pack=true", size=round(whole * 0.8), target="plugin"
+    )
+    assert whole * 0.78 < sum(tensor.nbytes for tensor in disk(out).values()) <= whole * 0.8
+
+
+def test_a_damaged_mask_is_told(zoo: Zoo, tmp_path: Path):
+    out = press(zoo("mixtral"), tmp_path / "out", "magnitude:pack=true", target="plugin")
+    tensors = disk(out)
+    name = next(name for name in tensors if name.endswith("weight_mask"))
+    tensors[name][0, 0] ^= 1
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    assert not api.verify(out, against=zoo("mixtral"))["ok"]
+    with pytest.raises(UserError, match="weight_mask marks"):
+        moespresso.load(out)
+
+
+# Products of two
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "qwen3_moe"])
+def test_products_are_stored_as_their_factors(family: str, zoo: Zoo, text: Path, tmp_path: Path):
+    out = press(zoo(family), tmp_path / "out", "low_rank:ratio=0.25", text=text, target="plugin")
+    proven(out, zoo(family))
+    tensors, before = disk(out), disk_of(zoo(family))
+    assert plan_of(out).cost(open_view(zoo(family)).source).bytes == sum(t.nbytes for t in tensors.values())
+    names = [name for name in before if ".experts." in name]
+    stored = sum(t.nbytes for name, t in tensors.items() if ".experts." in name)
+    assert stored <= 0.75 * sum(before[name].nbytes for name in names)
+    state = moespresso.load(out).state_dict()
+    assert all(bool(tensor.isfinite().all()) for tensor in state.values())
+    with Reader(out) as reader:
+        for piece in open_view(out).pieces:
+            if piece.name in names:
+                left, right = (
+                    tensors[piece.name.replace("weight", part)] for part in ("weight_left", "weight_right")
+                )
+                torch.testing.assert_close(
+                    reader.piece(piece).float(), left.float() @ right.float(), rtol=2**-7, atol=1e-3
+                )
+    for step in ("expert_drop:keep=6,renormalise=compensate", "magnitude"):
+        proven(press(out, tmp_path / step[:9], step, text=text, target="plugin"), out)
+
+
+@pytest.mark.parametrize("ratio", [0, 1, -0.5])
+def test_a_ratio_of_low_rank_is_a_share(ratio: float, zoo: Zoo, text: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="must lie between 0 and 1"):
+        press(zoo("mixtral"), tmp_path / "out", f"low_rank:ratio={ratio}", text=text)

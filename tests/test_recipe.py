@@ -126,7 +126,6 @@ def test_there_are_golden_recipes():
             "step 2: expert_drop has no setting 'kep' (did you mean 'keep'?)",
         ),
         ("steps:\n  - expert_dorp\n", 2, "step 1: step kind 'expert_dorp' is unknown"),
-        ("steps:\n  - low_rank:ratio=0.5\n", 2, "step 1: step 'low_rank' is not available in this version"),
         ("steps:\n  - 7\n", 2, "step 1: step 7 is neither text"),
         (
             "seed: 1\ncalibration:\n  seed: 2\n",

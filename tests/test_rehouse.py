@@ -27,8 +27,8 @@ import families
 from moespresso.checkpoint import Checkpoint, Reader, layout, open_checkpoint, write_shard
 from moespresso.core.blueprint import Entry, TensorRef
 from moespresso.core.errors import UserError
+from moespresso.core.piece import Piece
 from moespresso.core.plan import Plan
-from moespresso.core.rewrite import Piece
 from moespresso.core.unit import Unit
 from moespresso.model import View, read_blueprint
 from moespresso.model.rehouse import (

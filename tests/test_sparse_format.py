@@ -19,15 +19,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moespresso.core.errors import UserError
-from moespresso.core.format import DTYPE_BYTES, Format
+from moespresso.core.format import DTYPE_BYTES, Format, kept_in_row, stored_parts
 from moespresso.formats import integer
 from moespresso.formats.sparse import (
     decode_sparse,
     encode_sparse,
     kept_count,
-    kept_in_row,
     mask_of,
-    sparse_parts,
 )
 
 quickly = settings(max_examples=80, deadline=None, derandomize=True, database=None)
@@ -146,7 +144,7 @@ def test_a_slow_reader_reads_what_is_stored(case: Pruned):
 def test_the_price_is_what_is_stored(case: Pruned):
     count, out, width = case.weights.shape
     parts = encode_sparse(case.weights, case.mask, case.format)
-    priced = sparse_parts(case.format, out, width, FLOATS[case.weights.dtype])
+    priced = stored_parts("bitmask", case.format, out, width, FLOATS[case.weights.dtype])
     stored = {name: (tuple(part.shape), NAMES[part.dtype]) for name, part in parts.items()}
     assert stored == {name: ((count, *shape), dtype) for name, (shape, dtype) in priced.items()}
     assert all(part.is_contiguous() for part in parts.values())
@@ -162,7 +160,7 @@ def test_the_price_is_what_is_stored(case: Pruned):
 
 @pytest.mark.parametrize("format", [EVERY_OTHER, TWO_OF_FOUR, Format("sparse", density=0.25, group_size=8)])
 def test_bits_per_weight_is_what_is_stored(format: Format):
-    parts = sparse_parts(format, 128, 512, "BF16")
+    parts = stored_parts("bitmask", format, 128, 512, "BF16")
     del parts["weight_shape"]  # sixteen bytes per matrix, whatever its size
     stored = sum(math.prod(shape) * DTYPE_BYTES[dtype] * 8 for shape, dtype in parts.values())
     assert stored / (128 * 512) == format.bits_per_weight()
@@ -230,10 +228,10 @@ def test_how_many_stay(density: float, group: int, width: int, kept: int):
 
 def test_rows_that_are_not_whole_groups():
     for refused in (
-        lambda: sparse_parts(TWO_OF_FOUR, 2, 10, "BF16"),
+        lambda: stored_parts("bitmask", TWO_OF_FOUR, 2, 10, "BF16"),
         lambda: mask_of(torch.zeros(1, 2, 10), TWO_OF_FOUR),
     ):
-        with pytest.raises(UserError, match="rows of 10 inputs are not whole groups of 4: use group_size=0"):
+        with pytest.raises(UserError, match="rows of 10 inputs are not whole groups of 4"):
             refused()
 
 

@@ -201,6 +201,11 @@ def form_notes(view: View) -> list[str]:
         notes.append(
             f"{again} matrices that were packed have new values, and were rounded to nearest in their old format"
         )
+    plain = sum(piece.plain for piece in view.pieces)
+    if plain:
+        notes.append(
+            f"{plain} matrices that were stored with a mask or as factors have new values, and are stored plainly"
+        )
     if _packing(view) in ("gptq", "awq"):
         notes.append(
             "GPTQModel 7.7 read this layout right for DeepSeek-V2 and Qwen3-MoE; with others it was not tried"
@@ -239,10 +244,18 @@ def format_notes(view: View) -> list[str]:
             row = sums.setdefault((piece.unit.part, packed.format), [0, 0])
             row[0], row[1] = row[0] + piece.ref.nbytes, row[1] + piece.ref.numel
     return [
-        f"{part}: {format.bits} bits, {f'groups of {format.group_size}' if format.group_size else 'one scale a channel'}, "
-        f"{'symmetric' if format.symmetric else 'with zeros'}: {8 * size / count:.2f} bits a weight in all"
+        f"{part}: {_said(format)}: {8 * size / count:.2f} bits a weight in all"
         for (part, format), (size, count) in sums.items()
     ]
+
+
+def _said(format: Format) -> str:
+    if format.kind == "sparse":
+        return f"{format.density:.0%} of the weights with a mask"
+    if format.kind == "factors":
+        return f"products of rank {format.rank}"
+    groups = f"groups of {format.group_size}" if format.group_size else "one scale a channel"
+    return f"{format.bits} bits, {groups}, {'symmetric' if format.symmetric else 'with zeros'}"
 
 
 def outside_notes(view: View) -> list[str]:

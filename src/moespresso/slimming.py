@@ -24,14 +24,14 @@ from moespresso.core.errors import UserError
 from moespresso.core.fits import found_key
 from moespresso.core.format import Format
 from moespresso.core.layer import Layer, LayerWeights, Taps
+from moespresso.core.piece import Piece
 from moespresso.core.plan import Plan
-from moespresso.core.rewrite import Piece
 from moespresso.core.runtime import Runtime
 from moespresso.core.slim import channels_of, format_of, rounds_on_text, scale_dtypes, step_of
 from moespresso.core.stats import stats_key
 from moespresso.data import Batches
 from moespresso.fitting import fit
-from moespresso.formats import Codes, decode, encode_parts
+from moespresso.formats import Codes, decode, encode_parts, encode_plain
 from moespresso.measure import RoutedExperts
 from moespresso.methods import Answer, Shown
 from moespresso.model import Skeleton, View, make_skeleton
@@ -195,7 +195,7 @@ class _Visitor:
             name = piece.unit.matrix or "" if piece.unit.part == "experts" else self._module(piece, layer)
             if name in plain:
                 whole = plain[name] if piece.unit.expert is None else plain[name][piece.unit.expert]
-                parts = {"dense": whole.to(TORCH_DTYPES[piece.ref.dtype])}
+                parts = self._small(piece, whole.to(TORCH_DTYPES[piece.ref.dtype]), answer, name)
             elif piece.unit.part == "experts":
                 assert piece.unit.expert is not None
                 parts = {suffix: tensor[piece.unit.expert] for suffix, tensor in stacks[name].items()}
@@ -214,6 +214,20 @@ class _Visitor:
         for name, tensor in answer.replaced.items():
             found[found_key(self.stage, names[name], "dense")] = tensor
         return found
+
+    def _small(self, piece: Piece, whole: Tensor, answer: Answer, name: str) -> dict[str, Tensor]:
+        """A plain matrix in the form that the plan stores it in."""
+        format = format_of(piece.source, self.plan.stages[self.stage]) or Format()
+        if format.kind == "sparse":
+            return {
+                suffix: tensor.squeeze(0)
+                for suffix, tensor in encode_plain(whole.unsqueeze(0), format).items()
+            }
+        if format.kind == "factors":
+            left, right = answer.factors[name]
+            at = 0 if piece.unit.expert is None else piece.unit.expert
+            return {"weight_left": left[at].to(whole.dtype), "weight_right": right[at].to(whole.dtype)}
+        return {"dense": whole}
 
     def _save(
         self, path: Path, tensors: Mapping[str, Tensor], answer: Answer, coverage: dict[str, Any]

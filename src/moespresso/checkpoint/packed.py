@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from moespresso.core.blueprint import Packed, TensorRef
 from moespresso.core.errors import UserError
-from moespresso.core.format import Format, Layout
+from moespresso.core.format import OWN_LAYOUTS, Format, Layout, layout_of
 
 SECTION = "quantization_config"
 METHOD, KIND = "compressed-tensors", "pack-quantized"
@@ -28,6 +28,8 @@ _PARTS: dict[Layout, tuple[str, ...]] = {
     "compressed-tensors": ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"),
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
     "awq": ("qweight", "qzeros", "scales"),
+    "bitmask": ("weight_values", "weight_mask", "weight_shape"),
+    "factors": ("weight_left", "weight_right"),
 }
 
 
@@ -55,19 +57,20 @@ def joined(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: 
     if not section:
         return dict(tensors)
     layout, groups = _layout(section, place), _groups(section, place)
-    first, *_ = suffixes = _PARTS[layout]
+    layouts: list[Layout] = [layout, "bitmask", "factors"] if section.get("format") == OWN_KIND else [layout]
     found: dict[str, TensorRef] = {}
     for name, ref in tensors.items():
         stem, _, suffix = name.rpartition(".")
-        if suffix not in suffixes or f"{stem}.{first}" not in tensors:
+        here: Layout | None = next((each for each in layouts if f"{stem}.{_PARTS[each][0]}" in tensors), None)
+        if here is None or suffix not in _PARTS[here]:
             found[name] = ref
-        elif suffix == first:
+        elif suffix == _PARTS[here][0]:
             format = next((group.format for group in groups if group.means(stem)), None)
-            if format is None:
+            if format is None or (here in OWN_LAYOUTS and here != layout_of(format)):
                 raise UserError(
                     f"{place}: {stem} is packed, but no group of config.json's {SECTION} means it"
                 )
-            found[f"{stem}.weight"] = _whole(stem, tensors, format, layout, folder)
+            found[f"{stem}.weight"] = _whole(stem, tensors, format, here, folder)
     return found
 
 
@@ -112,6 +115,10 @@ def _groups(section: Mapping[str, Any], place: str) -> list[_Group]:
 
 def _group(group: Mapping[str, Any]) -> _Group:
     weights = group["weights"]
+    if weights["type"] in ("sparse", "factors"):
+        own = Format(weights["type"], group_size=int(weights["group_size"]), density=float(weights["density"]),
+                     rank=int(weights["rank"]))  # fmt: skip
+        return _Group(tuple(group["targets"]), own)
     if weights["type"] != "int" or group.get("input_activations") is not None:
         raise ValueError("only weights stored as integers are read")
     if weights["strategy"] not in ("group", "channel"):
@@ -130,10 +137,15 @@ def _whole(
         suffix: tensors[f"{stem}.{suffix}"] for suffix in _PARTS[layout] if f"{stem}.{suffix}" in tensors
     }
     first = next(iter(parts.values()))
-    scale = parts.get("weight_scale") or parts.get("scales")
-    if scale is None or any(len(part.shape) != 2 for part in (first, scale)):
+    scale = parts.get(_SCALES[layout])
+    if layout == "bitmask" and len(parts) == len(_PARTS[layout]) and scale is not None:
+        first, width = parts["weight_mask"], parts["weight_shape"]
+        stored_width = _stored_width(width, 8 * first.shape[-1], folder) if len(first.shape) == 2 else 0
+        shape = first.shape[0], stored_width
+    elif scale is None or any(len(part.shape) != 2 for part in (first, scale)):
         raise UserError(f"{place}: {stem} lacks a part of its packed weight: download it again")
-    shape = _shape(first, scale, format, layout)
+    else:
+        shape = _shape(first, scale, format, layout)
     if layout == "compressed-tensors" and not format.group_size and "weight_shape" in parts:
         shape = shape[0], _stored_width(parts["weight_shape"], shape[1], folder)
     whole = TensorRef(
@@ -154,12 +166,19 @@ def _whole(
     )
 
 
+# The part of a matrix whose dtype is its own.
+_SCALES: dict[Layout, str] = {"compressed-tensors": "weight_scale", "gptq": "scales", "awq": "scales",
+                              "bitmask": "weight_values", "factors": "weight_right"}  # fmt: skip
+
+
 def _shape(first: TensorRef, scale: TensorRef, format: Format, layout: Layout) -> tuple[int, int]:
     """Outputs and inputs, from the shapes of the packed values and the scales."""
     if layout == "gptq":
         return first.shape[1], first.shape[0] * 32 // format.bits
     if layout == "awq":
         return first.shape[1] * 32 // format.bits, first.shape[0]
+    if layout == "factors":
+        return first.shape[0], scale.shape[1]
     out, groups = scale.shape
     return out, groups * format.group_size if format.group_size else first.shape[1] * 32 // format.bits
 
@@ -184,7 +203,7 @@ def packing_config(
     """
     formats = list(dict.fromkeys(packed.values()))
     one = len(formats) == 1
-    if layout != "compressed-tensors":
+    if layout in ("gptq", "awq"):
         if not one:
             raise UserError(
                 f"the layout {layout} has one format for all matrices, here are {len(formats)}: keep compressed-tensors"
@@ -212,6 +231,13 @@ def packing_config(
 
 
 def _weights(format: Format) -> dict[str, Any]:
+    if format.kind != "integer":
+        return {
+            "type": format.kind,
+            "group_size": format.group_size,
+            "density": format.density,
+            "rank": format.rank,
+        }
     return {
         "num_bits": format.bits,
         "type": "int",

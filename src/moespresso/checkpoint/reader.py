@@ -17,8 +17,17 @@ import torch
 
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import NonFiniteError, UserError
-from moespresso.core.rewrite import Fold, Member, Piece
-from moespresso.formats import Codes, decode, decode_parts, encode_parts, round_nearest
+from moespresso.core.format import OWN_LAYOUTS
+from moespresso.core.piece import Fold, Member, Piece
+from moespresso.formats import (
+    Codes,
+    decode,
+    decode_parts,
+    decode_plain,
+    encode_parts,
+    encode_plain,
+    round_nearest,
+)
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -58,6 +67,10 @@ class Reader:
 
     def tensor(self, ref: TensorRef) -> torch.Tensor:
         """The tensor: a view of the mapped file (do not write into it), a copy where it has a factor, or zeros."""
+        if ref.packed is not None and ref.packed.layout in OWN_LAYOUTS:
+            parts = {suffix: self.tensor(part).unsqueeze(0) for suffix, part in ref.stored().items()}
+            whole = decode_plain(ref.packed.layout, parts, ref.packed.format, _two(ref.shape)).squeeze(0)
+            return whole if ref.factor == 1 else _times(whole, ref.factor)
         if ref.packed is not None:
             return decode(self.codes_of(ref)).squeeze(0)
         if ref.dtype not in TORCH_DTYPES:
@@ -82,6 +95,8 @@ class Reader:
 
     def piece(self, piece: Piece) -> torch.Tensor:
         """The tensor as a plan leaves it (a view of the mapped file where nothing is done to it)."""
+        if piece.code is not None and piece.code.packed.layout in OWN_LAYOUTS:
+            return self._stored_small(piece)
         if piece.code is not None:
             return decode(self.codes(piece)).squeeze(0)
         if piece.take is None and piece.copied:
@@ -159,12 +174,35 @@ class Reader:
             return torch.tensor(whole.shape)
         key, code = (whole.name, part), whole.code
         assert code is not None
-        if part in code.found and code.packed.layout == "compressed-tensors" and code.factor == 1:
+        known = code.packed.layout == "compressed-tensors" or code.packed.layout in OWN_LAYOUTS
+        if part in code.found and known and code.factor == 1:
             return code.found[part]  # it was found in this very form
         if key not in self._stash:
-            made = encode_parts(code.packed.layout, self.codes(whole))
+            made = self._encoded(whole)
             self._stash |= {(whole.name, name): tensor.squeeze(0) for name, tensor in made.items()}
         return self._stash.pop(key)
+
+    def _encoded(self, whole: Piece) -> dict[str, torch.Tensor]:
+        """All tensors that an encoded matrix is stored as, a stack of one."""
+        code = whole.code
+        assert code is not None
+        if code.packed.layout == "bitmask":
+            return encode_plain(self._stored_small(whole).unsqueeze(0), code.packed.format)
+        if code.packed.layout == "factors":
+            return {name: (_times(tensor, code.factor) if name == "weight_left" else tensor).unsqueeze(0)
+                    for name, tensor in code.found.items()}  # fmt: skip
+        return encode_parts(code.packed.layout, self.codes(whole))
+
+    def _stored_small(self, piece: Piece) -> torch.Tensor:
+        """A piece that is stored as less than it is: as its parts were found, or what its steps leave of it."""
+        code = piece.code
+        assert code is not None
+        if not code.on_text:
+            return self.piece(replace(piece, code=None))
+        assert code.found, f"{piece.name} was never fitted"
+        parts = {suffix: tensor.unsqueeze(0) for suffix, tensor in code.found.items()}
+        whole = decode_plain(code.packed.layout, parts, code.packed.format, _two(piece.shape)).squeeze(0)
+        return whole if code.factor == 1 else _times(whole, code.factor)
 
     def _filled(self, piece: Piece) -> torch.Tensor:
         """The piece in the first corner of its shape, zeros around it."""

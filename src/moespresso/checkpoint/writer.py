@@ -24,7 +24,7 @@ from moespresso.checkpoint.reader import Reader
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.format import DTYPE_BYTES
-from moespresso.core.rewrite import Piece
+from moespresso.core.piece import Piece
 
 _SMALLEST, _LARGEST, _AIM = 256 << 20, 4 << 30, 32
 # Bytes after which the disk is asked to start writing.

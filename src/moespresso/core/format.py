@@ -13,7 +13,9 @@ from typing import Literal
 
 from moespresso.core.errors import UserError
 
-Layout = Literal["compressed-tensors", "gptq", "awq"]
+Layout = Literal["compressed-tensors", "gptq", "awq", "bitmask", "factors"]
+# Layouts of matrices that are no integers, which only moespresso reads.
+OWN_LAYOUTS: frozenset[Layout] = frozenset({"bitmask", "factors"})
 
 # The widths of a value that each layout can hold.
 LAYOUT_BITS: dict[Layout, tuple[int, ...]] = {
@@ -36,14 +38,16 @@ class Format:
 
     `group_size` counts weights that share one scale (0: one per output channel). `density` is the share of weights that
     stay when others are pruned: `sparse` stores those with a mask, `source` stores zeros between them; there
-    `group_size` m > 0 means n:m, density x m of every m neighbouring inputs.
+    `group_size` m > 0 means n:m, density x m of every m neighbouring inputs. `factors` stores two matrices of `rank`
+    whose product it is.
     """
 
-    kind: Literal["source", "integer", "sparse"] = "source"
+    kind: Literal["source", "integer", "sparse", "factors"] = "source"
     bits: int = 16
     group_size: int = 0
     symmetric: bool = True
     density: float = 1.0
+    rank: int = 0
 
     def bits_per_weight(self, scale_bits: int = 16) -> float:
         """Return stored bits per weight, scales, zeros and the sparse mask included.
@@ -52,7 +56,8 @@ class Format:
         column (the one scale of a channel, `weight_shape`, GPTQ's `g_idx`, the zeros that GPTQ and AWQ store for
         symmetric formats too) is left out: `stored_parts` has the exact shapes.
         """
-        bits = self.bits * self.density + (1.0 if self.density < 1 else 0.0)
+        dense = self.kind == "source" or self.density == 1
+        bits = float(self.bits) if dense else self.bits * self.density + 1
         if self.kind == "integer" and self.group_size:
             bits += (scale_bits + (0 if self.symmetric else self.bits)) / self.group_size
         return bits
@@ -80,15 +85,37 @@ def check_pattern(width: int, format: Format, what: str) -> None:
         )
 
 
+def layout_of(format: Format) -> Layout:
+    """The layout that a matrix of `format` is stored in first."""
+    return {"sparse": "bitmask", "factors": "factors"}.get(format.kind, "compressed-tensors")  # pyright: ignore[reportReturnType]
+
+
+def kept_in_row(format: Format, width: int) -> int:
+    """Number of weights that stay in a row of `width` inputs where every row keeps the same number; raises `UserError`
+    where the row is not whole groups."""
+    size = format.group_size
+    if not size:
+        return round(format.density * width)
+    if width % size:
+        raise UserError(f"rows of {width} inputs are not whole groups of {size}: use a plain share")
+    return width // size * round(format.density * size)
+
+
 def stored_parts(
     layout: Layout, format: Format, out: int, width: int, scale_dtype: str
 ) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return every tensor that a matrix of `out` x `width` is stored as: suffix -> (shape, safetensors dtype).
 
     A part is named by the weight's name with the suffix in the place of `weight`. `scale_dtype` is the safetensors
-    dtype of the scales in compressed-tensors; GPTQ and AWQ have F16 scales always. Raises `UserError` where the
+    dtype of the scales in compressed-tensors, and of values and factors; GPTQ and AWQ have F16 scales always. Raises `UserError` where the
     layout cannot hold such a matrix.
     """
+    if layout == "bitmask":
+        kept = out * kept_in_row(format, width)
+        return {"weight_values": ((kept,), scale_dtype), "weight_mask": ((out, -(-width // 8)), "U8"),
+                "weight_shape": ((2,), "I64")}  # fmt: skip
+    if layout == "factors":
+        return {"weight_left": ((out, format.rank), scale_dtype), "weight_right": ((format.rank, width), scale_dtype)}  # fmt: skip
     check_layout(layout, format, out, width)
     bits, groups = format.bits, width // (format.group_size or width)
     if layout == "compressed-tensors":
@@ -108,7 +135,10 @@ def stored_parts(
 
 def check_layout(layout: Layout, format: Format, out: int, width: int) -> None:
     """Raise `UserError` where `layout` cannot hold a matrix of `out` x `width` in `format`."""
-    assert format.kind == "integer", f"{layout} stores integers, not {format.kind}"
+    if format.kind != "integer":
+        raise UserError(
+            f"{layout} stores integers, not matrices that are pruned or of low rank: round them first"
+        )
     known = LAYOUT_BITS[layout]
     if format.bits not in known:
         others = "" if layout == "compressed-tensors" else ", or the layout compressed-tensors"

@@ -96,6 +96,7 @@ _FORMAT_KINDS: Mapping[str, type[Any]] = {
     "group_size": int,
     "symmetric": bool,
     "density": float,
+    "rank": int,
 }
 
 

@@ -16,8 +16,6 @@ from typing import Any, Literal, TypeVar
 from moespresso.core.errors import UserError, did_you_mean
 
 _METHODS: dict[str, type[Any]] = {}
-# Kinds of the design that this version does not have yet: refused as such, not as misspelt.
-PLANNED = ("low_rank",)
 T = TypeVar("T")
 
 
@@ -42,8 +40,6 @@ def parse_step(step: str | Mapping[str, Any]) -> Any:
     if "use" in body:
         _import(str(body.pop("use")))
     kind = str(body.pop("kind", ""))
-    if kind in PLANNED and kind not in _METHODS:
-        raise UserError(f"step {kind!r} is not available in this version (it has {', '.join(methods())})")
     if kind not in _METHODS:
         raise UserError(f"step kind {kind!r} is unknown{did_you_mean(kind, _METHODS)}")
     return _construct(_METHODS[kind], kind, body)

@@ -84,7 +84,7 @@ def prunes(format: Format) -> bool:
 
 def rounds(stage: Stage) -> bool:
     """Whether a stage rounds weights to integers."""
-    return any(t.format is not None and not prunes(t.format) for t in stage.treatments.values())
+    return any(t.format is not None and t.format.kind == "integer" for t in stage.treatments.values())
 
 
 def slims(stage: Stage) -> bool:
@@ -153,7 +153,9 @@ def _check_values(unit: Unit, treatment: Treatment, before: tuple[Stage, ...]) -
         raise UserError(
             f"the plan {what} {unit} after a step that rounds or prunes weights: put that step last"
         )
-    cuts = treatment.channels is not None or (treatment.format is not None and prunes(treatment.format))
+    cuts = treatment.channels is not None or (
+        treatment.format is not None and treatment.format.kind != "integer"
+    )
     if cuts and any(map(rounds, before)):
         raise UserError(f"the plan prunes {unit} after a step that rounds weights: put the rounding last")
 
@@ -183,6 +185,10 @@ def check_storable(entry: Entry, format: Format, shape: tuple[int, ...] | None =
     out, width = shape or entry.ref.shape
     if prunes(format):
         check_pattern(width, format, entry.ref.name)
+        return
+    if format.kind == "factors":
+        if not 0 < format.rank <= min(out, width):
+            raise UserError(f"{entry.ref.name} of {out} x {width} has no factors of rank {format.rank}")
         return
     if format.kind != "integer" or format.bits not in (2, 3, 4, 8):
         raise UserError(f"{entry.ref.name}: format {format} is not known: integers of 2, 3, 4 or 8 bits are")

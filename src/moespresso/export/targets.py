@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from moespresso.core.blueprint import LayerSpec
 from moespresso.core.errors import UserError, did_you_mean
+from moespresso.core.format import OWN_LAYOUTS
 from moespresso.core.rewrite import biased_stubs
 from moespresso.model import View, is_unequal, one_format, skipping
 
@@ -83,6 +84,11 @@ def _check_formats(target: Target, view: View) -> None:
         )
     if one_format(view):
         return
+    if any(piece.ref.packed is not None and piece.ref.packed.layout in OWN_LAYOUTS for piece in view.pieces):
+        raise UserError(
+            f"this plan stores pruned matrices with a mask or products as their factors, which {target.name} does not read; the "
+            "nearest plan that it can is pack=false, or say --target plugin (moespresso.load reads it)"
+        )
     experts = {piece.ref.packed and piece.ref.packed.format for piece in view.pieces
                if piece.unit.part == "experts" and len(piece.shape) == 2}  # fmt: skip
     known = [format for format in experts if format]

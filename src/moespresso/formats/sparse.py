@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from moespresso.core.errors import UserError
-from moespresso.core.format import Format
+from moespresso.core.format import Format, kept_in_row, stored_parts
 from moespresso.formats.integer import in_groups, slabs
 from moespresso.formats.packing import pack_words, plain, unpack_words
 
@@ -27,34 +27,9 @@ _FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 _NAMES = _FLOATS | {torch.uint8: "U8", torch.int64: "I64"}
 
 
-def kept_in_row(format: Format, width: int) -> int:
-    """Number of weights that stay in a row of `width` inputs where every row keeps the same number.
-
-    Raises `UserError` where the row is not whole groups.
-    """
-    size = format.group_size
-    if not size:
-        return round(format.density * width)
-    if width % size:
-        raise UserError(f"rows of {width} inputs are not whole groups of {size}: use group_size=0")
-    return width // size * round(format.density * size)
-
-
 def kept_count(format: Format, out: int, width: int) -> int:
     """Number of weights that stay in a matrix of `out` x `width`."""
     return out * kept_in_row(format, width)
-
-
-def sparse_parts(format: Format, out: int, width: int, dtype: str) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return every tensor that a matrix of `out` x `width` is stored as: suffix -> (shape, safetensors dtype).
-
-    `dtype` is the weights' own. This is `core.format.stored_parts` for sparse matrices.
-    """
-    return {
-        "weight_values": ((kept_count(format, out, width),), dtype),
-        "weight_mask": ((out, -(-width // 8)), "U8"),
-        "weight_shape": ((2,), "I64"),
-    }
 
 
 def encode_sparse(weights: Tensor, mask: Tensor, format: Format) -> dict[str, Tensor]:
@@ -165,7 +140,7 @@ def _check_parts(parts: Mapping[str, Tensor], format: Format, shape: tuple[int, 
     """Raise `UserError` where the parts are not those of matrices of `shape`."""
     given = parts.get("weight_values")
     value_dtype = "BF16" if given is None else _FLOATS.get(given.dtype, "BF16")
-    expected = sparse_parts(format, *shape, value_dtype)
+    expected = stored_parts("bitmask", format, *shape, value_dtype)
     for name in [name for name in expected if name not in parts]:
         raise UserError(f"sparse stores a {name} for every matrix, which is missing: fetch the files again")
     count = parts["weight_mask"].shape[:1]

@@ -36,13 +36,15 @@ def factored(hessians: Tensor, damping: float) -> tuple[Tensor, Tensor, dict[int
     """Upper factors R [N, in, in], R R^T = H + ridge I, the ridges [N], and who took more relative damping than asked.
 
     A ridge is a share of the mean of the diagonal: `damping`, or tenfold more for those matrices whose factorization meets a
-    pivot that is not positive, as often as it takes. None may be all zero or not finite (`usable`).
+    pivot that is not positive, as often as it takes. All must be finite (`usable`).
     """
     mean = hessians.diagonal(dim1=1, dim2=2).mean(1)
+    mean = torch.where(mean > 0, mean, 1.0)  # all zero: any ridge will do
     factors, ridge = torch.empty_like(hessians), torch.empty_like(mean)
     raised: dict[int, float] = {}
     left, share = torch.arange(len(hessians), device=hessians.device), damping
     while len(left):
+        assert share < 1e9, "second moments must be finite"
         ridge[left] = share * mean[left]
         # The usual factor is lower triangular; that of the reversed order, read backwards, is upper.
         lower, failed = torch.linalg.cholesky_ex(ridged(hessians[left], ridge[left]).flip(1, 2))

@@ -10,6 +10,7 @@ features are computed anew in each, so memory holds one expert's and one vector 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -20,10 +21,10 @@ from moespresso.methods._hessians import factored, usable
 
 
 def joint_refit(
-    experts: RoutedExperts, up: Tensor, down: Tensor, kept: Tensor, *, damping: float, sweeps: int
+    experts: RoutedExperts, up: Tensor, down: Tensor, kept: Tensor, *, damping: Sequence[float], sweeps: int
 ) -> tuple[Tensor, dict[int, float]]:
     """Down projections [E, H, K] that start from `down` and are drawn to the original columns `kept` [E, K], with `up` the
-    narrower [E, R', H]; and the damping of experts for which it had to be raised."""
+    narrower [E, R', H] and every expert's own `damping`; and that of experts for which it had to be raised."""
     narrow = replace(experts, up=up, down=down)
     anchor = experts.down.float().gather(2, kept.unsqueeze(1).expand(-1, experts.down.shape[1], -1))
     down, raised = down.float().clone(), {}
@@ -33,7 +34,7 @@ def joint_refit(
             tokens, features = featured(experts, expert, up[expert])
             if not len(tokens):
                 continue
-            change, ridge = _step(features, left[tokens], down[expert] - anchor[expert], damping)
+            change, ridge = _step(features, left[tokens], down[expert] - anchor[expert], damping[expert])
             raised |= {expert: ridge} if ridge is not None else {}
             down[expert] += change
             left.index_add_(0, tokens, features @ change.T, alpha=-1)

@@ -92,7 +92,7 @@ class OnMatrices:
         if fused and "experts" in self.parts.each():
             raise UserError(
                 f"{self.kind}: {blueprint.source} ({blueprint.family}) stores all experts of a layer in one tensor "
-                f"({fused[0].ref.name}), for which no packed form is known to load: use parts=attention, or drop experts"
+                f"({fused[0].ref.name}), which this version cannot {self.verb[0]}: use parts=attention, or drop experts"
             )
         self._check_exclude(blueprint)
         chosen = [entry for entry, _ in self._formats(blueprint)]

@@ -51,12 +51,13 @@ class Shown:
 @dataclass(slots=True)
 class Answer:
     """`up` and `down` are codes of all experts, in order; `linears` by module; `weights` are matrices that stay plain, under
-    the same names (`up` [E, R, H], `down` [E, H, I], a linear [out, in]); `replaced` tensors by their name in the layer; `trouble` in sentences, `remedies` by expert for those that could not be treated as the others."""
+    the same names (`up` [E, R, H], `down` [E, H, I], a linear [out, in]), and where they are products `factors` by the name of their stored form (`gate`, `up`, `down`); `replaced` tensors by their name in the layer; `trouble` in sentences, `remedies` by expert for those that could not be treated as the others."""
 
     up: Codes | None = None
     down: Codes | None = None
     linears: dict[str, Codes] = field(default_factory=dict[str, Codes])
     weights: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
     replaced: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     trouble: list[str] = field(default_factory=list[str])
     remedies: dict[int, str] = field(default_factory=dict[int, str])

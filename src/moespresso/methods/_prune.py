@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -64,12 +64,14 @@ class Pruning(OnMatrices):
     """Settings of every step that prunes weights.
 
     sparsity: share of the weights that goes, or N:M (of every M neighbouring inputs N stay).
+    pack: store what stays with a mask, in fewer bytes that only moespresso reads (moespresso.load; --target plugin).
     """
 
     verb: ClassVar[tuple[str, str]] = ("prune", "pruned")
     without_text: ClassVar[str] = "magnitude"
 
     sparsity: Sparsity = HALF
+    pack: bool = False
 
     def __post_init__(self) -> None:
         """Read what was given in other forms."""
@@ -77,15 +79,22 @@ class Pruning(OnMatrices):
         OnMatrices.__post_init__(self)
 
     def amounts(self, blueprint: Blueprint) -> list[Any]:
-        """None: zeros weigh what weights weigh."""
+        """This step with every share, least first (for a byte budget); none without `pack`: zeros weigh what weights weigh."""
+        if self.pack and not self.sparsity.pattern.group_size:
+            return [replace(self, sparsity=Sparsity(share / 100)) for share in range(100)]
         raise UserError(
-            f"{self.kind} leaves zeros in place of weights, which take as many bytes: use channel_prune or rtn for --size"
+            f"{self.kind} leaves zeros in place of weights, which take as many bytes: use pack=true with a plain sparsity, channel_prune or rtn for --size"
         )
 
     def _form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
-        return lambda entry, layer: self.sparsity.pattern
+        pattern = self.sparsity.pattern
+        return lambda entry, layer: replace(pattern, kind="sparse") if self.pack else pattern
 
     def _told(self, blueprint: Blueprint) -> tuple[str, ...]:
+        if self.pack:
+            return (
+                f"{self.kind}: what stays is stored with a mask; in memory it is dense again, and no engine gets faster",
+            )
         return (
             f"{self.kind}: pruned weights are stored as zeros, so no bytes are saved and no engine gets faster",
         )

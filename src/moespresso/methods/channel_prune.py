@@ -5,7 +5,7 @@
 Rows of gate and up and columns of down go together, so the result is an ordinary, narrower model, in which all experts of a
 layer keep equally many channels. `score=surgeon` (default) picks and refits at once, by what is lost after the others have made
 up for it. Other scores rank once: HEAPr's E[a_k^2] w_k G w_k, with G the mean square of the loss's gradient (arXiv 2509.22299,
-one backward pass), CAMERA's energy (arXiv 2508.02322), Wanda's, and that of the weights alone. `refit=expert` solves the formula for each
+one backward pass), MoDeGPT's leverage (arXiv 2408.09632), CAMERA's energy (arXiv 2508.02322), Wanda's, and that of the weights alone. `refit=expert` solves the formula for each
 expert, in closed form; `refit=layer` for all experts of the layer together, so that they also make up for one another
 (`_channels.py`, `_joint.py`). Layers are pruned one after the other, each on what the pruned ones before let through.
 """
@@ -39,8 +39,9 @@ from moespresso.methods._channels import (
     surgeon,
     taken,
 )
-from moespresso.methods._hessians import usable
+from moespresso.methods._hessians import ridged, usable
 from moespresso.methods._joint import joint_refit
+from moespresso.methods._low_rank import leverage
 from moespresso.methods._on_text import Answer, Shown
 
 # Channels that engines can multiply with: the grouped products of PyTorch want rows of whole 16 bytes.
@@ -54,8 +55,8 @@ class ChannelPrune:
 
     ratio: share of every expert's channels that goes.
     width: channels that stay, instead of a ratio.
-    score: `surgeon` (least loss after refitting), `heapr` (by gradients of the model's loss), `camera`, `wanda`, `magnitude`,
-        or `random`.
+    score: `surgeon` (least loss after refitting), `heapr` (by gradients of the model's loss), `leverage` (what others cannot tell),
+        `camera`, `wanda`, `magnitude`, or `random`.
     scope: `layer` takes as much from every layer, `global` where it costs least (layers then differ: --target plugin).
     refit: `expert` (each by itself), `layer` (all experts of a layer together), or `none`.
     multiple: a ratio's width is rounded up to a multiple of this; engines run multiples of 8, some faster those of 128.
@@ -74,7 +75,7 @@ class ChannelPrune:
 
     ratio: float | None = None
     width: int | None = None
-    score: Literal["surgeon", "heapr", "camera", "wanda", "magnitude", "random"] = "surgeon"
+    score: Literal["surgeon", "heapr", "leverage", "camera", "wanda", "magnitude", "random"] = "surgeon"
     scope: Literal["layer", "global"] = "layer"
     refit: Literal["expert", "layer", "none"] = "layer"
     multiple: int = 8
@@ -227,6 +228,7 @@ class ChannelPrune:
         assert keep is not None
         answer = Answer()
         self._check_curvature(shown)
+        answer.trouble += self._few(shown)
         kept: list[Tensor] = []
         downs: list[Tensor] = []
         for some in shown.groups():
@@ -236,7 +238,8 @@ class ChannelPrune:
         chosen, down = torch.cat(kept), torch.cat(downs)
         up = rows_of(experts.up, chosen, experts.down.shape[2])
         if self.refit == "layer":
-            down, thin = joint_refit(experts, up, down, chosen, damping=self.damping, sweeps=self.sweeps)
+            shares = self._shares(shown, range(experts.count)).tolist()
+            down, thin = joint_refit(experts, up, down, chosen, damping=shares, sweeps=self.sweeps)
             answer.trouble += [_thin(shown.layer, expert, ridge) for expert, ridge in thin.items()]
         answer.weights = {"up": up, "down": down}
         return answer
@@ -250,6 +253,8 @@ class ChannelPrune:
         empty = (counts == 0).nonzero().flatten().tolist()
         answer.remedies |= {some[at]: "magnitude" for at in empty}
         moments, _ = usable(experts.moments_inner(some, up, by_gate=True))
+        shares = self._shares(shown, some)
+        moments = ridged(moments, (shares - self.damping) * moments.diagonal(dim1=1, dim2=2).mean(1))
         if self.score == "surgeon":
             kept, new, raised = surgeon(down, moments, keep, self.damping)
         else:
@@ -266,6 +271,29 @@ class ChannelPrune:
             _thin(shown.layer, some[at], ridge) for at, ridge in raised.items() if at not in empty
         ]
         return kept, new
+
+    def _shares(self, shown: Shown, some: range) -> Tensor:
+        """Damping of `some` experts [N]: as many times what was asked for as an expert keeps channels for each of its tokens,
+        where those are more."""
+        assert shown.experts is not None
+        assert shown.channels is not None
+        tokens = shown.experts.tokens[some.start : some.stop].clamp(min=1).float()
+        if shown.experts.everyone:
+            tokens = torch.full_like(tokens, len(shown.experts.hidden))
+        return self.damping * (shown.channels / tokens).clamp(min=1)
+
+    def _few(self, shown: Shown) -> list[str]:
+        """Experts whose refit stands on less than one token a channel."""
+        assert shown.experts is not None
+        shares = self._shares(shown, range(shown.experts.count)).tolist()
+        few = [at for at, share in enumerate(shares) if share > self.damping and shown.experts.tokens[at]]
+        if not few or self.refit == "none":
+            return []
+        names = ", ".join(f"E{at}" for at in few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
+        return [
+            f"L{shown.layer}: {names} saw fewer tokens than they keep channels ({shown.channels}): their refit is damped by up to "
+            f"{max(shares[at] for at in few):.2g} instead of {self.damping:g}; more text helps"
+        ]
 
     def _check_curvature(self, shown: Shown) -> None:
         assert shown.experts is not None
@@ -286,6 +314,8 @@ class ChannelPrune:
         if self.score == "heapr":
             assert shown.curvature is not None
             return experts.squares_inner(some, up, by_gate=False) * shown.curvature[some.start : some.stop]
+        if self.score == "leverage":
+            return leverage(moments, self.damping)
         if self.score == "wanda":
             plain = experts.squares_inner(some, up, by_gate=False)
             return activity(down, plain)

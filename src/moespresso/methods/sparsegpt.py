@@ -63,6 +63,8 @@ class SparseGpt(PruningOnText):
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
         PruningOnText.check(self, blueprint)
+        if self.bits and self.pack:
+            raise UserError("sparsegpt: bits are packed as integers, zeros included: leave pack out")
         for entry, _ in self._formats(blueprint):
             check_pattern(entry.ref.shape[1], self.sparsity.pattern, entry.ref.name)
 

@@ -22,10 +22,11 @@ from moespresso.checkpoint.reader import Lazy, Reader
 from moespresso.core.blueprint import Blueprint, Entry, LayerSpec, TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.fits import Fits
-from moespresso.core.format import Format, Layout
+from moespresso.core.format import OWN_LAYOUTS, Format, Layout
+from moespresso.core.piece import Piece, laid_out, stored
 from moespresso.core.plan import Plan
 from moespresso.core.remains import Remains, remains
-from moespresso.core.rewrite import Piece, laid_out, pieces, pressed_blueprint, stored
+from moespresso.core.rewrite import pieces, pressed_blueprint
 from moespresso.core.unit import Unit
 from moespresso.model.blueprint import check_tensors
 from moespresso.model.depth import with_dense
@@ -94,7 +95,7 @@ class View:
         packed = [piece.ref.packed for piece in self.pieces if piece.ref.packed is not None]
         layout = packed[0].layout
         section = packing_config(self.formats, self._plain(config), layout=layout, stock=one_format(self))
-        if layout != "compressed-tensors":  # their engines compute in the dtype of the scales
+        if layout in ("gptq", "awq"):  # their engines compute in the dtype of the scales
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = "float16"
         return config | {SECTION: section}
 
@@ -216,6 +217,9 @@ def one_format(view: View) -> bool:
     """Whether stock loaders read a view's packed experts rightly: all of them in one format, which in compressed-tensors
     must be symmetric."""
     experts = [piece.ref.packed for piece in view.pieces if piece.unit.part == "experts"]
+    others = [piece.ref.packed for piece in view.pieces if piece.ref.packed is not None]
+    if any(packed.layout in OWN_LAYOUTS for packed in others):
+        return False
     return len({packed and packed.format for packed in experts}) <= 1 and all(
         packed is None or packed.format.symmetric or packed.layout != "compressed-tensors"
         for packed in experts

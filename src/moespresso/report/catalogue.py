@@ -7,14 +7,12 @@ import inspect as introspection
 from typing import Any, get_args, get_type_hints
 
 from moespresso.core.errors import UserError, did_you_mean
-from moespresso.core.registry import PLANNED, methods
+from moespresso.core.registry import methods
 
 
 def describe_methods(kind: str | None = None) -> list[dict[str, Any]]:
     """What steps there are, and their settings."""
     known = methods()
-    if kind in PLANNED and kind not in known:
-        raise UserError(f"step {kind!r} is not available in this version (it has {', '.join(known)})")
     if kind is not None and kind not in known:
         raise UserError(f"step kind {kind!r} is unknown{did_you_mean(kind, known)}")
     return [_method(name, cls) for name, cls in known.items() if kind in (None, name)]

@@ -26,6 +26,7 @@ from moespresso.checkpoint import (
 )
 from moespresso.core.blueprint import Blueprint
 from moespresso.core.errors import UserError
+from moespresso.core.format import OWN_LAYOUTS
 from moespresso.core.plan import Plan
 from moespresso.core.progress import Progress
 from moespresso.model import (
@@ -149,6 +150,11 @@ def _decodes(view: View) -> str:
         for piece in view.pieces:
             packed = piece.source.ref.packed
             if packed is None:
+                continue
+            if packed.layout in OWN_LAYOUTS:
+                found = tuple(reader.tensor(piece.source.ref).shape)
+                _require(found == piece.shape, f"{piece.name} decodes to {found}, not {piece.shape}")
+                counts[packed.layout] += 1
                 continue
             if packed.layout == "compressed-tensors":
                 shape = tuple(reader.tensor(packed.parts["weight_shape"]).tolist())
