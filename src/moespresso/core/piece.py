@@ -65,10 +65,12 @@ class Fold:
 class Piece:
     """One tensor to write: `source` bytes, of which only `take` along `axis` (None: all), times `scale`.
 
-    `pruned` are steps that prune it by what it holds alone, each with its format. With `blend` it is an average of experts: of one expert's tensors, or along `axis` one average per kept expert.
-    `plain`: what was stored as less than it is, is stored as it is. `filled` with zeros up to its shape, which then is that of something wider. `folds` come last, in order; `given` is what stands in its place, where that was fitted (`refit`: whether or not it is
-    known yet); with `code` all of that is encoded. `unit` is its address in the result. `part` of the matrix `whole` is
-    one of the tensors that it is stored as.
+    `pruned` are steps that prune it by what it holds alone, each with its format. With `blend` it is an average of experts:
+    of one expert's tensors, or along `axis` one average per kept expert. `folds` come last, in order. `filled`: with zeros,
+    up to its shape, which is that of something wider. `given` is what stands in its place, where that was fitted (`refit`:
+    whether or not it is known yet); with `code` all of that is encoded, and what was stored as less than it is becomes
+    `plain` again where its values change. `unit` is its address in the result. `part` of the matrix `whole` is one of the
+    tensors that it is stored as.
     """
 
     name: str

@@ -31,8 +31,9 @@ class Treatment:
     """What happens to one unit. Default: nothing.
 
     `keep` holds kept expert numbers (ascending) of a layer's experts. `drop` lets a whole block (`L3`) go, or its
-    attention (`L3.attention`) or feed-forward part (`L3.experts`, `L3.dense`), norm included. `scale` multiplies the layer's routed part (folded into the down projections). An expert that merges `into`
-    another has a `share` of the average, and so has that one itself.
+    attention (`L3.attention`) or feed-forward part (`L3.experts`, `L3.dense`), norm included. `scale` multiplies the layer's
+    routed part (folded into the down projections). An expert that merges `into` another has a `share` of the average, and so
+    has that one itself.
     `repair` says what stands in for what goes, or how members of a merge are put in line (see `moespresso.core.fits`).
     `channels`, `rank`, `format` are for slimming; `channels` counts those that each expert of the layer keeps (which ones
     is found on text or weights, like all fitted values).

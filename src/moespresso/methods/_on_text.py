@@ -50,8 +50,12 @@ class Shown:
 
 @dataclass(slots=True)
 class Answer:
-    """`up` and `down` are codes of all experts, in order; `linears` by module; `weights` are matrices that stay plain, under
-    the same names (`up` [E, R, H], `down` [E, H, I], a linear [out, in]), and where they are products `factors` by the name of their stored form (`gate`, `up`, `down`); `replaced` tensors by their name in the layer; `trouble` in sentences, `remedies` by expert for those that could not be treated as the others."""
+    """What a step found. `up` and `down` are codes of all experts, in order; `linears` by module.
+
+    `weights` are matrices that stay plain, under the same names (`up` [E, R, H], `down` [E, H, I], a linear [out, in]); where
+    they are products, `factors` holds those by the name of their stored form (`gate`, `up`, `down`). `replaced` are tensors by
+    their name in the layer; `trouble` stands in sentences, `remedies` by expert for those that could not be treated as the others.
+    """
 
     up: Codes | None = None
     down: Codes | None = None

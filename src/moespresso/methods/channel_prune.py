@@ -5,9 +5,10 @@
 Rows of gate and up and columns of down go together, so the result is an ordinary, narrower model, in which all experts of a
 layer keep equally many channels. `score=surgeon` (default) picks and refits at once, by what is lost after the others have made
 up for it. Other scores rank once: HEAPr's E[a_k^2] w_k G w_k, with G the mean square of the loss's gradient (arXiv 2509.22299,
-one backward pass), MoDeGPT's leverage (arXiv 2408.09632), CAMERA's energy (arXiv 2508.02322), Wanda's, and that of the weights alone. `refit=expert` solves the formula for each
-expert, in closed form; `refit=layer` for all experts of the layer together, so that they also make up for one another
-(`_channels.py`, `_joint.py`). Layers are pruned one after the other, each on what the pruned ones before let through.
+one backward pass), MoDeGPT's leverage (arXiv 2408.09632), CAMERA's energy (arXiv 2508.02322), Wanda's, and that of the weights
+alone. `refit=expert` solves the formula for each expert, in closed form; `refit=layer` for all experts of the layer together,
+so that they also make up for one another (`_channels.py`, `_joint.py`). Layers are pruned one after the other, each on what the
+pruned ones before let through; `scope=global` takes channels from those layers that lose the least by it.
 """
 
 from __future__ import annotations
