@@ -170,6 +170,12 @@ def test_pruning_after_rounding_and_merging_after_pruning_are_refused(
                           (["wanda", "expert_merge:ratio=0.25"], "put that step last")):  # fmt: skip
         with pytest.raises(UserError, match=reason):
             press(source, tmp_path / "out", *steps, text=text)
+    for step in ("rtn:group_size=32", "magnitude", "gptq:group_size=32"):
+        for first in ("wanda:pack=true", "low_rank:ratio=0.25"):
+            with pytest.raises(
+                UserError, match="after a step that stores matrices with a mask or as factors"
+            ):
+                press(source, tmp_path / "out", first, step, text=text, target="plugin")
     with pytest.raises(UserError, match="take as many bytes"):
         press(source, tmp_path / "out", "magnitude", size="50%")
 

@@ -153,6 +153,16 @@ def _check_values(unit: Unit, treatment: Treatment, before: tuple[Stage, ...]) -
         raise UserError(
             f"the plan {what} {unit} after a step that rounds or prunes weights: put that step last"
         )
+    small = any(
+        t.format is not None and t.format.kind in ("sparse", "factors")
+        for stage in before
+        for t in stage.treatments.values()
+    )
+    if treatment.format is not None and small:
+        raise UserError(
+            f"the plan treats {unit} after a step that stores matrices with a mask or as factors: leave pack out, or press once "
+            "with that step and then its result"
+        )
     cuts = treatment.channels is not None or (
         treatment.format is not None and treatment.format.kind != "integer"
     )
