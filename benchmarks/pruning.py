@@ -122,18 +122,28 @@ def run(folder: str, text: str, seeds: int) -> dict[str, Any] | None:
     return row
 
 
-def table(results: dict[str, dict[str, Any]], steps: list[str]) -> str:
-    """Rows are ways, columns models."""
-    lines = [
-        f"| KL to the original | bytes of experts left | {' | '.join(results)} |",
-        "|---|---|" + "---|" * len(results),
-    ]
+def table(results: dict[str, dict[str, Any]], amounts: list[str], steps: list[str]) -> str:
+    """Rows are steps, columns models and amounts."""
+    columns = [(name, amount) for name in results for amount in amounts]
+    head = [f"{name}, {amount}" for name, amount in columns]
+    lines = [f"| KL to the original | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
     for step in steps:
-        rows = [rows.get(step) for rows in results.values()]
-        if not any(rows):
-            continue
-        left = " / ".join(dict.fromkeys(f"{row['left']:.0%}" for row in rows if row))
-        lines.append(f"| `{step}` | {left} | {' | '.join(cell(row) if row else '' for row in rows)} |")
+        rows = [results[name].get(step.format(amount)) for name, amount in columns]
+        label = (
+            step.replace("ratio={},", "")
+            .replace(":ratio={}", "")
+            .replace("sparsity={},", "")
+            .replace(":sparsity={}", "")
+        )
+        if any(rows):
+            lines.append(f"| `{label}` | {' | '.join(cell(row) if row else '' for row in rows)} |")
+    left = [
+        {f"{row['left']:.0%}" for step in steps if (row := results[name].get(step.format(amount)))}
+        for name, amount in columns
+    ]
+    lines.append(
+        f"| *bytes of routed experts left* | {' | '.join(' to '.join(sorted(each)) for each in left)} |"
+    )
     return "\n".join(lines)
 
 
@@ -141,44 +151,49 @@ def cell(row: dict[str, Any]) -> str:
     """The mean, and the range where there were several drawings."""
     values = row["kl"]
     mean = sum(values) / len(values)
+    if len(set(values)) == 1:
+        return f"{mean:.4f}"
     return f"{mean:.4f}" + (f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else "")
 
 
 def figure(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """KL against bytes, one panel a model."""
+    """KL against bytes, one panel a model. Weights pruned by a pattern are single points beside those of a plain share."""
     import matplotlib.pyplot as plt
 
-    kinds = {
-        "expert_drop": "o",
-        "expert_merge": "s",
-        "channel_prune": "^",
-        "magnitude": "x",
-        "wanda": "+",
-        "sparsegpt": "*",
-    }
-    made, panels = plt.subplots(1, len(results), figsize=(5 * len(results), 4), squeeze=False)
+    shown = [
+        *["expert_drop", "expert_merge", "low_rank"],
+        *["channel_prune:score=random,refit=none", "channel_prune:score=camera,refit=none"],
+        *["channel_prune:score=camera,refit=expert", "channel_prune:score=surgeon,refit=expert"],
+        *["channel_prune:score=surgeon,refit=layer", "channel_prune:score=surgeon,refit=layer,scope=global"],
+        *["magnitude", "wanda", "sparsegpt"],
+    ]
+    made, panels = plt.subplots(1, len(results), figsize=(5 * len(results) + 4, 4.5), squeeze=False)
     for panel, (name, rows) in zip(panels[0], results.items(), strict=True):
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for step, row in rows.items():
-            kind, _, settings = step.partition(":")
-            label = ",".join(
-                [kind, *[word for word in settings.split(",") if not word.startswith(("ratio", "sparsity"))]]
-            )
-            if kind != "channel_prune" or "surgeon" in label or "camera" in label or "random" in label:
-                lines.setdefault(label, []).append((row["left"], sum(row["kl"]) / len(row["kl"])))
-        for label, points in lines.items():
-            panel.plot(
-                *zip(*sorted(points), strict=True),
-                marker=kinds[label.partition(",")[0]],
-                label=label,
-                linewidth=1,
-            )
+        for number, label in enumerate(shown):
+            step, _, rest = label.partition(":")
+            found = [(row["left"], sum(row["kl"]) / len(row["kl"]), text) for text, row in rows.items()
+                     if [word for word in text.partition(":")[2].split(",")[1:] if word] == [w for w in rest.split(",") if w]
+                     and text.startswith(f"{step}:")]  # fmt: skip
+            masked = label in ("magnitude", "wanda", "sparsegpt")
+            points = sorted(found)
+            panel.plot([x for x, _, _ in points], [y for _, y, _ in points], "x" if masked else "o-",
+                       color=plt.get_cmap("tab20")(number), label=label.replace("channel_prune:", "channels: "), markersize=5)  # fmt: skip
+            if label == "sparsegpt":
+                for left, kl, text in points:
+                    panel.annotate(
+                        text.partition("=")[2],
+                        (left, kl),
+                        xytext=(5, -3),
+                        textcoords="offset points",
+                        fontsize=7,
+                    )
         panel.set(
             title=name, xlabel="bytes of routed experts left", ylabel="KL to the original", yscale="log"
         )
-    panels[0][0].legend(fontsize=5)
-    made.tight_layout()
-    made.savefig(path)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    made.legend(handles, labels, loc="center right", fontsize=8)
+    made.tight_layout(rect=(0, 0, 1 - 3.6 / made.get_figwidth(), 1))
+    made.savefig(path, dpi=130)
 
 
 def main() -> None:
@@ -205,7 +220,8 @@ def main() -> None:
             if asked.out:
                 body = {"date": date.today().isoformat(), "machine": machine(), "versions": versions(), "results": results}  # fmt: skip
                 asked.out.write_text(json.dumps(body, indent=1) + "\n")
-    print(table(results, ways(asked.ratios)))
+    print(table(results, [str(ratio) for ratio in asked.ratios], CUTS))
+    print(table(results, PATTERNS, [*MASKED, *WITH_SHARED]))
     if asked.figure:
         figure(results, asked.figure)
 
