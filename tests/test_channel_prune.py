@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -185,6 +186,21 @@ def test_a_byte_budget_finds_the_width(zoo: Zoo, text: Path, tmp_path: Path):
     size = round(whole * 0.9)
     out = press(zoo("mixtral"), tmp_path / "out", "channel_prune", text=text, size=size)
     assert whole * 0.8 < sum(tensor.nbytes for tensor in disk(out).values()) <= size
+
+
+def test_only_experts_with_few_tokens_are_told(zoo: Zoo, text: Path, tmp_path: Path):
+    report = api.press(
+        zoo("mixtral"), out=tmp_path / "out", steps=[HALF], texts=[text], samples=24, length=24
+    )
+    coverage = json.loads((tmp_path / "out" / "moespresso.json").read_text())["coverage"]
+    for layer, row in coverage.items():
+        few = [count for count in row["tokens"] if 0 < count < 24]
+        assert any(f"{layer}: " in line and "saw fewer tokens" in line for line in report.trouble) == bool(
+            few
+        )
+    assert any(
+        min(row["tokens"]) >= 24 for row in coverage.values()
+    )  # a layer of which nothing is to be told
 
 
 def test_few_tokens_are_told(zoo: Zoo, tmp_path: Path):

@@ -278,6 +278,13 @@ def test_products_are_stored_as_their_factors(family: str, zoo: Zoo, text: Path,
         proven(press(out, tmp_path / step[:9], step, text=text, target="plugin"), out)
 
 
+def test_products_are_for_our_own_loader(zoo: Zoo, text: Path, tmp_path: Path):
+    with pytest.raises(
+        UserError, match=r"products as their factors.*nearest plan that it can is channel_prune"
+    ):
+        press(zoo("mixtral"), tmp_path / "out", "low_rank", text=text)
+
+
 @pytest.mark.parametrize("ratio", [0, 1, -0.5])
 def test_a_ratio_of_low_rank_is_a_share(ratio: float, zoo: Zoo, text: Path, tmp_path: Path):
     with pytest.raises(UserError, match="must lie between 0 and 1"):

@@ -22,6 +22,7 @@ from moespresso.formats.integer import SLAB, Codes, decode, encode, spread
 from moespresso.methods import _gptq
 from moespresso.methods._masks import kept, kept_by_share, largest
 from moespresso.methods._sparsegpt import solve
+from test_kernels import problem
 
 HALF, DENSE = Format(density=0.5), Format(density=1.0)
 PATTERNS = [Format(density=n / m, group_size=m) for n, m in ((2, 4), (4, 8), (1, 4), (3, 4))]
@@ -43,17 +44,6 @@ def name(format: Format) -> str:
 formats = pytest.mark.parametrize("format", FORMATS, ids=name)
 patterns = pytest.mark.parametrize("format", PATTERNS, ids=name)
 codes_too = pytest.mark.parametrize("code", [None, *CODES], ids=lambda code: name(code) if code else "plain")
-
-
-def problem(
-    seed: int, count: int = 3, rows: int = 6, width: int = 40, tokens: int = 200
-) -> tuple[Tensor, Tensor]:
-    """Weights [N, out, in], and second moments of correlated inputs of uneven size."""
-    draw = torch.Generator().manual_seed(seed)
-    mix = torch.randn(count, width, width, generator=draw) / width**0.5
-    size = 0.1 + torch.rand(count, 1, width, generator=draw)
-    inputs = torch.randn(count, tokens, width, generator=draw) @ mix * size
-    return torch.randn(count, rows, width, generator=draw) * 0.02, inputs.mT @ inputs / tokens
 
 
 def output_error(weights: Tensor, other: Tensor, hessians: Tensor) -> Tensor:

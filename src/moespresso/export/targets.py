@@ -84,10 +84,13 @@ def _check_formats(target: Target, view: View) -> None:
         )
     if one_format(view):
         return
-    if any(piece.ref.packed is not None and piece.ref.packed.layout in OWN_LAYOUTS for piece in view.pieces):
+    own = {piece.ref.packed.layout for piece in view.pieces if piece.ref.packed is not None} & OWN_LAYOUTS
+    if own:
+        what, instead = ("pruned matrices with a mask", "pack=false") if "bitmask" in own else (
+            "products as their factors", "channel_prune")  # fmt: skip
         raise UserError(
-            f"this plan stores pruned matrices with a mask or products as their factors, which {target.name} does not read; the "
-            "nearest plan that it can is pack=false, or say --target plugin (moespresso.load reads it)"
+            f"this plan stores {what}, which {target.name} does not read; the nearest plan that it can is {instead}, or say "
+            "--target plugin (moespresso.load reads it)"
         )
     experts = {piece.ref.packed and piece.ref.packed.format for piece in view.pieces
                if piece.unit.part == "experts" and len(piece.shape) == 2}  # fmt: skip

@@ -286,8 +286,9 @@ class ChannelPrune:
     def _few(self, shown: Shown) -> list[str]:
         """Experts whose refit stands on less than one token a channel."""
         assert shown.experts is not None
+        assert shown.channels is not None
         shares = self._shares(shown, range(shown.experts.count)).tolist()
-        few = [at for at, share in enumerate(shares) if share > self.damping and shown.experts.tokens[at]]
+        few = [at for at, count in enumerate(shown.experts.tokens.tolist()) if 0 < count < shown.channels]
         if not few or self.refit == "none":
             return []
         names = ", ".join(f"E{at}" for at in few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
