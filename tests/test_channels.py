@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moespresso.measure import RoutedExperts
+from moespresso.measure import RoutedExperts, removal, taken
 from moespresso.methods import _channels as kernels
 from moespresso.methods._joint import answers, joint_refit
 
@@ -23,9 +23,19 @@ def problem(seed: int, rank: int = I) -> tuple[Tensor, Tensor, Tensor]:
     return features, features.mT @ features / 60, torch.randn(N, H, I)
 
 
+def surgeon(
+    down: Tensor, moments: Tensor, keep: int, damping: float, turns: int = 64
+) -> tuple[Tensor, Tensor, dict[int, float]]:
+    """The channels that stay, and `down` refitted on them."""
+    order, _, raised = removal(down, moments, damping, kernels.portions(I - keep, turns))
+    kept = kernels.last(order, keep)
+    new, thin = kernels.refitted(down, moments, kept, damping)
+    return kept, new, raised | thin
+
+
 def error(features: Tensor, down: Tensor, kept: Tensor, new: Tensor) -> Tensor:
     """|W a - W' a_K|^2, mean over tokens [N]."""
-    short = kernels.taken(features, kept, 2)
+    short = taken(features, kept, 2)
     return (features @ down.mT - short @ new.mT).square().sum(2).mean(1)
 
 
@@ -38,14 +48,14 @@ def test_a_refit_is_the_least_squares_of_what_stays(seed: int):
     for each in range(N):
         direct = torch.linalg.lstsq(features[each][:, kept[each]], features[each] @ down[each].T).solution.T
         torch.testing.assert_close(new[each], direct, rtol=1e-2, atol=1e-3)
-    bare = kernels.taken(down, kept, 2)
+    bare = taken(down, kept, 2)
     assert (error(features, down, kept, new) < error(features, down, kept, bare)).all()
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_surgeon_takes_what_costs_least_after_a_refit_each_time(seed: int):
     features, moments, down = problem(seed)
-    kept, new, _ = kernels.surgeon(down, moments, K, 1e-7, turns=I)
+    kept, new, _ = surgeon(down, moments, K, 1e-7, turns=I)
     for each in range(N):
         left = list(range(I))
         while len(left) > K:
@@ -63,14 +73,14 @@ def test_the_surgeon_takes_what_costs_least_after_a_refit_each_time(seed: int):
 @pytest.mark.parametrize("turns", [1, 2, 64])
 def test_data_of_low_rank_needs_no_more_channels(turns: int):
     features, moments, down = problem(0, rank=K)
-    kept, new, _ = kernels.surgeon(down, moments, K, 1e-6, turns)
+    kept, new, _ = surgeon(down, moments, K, 1e-6, turns)
     whole = (features @ down.mT).square().sum(2).mean(1)
     assert (error(features, down, kept, new) < 1e-3 * whole).all()
 
 
 def test_all_channels_are_the_identity():
     _, moments, down = problem(1)
-    kept, new, _ = kernels.surgeon(down, moments, I, 0.01)
+    kept, new, _ = surgeon(down, moments, I, 0.01)
     assert kept.tolist() == [list(range(I))] * N
     assert torch.equal(new, down)
     everything = torch.arange(I).expand(N, I)
@@ -85,17 +95,17 @@ def test_channels_that_never_fire_are_no_trouble():
     new, raised = kernels.refitted(down, moments, kept, 0.0)
     assert torch.equal(new, down[:, :, :K])
     assert raised.keys() == {0, 1, 2}
-    chosen, new, _ = kernels.surgeon(down, moments, K, 0.0)
+    chosen, new, _ = surgeon(down, moments, K, 0.0)
     assert bool(new.isfinite().all())
     assert all(set(range(K, I)) <= set(row) for row in chosen.tolist())
 
 
 def test_batches_are_what_single_ones_are():
     _, moments, down = problem(2)
-    kept, new, _ = kernels.surgeon(down, moments, K, 0.01)
+    kept, new, _ = surgeon(down, moments, K, 0.01)
     for each in range(N):
         one = slice(each, each + 1)
-        alone = kernels.surgeon(down[one], moments[one], K, 0.01)
+        alone = surgeon(down[one], moments[one], K, 0.01)
         assert torch.equal(alone[0][0], kept[each])
         torch.testing.assert_close(alone[1][0], new[each])
 
@@ -137,14 +147,18 @@ def narrow(experts: RoutedExperts, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     kept = torch.stack(
         [torch.randperm(I, generator=generator)[:3].sort().values for _ in range(experts.count)]
     )
-    return kept, kernels.rows_of(experts.up, kept, I), kernels.taken(experts.down, kept, 2)
+    return (
+        kept,
+        torch.stack([kernels.rows_of(each, here, I)[0] for each, here in zip(experts.up, kept, strict=True)]),
+        taken(experts.down, kept, 2),
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_joint_refit_ends_where_the_whole_systems_solution_is(seed: int):
     experts = routed(seed)
     kept, up, down = narrow(experts, seed)
-    new, _ = joint_refit(experts, up, down, kept, damping=[1e-4] * 4, sweeps=400)
+    new, _ = joint_refit(experts, up, down, list(kept), damping=[1e-4] * 4, sweeps=400)
     wide = torch.zeros(40, experts.count, 3)
     for token in range(40):
         for slot in range(2):
@@ -168,11 +182,11 @@ def test_every_turn_lowers_the_error_and_no_channel_gone_changes_nothing():
     kept, up, down = narrow(experts, 7)
     target, errors = answers(experts, experts.up, experts.down), []
     for sweeps in (1, 2, 4, 16):
-        new, _ = joint_refit(experts, up, down, kept, damping=[0.0] * 4, sweeps=sweeps)
+        new, _ = joint_refit(experts, up, down, list(kept), damping=[0.0] * 4, sweeps=sweeps)
         errors.append(float((target - answers(experts, up, new)).square().sum()))
     start = float((target - answers(experts, up, down)).square().sum())
     assert start > errors[0]
     assert all(later <= earlier * (1 + 1e-4) for earlier, later in itertools.pairwise(errors))
     everything = torch.arange(I).expand(experts.count, I)
-    same, _ = joint_refit(experts, experts.up, experts.down, everything, damping=[0.01] * 4, sweeps=2)
+    same, _ = joint_refit(experts, experts.up, experts.down, list(everything), damping=[0.01] * 4, sweeps=2)
     assert torch.equal(same, experts.down)

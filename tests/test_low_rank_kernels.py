@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moespresso.measure.hessians import usable
 from moespresso.methods._attention_rank import Rotary, query_key, sliced, value_output
-from moespresso.methods._channels import best, refitted
-from moespresso.methods._hessians import usable
+from moespresso.methods._channels import ascending, last, refitted
 from moespresso.methods._low_rank import (
     CAP,
     entropy_allocation,
@@ -37,7 +37,7 @@ def refitted_on(down: Tensor, moments: Tensor, kept: Tensor, damping: float) -> 
 
 
 def nystrom_kept(moments: Tensor, scores: Tensor | None, keep: int, damping: float) -> Tensor:
-    return best(leverage(moments, damping) if scores is None else scores, keep)
+    return last(ascending(leverage(moments, damping) if scores is None else scores), keep)
 
 
 def samples(seed: int, count: int, width: int, tokens: int = 200, rank: int | None = None) -> Tensor:

@@ -26,8 +26,16 @@ from moespresso.core.format import Format
 from moespresso.core.layer import Layer, LayerWeights, Taps
 from moespresso.core.piece import Piece
 from moespresso.core.plan import Plan
+from moespresso.core.remains import remains
 from moespresso.core.runtime import Runtime
-from moespresso.core.slim import channels_of, format_of, rounds_on_text, scale_dtypes, step_of
+from moespresso.core.slim import (
+    channels_of,
+    format_of,
+    narrowed,
+    rounds_on_text,
+    scale_dtypes,
+    step_of,
+)
 from moespresso.core.stats import stats_key
 from moespresso.data import Batches
 from moespresso.fitting import fit
@@ -122,6 +130,7 @@ class _Visitor:
 
     def __post_init__(self) -> None:
         self.stage = len(self.plan.stages) - 1
+        self.after = remains(self.plan, self.view.source)
         self.dtypes = scale_dtypes(self.view.source)
         self.pieces: dict[int, list[Piece]] = {}
         for piece in self.view.pieces:
@@ -169,9 +178,11 @@ class _Visitor:
                     "it by rtn, or leave it out with exclude"
                 )
             linears[name] = layer.module.get_parameter(f"{name}.weight").float(), total.mean
-        channels = channels_of(pieces[0].source, self.plan.stages[self.stage])
+        narrows = channels_of(pieces[0].source, self.plan.stages[self.stage]) is not None
+        widths = self.after.widths[self.view.left.layers[layer.spec.index]] if narrows else {}
         curvature = self.curvature.get(layer.spec.index)
-        return Shown(layer.spec.index, layer.module, formats, dtypes, experts, linears, channels, curvature)
+        return Shown(layer.spec.index, layer.module, formats, dtypes, experts, linears,
+                     tuple(widths.values()) or None, curvature)  # fmt: skip
 
     def _module(self, piece: Piece, layer: Layer) -> str:
         """The name, in its layer, of the module that holds a matrix."""
@@ -188,17 +199,19 @@ class _Visitor:
     def _tensors(self, pieces: list[Piece], answer: Answer, layer: Layer) -> dict[str, Tensor]:
         """What is kept, by the names of fits."""
         found: dict[str, Tensor] = {}
-        stacks = {name: encode_parts("compressed-tensors", codes)
-                  for name, codes in _by_projection(answer, layer).items()}  # fmt: skip
+        stacks = _Stacks(_by_projection(answer, layer))
         plain = _plain(answer, layer)
         for piece in pieces:
             name = piece.unit.matrix or "" if piece.unit.part == "experts" else self._module(piece, layer)
             if name in plain:
                 whole = plain[name] if piece.unit.expert is None else plain[name][piece.unit.expert]
+                if piece.unit.part == "experts":  # not all are as wide as the widest
+                    rows, columns = narrowed(piece.source, self.after)
+                    whole = whole[:rows, :columns]
                 parts = self._small(piece, whole.to(TORCH_DTYPES[piece.ref.dtype]), answer, name)
             elif piece.unit.part == "experts":
                 assert piece.unit.expert is not None
-                parts = {suffix: tensor[piece.unit.expert] for suffix, tensor in stacks[name].items()}
+                parts = stacks.parts(name, piece.unit.expert, piece.shape)
             else:
                 stored = encode_parts("compressed-tensors", answer.linears[name])
                 parts = {suffix: tensor[0] for suffix, tensor in stored.items()}
@@ -281,6 +294,24 @@ class _Moment:
     def mean(self) -> Tensor | None:
         """The mean [in, in]; None where it was never given any."""
         return self._sum / self._tokens if self._sum is not None else None
+
+
+class _Stacks:
+    """Codes of all experts of a layer by projection, and what they are stored as."""
+
+    def __init__(self, codes: Mapping[str, Codes]) -> None:
+        self._codes = codes
+        self._whole: dict[str, dict[str, Tensor]] = {}
+
+    def parts(self, name: str, expert: int, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """The tensors that one expert's matrix of some shape is stored as; it may be narrower than the widest."""
+        codes = self._codes[name]
+        if tuple(codes.values.shape[1:]) == shape:
+            whole = self._whole.setdefault(name, {}) or encode_parts("compressed-tensors", codes)
+            self._whole[name] = whole
+            return {suffix: tensor[expert] for suffix, tensor in whole.items()}
+        own = codes.corner(expert, shape)
+        return {suffix: tensor[0] for suffix, tensor in encode_parts("compressed-tensors", own).items()}
 
 
 def _projection(piece: Piece) -> str:

@@ -105,7 +105,7 @@ class LayerSpec:
     `groups` the router's groups (1: none); `floor` the fewest experts its router can work with; `width` the intermediate width of one expert (or of the dense MLP);
     `qk_width` and `v_width` the summed widths of all query and value heads; `kv_width` the cached elements a token.
     `bodies` names the module of each residual branch that the layer has; `skipped` counts experts that the router may
-    select but that are gone.
+    select but that are gone; `widths` are those of the single experts where they differ (`width` is that of the widest).
     """
 
     index: int
@@ -121,6 +121,7 @@ class LayerSpec:
     kv_width: int = 0
     bodies: Mapping[Branch, str] = field(default_factory=dict[Branch, str])
     skipped: int = 0
+    widths: tuple[int, ...] = ()
 
     def facts(self) -> dict[str, int | str | list[str]]:
         """What tells two layers apart, as plain data."""

@@ -94,10 +94,8 @@ def _check_experts(unit: Unit, treatment: Treatment, layer: LayerSpec) -> None:
         raise UserError(
             f"the plan merges {unit}: say of each expert by itself, as L3.E5, what it merges into"
         )
-    if treatment.channels is not None and not 0 < treatment.channels <= layer.width:
-        raise UserError(
-            f"the plan leaves {treatment.channels} channels to the experts of L{layer.index}, which have {layer.width}"
-        )
+    if treatment.channels is not None:
+        _check_channels(unit, treatment.channels, layer.width)
     if treatment.repair not in (None, *ROWS_STAY):
         raise UserError(
             f"the plan repairs {unit} by {treatment.repair!r}: experts know {', '.join(ROWS_STAY)}"
@@ -108,8 +106,18 @@ def _check_experts(unit: Unit, treatment: Treatment, layer: LayerSpec) -> None:
         )
 
 
+def _check_channels(unit: Unit, channels: int, width: int) -> None:
+    if not 0 < channels <= width:
+        raise UserError(f"the plan leaves {channels} channels to {unit}, which has {width}")
+
+
 def _check_member(unit: Unit, treatment: Treatment, layer: LayerSpec) -> None:
     assert unit.expert is not None
+    there = unit.matrix is None and 0 <= unit.expert < layer.experts
+    if there and treatment.channels is not None and treatment == Treatment(channels=treatment.channels):
+        width = layer.widths[unit.expert] if layer.widths else layer.width
+        _check_channels(unit, treatment.channels, width)
+        return
     wrong = [
         number
         for number in (unit.expert, treatment.into)
@@ -126,6 +134,8 @@ def _check_there(stage: Stage, there: Mapping[int, Sequence[int]]) -> None:
         left = there.get(-1 if unit.layer is None else unit.layer, ())
         if treatment.into is not None and unit.expert not in left:
             raise UserError(f"the plan merges {unit}, which an earlier step let go")
+        if treatment.channels is not None and unit.expert is not None and unit.expert not in left:
+            raise UserError(f"the plan narrows {unit}, which an earlier step let go")
         if treatment.repair in ROWS_STAY and not left:
             raise UserError(f"the plan repairs {unit} by {treatment.repair}, but an earlier step let it go")
 

@@ -35,8 +35,8 @@ class Treatment:
     routed part (folded into the down projections). An expert that merges `into` another has a `share` of the average, and so
     has that one itself.
     `repair` says what stands in for what goes, or how members of a merge are put in line (see `moespresso.core.fits`).
-    `channels`, `rank`, `format` are for slimming; `channels` counts those that each expert of the layer keeps (which ones
-    is found on text or weights, like all fitted values).
+    `channels`, `rank`, `format` are for slimming; `channels` counts those that each expert of the layer keeps (`L3.experts`), or
+    one of them (`L3.experts.E5`); which ones is found on text or weights, like all fitted values.
     """
 
     keep: tuple[int, ...] | None = None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from moespresso.core.blueprint import BRANCHES, Blueprint, Branch, LayerSpec
-from moespresso.core.plan import Plan
+from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.unit import Unit
 
 # Repairs of an Expert Drop that leave the router whole: the dropped experts' rows stay.
@@ -23,15 +23,15 @@ SILENT_KV = 2
 class Remains:
     """`layers`: kept blocks; `cut`: branches that go from kept blocks; `experts`: kept experts of every MoE branch that
     stays; `gone`: experts that the router of a layer may still select, of the layers where there are any; `novices`:
-    those layers in which a constant answers for them; `widths`: channels that each expert has left, of the layers where
-    some go."""
+    those layers in which a constant answers for them; `widths`: channels that each kept expert has, of the layers where
+    some go or experts differ."""
 
     layers: tuple[int, ...]
     cut: frozenset[tuple[int, Branch]]
     experts: Mapping[int, tuple[int, ...]]
     gone: Mapping[int, tuple[int, ...]]
     novices: frozenset[int] = frozenset()
-    widths: Mapping[int, int] = field(default_factory=dict[int, int])
+    widths: Mapping[int, Mapping[int, int]] = field(default_factory=dict[int, Mapping[int, int]])
 
     def position(self, layer: int) -> int:
         """The new number of a kept block."""
@@ -57,7 +57,7 @@ def remains(plan: Plan, blueprint: Blueprint) -> Remains:
     }
     gone = {layer: lost for layer in experts if (lost := _gone(plan, layer, specs[layer].experts))}
     novices = frozenset(layer for layer in gone if _has_novices(plan, layer))
-    widths = {layer: width for layer in experts if (width := _width(plan, layer)) is not None}
+    widths = {layer: found for layer, kept in experts.items() if (found := _widths(plan, specs[layer], kept))}
     return Remains(layers, cut, experts, gone, novices, widths)
 
 
@@ -80,10 +80,25 @@ def merged_into(plan: Plan, layer: int) -> dict[int, int]:
     return found
 
 
-def _width(plan: Plan, layer: int) -> int | None:
-    """Channels that the last stage to cut any leaves to the experts of a layer."""
-    found = (stage.treatments.get(Unit(layer, "experts")) for stage in reversed(plan.stages))
-    return next((each.channels for each in found if each is not None and each.channels is not None), None)
+def _widths(plan: Plan, layer: LayerSpec, kept: tuple[int, ...]) -> dict[int, int]:
+    """Channels of every kept expert of a layer; nothing where all have as many as before, which is one number."""
+    found = {expert: layer.widths[expert] if layer.widths else layer.width for expert in kept}
+    cut = False
+    for stage in plan.stages:
+        for expert in kept:
+            channels = channels_left(stage, layer.index, expert)
+            if channels is not None:
+                found[expert], cut = min(found[expert], channels), True
+    return found if cut or layer.widths else {}
+
+
+def channels_left(stage: Stage, layer: int, expert: int | None) -> int | None:
+    """The channels that `stage` leaves to an expert: what it says of that one, else of all in the layer; None for all."""
+    own, whole = (
+        stage.treatments.get(Unit(layer, "experts", number), Treatment()).channels
+        for number in (expert, None)
+    )
+    return whole if own is None else own
 
 
 def _gone(plan: Plan, layer: int, experts: int) -> tuple[int, ...]:
@@ -121,8 +136,12 @@ def _pressed(layer: LayerSpec, position: int, left: Remains) -> LayerSpec:
         layer = replace(layer, experts=0, shared_experts=0, top_k=0, groups=1, floor=0, width=0, skipped=0)
     if layer.experts:
         gone = len(left.gone.get(layer.index, ()))
-        width = left.widths.get(layer.index, layer.width)
+        own = tuple(left.widths.get(layer.index, {}).values())
         layer = replace(
-            layer, experts=len(left.experts[layer.index]), skipped=layer.skipped + gone, width=width
+            layer,
+            experts=len(left.experts[layer.index]),
+            skipped=layer.skipped + gone,
+            width=max(own, default=layer.width),
+            widths=own if len(set(own)) > 1 else (),
         )
     return replace(layer, index=position)

@@ -101,7 +101,7 @@ class _Rewriter:
 
     def _narrowed(self, piece: Piece, entry: Entry) -> tuple[int, ...]:
         """The shape with the channels that are left."""
-        axis, cut = entry.channel_axis, narrowed(entry, self._left.widths)
+        axis, cut = entry.channel_axis, narrowed(entry, self._left)
         if axis is None or cut == entry.ref.shape:
             return piece.shape
         shape = list(piece.shape)

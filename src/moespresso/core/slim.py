@@ -15,7 +15,7 @@ from moespresso.core.fits import REPAIRS
 from moespresso.core.format import DTYPE_BYTES, Format, check_group, check_layout, check_pattern
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.registry import parse_step
-from moespresso.core.remains import remains
+from moespresso.core.remains import Remains, channels_left, remains
 from moespresso.core.unit import Part, Unit
 
 # Parts of a model whose matrices can be encoded.
@@ -51,14 +51,18 @@ def channels_of(entry: Entry, stage: Stage) -> int | None:
     """The channels that `stage` leaves to the expert of an entry that is one of its matrices, or None."""
     if entry.unit.part != "experts" or not is_matrix(entry):
         return None
-    return stage.treatments.get(Unit(entry.unit.layer, "experts"), Treatment()).channels
+    return channels_left(stage, entry.unit.layer or 0, entry.unit.expert)
 
 
 def replaces(entry: Entry, stage: Stage) -> bool:
     """Whether `stage` puts fitted values in the place of a whole tensor: those of a part that a scale was moved into, of
     experts that lose channels, and of matrices that are pruned on text and stored as they were."""
     part = stage.treatments.get(Unit(entry.unit.layer, entry.unit.part), Treatment())
-    if part.repair == REFIT or (part.channels is not None and entry.unit.part == "experts"):
+    narrows = (
+        entry.unit.part == "experts"
+        and channels_left(stage, entry.unit.layer or 0, entry.unit.expert) is not None
+    )
+    if part.repair == REFIT or narrows:
         return True
     format = format_of(entry, stage)
     return format is not None and format.kind == "source" and bool(step_of(stage).on_text)
@@ -132,12 +136,12 @@ def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
     if refitted - known:
         raise UserError(f"the plan rescales {min(refitted - known)}, but {blueprint.source} has no such part")
     met: set[Unit] = set()
-    widths = remains(Plan(plan.blueprint, plan.stages[: number + 1]), blueprint).widths
+    left = remains(Plan(plan.blueprint, plan.stages[: number + 1]), blueprint)
     for entry in blueprint.entries:
         _check_fused(entry, stage, blueprint)
         format = format_of(entry, stage)
         if format is not None:
-            check_storable(entry, format, narrowed(entry, widths))
+            check_storable(entry, format, narrowed(entry, left))
             met |= {
                 Unit(entry.unit.layer, entry.unit.part, None, matrix) for matrix in (None, entry.unit.matrix)
             }
@@ -172,19 +176,23 @@ def _check_values(unit: Unit, treatment: Treatment, before: tuple[Stage, ...]) -
 
 def _check_fused(entry: Entry, stage: Stage, blueprint: Blueprint) -> None:
     """Experts that are stored as one tensor have no packed form that an engine knows."""
-    treatment = stage.treatments.get(Unit(entry.unit.layer, "experts"), Treatment())
-    wanted = treatment.format is not None or treatment.channels is not None
-    if wanted and entry.unit.part == "experts" and entry.unit.expert is None and len(entry.ref.shape) == 3:
+    if entry.unit.part != "experts" or entry.unit.expert is not None or len(entry.ref.shape) != 3:
+        return
+    if any(
+        unit.layer == entry.unit.layer and unit.part == "experts" and (each.format or each.channels)
+        for unit, each in stage.treatments.items()
+    ):
         raise UserError(
             f"{blueprint.source} ({blueprint.family}) stores all experts of a layer in one tensor, for which no packed "
             "form is known to load: its experts cannot be slimmed by this version"
         )
 
 
-def narrowed(entry: Entry, widths: Mapping[int, int]) -> tuple[int, ...]:
-    """The shape of a tensor when the experts of the layers in `widths` have so many channels left."""
+def narrowed(entry: Entry, left: Remains) -> tuple[int, ...]:
+    """The shape of a tensor with the channels that are left to its expert."""
     shape, axis = list(entry.ref.shape), entry.channel_axis
-    width = widths.get(-1 if entry.unit.layer is None else entry.unit.layer)
+    widths = left.widths.get(-1 if entry.unit.layer is None else entry.unit.layer, {})
+    width = widths.get(-1 if entry.unit.expert is None else entry.unit.expert)
     if width is not None and axis is not None and entry.unit.part == "experts":
         shape[axis] = 2 * width if entry.joined else width
     return tuple(shape)

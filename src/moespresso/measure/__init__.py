@@ -12,12 +12,14 @@ from typing import Any
 from moespresso.core.layer import Call, Layer, Taps
 from moespresso.core.unit import Unit
 from moespresso.measure.align import channel_order
-from moespresso.measure.channels import STEP, ChannelSums
+from moespresso.measure.channels import ChannelSums, Removals, grid
 from moespresso.measure.curvature import Pulled, Stiffness
 from moespresso.measure.folds import Folds
+from moespresso.measure.hessians import factored, ridged, shrunk, usable
 from moespresso.measure.means import MeanAnswers
 from moespresso.measure.pairs import PAIRS, pair_values
 from moespresso.measure.reconstruction import Reconstruction
+from moespresso.measure.removal import removal, taken
 from moespresso.measure.routed import RoutedExperts
 from moespresso.measure.routing import SUMS, RoutingSums
 from moespresso.measure.sample import Sample
@@ -25,14 +27,14 @@ from moespresso.measure.similarity import CosineSums, Runs
 from moespresso.measure.weights import weight_sums
 
 __all__ = [
-    "NEEDS", "PAIRS", "STEP", "SUMS", "ChannelSums", "CosineSums", "Folds", "MeanAnswers", "Measurer", "Pulled", "Reconstruction", "RoutedExperts", "RoutingSums", "Runs", "Sample", "Stiffness",
-    "channel_order", "is_need", "pair_values", "weight_sums",
+    "NEEDS", "PAIRS", "SUMS", "ChannelSums", "CosineSums", "Folds", "MeanAnswers", "Measurer", "Pulled", "Reconstruction", "Removals", "RoutedExperts", "RoutingSums", "Runs", "Sample", "Stiffness",
+    "channel_order", "factored", "grid", "is_need", "pair_values", "removal", "ridged", "shrunk", "taken", "usable", "weight_sums",
 ]  # fmt: skip
 
 # What a method may ask for: sums over routed tokens, the search by reconstruction, how alike experts are, how much a
-# layer turns the stream, what narrower experts would cost, sums over weights (no text); `run@N`, the same across N blocks; and `text`, for steps that take
-# text but no stats.
-NEEDS = ("routing", "reconstruction", "pairs", "similarity", "channels", "weights", "text")
+# layer turns the stream, what narrower experts would lose as they are and refitted, sums over weights (no text); `run@N`, how
+# much N blocks turn the stream; and `text`, for steps that take text but no stats.
+NEEDS = ("routing", "reconstruction", "pairs", "similarity", "channels", "removal", "weights", "text")
 
 
 def is_need(name: str) -> bool:
@@ -54,27 +56,32 @@ class Measurer:
         """Measure one layer."""
         of_experts = bool(layer.spec.experts) and bool(self._needs & {"routing", "reconstruction", "pairs"})
         turns = "similarity" in self._needs
-        narrows = bool(layer.spec.experts) and "channels" in self._needs
-        if not (of_experts or turns or narrows or self._runs):
+        energies = ChannelSums() if layer.spec.experts and "channels" in self._needs else None
+        removals = Removals() if layer.spec.experts and "removal" in self._needs else None
+        if not (of_experts or turns or energies or removals or self._runs):
             return
         experts = _Experts(layer, self._needs, self._tokens) if of_experts else None
-        cosine, channels = CosineSums(), ChannelSums()
+        cosine = CosineSums()
         sampled: list[list[Any]] = [[] for _ in self._runs]
         for call in taps:
             if experts is not None:
                 experts.add(call)
             if turns:
                 cosine.add(call)
-            if narrows:
-                channels.add(layer, call)
+            if energies is not None:
+                energies.add(layer, call)
+            if removals is not None:
+                removals.add(call)
             for held, run in zip(sampled, self._runs, strict=True):
                 held.append(run.sample(call))
         if experts is not None:
             self._keep(experts.values())
             self.trouble += experts.trouble()
         self._keep(cosine.values(layer).items())
-        if narrows:
-            self._keep(channels.values(layer).items())
+        if energies is not None:
+            self._keep(energies.values(layer).items())
+        if removals is not None:
+            self._keep(removals.values(layer).items())
         for held, run in zip(sampled, self._runs, strict=True):
             self._keep(run.add(layer.spec.index, held).items())
 

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from moespresso.core.layer import Fed
 
+# Second moments that are held at once.
+MOMENT_BYTES = 1 << 30
+
 
 @dataclass(frozen=True)
 class RoutedExperts:
@@ -47,6 +50,13 @@ class RoutedExperts:
     def count(self) -> int:
         """Number of experts."""
         return len(self.down)
+
+    def groups(self, budget: int = MOMENT_BYTES) -> Iterator[range]:
+        """The experts, in runs whose second moments fit in `budget` bytes."""
+        width = max(self.up.shape[-1], self.down.shape[-1])
+        size = max(1, budget // (8 * 4 * width * width))
+        for first in range(0, self.count, size):
+            yield range(first, min(first + size, self.count))
 
     @cached_property
     def tokens(self) -> Tensor:

@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from moespresso.methods._hessians import factored
+from moespresso.measure import factored, removal, taken
 
 # Turns in which the surgeon takes what is to go: each looks again at what is left.
 TURNS = 64
@@ -45,24 +45,19 @@ def size(up: Tensor, down: Tensor) -> Tensor:
     return into * down.float().square().sum(1).sqrt()
 
 
-def best(scores: Tensor, keep: int) -> Tensor:
-    """The `keep` channels of the highest scores [N, I], ascending [N, keep]; the first of equals."""
-    return scores.argsort(dim=1, descending=True, stable=True)[:, :keep].sort(dim=1).values
+def ascending(scores: Tensor) -> Tensor:
+    """The channels [N, I] from the lowest score [N, I] to the highest; the first of equals comes last."""
+    return scores.argsort(dim=1, descending=True, stable=True).flip(1)
 
 
-def taken(weights: Tensor, kept: Tensor, dim: int) -> Tensor:
-    """`weights` [N, ...] with the channels `kept` [N, K] along `dim`."""
-    shape = [1] * weights.ndim
-    shape[0], shape[dim] = kept.shape
-    sizes = list(weights.shape)
-    sizes[dim] = kept.shape[1]
-    return weights.gather(dim, kept.view(shape).expand(sizes))
+def last(order: Tensor, keep: int) -> Tensor:
+    """The `keep` channels that go last in `order` [N, I], ascending [N, keep]."""
+    return order[:, order.shape[1] - keep :].sort(dim=1).values
 
 
 def rows_of(up: Tensor, kept: Tensor, width: int) -> Tensor:
-    """The rows of `up` [N, R, H] that lead to the channels `kept` [N, K] of `width`: of gate and up alike."""
-    halves = up.shape[1] // width
-    return torch.cat([taken(half, kept, 1) for half in up.chunk(halves, dim=1)], dim=1)
+    """The rows of one expert's `up` [R, H] that lead to the channels `kept` [K] of `width` [1 or 2, K, H]: of gate and up."""
+    return up.unflatten(0, (-1, width))[:, kept]
 
 
 def refitted(down: Tensor, moments: Tensor, kept: Tensor, damping: float) -> tuple[Tensor, dict[int, float]]:
@@ -77,31 +72,10 @@ def refitted(down: Tensor, moments: Tensor, kept: Tensor, damping: float) -> tup
     return taken(down, kept, 2) + torch.cholesky_solve(pull, lower).mT, raised
 
 
-def surgeon(
-    down: Tensor, moments: Tensor, keep: int, damping: float, turns: int = TURNS
-) -> tuple[Tensor, Tensor, dict[int, float]]:
-    """The channels to keep [N, keep], ascending, `down` [N, H, keep] refitted on them, and whose damping was raised."""
-    weights, (count, _, width) = down.float().clone(), down.shape
-    lower, _, raised = _lower(moments, damping)
-    inverse = torch.cholesky_inverse(lower)
-    there = torch.ones(count, width, dtype=torch.bool, device=down.device)
-    for some in _portions(width - keep, turns):
-        diagonal = inverse.diagonal(dim1=1, dim2=2)
-        loss = weights.square().sum(1) / diagonal.clamp_min(1e-30)
-        gone = loss.masked_fill(~there, torch.inf).topk(some, dim=1, largest=False).indices
-        there.scatter_(1, gone, False)
-        _remove(weights, inverse, gone)
-    kept = there.nonzero()[:, 1].view(count, keep)
-    return kept, taken(weights, kept, 2), raised
-
-
-def _remove(weights: Tensor, inverse: Tensor, gone: Tensor) -> None:
-    """Set the channels `gone` [N, m] to zero and let the others make up for it; the inverse becomes that of the others."""
-    rows = taken(inverse, gone, 1)
-    gain = torch.linalg.solve(taken(rows, gone, 2), rows)  # [N, m, I]
-    weights.baddbmm_(taken(weights, gone, 2), gain, alpha=-1)
-    weights.scatter_(2, gone.unsqueeze(1).expand(-1, weights.shape[1], -1), 0.0)
-    inverse.baddbmm_(rows.mT, gain, alpha=-1)
+def removed(down: Tensor, moments: Tensor, keep: int, damping: float) -> tuple[Tensor, dict[int, float]]:
+    """The order [N, I] in which the surgeon takes all channels but `keep`, and whose damping was raised."""
+    order, _, raised = removal(down, moments, damping, portions(down.shape[2] - keep, TURNS))
+    return order, raised
 
 
 def _lower(moments: Tensor, damping: float) -> tuple[Tensor, Tensor, dict[int, float]]:
@@ -116,7 +90,7 @@ def _others(kept: Tensor, width: int) -> Tensor:
     return there.nonzero()[:, 1].view(len(kept), -1)
 
 
-def _portions(total: int, turns: int) -> list[int]:
+def portions(total: int, turns: int) -> list[int]:
     """`total` in at most `turns` portions that are as equal as can be."""
     turns = max(1, min(turns, total))
     edges = [total * turn // turns for turn in range(turns + 1)]

@@ -24,7 +24,7 @@ from moespresso.core.format import Format
 from moespresso.formats.grids import searched
 from moespresso.formats.integer import Codes, levels
 from moespresso.formats.rounding import unbias
-from moespresso.methods._hessians import factored, ridged, usable
+from moespresso.measure.hessians import factored, ridged, usable
 
 
 @dataclass(frozen=True, slots=True)

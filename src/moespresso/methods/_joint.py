@@ -16,17 +16,22 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moespresso.measure import RoutedExperts
-from moespresso.methods._hessians import factored, usable
+from moespresso.measure import RoutedExperts, factored, usable
 
 
 def joint_refit(
-    experts: RoutedExperts, up: Tensor, down: Tensor, kept: Tensor, *, damping: Sequence[float], sweeps: int
+    experts: RoutedExperts,
+    up: Tensor,
+    down: Tensor,
+    kept: Sequence[Tensor],
+    *,
+    damping: Sequence[float],
+    sweeps: int,
 ) -> tuple[Tensor, dict[int, float]]:
-    """Down projections [E, H, K] that start from `down` and are drawn to the original columns `kept` [E, K], with `up` the
-    narrower [E, R', H] and every expert's own `damping`; and that of experts for which it had to be raised."""
+    """Down projections [E, H, K] that start from `down` and are drawn to the original columns `kept` [K_e] of each, with `up`
+    the narrower [E, R', H] and every expert's own `damping`; and that of experts for which it had to be raised. Where an
+    expert has fewer channels than others, the rest of its matrices is zero and stays so."""
     narrow = replace(experts, up=up, down=down)
-    anchor = experts.down.float().gather(2, kept.unsqueeze(1).expand(-1, experts.down.shape[1], -1))
     down, raised = down.float().clone(), {}
     left = answers(experts, experts.up, experts.down) - answers(narrow, up, down)
     for _ in range(sweeps):
@@ -34,9 +39,11 @@ def joint_refit(
             tokens, features = featured(experts, expert, up[expert])
             if not len(tokens):
                 continue
-            change, ridge = _step(features, left[tokens], down[expert] - anchor[expert], damping[expert])
+            here, features = kept[expert], features[:, : len(kept[expert])]
+            away = down[expert, :, : len(here)] - experts.down[expert].float()[:, here]
+            change, ridge = _step(features, left[tokens], away, damping[expert])
             raised |= {expert: ridge} if ridge is not None else {}
-            down[expert] += change
+            down[expert, :, : len(here)] += change
             left.index_add_(0, tokens, features @ change.T, alpha=-1)
     return down, raised
 

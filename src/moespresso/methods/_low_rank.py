@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moespresso.methods._hessians import factored, ridged, usable
+from moespresso.measure.hessians import factored, ridged, usable
 
 # Relative damping that only settles what the data leave open: of two answers alike on them, the one nearer to the weights.
 DAMPING = 1e-6

@@ -6,7 +6,7 @@ moments of their inputs. The answer is codes by name, tensors that are replaced 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,14 +16,11 @@ from moespresso.core.format import Format
 from moespresso.formats import Codes
 from moespresso.measure import RoutedExperts
 
-# Second moments that are held at once.
-MOMENT_BYTES = 1 << 30
-
 
 @dataclass(frozen=True, slots=True)
 class Shown:
     """One layer: `formats` of `up` and `down` of its experts and of every linear; `dtypes` that their scales (or what is left
-    of them) are stored in; `channels` that its experts keep, where some go; `curvature` [E, I] of the model's loss along the
+    of them) are stored in; `channels` that each of its experts keeps, where some go; `curvature` [E, I] of the model's loss along the
     output of every channel, for steps that go by gradients (`measure.Stiffness`).
 
     `linears` maps a module's name to its weight [out, in] and the mean of x x^T [in, in] of its inputs. `module` is the
@@ -36,16 +33,8 @@ class Shown:
     dtypes: Mapping[str, torch.dtype]
     experts: RoutedExperts | None = None
     linears: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
-    channels: int | None = None
+    channels: tuple[int, ...] | None = None
     curvature: Tensor | None = None
-
-    def groups(self, budget: int = MOMENT_BYTES) -> Iterator[range]:
-        """The experts, in runs whose second moments fit in `budget` bytes."""
-        assert self.experts is not None
-        width = max(self.experts.up.shape[-1], self.experts.down.shape[-1])
-        size = max(1, budget // (8 * 4 * width * width))
-        for first in range(0, self.experts.count, size):
-            yield range(first, min(first + size, self.experts.count))
 
 
 @dataclass(slots=True)

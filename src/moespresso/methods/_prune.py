@@ -150,7 +150,7 @@ class PruningOnText(Pruning):
     def _experts(self, shown: Shown, experts: RoutedExperts, answer: Answer) -> None:
         ups: list[Tensor | Codes] = []
         downs: list[Tensor | Codes] = []
-        for some in shown.groups():
+        for some in experts.groups():
             here = slice(some.start, some.stop)
             up = self._projection(shown, "up", experts.up[here], self.seen(experts, some, None), some, answer)
             weights = decode(up).float() if isinstance(up, Codes) else up

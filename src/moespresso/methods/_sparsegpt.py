@@ -24,8 +24,8 @@ from torch import Tensor
 from moespresso.core.format import Format
 from moespresso.formats.grids import searched
 from moespresso.formats.integer import Codes, levels
+from moespresso.measure.hessians import factored, usable
 from moespresso.methods._gptq import Trouble
-from moespresso.methods._hessians import factored, usable
 from moespresso.methods._masks import largest, staying
 
 

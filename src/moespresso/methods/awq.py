@@ -26,8 +26,8 @@ from moespresso.core.slim import REFIT
 from moespresso.core.unit import Unit
 from moespresso.formats import Codes, decode, encode, searched, unbias
 from moespresso.measure import RoutedExperts
+from moespresso.measure.hessians import usable
 from moespresso.methods._awq import Entrance, Untold, find_entrance, is_product, narrowed
-from moespresso.methods._hessians import usable
 from moespresso.methods._on_text import Answer, Shown, joined
 from moespresso.methods._slim import Slimming
 
@@ -97,7 +97,7 @@ class Awq(Slimming):
         assert experts is not None
         factors = self._shared(shown, experts, answer) if self.inputs else None
         product = self.inner and is_product(experts.module, experts.down.shape[-1])
-        made = [self._some(shown, experts, some, factors, product) for some in shown.groups()]
+        made = [self._some(shown, experts, some, factors, product) for some in experts.groups()]
         answer.up, answer.down = joined([up for up, _ in made]), joined([down for _, down in made])
         return answer
 
@@ -135,7 +135,7 @@ class Awq(Slimming):
     def _errors(self, shown: Shown, experts: RoutedExperts, factors: list[Tensor]) -> Tensor:
         """The error [A] of gate and up of all experts under each of the factors, experts counting by their squared gates."""
         total = torch.zeros(len(factors), dtype=torch.float64)
-        for some in shown.groups():
+        for some in experts.groups():
             weights = experts.up[some.start : some.stop].float()
             moments, _ = usable(experts.moments_in(some))
             shares = torch.stack([experts.rows(expert)[1].float().square().sum() for expert in some])

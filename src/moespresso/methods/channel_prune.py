@@ -2,20 +2,19 @@
 
     minimise  sum over an expert's tokens of g^2 |W a - W' a_K|^2       g = the gate, a = its channels, K = those that stay
 
-Rows of gate and up and columns of down go together, so the result is an ordinary, narrower model, in which all experts of a
-layer keep equally many channels. `score=surgeon` (default) picks and refits at once, by what is lost after the others have made
+Rows of gate and up and columns of down go together, so the result is an ordinary, narrower model. `score=surgeon` (default) picks and refits at once, by what is lost after the others have made
 up for it. Other scores rank once: HEAPr's E[a_k^2] w_k G w_k, with G the mean square of the loss's gradient (arXiv 2509.22299,
 one backward pass), MoDeGPT's leverage (arXiv 2408.09632), CAMERA's energy (arXiv 2508.02322), Wanda's, and that of the weights
 alone. `refit=expert` solves the formula for each expert, in closed form; `refit=layer` for all experts of the layer together,
 so that they also make up for one another (`_channels.py`, `_joint.py`). Layers are pruned one after the other, each on what the
-pruned ones before let through; `scope=global` takes channels from those layers that lose the least by it.
+pruned ones before let through. `scope=global` takes channels from those layers that lose the least by it, `per_expert=true`
+from those experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from heapq import heapify, heappop, heappush
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -28,22 +27,22 @@ from moespresso.core.registry import method
 from moespresso.core.remains import remains
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
-from moespresso.measure import RoutedExperts
+from moespresso.measure import grid, ridged, taken, usable
 from moespresso.methods._channels import (
     activity,
-    best,
+    ascending,
     energy,
+    last,
     peaked,
     refitted,
+    removed,
     rows_of,
     size,
-    surgeon,
-    taken,
 )
-from moespresso.methods._hessians import ridged, usable
 from moespresso.methods._joint import joint_refit
 from moespresso.methods._low_rank import leverage
 from moespresso.methods._on_text import Answer, Shown
+from moespresso.methods._widths import Key, Points, allocated
 
 # Channels that engines can multiply with: the grouped products of PyTorch want rows of whole 16 bytes.
 _LEAST = 8
@@ -59,6 +58,7 @@ class ChannelPrune:
     score: `surgeon` (least loss after refitting), `heapr` (by gradients of the model's loss), `leverage` (what others cannot tell),
         `camera`, `wanda`, `magnitude`, or `random`.
     scope: `layer` takes as much from every layer, `global` where it costs least (layers then differ: --target plugin).
+    per_expert: every expert has a width of its own, so that channels go where they cost least (--target plugin).
     refit: `expert` (each by itself), `layer` (all experts of a layer together), or `none`.
     multiple: a ratio's width is rounded up to a multiple of this; engines run multiples of 8, some faster those of 128.
     damping: share of the mean second moment that is added to every one in a refit.
@@ -78,6 +78,7 @@ class ChannelPrune:
     width: int | None = None
     score: Literal["surgeon", "heapr", "leverage", "camera", "wanda", "magnitude", "random"] = "surgeon"
     scope: Literal["layer", "global"] = "layer"
+    per_expert: bool = False
     refit: Literal["expert", "layer", "none"] = "layer"
     multiple: int = 8
     damping: float = 0.003
@@ -109,8 +110,8 @@ class ChannelPrune:
 
     @property
     def uneven(self) -> bool:
-        """Whether layers may come to differ."""
-        return self.scope == "global"
+        """Whether layers or experts may come to differ."""
+        return self.scope == "global" or self.per_expert
 
     def even(self, blueprint: Blueprint) -> str:
         """The settings of the nearest plan with equal layers."""
@@ -118,8 +119,17 @@ class ChannelPrune:
         return f"width={round(sum(widths) / len(widths) / _LEAST) * _LEAST}"
 
     def needs(self) -> frozenset[str]:
-        """What must be measured for this step: nothing but text to see, and for a global choice what each layer would lose."""
-        return frozenset({"text", "channels"} if self.uneven else {"text"})
+        """What must be measured for this step: nothing but text to see, and for widths that differ what each expert would lose."""
+        return frozenset({"text", self._loss} if self.uneven else {"text"})
+
+    @property
+    def _loss(self) -> str:
+        """The measure of what narrower experts lose: with what the others make up for, where these are asked to."""
+        return (
+            "channels"
+            if self.refit == "none" or self.score in ("camera", "wanda", "magnitude", "random")
+            else "removal"
+        )
 
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
@@ -134,6 +144,15 @@ class ChannelPrune:
                     "matrices of their own, which this version cannot narrow: drop experts instead"
                 )
         for layer in blueprint.moe_layers:
+            if layer.widths and not self.per_expert:
+                raise UserError(
+                    f"channel_prune: the experts of L{layer.index} have {min(layer.widths)} to {max(layer.widths)} channels, so "
+                    "that one number does not fit them: add per_expert=true"
+                )
+            if self.width is not None and self.width > layer.width:
+                raise UserError(
+                    f"channel_prune: width={self.width}, but experts have {layer.width} channels: say fewer"
+                )
             self._check_packed(layer, blueprint)
 
     def _check_packed(self, layer: LayerSpec, blueprint: Blueprint) -> None:
@@ -141,7 +160,8 @@ class ChannelPrune:
         for entry in blueprint.by_layer[layer.index]:
             packed = entry.ref.packed
             groups = packed.format.group_size if packed is not None and entry.unit.part == "experts" else 0
-            if groups and width % groups and (entry.unit.matrix or "").startswith("down"):
+            odd = groups and (width % groups or (self.uneven and self.multiple % groups))
+            if odd and (entry.unit.matrix or "").startswith("down"):
                 raise UserError(
                     f"channel_prune: {entry.ref.name} is packed in groups of {groups}, which do not divide {width} channels: "
                     f"use multiple={groups}"
@@ -152,10 +172,6 @@ class ChannelPrune:
         if (self.ratio is None) == (self.width is None):
             raise UserError(
                 "channel_prune: say how much: ratio=0.25 (of the channels goes), or width=96 (stay)"
-            )
-        if self.width is not None and self.width > before:
-            raise UserError(
-                f"channel_prune: width={self.width}, but experts have {before} channels: say fewer"
             )
         wanted = self.width if self.width is not None else round(before * (1 - (self.ratio or 0)))
         return min(before, -(-max(wanted, 1) // self.multiple) * self.multiple)
@@ -170,38 +186,69 @@ class ChannelPrune:
         """A stage of the right size, before anything is measured."""
         left = remains(before, source)
         specs = {layer.index: layer for layer in source.moe_layers}
-        widths = {layer: left.widths.get(layer, specs[layer].width) for layer in left.experts}
+        made: dict[Unit, Treatment] = {}
+        for at, kept in left.experts.items():
+            widths = left.widths.get(at) or dict.fromkeys(kept, specs[at].width)
+            if len(set(widths.values())) > 1:
+                made |= {Unit(at, "experts", each): self._narrowed(width) for each, width in widths.items()}
+            else:
+                made |= self._treatments({at: max(widths.values())})
         return Stage(
-            {"kind": self.kind} | {each.name: getattr(self, each.name) for each in fields(self)},
-            self._treatments(widths),
+            {"kind": self.kind} | {each.name: getattr(self, each.name) for each in fields(self)}, made
         )
+
+    def _narrowed(self, width: int) -> Treatment:
+        return Treatment(channels=self._width(width))
 
     def decide(self, stats: Stats, blueprint: Blueprint) -> Decision:
         """Give every layer its width."""
         if self.uneven:
-            return Decision(_treated(self._allocated(stats, blueprint), blueprint))
+            return self._uneven(self._allocated(stats, blueprint))
         made = self._treatments({layer.index: layer.width for layer in blueprint.moe_layers})
         return Decision(made, tuple(self._told(blueprint)))
 
-    def _allocated(self, stats: Stats, blueprint: Blueprint) -> dict[int, int]:
-        """Widths of all layers: again and again those experts become narrower that lose the least by it, for their weight."""
-        widths = {layer.index: layer.width for layer in blueprint.moe_layers}
-        experts = {layer.index: layer.experts for layer in blueprint.moe_layers}
-        over = sum((width - self._width(width)) * experts[layer] for layer, width in widths.items())
-        costs = {layer: _costs(stats, layer, width, self.multiple) for layer, width in widths.items()}
-        queue = [
-            entry for layer in widths for entry in _next(layer, widths[layer], costs[layer], experts[layer])
-        ]
-        heapify(queue)
-        while queue and over > 0:
-            _, layer, narrower = heappop(queue)
-            if (widths[layer] - narrower) * experts[layer] > over + self.multiple * experts[layer] // 2:
-                continue
-            over -= (widths[layer] - narrower) * experts[layer]
-            widths[layer] = narrower
-            for entry in _next(layer, narrower, costs[layer], experts[layer]):
-                heappush(queue, entry)
-        return widths
+    def _allocated(self, stats: Stats, blueprint: Blueprint) -> dict[Unit, Treatment]:
+        """Widths of all layers or experts: again and again channels go where the next ones cost least."""
+        layers = {layer.index: layer for layer in blueprint.moe_layers}
+        curves: dict[Key, Points] = {
+            (at, expert): self._curve(stats, layer, expert)
+            for at, layer in layers.items()
+            for expert in range(layer.experts)
+        }
+        counts: dict[Key, int] = dict.fromkeys(curves, 1)
+        if not self.per_expert:
+            curves = {
+                (at,): _summed([curves[at, expert] for expert in range(layer.experts)])
+                for at, layer in layers.items()
+            }
+            counts = {(at,): layer.experts for at, layer in layers.items()}
+        gone: dict[Key, int] = {}
+        for part in [list(layers)] if self.scope == "global" else [[at] for at in layers]:
+            goal = sum(width - self._width(width) for at in part for width in _widths(layers[at]))
+            some = {key: curve for key, curve in curves.items() if key[0] in part}
+            gone |= allocated(some, counts, goal, self.multiple)
+        narrowed = {key[0] for key, count in gone.items() if count}
+        narrow = {key: count for key, count in gone.items() if key[0] in narrowed}
+        return {
+            _unit(key): Treatment(channels=_widths(layers[key[0]])[key[1] if self.per_expert else 0] - count)
+            for key, count in narrow.items()
+        }
+
+    def _uneven(self, made: dict[Unit, Treatment]) -> Decision:
+        """A decision that says how far widths lie apart."""
+        found = sorted(each.channels or 0 for each in made.values())
+        note = f"channel_prune: experts keep {found[0]} to {found[-1]} channels" if found else ""
+        return Decision(made, (note,) if note else ())
+
+    def _curve(self, stats: Stats, layer: LayerSpec, expert: int) -> Points:
+        """How many channels of an expert may go, and what is lost without them."""
+        row, width = stats.values.get(Unit(layer.index, "experts", expert), {}), _widths(layer)[expert]
+        told = [kept for kept in grid(layer.width) if kept < width]
+        if any(f"{self._loss}@{kept}" not in row for kept in told):
+            raise UserError(
+                f"these stats do not say what narrower experts of L{layer.index} would lose: measure them again"
+            )
+        return [(0, 0.0), *((width - kept, row[f"{self._loss}@{kept}"]) for kept in reversed(told))]
 
     def _told(self, blueprint: Blueprint) -> list[str]:
         """Where a ratio could not be met to the channel."""
@@ -231,47 +278,56 @@ class ChannelPrune:
         self._check_curvature(shown)
         answer.trouble += self._few(shown)
         kept: list[Tensor] = []
-        downs: list[Tensor] = []
-        for some in shown.groups():
-            here, down = self._group(shown, experts, some, keep, answer)
-            kept.append(here)
-            downs.append(down)
-        chosen, down = torch.cat(kept), torch.cat(downs)
-        up = rows_of(experts.up, chosen, experts.down.shape[2])
+        up = experts.up.new_zeros(
+            experts.count, experts.up.shape[1] // experts.down.shape[2] * max(keep), experts.up.shape[2]
+        )
+        down = experts.down.new_zeros(*experts.down.shape[:2], max(keep), dtype=torch.float32)
+        for some in experts.groups():
+            for expert, (here, new) in zip(some, self._group(shown, some, answer), strict=True):
+                kept.append(here)
+                rows = rows_of(experts.up[expert], here, experts.down.shape[2])
+                up[expert].unflatten(0, (len(rows), -1))[:, : len(here)] = rows
+                down[expert, :, : len(here)] = new
         if self.refit == "layer":
             shares = self._shares(shown, range(experts.count)).tolist()
-            down, thin = joint_refit(experts, up, down, chosen, damping=shares, sweeps=self.sweeps)
+            down, thin = joint_refit(experts, up, down, kept, damping=shares, sweeps=self.sweeps)
             answer.trouble += [_thin(shown.layer, expert, ridge) for expert, ridge in thin.items()]
         answer.weights = {"up": up, "down": down}
         return answer
 
-    def _group(
-        self, shown: Shown, experts: RoutedExperts, some: range, keep: int, answer: Answer
-    ) -> tuple[Tensor, Tensor]:
-        """Kept channels and down projections of `some` experts."""
+    def _group(self, shown: Shown, some: range, answer: Answer) -> list[tuple[Tensor, Tensor]]:
+        """Kept channels [K] and down projection [H, K] of `some` experts."""
+        experts, keep = shown.experts, shown.channels
+        assert experts is not None
+        assert keep is not None
         up, down = experts.up[some.start : some.stop], experts.down[some.start : some.stop]
-        counts = experts.tokens[some.start : some.stop]
-        empty = (counts == 0).nonzero().flatten().tolist()
-        answer.remedies |= {some[at]: "magnitude" for at in empty}
+        counts, widths = experts.tokens[some.start : some.stop], keep[some.start : some.stop]
         moments, _ = usable(experts.moments_inner(some, up, by_gate=True))
         shares = self._shares(shown, some)
         moments = ridged(moments, (shares - self.damping) * moments.diagonal(dim1=1, dim2=2).mean(1))
         if self.score == "surgeon":
-            kept, new, raised = surgeon(down, moments, keep, self.damping)
+            order, raised = removed(down, moments, min(widths), self.damping)
         else:
-            kept, new, raised = best(self._scores(shown, some, moments), keep), None, {}
+            order, raised = ascending(self._scores(shown, some, moments)), {}
+        empty = (counts == 0).nonzero().flatten().tolist()
+        answer.remedies |= {some[at]: "magnitude" for at in empty}
         if empty:
             # Without a token all moments are zero: the weights alone speak.
-            kept[empty] = best(size(up[empty], down[empty]), keep)
-        if self.refit == "none" or (self.refit == "layer" and new is None):
-            new = taken(down.float(), kept, 2)
-        elif new is None:
-            new, raised = refitted(down, moments, kept, self.damping)
-        new[empty] = taken(down[empty].float(), kept[empty], 2)
+            order[empty] = ascending(size(up[empty], down[empty]))
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for width in set(widths):
+            same = [at for at, each in enumerate(widths) if each == width]
+            kept = last(order[same], width)
+            new, thin = taken(down[same].float(), kept, 2), {}
+            if self.refit == "expert" or (self.refit == "layer" and self.score == "surgeon"):
+                new, thin = refitted(down[same], moments[same], kept, self.damping)
+            raised |= {same[at]: ridge for at, ridge in thin.items()}
+            for at, here, each in zip(same, kept, new, strict=True):
+                found[at] = here, down[at].float()[:, here] if at in empty else each
         answer.trouble += [
             _thin(shown.layer, some[at], ridge) for at, ridge in raised.items() if at not in empty
         ]
-        return kept, new
+        return [found[at] for at in range(len(some))]
 
     def _shares(self, shown: Shown, some: range) -> Tensor:
         """Damping of `some` experts [N]: as many times what was asked for as an expert keeps channels for each of its tokens,
@@ -281,19 +337,22 @@ class ChannelPrune:
         tokens = shown.experts.tokens[some.start : some.stop].clamp(min=1).float()
         if shown.experts.everyone:
             tokens = torch.full_like(tokens, len(shown.experts.hidden))
-        return self.damping * (shown.channels / tokens).clamp(min=1)
+        kept = tokens.new_tensor(shown.channels[some.start : some.stop])
+        return self.damping * (kept / tokens).clamp(min=1)
 
     def _few(self, shown: Shown) -> list[str]:
         """Experts whose refit stands on less than one token a channel."""
         assert shown.experts is not None
         assert shown.channels is not None
         shares = self._shares(shown, range(shown.experts.count)).tolist()
-        few = [at for at, count in enumerate(shown.experts.tokens.tolist()) if 0 < count < shown.channels]
+        tokens = shown.experts.tokens.tolist()
+        few = [at for at, kept in enumerate(shown.channels) if 0 < tokens[at] < kept]
         if not few or self.refit == "none":
             return []
         names = ", ".join(f"E{at}" for at in few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
+        most = max(shown.channels)
         return [
-            f"L{shown.layer}: {names} saw fewer tokens than they keep channels ({shown.channels}): their refit is damped by up to "
+            f"L{shown.layer}: {names} saw fewer tokens than they keep channels ({most}): their refit is damped by up to "
             f"{max(shares[at] for at in few):.2g} instead of {self.damping:g}; more text helps"
         ]
 
@@ -329,36 +388,18 @@ class ChannelPrune:
         return peaked(down, *experts.sums_and_peaks(some, up), self.alpha)
 
 
-def _costs(stats: Stats, layer: int, width: int, multiple: int) -> dict[int, float]:
-    """What experts of each width would lose; those of their own nothing."""
-    row = stats.values.get(Unit(layer, "experts"), {})
-    found = {
-        kept: row[f"channels@{kept}"]
-        for kept in range(multiple, width, multiple)
-        if f"channels@{kept}" in row
-    }
-    if not found and width > multiple:
-        raise UserError(
-            f"these stats do not say what narrower experts of L{layer} would lose: measure them again"
-        )
-    return found | {width: 0.0}
+def _widths(layer: LayerSpec) -> tuple[int, ...]:
+    """Channels of every expert of a layer."""
+    return layer.widths or (layer.width,) * layer.experts
 
 
-def _next(layer: int, width: int, costs: Mapping[int, float], experts: int) -> list[tuple[float, int, int]]:
-    """The next narrower width of a layer, with what a channel less then costs; none where there is no narrower one."""
-    narrower = max((kept for kept in costs if kept < width), default=None)
-    if narrower is None:
-        return []
-    return [((costs[narrower] - costs[width]) / ((width - narrower) * experts), layer, narrower)]
+def _unit(key: Key) -> Unit:
+    return Unit(key[0], "experts", key[1] if len(key) > 1 else None)
 
 
-def _treated(widths: Mapping[int, int], blueprint: Blueprint) -> dict[Unit, Treatment]:
-    """Treatments of the layers that become narrower."""
-    return {
-        Unit(layer.index, "experts"): Treatment(channels=widths[layer.index])
-        for layer in blueprint.moe_layers
-        if widths[layer.index] < layer.width
-    }
+def _summed(curves: list[Points]) -> Points:
+    """The curve of a layer whose experts all become equally narrow, each having been as wide."""
+    return [(points[0][0], sum(loss for _, loss in points)) for points in zip(*curves, strict=True)]
 
 
 def _thin(layer: int, expert: int, ridge: float) -> str:

@@ -22,8 +22,8 @@ from moespresso.core.format import Format
 from moespresso.core.registry import method
 from moespresso.formats import Codes, decode
 from moespresso.measure import RoutedExperts
+from moespresso.measure.hessians import shrunk
 from moespresso.methods._gptq import Trouble, solve
-from moespresso.methods._hessians import shrunk
 from moespresso.methods._hqq import half_quadratic
 from moespresso.methods._on_text import Answer, Shown, joined, patched
 from moespresso.methods._slim import Slimming
@@ -80,7 +80,7 @@ class Gptq(Slimming):
         ups: list[Codes] = []
         downs: list[Codes] = []
         pooled = experts.pooled() if self.shrink else None
-        for some in shown.groups():
+        for some in experts.groups():
             empty = [expert for expert in some if not len(experts.rows(expert)[0])]
             moments = experts.moments_in(some)
             if pooled is not None:

@@ -73,7 +73,7 @@ class LowRank(OnMatrices):
     def _experts(self, shown: Shown, experts: RoutedExperts, answer: Answer) -> None:
         halves = ("gate", "up") if experts.up.shape[1] > experts.down.shape[2] else ("up",)
         found: dict[str, list[Factors]] = {name: [] for name in (*halves, "down")}
-        for some in shown.groups():
+        for some in experts.groups():
             here, moments = slice(some.start, some.stop), experts.moments_in(some)
             for name, weights in zip(halves, experts.up[here].chunk(len(halves), dim=1), strict=True):
                 found[name].append(self._factors(weights.float(), moments, shown, "up"))

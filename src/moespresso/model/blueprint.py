@@ -175,6 +175,7 @@ def _layer_spec(index: int, layer: nn.Module, config: PreTrainedConfig) -> Layer
         index, mixer, count, _shared_experts(block, config), top_k, groups, _floor(router, groups, top_k, config),
         experts.down_proj.shape[1 if experts.is_transposed else 2], *widths,
         skipped=len(getattr(experts, "places", ())) and len(experts.places) - count,
+        widths=getattr(experts, "widths", ()),
     )  # fmt: skip
 
 
@@ -409,12 +410,28 @@ class _Classifier:
             shapes = {wanted}
         else:  # stacked over experts, gate and up one after the other
             shapes = {(wanted[1] * wanted[0] // len(refs), *wanted[2:])}
-        odd = [ref for ref in refs if ref.shape not in shapes]
+        odd = [ref for ref in refs if shapes != {self._widened(ref, name, len(refs))}]
         if odd:
             raise UserError(
                 f"{place}: tensor {odd[0].name} has shape {list(odd[0].shape)}, which does not make "
                 f"{name} {list(wanted)} as the config asks: the files or the config were changed"
             )
+
+    def _widened(self, ref: TensorRef, name: str, count: int) -> tuple[int, ...]:
+        """The shape of one expert's tensor with as many channels as the widest of its layer, where it has those it should."""
+        layer = layer_number(name, self._layers_name)
+        block = None if layer is None or count == 1 else self._blocks[layer]
+        number = _EXPERT.search(ref.name)
+        if block is None or number is None:
+            return ref.shape
+        experts = block[1].get_submodule("experts")
+        widths: tuple[int, ...] = getattr(experts, "widths", ())
+        axis = _expert_axes_of(name.rpartition(".")[2], experts).get("channel_axis")
+        if not widths or axis is None or ref.shape[axis] != widths[int(number[1])]:
+            return ref.shape
+        shape = list(ref.shape)
+        shape[axis] = max(widths)
+        return tuple(shape)
 
 
 def _expert_axes_of(matrix: str, experts: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from moespresso.core.errors import UserError
 from moespresso.model import quirks
 from moespresso.model.experts import is_experts
 from moespresso.model.skeleton import build_meta, read_config
+from moespresso.runtime.unequal import OWN_WIDTHS
 
 
 def with_count(config: Mapping[str, Any], family: str, count: int) -> dict[str, Any]:
@@ -45,6 +46,21 @@ def _changed(config: Mapping[str, Any], family: str, change: Callable[[int], int
         parts[-1].update({key: default[key] for key in _present(default)})
     for part in parts:
         _set_count(part, family, change)
+    return edited
+
+
+def evened(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config in which all experts of a layer are as wide as the widest."""
+    edited = copy.deepcopy(dict(config))
+    for part in (edited, edited.get("text_config")):
+        if isinstance(part, dict) and part.pop(OWN_WIDTHS, None) is not None:
+            own: dict[str, dict[str, Any]] = part.pop("per_layer_config", {})
+            said = {at: {key: each[key] for key in each if key != OWN_WIDTHS} for at, each in own.items()}
+            part |= (
+                {"per_layer_config": rest}
+                if (rest := {at: each for at, each in said.items() if each})
+                else {}
+            )
     return edited
 
 
@@ -85,7 +101,9 @@ def expert_axes(raw: Mapping[str, Any], model: PreTrainedModel, place: str) -> d
     if len(counts) > 1 and not is_unequal(raw):
         raise _refused(place, family, "its layers have different numbers of experts")
     try:
-        double = build_meta(read_config(_doubled(raw, family), place), torch.bfloat16, place).state_dict()
+        double = build_meta(
+            read_config(_doubled(evened(raw), family), place), torch.bfloat16, place
+        ).state_dict()
     except UserError as error:
         raise _refused(place, family, f"its number of experts cannot be changed: {error}") from error
     axes: dict[str, int] = {}

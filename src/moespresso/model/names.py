@@ -30,6 +30,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from moespresso.core.errors import UserError
+from moespresso.runtime.widths import widened
 
 transformers_logging.disable_progress_bar()
 
@@ -97,10 +98,10 @@ class Names:
             slots = stack.chunk(len(patterns), dim=1)[place]
             for slot, key in zip(slots, sorted(keys[pattern], key=dot_natural_key), strict=True):
                 tensor = tensors[key][...]
-                assert tensor.shape == slot.shape, (
-                    f"{key} has shape {list(tensor.shape)}, not {list(slot.shape)}"
-                )
-                slot.copy_(tensor)
+                if tensor.shape == slot.shape:
+                    slot.copy_(tensor)
+                else:  # narrower than the widest of its layer
+                    slot.copy_(widened(tensor, slot.shape))
         module, _, parameter = name.rpartition(".")
         self._model.get_submodule(module)._parameters[parameter] = nn.Parameter(stack, requires_grad=False)
 

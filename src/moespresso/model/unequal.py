@@ -9,7 +9,7 @@ moespresso stop instead of filling what is missing with random weights.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -20,9 +20,10 @@ from moespresso.core.plan import Plan
 from moespresso.core.remains import Remains, pressed_layers
 from moespresso.core.rewrite import biased_stubs
 from moespresso.model import quirks
-from moespresso.model.counts import with_count
+from moespresso.model.counts import evened, with_count
 from moespresso.model.depth import with_layers
 from moespresso.model.widths import width_key, with_width
+from moespresso.runtime.unequal import OWN_WIDTHS
 
 Config = dict[str, Any]
 
@@ -33,13 +34,14 @@ def pressed_config(
     """What `raw` (a config.json) becomes; raises `UserError` where no config can say which blocks are left. In the `stock`
     form shared experts may be said to be wider than they are."""
     whole = len(left.layers) == len(source.layers)
+    raw = evened(raw)  # what `left` knows of widths is said anew
     config = copy.deepcopy(dict(raw)) if whole else with_layers(raw, left.layers, source.source)
     config.pop("auto_map", None)  # custom code is not copied; the family is transformers' own
     specs = {layer.index: layer for layer in source.layers}
     layers, biased = pressed_layers(source, left), biased_stubs(source, plan)
     rows = {layer.index: layer.experts + layer.skipped for layer in layers if layer.experts}
     before = [layer.experts + layer.skipped for layer in source.moe_layers]
-    config, own = _narrowed(config, source, left, stock)
+    config, own = _narrowed(config, source, layers, left, stock)
     common = _common(rows, before)
     if common is not None and (set(before) != {common} or len(set(rows.values())) > 1):
         config = with_count(config, source.family, common)
@@ -60,24 +62,28 @@ def pressed_config(
 
 
 def _narrowed(
-    config: Config, source: Blueprint, left: Remains, stock: bool
+    config: Config, source: Blueprint, layers: Sequence[LayerSpec], left: Remains, stock: bool
 ) -> tuple[Config, dict[int, Config]]:
     """The config with the widths of experts that are left, and what single layers have of their own."""
-    own, widths = _own(config), {left.position(layer): width for layer, width in left.widths.items()}
-    mixtures = {left.position(layer) for layer in left.experts}
-    if not widths or all(widths[at] == source.layers[left.layers[at]].width for at in widths):
-        return config, own
-    if set(widths) == mixtures and len(set(widths.values())) == 1 and not own:
-        edited = with_width(config, next(iter(widths.values())), source.source, grow=stock)
-        if edited is not None:
-            return edited, own
-    key = width_key(config)
-    if key is None:
-        raise UserError(
-            f"{source.source} ({source.family}): no known key of its config sets the width of its experts"
-        )
-    for position, width in widths.items():
-        own.setdefault(position, {})[key] = width
+    own = _own(config)
+    positions = [left.position(layer) for layer in left.widths]
+    widths = {at: layers[at].width for at in positions}
+    if any(width != source.layers[left.layers[at]].width for at, width in widths.items()):
+        same = len(widths) == len(left.experts) and len(set(widths.values())) == 1 and not own
+        edited = with_width(config, widths[positions[0]], source.source, grow=stock) if same else None
+        key = width_key(config)
+        if edited is None and key is None:
+            raise UserError(
+                f"{source.source} ({source.family}): no known key of its config sets the width of its experts"
+            )
+        if edited is None:
+            for at, width in widths.items():
+                own.setdefault(at, {})[key or ""] = width
+        config = edited or config
+    for at in positions:
+        if layers[at].widths:
+            own.setdefault(at, {})[OWN_WIDTHS] = list(layers[at].widths)
+            _text(config)[OWN_WIDTHS] = []  # what single layers say must have a value for all
     return config, own
 
 

@@ -128,8 +128,8 @@ class View:
         }
         # What will be dense has no width of its own to be asked for.
         widths = self.left.widths
-        if len(set(widths.values())) == 1:
-            widths = dict.fromkeys(experts, next(iter(widths.values())))
+        if len(sizes := {width for each in widths.values() for width in each.values()}) == 1:
+            widths = {layer: dict.fromkeys(there, *sizes) for layer, there in experts.items()}
         config = pressed_config(
             self.checkpoint.config,
             self.source,

@@ -5,7 +5,8 @@ them: when a model ends its construction, each layer that the config changes get
 loses single experts, by general code that knows no family. What a layer may say (`{"3": {...}}`):
 
 * a count of experts: `{"num_local_experts": 6}`, or what else the family calls it;
-* the width of its experts: `{"moe_intermediate_size": 96}` (shared experts and dense layers keep theirs);
+* the width of its experts: `{"moe_intermediate_size": 96}` (shared experts and dense layers keep theirs), and beside it
+  that of each where they differ: `{"expert_widths": [96, 24, 64]}`;
 * branches that add nothing, or one vector: `{"skip": ["mlp", "attention+bias"]}`;
 * experts that are gone while the router still selects them: `{"skip": ["expert.1", "expert.5+novice"]}`, where a
   novice is a constant vector that answers in the expert's place.
@@ -31,11 +32,14 @@ from transformers.modeling_utils import PreTrainedModel
 from moespresso.core.errors import UserError
 from moespresso.runtime.anatomy import Branch, NotResidual, find_anatomy
 from moespresso.runtime.parts import NoNorm, Silent, SilentMixer, thin_out
+from moespresso.runtime.widths import install as install_widening
 
 # Keys of a config that count routed experts.
 COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Keys of a config that set the width of experts.
 WIDTH_KEYS = ("moe_intermediate_size", "intermediate_size")
+# Our own, for the widths of all experts of a layer in which they differ.
+OWN_WIDTHS = "expert_widths"
 
 _BRANCH = re.compile(r"(attention|mlp)(\+bias)?")
 _EXPERT = re.compile(r"expert\.(\d+)(\+novice)?")
@@ -45,13 +49,14 @@ _DONE = "_moespresso"
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What one layer has of its own: a `count` of experts and their `width` (None: as all others), `silent` branches and
-    experts that are `gone`, each with whether it leaves a vector (a bias, a novice) in its place."""
+    """What one layer has of its own: a `count` of experts and their `width` (None: as all others), or the `widths` of each;
+    `silent` branches and experts that are `gone`, each with whether it leaves a vector (a bias, a novice) in its place."""
 
     count: int | None
     silent: Mapping[str, bool]
     gone: Mapping[int, bool]
     width: int | None = None
+    widths: tuple[int, ...] = ()
 
 
 def install() -> None:
@@ -59,6 +64,7 @@ def install() -> None:
     if not hasattr(PreTrainedModel.post_init, _DONE):
         PreTrainedModel.__init__ = _admitting(PreTrainedModel.__init__)
         PreTrainedModel.post_init = _reshaping(PreTrainedModel.post_init)
+        install_widening()
 
 
 def _admitting(original: Callable[..., None]) -> Callable[..., None]:
@@ -123,7 +129,8 @@ def _change(layer: int, said: Mapping[str, Any]) -> Change:
         None if "mlp" in silent else next((said[key] for key in keys if key in said), None)
         for keys in (COUNT_KEYS, WIDTH_KEYS)
     )
-    return Change(count, silent, {int(found[1]): found[2] is not None for found in experts}, width)
+    gone = {int(found[1]): found[2] is not None for found in experts}
+    return Change(count, silent, gone, width, () if "mlp" in silent else tuple(said.get(OWN_WIDTHS, ())))
 
 
 def _admit(config: PreTrainedConfig) -> None:
@@ -135,7 +142,7 @@ def _admit(config: PreTrainedConfig) -> None:
         key
         for said in _said(config).values()
         for key, value in said.items()
-        if key not in (*COUNT_KEYS, *WIDTH_KEYS) and not (value == 0 and "skip" in said)
+        if key not in (*COUNT_KEYS, *WIDTH_KEYS, OWN_WIDTHS) and not (value == 0 and "skip" in said)
     }
     forbidden = config.per_layer_attributes
     assert forbidden is not None
@@ -183,6 +190,19 @@ def _change_layer(layer: nn.Module, index: int, change: Change, config: PreTrain
         if not set(change.gone) < set(range(experts.num_experts)):
             raise UserError(f"experts {sorted(change.gone)} cannot go where there are {experts.num_experts}")
         thin_out(experts, change.gone)
+    if change.widths:
+        _differ(layer, change.widths)
+
+
+def _differ(layer: nn.Module, widths: tuple[int, ...]) -> None:
+    """Note the width of each of a layer's experts, which end in zeros where they are narrower than their stack."""
+    experts: Any = _mixture(layer)[1].get_submodule("experts")
+    wide = experts.down_proj.shape[1 if experts.is_transposed else 2]
+    if len(widths) != experts.num_experts or max(widths) != wide or min(widths) < 1:
+        raise UserError(
+            f"{OWN_WIDTHS} {list(widths)} are not the widths of {experts.num_experts} experts of which the widest has {wide}"
+        )
+    experts.widths = widths
 
 
 def _silence(layer: nn.Module, branch: Branch, width: int | None, index: int | None) -> None:

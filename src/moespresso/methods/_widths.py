@@ -1,0 +1,63 @@
+"""How many channels stay where, when not everything becomes equally narrow.
+
+What narrower experts would lose is known for some widths; between them it is taken as a line, and of all those lines the
+lowest that nowhere bend upwards, so that taking always where the next channels cost least is the best for every total.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from heapq import heapify, heappop, heappush
+from itertools import pairwise
+
+# A layer, or one of its experts.
+Key = tuple[int, ...]
+# Channels that go, ascending from 0, and what is lost without them.
+Points = list[tuple[int, float]]
+
+
+def allocated(
+    curves: Mapping[Key, Points], counts: Mapping[Key, int], goal: int, multiple: int
+) -> dict[Key, int]:
+    """Channels that go of each, in multiples of `multiple`, so that `goal` go in all and the least is lost.
+
+    `counts` says of how many experts each of `curves` is the sum. The sum comes as near to `goal` as whole steps can.
+    """
+    slopes = {key: _slopes(points) for key, points in curves.items()}
+    gone = dict.fromkeys(curves, 0)
+    queue = [
+        (_price(slopes[key], 0, counts[key]), key)
+        for key in curves
+        if slopes[key] and slopes[key][-1][0] >= multiple
+    ]
+    heapify(queue)
+    while queue and goal > 0:
+        _, key = heappop(queue)
+        size = multiple * counts[key]
+        if size > goal + size // 2:
+            continue
+        goal -= size
+        gone[key] += multiple
+        if gone[key] + multiple <= slopes[key][-1][0]:
+            heappush(queue, (_price(slopes[key], gone[key], counts[key]), key))
+    return gone
+
+
+def _slopes(points: Points) -> list[tuple[int, float]]:
+    """The lower convex hull: where each of its lines ends, and how steep it is."""
+    hull: Points = []
+    for point in points:
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return [(end[0], _slope(start, end)) for start, end in pairwise(hull)]
+
+
+def _slope(start: tuple[int, float], end: tuple[int, float]) -> float:
+    return (end[1] - start[1]) / (end[0] - start[0])
+
+
+def _price(slopes: list[tuple[int, float]], gone: int, count: int) -> float:
+    """What the next channel of one expert costs when so many have gone."""
+    return slopes[bisect_right(slopes, gone, key=lambda line: line[0])][1] / count
