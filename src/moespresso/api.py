@@ -131,7 +131,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "layers": [
             {"index": layer.index, "mixer": layer.mixer, "experts": layer.experts, "shared_experts": layer.shared_experts,
              "top_k": layer.top_k, "groups": layer.groups, "width": layer.width, "skipped": layer.skipped,
-             "parts": sorted(layer.bodies)}
+             "parts": sorted(layer.bodies), **({"widths": list(layer.widths)} if layer.widths else {})}
             for layer in blueprint.layers
         ],
         "hidden": blueprint.hidden,
@@ -340,6 +340,11 @@ def _housed(view: View, try_out: Callable[[View], None]) -> View:
     return view
 
 
+def _why_uneven(step: Any) -> str:
+    wide = getattr(step, "scope", "") == "global"
+    return "scope=global leaves unequal layers" if wide else "per_expert=true leaves experts of unequal width"
+
+
 def _walk(view: View, request: Request) -> None:
     target, made = find_target(request.target), view.plan
     for step in request.steps:
@@ -347,7 +352,7 @@ def _walk(view: View, request: Request) -> None:
         step.check(now.blueprint)
         if step.uneven and not target.plugin:
             raise UserError(
-                f"{step.kind}: scope=global leaves unequal layers, which {target.name} cannot load; the nearest plan "
+                f"{step.kind}: {_why_uneven(step)}, which {target.name} cannot load; the nearest plan "
                 f"that it can is scope=layer,{step.even(now.blueprint)}, or say --target plugin"
             )
         made = replace(made, stages=(*made.stages, step.outline(view.source, made))).validated(view.source)

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from moespresso.core.cost import Cost
 from moespresso.core.format import DTYPE_BYTES, Format, Layout, stored_parts
@@ -123,10 +123,11 @@ class LayerSpec:
     skipped: int = 0
     widths: tuple[int, ...] = ()
 
-    def facts(self) -> dict[str, int | str | list[str]]:
+    def facts(self) -> dict[str, Any]:
         """What tells two layers apart, as plain data."""
-        return {"index": self.index, "mixer": self.mixer, "experts": self.experts, "skipped": self.skipped,
-                "width": self.width, "parts": sorted(self.bodies)}  # fmt: skip
+        found = {"index": self.index, "mixer": self.mixer, "experts": self.experts, "skipped": self.skipped,
+                 "width": self.width, "parts": sorted(self.bodies)}  # fmt: skip
+        return found | {"widths": list(self.widths)} if self.widths else found
 
     def unit(self, branch: Branch) -> Unit:
         """The address of one of the layer's residual branches."""

@@ -36,7 +36,9 @@ def check_plan(plan: Plan, blueprint: Blueprint) -> None:
             if layer is None:
                 raise _nothing_there(unit, blueprint)
             _check_treatment(unit, treatment, layer, blueprint)
-        _check_there(stage, remains(Plan(plan.blueprint, plan.stages[:number]), blueprint).experts)
+        there = remains(Plan(plan.blueprint, plan.stages[:number]), blueprint).experts
+        _check_there(stage, there)
+        _check_narrowed(stage, there)
         _check_merges(stage)
         _check_cuts(plan, number, blueprint)
     left = remains(plan, blueprint)
@@ -138,6 +140,22 @@ def _check_there(stage: Stage, there: Mapping[int, Sequence[int]]) -> None:
             raise UserError(f"the plan narrows {unit}, which an earlier step let go")
         if treatment.repair in ROWS_STAY and not left:
             raise UserError(f"the plan repairs {unit} by {treatment.repair}, but an earlier step let it go")
+
+
+def _check_narrowed(stage: Stage, there: Mapping[int, Sequence[int]]) -> None:
+    """What stays of a layer's experts is fitted together, so all of them have a width or none."""
+    said: dict[int, set[int]] = {}
+    for unit, treatment in stage.treatments.items():
+        if treatment.channels is not None and unit.layer is not None and unit.expert is not None:
+            said.setdefault(unit.layer, set()).add(unit.expert)
+    for layer, experts in said.items():
+        whole = stage.treatments.get(Unit(layer, "experts"), Treatment())
+        missing = set(there.get(layer, ())) - experts
+        if missing and whole.channels is None:
+            raise UserError(
+                f"the plan narrows experts of L{layer} but says nothing of {Unit(layer, 'experts', min(missing))}: give each "
+                "its channels, be it as many as it has"
+            )
 
 
 def _check_merges(stage: Stage) -> None:

@@ -36,7 +36,7 @@ class Treatment:
     has that one itself.
     `repair` says what stands in for what goes, or how members of a merge are put in line (see `moespresso.core.fits`).
     `channels`, `rank`, `format` are for slimming; `channels` counts those that each expert of the layer keeps (`L3.experts`), or
-    one of them (`L3.experts.E5`); which ones is found on text or weights, like all fitted values.
+    one of them (`L3.E5`); which ones is found on text or weights, like all fitted values.
     """
 
     keep: tuple[int, ...] | None = None

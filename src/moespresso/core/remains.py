@@ -133,7 +133,9 @@ def _pressed(layer: LayerSpec, position: int, left: Remains) -> LayerSpec:
     if (layer.index, "attention") in left.cut:
         layer = replace(layer, mixer="none", qk_width=0, v_width=0, kv_width=SILENT_KV)
     if (layer.index, "mlp") in left.cut:
-        layer = replace(layer, experts=0, shared_experts=0, top_k=0, groups=1, floor=0, width=0, skipped=0)
+        layer = replace(
+            layer, experts=0, shared_experts=0, top_k=0, groups=1, floor=0, width=0, skipped=0, widths=()
+        )
     if layer.experts:
         gone = len(left.gone.get(layer.index, ()))
         own = tuple(left.widths.get(layer.index, {}).values())

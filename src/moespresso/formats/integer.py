@@ -31,7 +31,7 @@ class Codes:
     def corner(self, number: int, shape: tuple[int, ...]) -> Codes:
         """Codes [1, out, in] of matrix `number` as far as `shape` goes; groups must not be cut."""
         rows, columns = shape
-        groups = columns * self.scale.shape[2] // self.values.shape[2]
+        groups = max(1, columns * self.scale.shape[2] // self.values.shape[2])
         scale, zero = (
             grid[number : number + 1, :rows, :groups].contiguous() for grid in (self.scale, self.zero)
         )

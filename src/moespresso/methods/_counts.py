@@ -64,3 +64,13 @@ def refuse_skipped(kind: str, blueprint: Blueprint) -> None:
                 f"{kind}: the router of L{layer.index} still selects {layer.skipped} experts that are gone, so its experts "
                 "cannot change again: do this step before the one with router=preserve or replace=novice"
             )
+
+
+def refuse_widths(kind: str, blueprint: Blueprint) -> None:
+    """Raise `UserError` where experts of a layer differ in width, for a step that makes one of several or treats all alike."""
+    for layer in blueprint.moe_layers:
+        if layer.widths:
+            raise UserError(
+                f"{kind}: the experts of L{layer.index} differ in width ({min(layer.widths)} to {max(layer.widths)} channels), which "
+                "it cannot treat: do this step before the one with per_expert=true"
+            )

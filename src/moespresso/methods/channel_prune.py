@@ -116,7 +116,8 @@ class ChannelPrune:
     def even(self, blueprint: Blueprint) -> str:
         """The settings of the nearest plan with equal layers."""
         widths = [self._width(layer.width) for layer in blueprint.moe_layers]
-        return f"width={round(sum(widths) / len(widths) / _LEAST) * _LEAST}"
+        width = round(sum(widths) / len(widths) / _LEAST) * _LEAST
+        return f"per_expert=false,width={width}" if self.per_expert else f"width={width}"
 
     def needs(self) -> frozenset[str]:
         """What must be measured for this step: nothing but text to see, and for widths that differ what each expert would lose."""

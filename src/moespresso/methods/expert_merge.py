@@ -30,7 +30,7 @@ from moespresso.core.registry import method
 from moespresso.core.remains import remains
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
-from moespresso.methods._counts import keep_count, outlined, refuse_skipped
+from moespresso.methods._counts import keep_count, outlined, refuse_skipped, refuse_widths
 
 # A leader, and its members with their weights (the leader among them).
 Groups = dict[int, dict[int, float]]
@@ -92,6 +92,7 @@ class ExpertMerge:
                 f"expert_merge needs routed experts, but {blueprint.source} ({blueprint.family}) is dense"
             )
         refuse_skipped(self.kind, blueprint)
+        refuse_widths(self.kind, blueprint)
         for layer in blueprint.moe_layers:
             keep_count(self, layer)
 

@@ -22,6 +22,7 @@ from moespresso.core.format import Format
 from moespresso.core.registry import method
 from moespresso.formats import product
 from moespresso.measure import RoutedExperts
+from moespresso.methods._counts import refuse_widths
 from moespresso.methods._low_rank import truncated
 from moespresso.methods._matrices import OnMatrices
 from moespresso.methods._on_text import Answer, Shown
@@ -55,6 +56,12 @@ class LowRank(OnMatrices):
             raise UserError(f"low_rank: ratio={self.ratio} must lie between 0 and 1")
         if not 0 <= self.damping < float("inf"):
             raise UserError(f"low_rank: damping={self.damping} must not be negative")
+
+    def check(self, blueprint: Blueprint) -> None:
+        """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
+        if "experts" in self.parts.each():
+            refuse_widths(self.kind, blueprint)
+        OnMatrices.check(self, blueprint)
 
     def amounts(self, blueprint: Blueprint) -> list[Any]:
         """This step with every ratio, least first (for a byte budget)."""

@@ -30,7 +30,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from moespresso.core.errors import UserError
-from moespresso.runtime.widths import widened
+from moespresso.runtime.widths import stacked, widened
 
 transformers_logging.disable_progress_bar()
 
@@ -106,17 +106,15 @@ class Names:
         self._model.get_submodule(module)._parameters[parameter] = nn.Parameter(stack, requires_grad=False)
 
     def _load_by_library(self, tensors: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
-        info, _ = convert_and_load_state_dict_in_model(
-            self._model,
-            dict(tensors),
-            LoadStateDictConfig(
-                weight_mapping=self._loading,
-                device_map={"": device},
-                dtype=dtype,
-                # Without the plan, tensors that must stay float32 are rounded and routing changes.
-                dtype_plan=self._model._get_dtype_plan(dtype),  # pyright: ignore[reportPrivateUsage]
-            ),
+        settings = LoadStateDictConfig(
+            weight_mapping=self._loading,
+            device_map={"": device},
+            dtype=dtype,
+            # Without the plan, tensors that must stay float32 are rounded and routing changes.
+            dtype_plan=self._model._get_dtype_plan(dtype),  # pyright: ignore[reportPrivateUsage]
         )
+        with stacked():
+            info, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), settings)
         if info.conversion_errors:
             name, error = next(iter(info.conversion_errors.items()))
             raise _conversion_failed(name, [line for line in str(error).splitlines() if line.strip()])

@@ -31,6 +31,7 @@ from moespresso.model import experts as experts_function
 from moespresso.model import quirks
 from moespresso.model.names import Names
 from moespresso.runtime.anatomy import Anatomy, NotResidual, find_anatomy
+from moespresso.runtime.widths import laid_end_to_end, stacked
 
 
 def read_config(raw: Mapping[str, Any], place: str) -> PreTrainedConfig:
@@ -67,7 +68,7 @@ def build_meta(config: PreTrainedConfig, dtype: torch.dtype, place: str) -> PreT
             f"{place}: transformers has no causal language model for model_type {config.model_type!r}"
         )
     try:
-        with torch.device("meta"), no_init_weights():
+        with torch.device("meta"), no_init_weights(), stacked():
             model = cast("PreTrainedModel", AutoModelForCausalLM.from_config(config, dtype=dtype))
     except UserError:
         raise
@@ -246,6 +247,9 @@ class Skeleton:
         self._load(None, self.model)
         for index, module in enumerate(self.layers):
             self._load(index, module)
+            found = moe_block(module)
+            if found is not None and getattr(experts := found[1].get_submodule("experts"), "widths", ()):
+                laid_end_to_end(experts)
         self.model.tie_weights()
         return self.model.eval()
 

@@ -218,7 +218,8 @@ def one_format(view: View) -> bool:
     must be symmetric."""
     experts = [piece.ref.packed for piece in view.pieces if piece.unit.part == "experts"]
     others = [piece.ref.packed for piece in view.pieces if piece.ref.packed is not None]
-    if any(packed.layout in OWN_LAYOUTS for packed in others):
+    ragged = any(layer.widths for layer in view.blueprint.layers) and any(experts)
+    if ragged or any(packed.layout in OWN_LAYOUTS for packed in others):
         return False
     return len({packed and packed.format for packed in experts}) <= 1 and all(
         packed is None or packed.format.symmetric or packed.layout != "compressed-tensors"

@@ -284,7 +284,9 @@ def _layer(layer: Body) -> dict[str, str]:
         "experts": f"{layer['experts'] or ''}{of}",
         "shared": str(layer["shared_experts"] or ""),
         "top_k": str(layer["top_k"] or ""),
-        "width": str(layer.get("width") or ""),
+        "width": f"{min(own)} to {max(own)}"
+        if (own := layer.get("widths"))
+        else str(layer.get("width") or ""),
         "without": ", ".join(lacks) if parts else "",
     }
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from moespresso.runtime.widths import Ragged
+
 
 def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The hidden states among what a layer calls its child with; raises `KeyError` when there are none."""
@@ -100,9 +102,14 @@ def _places(count: int, members: list[int]) -> list[int]:
 
 
 def _cut(experts: Any, count: int) -> None:
+    if not isinstance(experts, Ragged):  # which has those that stay only
+        _shorten(experts, count)
+    experts.num_experts = count
+
+
+def _shorten(experts: Any, count: int) -> None:
     for name, stack in list(experts.named_parameters(recurse=False)):
         setattr(experts, name, nn.Parameter(torch.empty_like(stack[:count])))
-    experts.num_experts = count
 
 
 def _vectors(experts: Any, count: int) -> nn.Parameter:

@@ -32,7 +32,8 @@ from transformers.modeling_utils import PreTrainedModel
 from moespresso.core.errors import UserError
 from moespresso.runtime.anatomy import Branch, NotResidual, find_anatomy
 from moespresso.runtime.parts import NoNorm, Silent, SilentMixer, thin_out
-from moespresso.runtime.widths import install as install_widening
+from moespresso.runtime.widths import differ
+from moespresso.runtime.widths import install as install_widths
 
 # Keys of a config that count routed experts.
 COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -64,7 +65,7 @@ def install() -> None:
     if not hasattr(PreTrainedModel.post_init, _DONE):
         PreTrainedModel.__init__ = _admitting(PreTrainedModel.__init__)
         PreTrainedModel.post_init = _reshaping(PreTrainedModel.post_init)
-        install_widening()
+        install_widths()
 
 
 def _admitting(original: Callable[..., None]) -> Callable[..., None]:
@@ -185,24 +186,15 @@ def _change_layer(layer: nn.Module, index: int, change: Change, config: PreTrain
         _resize(layer, index, change.count, config)
     if change.width is not None:
         _narrow(layer, index, change.width, config)
-    if change.gone:
-        experts: Any = _mixture(layer)[1].get_submodule("experts")
-        if not set(change.gone) < set(range(experts.num_experts)):
-            raise UserError(f"experts {sorted(change.gone)} cannot go where there are {experts.num_experts}")
-        thin_out(experts, change.gone)
-    if change.widths:
-        _differ(layer, change.widths)
-
-
-def _differ(layer: nn.Module, widths: tuple[int, ...]) -> None:
-    """Note the width of each of a layer's experts, which end in zeros where they are narrower than their stack."""
+    if not change.gone and not change.widths:
+        return
     experts: Any = _mixture(layer)[1].get_submodule("experts")
-    wide = experts.down_proj.shape[1 if experts.is_transposed else 2]
-    if len(widths) != experts.num_experts or max(widths) != wide or min(widths) < 1:
-        raise UserError(
-            f"{OWN_WIDTHS} {list(widths)} are not the widths of {experts.num_experts} experts of which the widest has {wide}"
-        )
-    experts.widths = widths
+    if change.gone and not set(change.gone) < set(range(experts.num_experts)):
+        raise UserError(f"experts {sorted(change.gone)} cannot go where there are {experts.num_experts}")
+    if change.widths:
+        differ(experts, change.widths, len(change.gone))
+    if change.gone:
+        thin_out(experts, change.gone)
 
 
 def _silence(layer: nn.Module, branch: Branch, width: int | None, index: int | None) -> None:
