@@ -76,7 +76,6 @@ def test_pruned_and_rounded_in_one_pass(bits: int, sparsity: str, source: Path, 
     [
         ["expert_drop:keep=6", "wanda"],
         ["wanda", "expert_drop:keep=6,renormalise=compensate"],
-        ["magnitude", "channel_prune:width=64"],
         ["channel_prune:width=64", "sparsegpt:sparsity=2:4"],
         ["expert_merge:ratio=0.25", "magnitude"],
         ["magnitude", "rtn:group_size=32"],
@@ -92,6 +91,14 @@ def test_before_and_after_other_steps(steps: list[str], text: Path, tmp_path: Pa
     proven(out, source)
     if steps[-1].endswith("0.75"):
         assert all(int((t != 0).sum()) == t.shape[0] * round(t.shape[1] / 4) for t in experts(out).values())
+
+
+def test_zeros_are_not_filled_again_without_a_word(text: Path, tmp_path: Path):
+    source = write_wide(tmp_path / "source")
+    with pytest.raises(
+        UserError, match="prunes single weights, which would no longer be zero: put that step last"
+    ):
+        press(source, tmp_path / "out", "magnitude", "channel_prune:width=64", text=text)
 
 
 def test_a_packed_folder_is_pruned_and_packed_again(packed: Path, text: Path, tmp_path: Path):

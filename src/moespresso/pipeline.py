@@ -63,7 +63,7 @@ from moespresso.stream import (
 logger = logging.getLogger(__name__)
 
 # Formats of what is measured: raise when the same needs would give other numbers.
-_STATS_VERSION = "1"
+_STATS_VERSION = "2"
 
 
 class Step(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,9 @@ def slim(view: View, plan: Plan, batches: Batches, work: Path, runtime: Runtime)
         with Reader(view.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as reader:
             skeleton = make_skeleton(view, reader, runtime)
             visitor = _Visitor(view, plan, step, skeleton, files)
+            if getattr(step, "by_original", False) and view.plan.stages:
+                original = replace(view, plan=replace(view.plan, stages=()), fits={})
+                visitor.original = make_skeleton(original, reader, runtime)
             if getattr(step, "by_gradient", False):
                 visitor.curvature = _curvature(
                     skeleton, batches, work / f"curvature-{name}.safetensors", runtime
@@ -127,10 +130,12 @@ class _Visitor:
     skeleton: Skeleton
     files: list[Path]
     curvature: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    original: Skeleton | None = None
 
     def __post_init__(self) -> None:
         self.stage = len(self.plan.stages) - 1
         self.after = remains(self.plan, self.view.source)
+        self.changed = {unit.layer for stage in self.view.plan.stages for unit in stage.treatments}
         self.dtypes = scale_dtypes(self.view.source)
         self.pieces: dict[int, list[Piece]] = {}
         for piece in self.view.pieces:
@@ -182,7 +187,19 @@ class _Visitor:
         widths = self.after.widths[self.view.left.layers[layer.spec.index]] if narrows else {}
         curvature = self.curvature.get(layer.spec.index)
         return Shown(layer.spec.index, layer.module, formats, dtypes, experts, linears,
-                     tuple(widths.values()) or None, curvature)  # fmt: skip
+                     tuple(widths.values()) or None, curvature, self._missing(layer, taps))  # fmt: skip
+
+    def _missing(self, layer: Layer, taps: Taps) -> Tensor | None:
+        """What the layer's answer to every token that is no padding lacks of the original layer's on the same input."""
+        source = self.view.left.layers[layer.spec.index]
+        mlp = layer.anatomy and layer.anatomy.mlp
+        if self.original is None or source not in self.changed or mlp is None or mlp.post is not None:
+            return None
+        with self.original.layer(source) as first:
+            pairs = zip(taps.through(first.module), taps.through(layer.module), taps.valid, strict=True)
+            return torch.cat(
+                [(was[valid] - now[valid]).float() / mlp.multiplier for was, now, valid in pairs]
+            )
 
     def _module(self, piece: Piece, layer: Layer) -> str:
         """The name, in its layer, of the module that holds a matrix."""

@@ -167,6 +167,13 @@ def _check_values(unit: Unit, treatment: Treatment, before: tuple[Stage, ...]) -
             f"the plan treats {unit} after a step that stores matrices with a mask or as factors: leave pack out, or press once "
             "with that step and then its result"
         )
+    masked = any(
+        t.format is not None and t.format.density < 1 for stage in before for t in stage.treatments.values()
+    )
+    if treatment.channels is not None and masked:
+        raise UserError(
+            f"the plan fits {unit} anew after a step that prunes single weights, which would no longer be zero: put that step last"
+        )
     cuts = treatment.channels is not None or (
         treatment.format is not None and treatment.format.kind != "integer"
     )

@@ -15,11 +15,12 @@ from moespresso.methods.hqq import Hqq
 from moespresso.methods.layer_drop import LayerDrop
 from moespresso.methods.low_rank import LowRank
 from moespresso.methods.magnitude import Magnitude
+from moespresso.methods.refit import Refit
 from moespresso.methods.rtn import Rtn
 from moespresso.methods.sparsegpt import SparseGpt
 from moespresso.methods.wanda import Wanda
 
 __all__ = [
-    "Answer", "AutoRound", "Awq", "BlockDrop", "ChannelPrune", "ExpertDrop", "ExpertMerge", "Gptq", "Hqq", "LayerDrop", "LowRank", "Magnitude", "Rtn", "Shown",
+    "Answer", "AutoRound", "Awq", "BlockDrop", "ChannelPrune", "ExpertDrop", "ExpertMerge", "Gptq", "Hqq", "LayerDrop", "LowRank", "Magnitude", "Refit", "Rtn", "Shown",
     "SparseGpt", "Wanda",
 ]  # fmt: skip

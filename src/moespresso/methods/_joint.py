@@ -2,7 +2,7 @@
 
     minimise  sum over tokens |y - sum_j g_j W_j a_j|^2  +  sum_j lambda_j |W_j - W0_j|^2
 
-with y the answer of the routed part as it was, and j the experts that a token now goes to: what one expert can no longer say,
+with y the answer of the routed part as it was, or is to be, and j the experts that a token now goes to: what one expert can no longer say,
 the others that see the same token may. The normal equations of a whole layer are too large to hold (experts x channels squared),
 so experts take turns: each is solved exactly against what the others leave over. Every turn lowers the same sum, and
 features are computed anew in each, so memory holds one expert's and one vector a token.
@@ -27,13 +27,16 @@ def joint_refit(
     *,
     damping: Sequence[float],
     sweeps: int,
+    missing: Tensor | None = None,
 ) -> tuple[Tensor, dict[int, float]]:
     """Down projections [E, H, K] that start from `down` and are drawn to the original columns `kept` [K_e] of each, with `up`
     the narrower [E, R', H] and every expert's own `damping`; and that of experts for which it had to be raised. Where an
-    expert has fewer channels than others, the rest of its matrices is zero and stays so."""
+    expert has fewer channels than others, the rest of its matrices is zero and stays so. `missing` [T, H] is what `experts`
+    themselves lack of the answer wanted."""
     narrow = replace(experts, up=up, down=down)
     down, raised = down.float().clone(), {}
     left = answers(experts, experts.up, experts.down) - answers(narrow, up, down)
+    left = left if missing is None else left + missing
     for _ in range(sweeps):
         for expert in range(experts.count):
             tokens, features = featured(experts, expert, up[expert])

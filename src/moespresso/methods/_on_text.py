@@ -21,7 +21,8 @@ from moespresso.measure import RoutedExperts
 class Shown:
     """One layer: `formats` of `up` and `down` of its experts and of every linear; `dtypes` that their scales (or what is left
     of them) are stored in; `channels` that each of its experts keeps, where some go; `curvature` [E, I] of the model's loss along the
-    output of every channel, for steps that go by gradients (`measure.Stiffness`).
+    output of every channel, for steps that go by gradients (`measure.Stiffness`); `missing` [T, H], what the layer's answer to
+    each token that reaches its experts lacks of the original layer's, where that may be something.
 
     `linears` maps a module's name to its weight [out, in] and the mean of x x^T [in, in] of its inputs. `module` is the
     layer itself, `layer` its number.
@@ -35,6 +36,7 @@ class Shown:
     linears: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
     channels: tuple[int, ...] | None = None
     curvature: Tensor | None = None
+    missing: Tensor | None = None
 
 
 @dataclass(slots=True)

@@ -109,6 +109,11 @@ class ChannelPrune:
         return self.score == "heapr"
 
     @property
+    def by_original(self) -> bool:
+        """Whether the step wants to know what the original layer answers."""
+        return self.refit == "layer"
+
+    @property
     def uneven(self) -> bool:
         """Whether layers or experts may come to differ."""
         return self.scope == "global" or self.per_expert
@@ -291,7 +296,9 @@ class ChannelPrune:
                 down[expert, :, : len(here)] = new
         if self.refit == "layer":
             shares = self._shares(shown, range(experts.count)).tolist()
-            down, thin = joint_refit(experts, up, down, kept, damping=shares, sweeps=self.sweeps)
+            down, thin = joint_refit(
+                experts, up, down, kept, damping=shares, sweeps=self.sweeps, missing=shown.missing
+            )
             answer.trouble += [_thin(shown.layer, expert, ridge) for expert, ridge in thin.items()]
         answer.weights = {"up": up, "down": down}
         return answer

@@ -1,0 +1,137 @@
+"""Refit: what earlier steps of a recipe took away, the experts that are left make up for together.
+
+    W = argmin  sum over tokens |y - sum_j g_j W_j a_j|^2  +  sum_j lambda_j |W_j - W0_j|^2        (`_joint.py`)
+
+y is what the routed part would have to add for the layer to answer as the original layer does on the same input: with all experts
+and the original's routing, with attention or shared experts that have gone since. The sum runs over the experts j that a token goes
+to now. Only down projections change, so the result is as large and loads as before. Layers are refitted one after the other,
+each on what the ones before let through. After steps that round weights it would undo them: put it before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from moespresso.core.blueprint import Blueprint
+from moespresso.core.errors import UserError
+from moespresso.core.plan import Decision, Plan, Stage, Treatment
+from moespresso.core.registry import method
+from moespresso.core.remains import remains
+from moespresso.core.stats import Stats
+from moespresso.core.unit import Unit
+from moespresso.methods._joint import joint_refit
+from moespresso.methods._on_text import Answer, Shown
+
+
+@method
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refit:
+    """Settings of one refit.
+
+    damping: share of an expert's mean second moment that is added to every one; more for experts with few tokens.
+    sweeps: rounds over all experts.
+    sequential: later layers see what the refitted ones before let through.
+    """
+
+    kind: ClassVar[str] = "refit"
+    on_text: ClassVar[bool] = True
+    without_text: ClassVar[str] = "expert_drop with renormalise=compensate"
+    searches: ClassVar[bool] = False
+    rescore: ClassVar[bool] = True
+    uneven: ClassVar[bool] = False
+    # What the original layer answers is shown.
+    by_original: ClassVar[bool] = True
+
+    damping: float = 0.003
+    sweeps: int = 2
+    sequential: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        for name, least in (("damping", 0), ("sweeps", 1)):
+            if not least <= getattr(self, name) < float("inf"):
+                raise UserError(f"refit: {name}={getattr(self, name)} must be a number of at least {least}")
+
+    def needs(self) -> frozenset[str]:
+        """What must be measured for this step: nothing but text to see."""
+        return frozenset({"text"})
+
+    def even(self, blueprint: Blueprint) -> str:
+        """The settings of the nearest plan with equal layers: its own."""
+        _ = blueprint
+        return ""
+
+    def check(self, blueprint: Blueprint) -> None:
+        """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
+        if not blueprint.moe_layers:
+            raise UserError(
+                f"refit: {blueprint.source} has no routed experts that could be refitted: it is a dense model"
+            )
+        for entry in blueprint.entries:
+            if entry.unit.part == "experts" and (entry.unit.expert is None or len(entry.ref.shape) != 2):
+                raise UserError(
+                    f"refit: {blueprint.source} ({blueprint.family}) stores its experts as {entry.ref.name}, not as matrices of "
+                    "their own, which this version cannot fit: leave refit out"
+                )
+
+    def amounts(self, blueprint: Blueprint) -> list[Any]:
+        """This step; it changes no size."""
+        _ = blueprint
+        return [self]
+
+    def outline(self, source: Blueprint, before: Plan) -> Stage:
+        """The stage, before anything is measured."""
+        left, specs = remains(before, source), {layer.index: layer for layer in source.layers}
+        widths = {
+            at: left.widths.get(at) or dict.fromkeys(kept, specs[at].width)
+            for at, kept in left.experts.items()
+        }
+        return Stage(
+            {"kind": self.kind} | {each.name: getattr(self, each.name) for each in fields(self)},
+            _kept(widths),
+        )
+
+    def decide(self, stats: Stats, blueprint: Blueprint) -> Decision:
+        """Every expert keeps its channels."""
+        _ = stats
+        return Decision(_kept({
+            layer.index: dict(enumerate(layer.widths or (layer.width,) * layer.experts)) for layer in blueprint.moe_layers
+        }))  # fmt: skip
+
+    def slim(self, shown: Shown) -> Answer:
+        """The refitted experts of one layer."""
+        experts, widths = shown.experts, shown.channels
+        assert experts is not None
+        assert widths is not None
+        answer = Answer(weights={"up": experts.up, "down": experts.down})
+        if shown.missing is None:
+            answer.trouble.append(
+                f"refit: no earlier step of this recipe changed L{shown.layer}, so nothing is missing there"
+            )
+            return answer
+        tokens = experts.tokens.clamp(min=1).float()
+        shares = self.damping * (tokens.new_tensor(widths) / tokens).clamp(min=1)
+        kept = [experts.tokens.new_tensor(range(width)) for width in widths]
+        down, thin = joint_refit(experts, experts.up, experts.down, kept, missing=shown.missing, damping=shares.tolist(),
+                                 sweeps=self.sweeps)  # fmt: skip
+        answer.weights["down"] = down
+        answer.trouble += [
+            f"L{shown.layer}.E{at}: too few tokens for a refit at the damping asked for: damping raised to {ridge:g}"
+            for at, ridge in thin.items()
+        ]
+        return answer
+
+
+def _kept(widths: Mapping[int, Mapping[int, int]]) -> dict[Unit, Treatment]:
+    """Treatments that leave all channels: of a layer as a whole where its experts are alike."""
+    made: dict[Unit, Treatment] = {}
+    for layer, own in widths.items():
+        if len(set(own.values())) == 1:
+            made[Unit(layer, "experts")] = Treatment(channels=max(own.values()))
+        else:
+            made |= {
+                Unit(layer, "experts", expert): Treatment(channels=width) for expert, width in own.items()
+            }
+    return made
