@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from moespresso.core.blueprint import Heads
 from moespresso.core.format import Format
 from moespresso.formats import Codes
 from moespresso.measure import RoutedExperts
@@ -26,8 +27,8 @@ class Shown:
     of them) are stored in; `channels` that its experts keep, where some go; `curvature` [E, I] of the model's loss along the
     output of every channel, for steps that go by gradients (`measure.Stiffness`).
 
-    `linears` maps a module's name to its weight [out, in] and the mean of x x^T [in, in] of its inputs. `module` is the
-    layer itself, `layer` its number.
+    `linears` maps a module's name to its weight [out, in] and the mean of x x^T [in, in] of its inputs, `means` to the mean of
+    x [in]. `module` is the layer itself, `layer` its number, `heads` those of its attention.
     """
 
     layer: int
@@ -38,6 +39,8 @@ class Shown:
     linears: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
     channels: int | None = None
     curvature: Tensor | None = None
+    means: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    heads: Heads | None = None
 
     def groups(self, budget: int = MOMENT_BYTES) -> Iterator[range]:
         """The experts, in runs whose second moments fit in `budget` bytes."""
