@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moespresso.measure.hessians import usable
-from moespresso.methods._attention_rank import Rotary, query_key, sliced, value_output
+from moespresso.methods._attention_rank import query_key, value_output
 from moespresso.methods._channels import ascending, last, refitted
 from moespresso.methods._low_rank import (
     CAP,
@@ -460,6 +461,17 @@ groups = pytest.mark.parametrize(("heads", "kv_heads"), GROUPS)
 rotaries = pytest.mark.parametrize("rotary", ["halves", "interleaved", None])
 
 
+# How a rotary embedding pairs the dims of a head: (i, i + d/2), or (2i, 2i + 1); None where there is none.
+Rotary = Literal["halves", "interleaved"] | None
+
+
+def units_of(rotary: Rotary) -> list[tuple[int, ...]]:
+    if rotary is None:
+        return [(dim,) for dim in range(WIDTH)]
+    half = WIDTH // 2
+    return [(i, i + half) if rotary == "halves" else (2 * i, 2 * i + 1) for i in range(half)]
+
+
 def by_head(weight: Tensor, inputs: Tensor, heads: int) -> Tensor:
     """[heads, tokens, d] of a projection's answers."""
     return (inputs @ weight.T).unflatten(1, (heads, -1)).transpose(0, 1)
@@ -496,42 +508,34 @@ def everyones(kv_heads: int) -> Tensor:
     return (100.0 ** -(torch.arange(WIDTH // 2) / (WIDTH // 2))).expand(kv_heads, -1)
 
 
-def pair_of(dims: Tensor, rotary: Rotary) -> Tensor:
-    return dims % (WIDTH // 2) if rotary == "halves" else dims // 2
-
-
 @groups
 @rotaries
-def test_queries_and_keys_of_full_width_score_the_same(heads: int, kv_heads: int, rotary: Rotary):
-    q, k, _, _, inputs, seen = attention(31, heads, kv_heads)
-    kept = query_key(q, k, seen, WIDTH // 2, heads, kv_heads, rotary)
-    narrow = sliced(q, kept, heads), sliced(k, kept, kv_heads)
-    assert torch.equal(narrow[0], q)
-    before = scores(q, k, inputs, heads, everyones(kv_heads), rotary)
-    torch.testing.assert_close(scores(*narrow, inputs, heads, everyones(kv_heads), rotary), before)
+def test_queries_and_keys_of_full_width_stay(heads: int, kv_heads: int, rotary: Rotary):
+    q, k, _, _, _, seen = attention(31, heads, kv_heads)
+    kept = query_key(q, k, seen, WIDTH, heads, units_of(rotary))
+    assert torch.equal(kept, torch.ones(kv_heads, WIDTH, dtype=torch.bool))
 
 
 @groups
 @pytest.mark.parametrize("rotary", ["halves", "interleaved"])
 @pytest.mark.parametrize("pairs", [1, 2, 3])
-def test_pairs_stay_together_and_turn_as_before(heads: int, kv_heads: int, rotary: Rotary, pairs: int):
+def test_pairs_stay_together_and_scores_lose_only_what_went(
+    heads: int, kv_heads: int, rotary: Rotary, pairs: int
+):
     q, k, _, _, inputs, seen = attention(32, heads, kv_heads)
-    kept = query_key(q, k, seen, pairs, heads, kv_heads, rotary)
-    assert kept.shape == (kv_heads, 2 * pairs)
-    of_pairs = pair_of(kept, rotary)
-    # The narrow head has the layout of a wide one: a half after the other, or one after the other.
-    for own in of_pairs:
-        first, second = own.chunk(2) if rotary == "halves" else (own[0::2], own[1::2])
-        assert torch.equal(first, second)
-        assert len(set(first.tolist())) == pairs
-    numbers = of_pairs.sort(dim=1).values[:, ::2]
-    narrow = scores(
-        sliced(q, kept, heads), sliced(k, kept, kv_heads), inputs, heads,
-        everyones(kv_heads).gather(1, numbers), rotary,
+    kept = query_key(q, k, seen, 2 * pairs, heads, units_of(rotary))
+    assert kept.sum(1).tolist() == [2 * pairs] * kv_heads
+    for own in kept:
+        assert all(len({bool(own[dim]) for dim in unit}) == 1 for unit in units_of(rotary))
+    group, before = heads // kv_heads, scores(q, k, inputs, heads, everyones(kv_heads), rotary)
+    stay, gone = (
+        scores(
+            q * mask.repeat_interleave(group, 0).flatten()[:, None], k * mask.flatten()[:, None], inputs, heads,
+            everyones(kv_heads), rotary,
+        )
+        for mask in (kept, ~kept)
     )  # fmt: skip
-    mask = torch.zeros(kv_heads, WIDTH).scatter(1, kept, 1.0)
-    wide = scores(q, k * mask.flatten()[:, None], inputs, heads, everyones(kv_heads), rotary)
-    torch.testing.assert_close(narrow, wide, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stay + gone, before, rtol=1e-4, atol=1e-4)
 
 
 @groups
@@ -541,39 +545,42 @@ def test_dims_stay_by_what_they_hold_of_queries_and_keys(
     heads: int, kv_heads: int, rotary: Rotary, pairs: int
 ):
     q, k, _, _, inputs, seen = attention(33, heads, kv_heads)
-    kept = query_key(q, k, seen, pairs, heads, kv_heads, rotary)
+    kept = query_key(q, k, seen, 2 * pairs, heads, units_of(rotary))
     queries = by_head(q, inputs, heads).square().mean(1).sqrt()
     keys = by_head(k, inputs, kv_heads).square().mean(1).sqrt()
-    for number, own in enumerate(kept.tolist()):
+    for number, own in enumerate(row.nonzero().flatten().tolist() for row in kept):
         members = [h for h in range(heads) if h * kv_heads // heads == number]
         of_dims = [sum(float(queries[h, i]) * float(keys[number, i]) for h in members) for i in range(WIDTH)]
-        units = [[i] for i in range(WIDTH)]
-        if rotary:
-            half = WIDTH // 2
-            units = [[i, i + half] if rotary == "halves" else [2 * i, 2 * i + 1] for i in range(half)]
+        units = units_of(rotary)
         best = sorted(units, key=lambda unit: -sum(of_dims[i] for i in unit))[: 2 * pairs // len(units[0])]
         assert own == sorted(itertools.chain.from_iterable(best))
 
 
-def test_a_bias_is_sliced_as_its_rows_are():
-    kept = torch.tensor([[0, 3], [1, 2]])
-    assert sliced(torch.arange(16), kept, 4).tolist() == [0, 3, 4, 7, 9, 10, 13, 14]
-    assert sliced(torch.arange(8), kept, 2).tolist() == [0, 3, 5, 6]
+def test_dims_that_are_not_turned_stay_or_go_by_themselves():
+    q, k, _, _, _, seen = attention(41, 4, 2)
+    units = [(0, 2), (1, 3), (4,), (5,), (6,), (7,)]
+    # The best pair does not fit beside a better single dim: the next single one takes what is left.
+    for weight in (q, k):
+        heads = weight.view(-1, WIDTH, HIDDEN)
+        heads[:, 4:] *= torch.tensor([10.0, 1e-3, 1e-4, 1e-5])[:, None]
+    assert [row.nonzero().flatten().tolist() for row in query_key(q, k, seen, 2, 4, units)] == [[4, 5]] * 2
+    kept = query_key(q, k, seen, 6, 4, units)
+    assert [row.nonzero().flatten().tolist() for row in kept] == [[0, 1, 2, 3, 4, 5]] * 2
 
 
 def test_dims_that_are_silent_in_keys_go_whatever_queries_say():
     q, k, _, _, _, seen = attention(34, 4, 2)
     k.view(2, WIDTH, HIDDEN)[:, [2, 6]] = 0
     q.view(4, WIDTH, HIDDEN)[:, [2, 6]] *= 100
-    kept = query_key(q, k, seen, 3, 4, 2, "halves")
-    assert kept.tolist() == [[0, 1, 3, 4, 5, 7]] * 2
+    kept = query_key(q, k, seen, 6, 4, units_of("halves"))
+    assert [row.nonzero().flatten().tolist() for row in kept] == [[0, 1, 3, 4, 5, 7]] * 2
 
 
 def test_rounding_below_zero_is_no_reason_to_stay():
     q, k, _, _, _, seen = attention(40, 4, 2)
     seen[0], seen[:, 0], seen[0, 0] = 0, 0, -1e-9
     k.view(2, WIDTH, HIDDEN)[:, 3] = torch.eye(HIDDEN)[0]
-    assert 3 not in query_key(q, k, seen, 3, 4, 2, None)
+    assert not query_key(q, k, seen, 6, 4, units_of(None))[:, 3].any()
 
 
 def outputs(v: Tensor, o: Tensor, inputs: Tensor, heads: int, kv_heads: int, weights: Tensor) -> Tensor:
@@ -644,7 +651,7 @@ def test_values_of_data_of_a_rank_need_no_more_than_it():
 def test_moments_of_few_tokens_give_numbers():
     q, k, v, o, inputs, _ = attention(39, 4, 2)
     for seen in (moments(inputs[:1]), torch.zeros(HIDDEN, HIDDEN)):
-        assert query_key(q, k, seen, 2, 4, 2, "halves").shape == (2, 4)
+        assert query_key(q, k, seen, 4, 4, units_of("halves")).sum(1).tolist() == [4, 4]
         assert all(bool(each.isfinite().all()) for each in value_output(v, o, seen, 3, 4, 2))
 
 

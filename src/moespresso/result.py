@@ -204,7 +204,7 @@ def form_notes(view: View) -> list[str]:
     plain = sum(piece.plain for piece in view.pieces)
     if plain:
         notes.append(
-            f"{plain} matrices that were stored with a mask or as factors have new values, and are stored plainly"
+            f"{plain} matrices that were stored with a mask, as factors or in part have new values, and are stored plainly"
         )
     if _packing(view) in ("gptq", "awq"):
         notes.append(
@@ -254,6 +254,8 @@ def _said(format: Format) -> str:
         return f"{format.density:.0%} of the weights with a mask"
     if format.kind == "factors":
         return f"products of rank {format.rank}"
+    if format.kind in ("rows", "columns"):
+        return f"{format.rank} {format.kind}"
     groups = f"groups of {format.group_size}" if format.group_size else "one scale a channel"
     return f"{format.bits} bits, {groups}, {'symmetric' if format.symmetric else 'with zeros'}"
 

@@ -22,7 +22,7 @@ from moespresso.checkpoint import TORCH_DTYPES, Reader, as_bytes, header, write_
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.fits import found_key
-from moespresso.core.format import Format
+from moespresso.core.format import Format, layout_of
 from moespresso.core.layer import Layer, LayerWeights, Taps
 from moespresso.core.piece import Piece
 from moespresso.core.plan import Plan
@@ -186,8 +186,9 @@ class _Visitor:
         narrows = channels_of(pieces[0].source, self.plan.stages[self.stage]) is not None
         widths = self.after.widths[self.view.left.layers[layer.spec.index]] if narrows else {}
         curvature = self.curvature.get(layer.spec.index)
-        return Shown(layer.spec.index, layer.module, formats, dtypes, experts, linears,
-                     tuple(widths.values()) or None, curvature, self._missing(layer, taps))  # fmt: skip
+        means = {name: total.center for name, total in sums.items()}
+        return Shown(layer.spec.index, layer.module, formats, dtypes, experts, linears, tuple(widths.values()) or None,
+                     curvature, self._missing(layer, taps), means, layer.spec.heads)  # fmt: skip
 
     def _missing(self, layer: Layer, taps: Taps) -> Tensor | None:
         """What the layer's answer to every token that is no padding lacks of the original layer's on the same input."""
@@ -248,7 +249,7 @@ class _Visitor:
     def _small(self, piece: Piece, whole: Tensor, answer: Answer, name: str) -> dict[str, Tensor]:
         """A plain matrix in the form that the plan stores it in."""
         format = format_of(piece.source, self.plan.stages[self.stage]) or Format()
-        if format.kind == "sparse":
+        if layout_of(format) in ("bitmask", "slices"):
             return {
                 suffix: tensor.squeeze(0)
                 for suffix, tensor in encode_plain(whole.unsqueeze(0), format).items()
@@ -295,22 +296,30 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
 
 
 class _Moment:
-    """The mean of x x^T over the tokens a module was given."""
+    """The means of x x^T and of x over the tokens a module was given."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
+        self._first: Tensor | None = None
         self._tokens = 0
 
     def add(self, inputs: Tensor) -> None:
         """Add the inputs [T, in] of one batch."""
         inputs = inputs.float()
         self._sum = inputs.T @ inputs if self._sum is None else self._sum.addmm_(inputs.T, inputs)
+        self._first = inputs.sum(0) if self._first is None else self._first + inputs.sum(0)
         self._tokens += len(inputs)
 
     @property
     def mean(self) -> Tensor | None:
-        """The mean [in, in]; None where it was never given any."""
+        """The mean of x x^T [in, in]; None where it was never given any."""
         return self._sum / self._tokens if self._sum is not None else None
+
+    @property
+    def center(self) -> Tensor:
+        """The mean [in] of what it was given."""
+        assert self._first is not None
+        return self._first / self._tokens
 
 
 class _Stacks:

@@ -30,6 +30,7 @@ _PARTS: dict[Layout, tuple[str, ...]] = {
     "awq": ("qweight", "qzeros", "scales"),
     "bitmask": ("weight_values", "weight_mask", "weight_shape"),
     "factors": ("weight_left", "weight_right"),
+    "slices": ("weight_kept", "weight_index", "weight_shape"),
 }
 
 
@@ -57,7 +58,7 @@ def joined(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: 
     if not section:
         return dict(tensors)
     layout, groups = _layout(section, place), _groups(section, place)
-    layouts: list[Layout] = [layout, "bitmask", "factors"] if section.get("format") == OWN_KIND else [layout]
+    layouts: list[Layout] = [layout, *OWN_LAYOUTS] if section.get("format") == OWN_KIND else [layout]
     found: dict[str, TensorRef] = {}
     for name, ref in tensors.items():
         stem, _, suffix = name.rpartition(".")
@@ -115,7 +116,7 @@ def _groups(section: Mapping[str, Any], place: str) -> list[_Group]:
 
 def _group(group: Mapping[str, Any]) -> _Group:
     weights = group["weights"]
-    if weights["type"] in ("sparse", "factors"):
+    if weights["type"] in ("sparse", "factors", "rows", "columns"):
         own = Format(weights["type"], group_size=int(weights["group_size"]), density=float(weights["density"]),
                      rank=int(weights["rank"]))  # fmt: skip
         return _Group(tuple(group["targets"]), own)
@@ -144,6 +145,8 @@ def _whole(
         shape = first.shape[0], stored_width
     elif scale is None or any(len(part.shape) != 2 for part in (first, scale)):
         raise UserError(f"{place}: {stem} lacks a part of its packed weight: download it again")
+    elif layout == "slices":
+        shape = _stored_shape(parts.get("weight_shape"), first, format, folder)
     else:
         shape = _shape(first, scale, format, layout)
     if layout == "compressed-tensors" and not format.group_size and "weight_shape" in parts:
@@ -168,7 +171,7 @@ def _whole(
 
 # The part of a matrix whose dtype is its own.
 _SCALES: dict[Layout, str] = {"compressed-tensors": "weight_scale", "gptq": "scales", "awq": "scales",
-                              "bitmask": "weight_values", "factors": "weight_right"}  # fmt: skip
+                              "bitmask": "weight_values", "factors": "weight_right", "slices": "weight_kept"}  # fmt: skip
 
 
 def _shape(first: TensorRef, scale: TensorRef, format: Format, layout: Layout) -> tuple[int, int]:
@@ -190,6 +193,21 @@ def _stored_width(ref: TensorRef, most: int, folder: Path) -> int:
     if not most - 32 < said <= most:
         raise UserError(f"{folder}: {ref.name} says {said} inputs, its values hold {most}: download it again")
     return said
+
+
+def _stored_shape(ref: TensorRef | None, kept: TensorRef, format: Format, folder: Path) -> tuple[int, int]:
+    """Outputs and inputs of a matrix of which some rows or columns are stored: they say themselves no more than one of both."""
+    if ref is None:
+        raise UserError(f"{folder}: {kept.name} lacks the weight_shape beside it: download it again")
+    with (folder / ref.file).open("rb") as file:
+        raw = os.pread(file.fileno(), 16, ref.offset)
+    out, width = (int.from_bytes(raw[at : at + 8], "little") for at in (0, 8))
+    most, whole = (out, width == kept.shape[1]) if format.kind == "rows" else (width, out == kept.shape[0])
+    if not whole or not format.rank <= most < 1 << 31:
+        raise UserError(
+            f"{folder}: {ref.name} says {out} x {width}, of which {list(kept.shape)} are no {format.kind}: download it again"
+        )
+    return out, width
 
 
 def packing_config(

@@ -186,7 +186,7 @@ class Reader:
         """All tensors that an encoded matrix is stored as, a stack of one."""
         code = whole.code
         assert code is not None
-        if code.packed.layout == "bitmask":
+        if code.packed.layout in ("bitmask", "slices"):
             return encode_plain(self._stored_small(whole).unsqueeze(0), code.packed.format)
         if code.packed.layout == "factors":
             return {name: (_times(tensor, code.factor) if name == "weight_left" else tensor).unsqueeze(0)

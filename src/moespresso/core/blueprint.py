@@ -98,6 +98,24 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Heads:
+    """The heads of an attention with a matrix each for queries, keys, values and outputs.
+
+    `count` query heads read `kv_count` key and value heads; `qk_dim` and `v_dim` are the dims of one query and one value.
+    `units` are the dims of a query that a rotary embedding turns together. `no_qk` and `no_vo` say why dims of queries and
+    keys, or of values and outputs, cannot go, where that is so.
+    """
+
+    count: int = 0
+    kv_count: int = 0
+    qk_dim: int = 0
+    v_dim: int = 0
+    units: tuple[tuple[int, ...], ...] = ()
+    no_qk: str = ""
+    no_vo: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """One decoder layer.
 
@@ -105,7 +123,8 @@ class LayerSpec:
     `groups` the router's groups (1: none); `floor` the fewest experts its router can work with; `width` the intermediate width of one expert (or of the dense MLP);
     `qk_width` and `v_width` the summed widths of all query and value heads; `kv_width` the cached elements a token.
     `bodies` names the module of each residual branch that the layer has; `skipped` counts experts that the router may
-    select but that are gone; `widths` are those of the single experts where they differ (`width` is that of the widest).
+    select but that are gone; `widths` are those of the single experts where they differ (`width` is that of the widest);
+    `heads` are those of its attention (None: it has none).
     """
 
     index: int
@@ -122,6 +141,7 @@ class LayerSpec:
     bodies: Mapping[Branch, str] = field(default_factory=dict[Branch, str])
     skipped: int = 0
     widths: tuple[int, ...] = ()
+    heads: Heads | None = None
 
     def facts(self) -> dict[str, Any]:
         """What tells two layers apart, as plain data."""

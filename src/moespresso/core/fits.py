@@ -31,7 +31,7 @@ Repair = Literal["bias", "scale", "linear"]
 REPAIRS: tuple[Repair, ...] = ("bias", "scale", "linear")
 # What an encoded matrix is kept as until it is written.
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_values", "weight_mask", "weight_left",
-         "weight_right")  # fmt: skip
+         "weight_right", "weight_kept", "weight_index")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from typing import Literal
 
 from moespresso.core.errors import UserError
 
-Layout = Literal["compressed-tensors", "gptq", "awq", "bitmask", "factors"]
+Layout = Literal["compressed-tensors", "gptq", "awq", "bitmask", "factors", "slices"]
 # Layouts of matrices that are no integers, which only moespresso reads.
-OWN_LAYOUTS: frozenset[Layout] = frozenset({"bitmask", "factors"})
+OWN_LAYOUTS: frozenset[Layout] = frozenset({"bitmask", "factors", "slices"})
 
 # The widths of a value that each layout can hold.
 LAYOUT_BITS: dict[Layout, tuple[int, ...]] = {
@@ -39,10 +39,10 @@ class Format:
     `group_size` counts weights that share one scale (0: one per output channel). `density` is the share of weights that
     stay when others are pruned: `sparse` stores those with a mask, `source` stores zeros between them; there
     `group_size` m > 0 means n:m, density x m of every m neighbouring inputs. `factors` stores two matrices of `rank`
-    whose product it is.
+    whose product it is; `rows` and `columns` store so many (`rank`) of those of a matrix that is zero elsewhere.
     """
 
-    kind: Literal["source", "integer", "sparse", "factors"] = "source"
+    kind: Literal["source", "integer", "sparse", "factors", "rows", "columns"] = "source"
     bits: int = 16
     group_size: int = 0
     symmetric: bool = True
@@ -87,7 +87,15 @@ def check_pattern(width: int, format: Format, what: str) -> None:
 
 def layout_of(format: Format) -> Layout:
     """The layout that a matrix of `format` is stored in first."""
-    return {"sparse": "bitmask", "factors": "factors"}.get(format.kind, "compressed-tensors")  # pyright: ignore[reportReturnType]
+    return _LAYOUTS.get(format.kind, "compressed-tensors")
+
+
+_LAYOUTS: dict[str, Layout] = {
+    "sparse": "bitmask",
+    "factors": "factors",
+    "rows": "slices",
+    "columns": "slices",
+}
 
 
 def kept_in_row(format: Format, width: int) -> int:
@@ -116,6 +124,10 @@ def stored_parts(
                 "weight_shape": ((2,), "I64")}  # fmt: skip
     if layout == "factors":
         return {"weight_left": ((out, format.rank), scale_dtype), "weight_right": ((format.rank, width), scale_dtype)}  # fmt: skip
+    if layout == "slices":
+        kept = (format.rank, width) if format.kind == "rows" else (out, format.rank)
+        return {"weight_kept": (kept, scale_dtype), "weight_index": ((format.rank,), "I32"),
+                "weight_shape": ((2,), "I64")}  # fmt: skip
     check_layout(layout, format, out, width)
     bits, groups = format.bits, width // (format.group_size or width)
     if layout == "compressed-tensors":
@@ -137,7 +149,7 @@ def check_layout(layout: Layout, format: Format, out: int, width: int) -> None:
     """Raise `UserError` where `layout` cannot hold a matrix of `out` x `width` in `format`."""
     if format.kind != "integer":
         raise UserError(
-            f"{layout} stores integers, not matrices that are pruned or of low rank: round them first"
+            f"{layout} stores integers, not matrices that are pruned, cut or of low rank: round them first"
         )
     known = LAYOUT_BITS[layout]
     if format.bits not in known:

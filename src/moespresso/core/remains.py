@@ -131,7 +131,7 @@ def _pressed(layer: LayerSpec, position: int, left: Remains) -> LayerSpec:
     bodies = {branch: name for branch, name in layer.bodies.items() if (layer.index, branch) not in left.cut}
     layer = replace(layer, bodies=bodies)
     if (layer.index, "attention") in left.cut:
-        layer = replace(layer, mixer="none", qk_width=0, v_width=0, kv_width=SILENT_KV)
+        layer = replace(layer, mixer="none", qk_width=0, v_width=0, kv_width=SILENT_KV, heads=None)
     if (layer.index, "mlp") in left.cut:
         layer = replace(
             layer, experts=0, shared_experts=0, top_k=0, groups=1, floor=0, width=0, skipped=0, widths=()

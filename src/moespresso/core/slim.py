@@ -12,7 +12,15 @@ from typing import Any
 from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError
 from moespresso.core.fits import REPAIRS
-from moespresso.core.format import DTYPE_BYTES, Format, check_group, check_layout, check_pattern
+from moespresso.core.format import (
+    DTYPE_BYTES,
+    OWN_LAYOUTS,
+    Format,
+    check_group,
+    check_layout,
+    check_pattern,
+    layout_of,
+)
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.registry import parse_step
 from moespresso.core.remains import Remains, channels_left, remains
@@ -56,7 +64,7 @@ def channels_of(entry: Entry, stage: Stage) -> int | None:
 
 def replaces(entry: Entry, stage: Stage) -> bool:
     """Whether `stage` puts fitted values in the place of a whole tensor: those of a part that a scale was moved into, of
-    experts that lose channels, and of matrices that are pruned on text and stored as they were."""
+    experts that lose channels, of matrices that are pruned on text and stored as they were, and of biases whose matrix loses rows."""
     part = stage.treatments.get(Unit(entry.unit.layer, entry.unit.part), Treatment())
     narrows = (
         entry.unit.part == "experts"
@@ -64,8 +72,20 @@ def replaces(entry: Entry, stage: Stage) -> bool:
     )
     if part.repair == REFIT or narrows:
         return True
+    if _loses_rows(entry, stage):
+        return True
     format = format_of(entry, stage)
     return format is not None and format.kind == "source" and bool(step_of(stage).on_text)
+
+
+def _loses_rows(entry: Entry, stage: Stage) -> bool:
+    """Whether an entry is the bias of a matrix of which `stage` keeps some rows only."""
+    unit = entry.unit
+    if unit.part != "attention" or not entry.ref.name.endswith(".bias"):
+        return False
+    single = Unit(unit.layer, unit.part, None, (unit.matrix or "").removesuffix("_bias"))
+    format = stage.treatments.get(single, Treatment()).format
+    return format is not None and format.rank > 0 and format.kind in ("rows", "source")
 
 
 def scale_dtypes(blueprint: Blueprint) -> dict[int | None, str]:
@@ -158,14 +178,14 @@ def _check_values(unit: Unit, treatment: Treatment, before: tuple[Stage, ...]) -
             f"the plan {what} {unit} after a step that rounds or prunes weights: put that step last"
         )
     small = any(
-        t.format is not None and t.format.kind in ("sparse", "factors")
+        t.format is not None and layout_of(t.format) in OWN_LAYOUTS
         for stage in before
         for t in stage.treatments.values()
     )
     if treatment.format is not None and small:
         raise UserError(
-            f"the plan treats {unit} after a step that stores matrices with a mask or as factors: leave pack out, or press once "
-            "with that step and then its result"
+            f"the plan treats {unit} after a step that stores matrices with a mask or as factors or in part: say pack=false there, "
+            "or press once with that step and then its result"
         )
     masked = any(
         t.format is not None and t.format.density < 1 for stage in before for t in stage.treatments.values()
@@ -214,6 +234,10 @@ def check_storable(entry: Entry, format: Format, shape: tuple[int, ...] | None =
     if format.kind == "factors":
         if not 0 < format.rank <= min(out, width):
             raise UserError(f"{entry.ref.name} of {out} x {width} has no factors of rank {format.rank}")
+        return
+    if format.kind in ("rows", "columns"):
+        if not 0 < format.rank <= (out if format.kind == "rows" else width):
+            raise UserError(f"{entry.ref.name} of {out} x {width} has no {format.rank} {format.kind} to keep")
         return
     if format.kind != "integer" or format.bits not in (2, 3, 4, 8):
         raise UserError(f"{entry.ref.name}: format {format} is not known: integers of 2, 3, 4 or 8 bits are")

@@ -35,6 +35,14 @@ TARGETS = {
 }
 
 
+# What an own layout stores, and the nearest step or setting that engines read.
+_SMALLER = {
+    "bitmask": ("pruned matrices with a mask", "pack=false"),
+    "slices": ("matrices without the rows or columns that went", "pack=false"),
+    "factors": ("products as their factors", "channel_prune"),
+}
+
+
 def find_target(name: str) -> Target:
     """The target called `name`; raises `UserError` when there is none."""
     if name not in TARGETS:
@@ -86,8 +94,7 @@ def _check_formats(target: Target, view: View) -> None:
         return
     own = {piece.ref.packed.layout for piece in view.pieces if piece.ref.packed is not None} & OWN_LAYOUTS
     if own:
-        what, instead = ("pruned matrices with a mask", "pack=false") if "bitmask" in own else (
-            "products as their factors", "channel_prune")  # fmt: skip
+        what, instead = next(words for layout, words in _SMALLER.items() if layout in own)
         raise UserError(
             f"this plan stores {what}, which {target.name} does not read; the nearest plan that it can is {instead}, or say "
             "--target plugin (moespresso.load reads it)"

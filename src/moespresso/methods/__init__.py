@@ -4,6 +4,7 @@ Importing this package registers all of them (`moespresso.core.registry`).
 """
 
 from moespresso.methods._on_text import Answer, Shown
+from moespresso.methods.attention_rank import AttentionRank
 from moespresso.methods.autoround import AutoRound
 from moespresso.methods.awq import Awq
 from moespresso.methods.block_drop import BlockDrop
@@ -21,6 +22,6 @@ from moespresso.methods.sparsegpt import SparseGpt
 from moespresso.methods.wanda import Wanda
 
 __all__ = [
-    "Answer", "AutoRound", "Awq", "BlockDrop", "ChannelPrune", "ExpertDrop", "ExpertMerge", "Gptq", "Hqq", "LayerDrop", "LowRank", "Magnitude", "Refit", "Rtn", "Shown",
+    "Answer", "AttentionRank", "AutoRound", "Awq", "BlockDrop", "ChannelPrune", "ExpertDrop", "ExpertMerge", "Gptq", "Hqq", "LayerDrop", "LowRank", "Magnitude", "Refit", "Rtn", "Shown",
     "SparseGpt", "Wanda",
 ]  # fmt: skip

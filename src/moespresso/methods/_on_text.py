@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from moespresso.core.blueprint import Heads
 from moespresso.core.format import Format
 from moespresso.formats import Codes
 from moespresso.measure import RoutedExperts
@@ -24,8 +25,8 @@ class Shown:
     output of every channel, for steps that go by gradients (`measure.Stiffness`); `missing` [T, H], what the layer's answer to
     each token that reaches its experts lacks of the original layer's, where that may be something.
 
-    `linears` maps a module's name to its weight [out, in] and the mean of x x^T [in, in] of its inputs. `module` is the
-    layer itself, `layer` its number.
+    `linears` maps a module's name to its weight [out, in] and the mean of x x^T [in, in] of its inputs, `means` to the mean of
+    x [in]. `module` is the layer itself, `layer` its number, `heads` those of its attention.
     """
 
     layer: int
@@ -37,6 +38,8 @@ class Shown:
     channels: tuple[int, ...] | None = None
     curvature: Tensor | None = None
     missing: Tensor | None = None
+    means: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    heads: Heads | None = None
 
 
 @dataclass(slots=True)

@@ -108,7 +108,8 @@ class Refit:
         answer = Answer(weights={"up": experts.up, "down": experts.down})
         if shown.missing is None:
             answer.trouble.append(
-                f"refit: no earlier step of this recipe changed L{shown.layer}, so nothing is missing there"
+                f"refit: L{shown.layer} stays as it is: no earlier step of this recipe changed it, or its answer is normed before "
+                "it is added"
             )
             return answer
         tokens = experts.tokens.clamp(min=1).float()

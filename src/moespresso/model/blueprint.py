@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moespresso.checkpoint.index import Checkpoint
-from moespresso.core.blueprint import Blueprint, Branch, Entry, LayerSpec, TensorRef
+from moespresso.core.blueprint import Blueprint, Branch, Entry, Heads, LayerSpec, TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.remains import SILENT_KV
 from moespresso.core.unit import Part, Unit
@@ -28,6 +28,7 @@ from moespresso.model import quirks
 from moespresso.model.counts import expert_axes, is_unequal
 from moespresso.model.depth import period
 from moespresso.model.experts import is_experts
+from moespresso.model.heads import find_heads
 from moespresso.model.names import Names
 from moespresso.model.skeleton import (
     build_meta,
@@ -55,7 +56,7 @@ def read_blueprint(checkpoint: Checkpoint) -> Blueprint:
     for layer in layers:
         _check_block(layer, config, place)
     try:
-        specs = tuple(_layer_spec(index, layer, config) for index, layer in enumerate(layers))
+        specs = tuple(_layer_spec(index, layer, config, model) for index, layer in enumerate(layers))
     except AttributeError as error:  # a config or a router without what every family so far has
         raise UserError(f"{place}: model_type {config.model_type!r} is not supported ({error})") from error
     _check_experts_seen(model, config, specs, place)
@@ -154,16 +155,18 @@ def _check_experts_seen(
         )
 
 
-def _layer_spec(index: int, layer: nn.Module, config: PreTrainedConfig) -> LayerSpec:
+def _layer_spec(index: int, layer: nn.Module, config: PreTrainedConfig, model: PreTrainedModel) -> LayerSpec:
     mixer = _mixer(index, layer, config)
     widths = _attention_widths(layer_config(config, index)) if mixer == "attention" else (0, 0, 0)
     if any(isinstance(child, SilentMixer) for child in layer.children()):
         mixer, widths = "none", (0, 0, SILENT_KV)
+    heads = _heads(layer, layer_config(config, index), model) if mixer == "attention" else None
     found = moe_block(layer)
     if found is None:
         return LayerSpec(
-            index, mixer, width=_dense_width(layer), qk_width=widths[0], v_width=widths[1], kv_width=widths[2]
-        )
+            index, mixer, width=_dense_width(layer), qk_width=widths[0], v_width=widths[1], kv_width=widths[2],
+            heads=heads,
+        )  # fmt: skip
     block = found[1]
     experts: Any = block.get_submodule("experts")
     found_router = find_router(block)
@@ -176,7 +179,14 @@ def _layer_spec(index: int, layer: nn.Module, config: PreTrainedConfig) -> Layer
         experts.down_proj.shape[1 if experts.is_transposed else 2], *widths,
         skipped=len(getattr(experts, "places", ())) and len(experts.places) - count,
         widths=getattr(experts, "widths", ()),
+        heads=heads,
     )  # fmt: skip
+
+
+def _heads(layer: nn.Module, config: PreTrainedConfig, model: PreTrainedModel) -> Heads | None:
+    """The heads of a layer's attention."""
+    module = next((child for name, child in layer.named_children() if MIXERS.get(name) == "attention"), None)
+    return None if module is None else find_heads(module, config, model)
 
 
 def _mixer(index: int, layer: nn.Module, config: PreTrainedConfig) -> str:
