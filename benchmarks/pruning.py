@@ -33,13 +33,16 @@ from moespresso.core.registry import parse_step
 from moespresso.core.runtime import Runtime
 from moespresso.data import Source, calibration
 from moespresso.methods._prune import Sparsity
-from moespresso.pipeline import Clock, decide
+from moespresso.pipeline import Clock, all_needs, decide
 from moespresso.report import machine, versions
 
 STRIDE, SAMPLES = 10, 48
+RATIOS = [0.15, 0.25, 0.5]
 CUTS = [
     "expert_drop:ratio={}",
+    "expert_drop:ratio={} refit",
     "expert_merge:ratio={}",
+    "expert_merge:ratio={} refit",
     "channel_prune:ratio={},score=random,refit=none",
     "channel_prune:ratio={},score=random,refit=expert",
     "channel_prune:ratio={},score=magnitude,refit=none",
@@ -56,7 +59,26 @@ CUTS = [
     "channel_prune:ratio={},score=surgeon,refit=expert",
     "channel_prune:ratio={},score=surgeon,refit=layer",
     "channel_prune:ratio={},score=surgeon,refit=layer,scope=global",
+    "channel_prune:ratio={},score=camera,refit=none,per_expert=true",
+    "channel_prune:ratio={},score=surgeon,refit=layer,per_expert=true",
+    "channel_prune:ratio={},score=surgeon,refit=layer,per_expert=true,scope=global",
     "low_rank:ratio={}",
+]
+# Steps of the chart.
+SHOWN = [
+    *["expert_drop:ratio={}", "expert_drop:ratio={} refit", "expert_merge:ratio={}", "low_rank:ratio={}"],
+    *["channel_prune:ratio={},score=random,refit=none", "channel_prune:ratio={},score=camera,refit=none"],
+    *[
+        "channel_prune:ratio={},score=camera,refit=expert",
+        "channel_prune:ratio={},score=surgeon,refit=expert",
+    ],
+    *[
+        "channel_prune:ratio={},score=surgeon,refit=layer",
+        "channel_prune:ratio={},score=surgeon,refit=layer,scope=global",
+    ],
+    *["channel_prune:ratio={},score=surgeon,refit=layer,per_expert=true"],
+    *["channel_prune:ratio={},score=surgeon,refit=layer,per_expert=true,scope=global"],
+    *["magnitude:sparsity={}", "wanda:sparsity={}", "sparsegpt:sparsity={}"],
 ]
 MASKED = [
     "magnitude:sparsity={}",
@@ -102,20 +124,20 @@ def stored(step: Any, bench: Bench, view: Any) -> float:
 def run(folder: str, text: str, seeds: int) -> dict[str, Any] | None:
     """One way on one model; None where it makes no sense there."""
     torch.set_num_threads(1)
-    bench, step, found = Bench(Path(folder), STRIDE), parse_step(text), []
+    bench, steps, found = Bench(Path(folder), STRIDE), [parse_step(step) for step in text.split()], []
     if "shared" in text and not any(layer.shared_experts for layer in bench.view.source.layers):
         return None
-    for seed in range(seeds if step.needs() - {"weights"} else 1):
+    for seed in range(seeds if all_needs(steps) - {"weights"} else 1):
         batches = calibration(
             [Source(str(TEXT / "calibration"))], load_tokenizer(Path(folder)), SAMPLES, LENGTH, seed
         )
         with tempfile.TemporaryDirectory() as work:
             start = time.process_time()
-            decided = decide(bench.view, [step], batches, None, Path(work), Runtime(), Clock())
+            decided = decide(bench.view, steps, batches, None, Path(work), Runtime(), Clock())
             seconds = time.process_time() - start
             view = replace(bench.view, plan=decided.plan, fits=decided.fits)
             found.append(bench.compare(view) | {"seconds": seconds})
-            left = stored(step, bench, view)
+            left = stored(steps[0], bench, view)
     row = {"kl": [each["kl"]["mean"] for each in found], "ci95": found[0]["kl"]["ci95"], "left": left,
            "perplexity_ratio": found[0]["perplexity_ratio"], "seconds": found[0]["seconds"]}  # fmt: skip
     print(f"{Path(folder).name:12} {text:52} {left:6.1%} left  KL {cell(row)}", flush=True)
@@ -129,12 +151,7 @@ def table(results: dict[str, dict[str, Any]], amounts: list[str], steps: list[st
     lines = [f"| KL to the original | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
     for step in steps:
         rows = [results[name].get(step.format(amount)) for name, amount in columns]
-        label = (
-            step.replace("ratio={},", "")
-            .replace(":ratio={}", "")
-            .replace("sparsity={},", "")
-            .replace(":sparsity={}", "")
-        )
+        label = short(step)
         if any(rows):
             lines.append(f"| `{label}` | {' | '.join(cell(row) if row else '' for row in rows)} |")
     left = [
@@ -145,6 +162,13 @@ def table(results: dict[str, dict[str, Any]], amounts: list[str], steps: list[st
         f"| *bytes of routed experts left* | {' | '.join(' to '.join(sorted(each)) for each in left)} |"
     )
     return "\n".join(lines)
+
+
+def short(step: str) -> str:
+    """A step without its amount."""
+    for amount in ("ratio={},", ":ratio={}", "sparsity={},", ":sparsity={}"):
+        step = step.replace(amount, "")
+    return step
 
 
 def cell(row: dict[str, Any]) -> str:
@@ -160,28 +184,20 @@ def figure(results: dict[str, dict[str, Any]], path: Path) -> None:
     """KL against bytes, one panel a model. Weights pruned by a pattern are single points beside those of a plain share."""
     import matplotlib.pyplot as plt
 
-    shown = [
-        *["expert_drop", "expert_merge", "low_rank"],
-        *["channel_prune:score=random,refit=none", "channel_prune:score=camera,refit=none"],
-        *["channel_prune:score=camera,refit=expert", "channel_prune:score=surgeon,refit=expert"],
-        *["channel_prune:score=surgeon,refit=layer", "channel_prune:score=surgeon,refit=layer,scope=global"],
-        *["magnitude", "wanda", "sparsegpt"],
-    ]
     made, panels = plt.subplots(1, len(results), figsize=(5 * len(results) + 4, 4.5), squeeze=False)
     for panel, (name, rows) in zip(panels[0], results.items(), strict=True):
-        for number, label in enumerate(shown):
-            step, _, rest = label.partition(":")
-            found = [(row["left"], sum(row["kl"]) / len(row["kl"]), text) for text, row in rows.items()
-                     if [word for word in text.partition(":")[2].split(",")[1:] if word] == [w for w in rest.split(",") if w]
-                     and text.startswith(f"{step}:")]  # fmt: skip
-            masked = label in ("magnitude", "wanda", "sparsegpt")
-            points = sorted(found)
+        for number, step in enumerate(SHOWN):
+            found = ((amount, rows.get(step.format(amount))) for amount in [*RATIOS, *PATTERNS])
+            points = sorted(
+                (row["left"], sum(row["kl"]) / len(row["kl"]), amount) for amount, row in found if row
+            )
+            masked = "sparsity" in step
             panel.plot([x for x, _, _ in points], [y for _, y, _ in points], "x" if masked else "o-",
-                       color=plt.get_cmap("tab20")(number), label=label.replace("channel_prune:", "channels: "), markersize=5)  # fmt: skip
-            if label == "sparsegpt":
-                for left, kl, text in points:
+                       color=plt.get_cmap("tab20")(number), label=short(step).replace("channel_prune:", "channels: "), markersize=5)  # fmt: skip
+            if step.startswith("sparsegpt"):
+                for left, kl, amount in points:
                     panel.annotate(
-                        text.partition("=")[2],
+                        amount,
                         (left, kl),
                         xytext=(5, -3),
                         textcoords="offset points",
@@ -201,7 +217,7 @@ def main() -> None:
     assert moespresso.methods
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=[str(folder) for folder in MODELS.values()])
-    parser.add_argument("--ratios", nargs="*", type=float, default=[0.15, 0.25, 0.5])
+    parser.add_argument("--ratios", nargs="*", type=float, default=RATIOS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", nargs="*", help="these steps only; beside what --out holds already")
     parser.add_argument("--out", type=Path)
