@@ -296,3 +296,16 @@ def test_products_are_for_our_own_loader(zoo: Zoo, text: Path, tmp_path: Path):
 def test_a_ratio_of_low_rank_is_a_share(ratio: float, zoo: Zoo, text: Path, tmp_path: Path):
     with pytest.raises(UserError, match="must lie between 0 and 1"):
         press(zoo("mixtral"), tmp_path / "out", f"low_rank:ratio={ratio}", text=text)
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("modegpt", "two steps here: channel_prune:score=leverage,refit=expert .* and attention_rank"),
+        ("shared_basis", "no stored form.*use channel_prune:per_expert=true"),
+        ("qr", "method"),
+    ],
+)
+def test_other_decompositions_are_named(method: str, reason: str, zoo: Zoo, text: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=reason):
+        press(zoo("mixtral"), tmp_path / "out", f"low_rank:ratio=0.25,method={method}", text=text)

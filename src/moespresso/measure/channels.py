@@ -21,6 +21,8 @@ from moespresso.measure.routed import RoutedExperts
 
 # Widths are told in steps of channels that are a multiple of this, so many at most.
 STEP, POINTS = 8, 32
+# Tokens of a layer that are held at once, about.
+MOST = 1 << 16
 # Share of the mean second moment that is added to every one; more for experts with fewer tokens than channels.
 DAMPING = 0.003
 
@@ -60,16 +62,19 @@ class ChannelSums:
 
 
 class Removals:
-    """Holds what reaches the experts of one MoE layer, and then takes channels out of them one after another."""
+    """Holds what reaches the experts of one MoE layer (the first tokens, where there are many), and then takes channels out
+    of them one after another."""
 
     def __init__(self) -> None:
         self._fed: list[Fed] = []
-        self._stream = 0.0
+        self._tokens, self._stream = 0, 0.0
 
     def add(self, call: Call) -> None:
         """Take in one batch."""
-        self._fed.append(fed_of(call))
-        self._stream += _energy(call)
+        if self._tokens < MOST:
+            self._fed.append(fed_of(call))
+            self._tokens += len(self._fed[-1].hidden)
+            self._stream += _energy(call)
 
     def values(self, layer: Layer) -> dict[Unit, dict[str, float]]:
         """`removal@W` of every expert."""

@@ -2,8 +2,8 @@
 
     minimise  sum over tokens of |(W - L R) x|^2     L [out, r], R [r, in]
 
-Experts are nearly of full rank, so this is a mark for others more than a way to go; published methods share bases among experts
-(MoBE, arXiv 2508.05257), which this version has as a kernel only (`_low_rank.py`). The two factors are what is
+Experts are nearly of full rank, so this is a mark for others more than a way to go; bases that experts share (MoBE, arXiv
+2508.05257) were measured (`benchmarks/structures.py`) and have no stored form. The two factors are what is
 stored; loading multiplies them (moespresso.load). Down is solved on what the products of gate and up really hand on.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,13 @@ from moespresso.methods._matrices import OnMatrices
 from moespresso.methods._on_text import Answer, Shown
 
 Factors = tuple[Tensor, Tensor]
+# What other methods of this name are here.
+_INSTEAD = {
+    "modegpt": "method=modegpt is two steps here: channel_prune:score=leverage,refit=expert for the experts (the result loads in "
+    "stock engines) and attention_rank for the attention",
+    "shared_basis": "method=shared_basis has no stored form: bases shared by a layer's experts lose to channels with widths of "
+    "their own at equal bytes (benchmarks/structures.py): use channel_prune:per_expert=true",
+}
 
 
 @method
@@ -36,6 +43,7 @@ class LowRank(OnMatrices):
     """Settings of one decomposition.
 
     ratio: share of every matrix's bytes that goes.
+    method: `svd` (each matrix by itself); MoDeGPT's and MoBE's are steps of their own or were not worth building, and say so.
     damping: share of the mean diagonal added to every second moment.
     sequential: later layers see what the products before let through.
     """
@@ -46,12 +54,15 @@ class LowRank(OnMatrices):
     without_text: ClassVar[str] = "magnitude"
     able: ClassVar[tuple[str, ...]] = ("experts", "shared", "attention", "dense")
     ratio: float = 0.25
+    method: Literal["svd", "modegpt", "shared_basis"] = "svd"
     damping: float = 0.01
     sequential: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
         OnMatrices.__post_init__(self)
+        if self.method != "svd":
+            raise UserError(f"low_rank: {_INSTEAD[self.method]}")
         if not 0 < self.ratio < 1:
             raise UserError(f"low_rank: ratio={self.ratio} must lie between 0 and 1")
         if not 0 <= self.damping < float("inf"):
