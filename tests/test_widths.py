@@ -330,3 +330,13 @@ def test_a_config_that_says_other_widths_is_refused(change: Any, zoo: Zoo, text:
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"expert_widths .* are not the widths|which does not make"):
         open_view(out)
+
+
+@pytest.mark.parametrize("settings", ["per_expert=true", "per_expert=true,scope=global", "scope=global"])
+def test_a_byte_budget_is_kept(settings: str, zoo: Zoo, text: Path, tmp_path: Path):
+    whole = open_view(zoo("mixtral")).source.cost().bytes
+    size = round(whole * 0.9)
+    out = press(
+        zoo("mixtral"), tmp_path / "out", f"channel_prune:{settings}", text=text, target="plugin", size=size
+    )
+    assert whole * 0.8 < sum(tensor.nbytes for tensor in disk(out).values()) <= size

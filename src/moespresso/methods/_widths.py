@@ -22,7 +22,7 @@ def allocated(
 ) -> dict[Key, int]:
     """Channels that go of each, in multiples of `multiple`, so that `goal` go in all and the least is lost.
 
-    `counts` says of how many experts each of `curves` is the sum. The sum comes as near to `goal` as whole steps can.
+    `counts` says of how many experts each of `curves` is the sum. Steps are whole, so a little more than `goal` may go.
     """
     slopes = {key: _slopes(points) for key, points in curves.items()}
     gone = dict.fromkeys(curves, 0)
@@ -34,10 +34,7 @@ def allocated(
     heapify(queue)
     while queue and goal > 0:
         _, key = heappop(queue)
-        size = multiple * counts[key]
-        if size > goal + size // 2:
-            continue
-        goal -= size
+        goal -= multiple * counts[key]
         gone[key] += multiple
         if gone[key] + multiple <= slopes[key][-1][0]:
             heappush(queue, (_price(slopes[key], gone[key], counts[key]), key))
