@@ -222,7 +222,7 @@ def test_the_share_is_met_and_stock_engines_are_refused(zoo: Zoo, text: Path, tm
         found = widths_of(out)
         assert all(width % 8 == 0 for each in found for width in each)
         sums = [sum(each) for each in found]
-        assert sum(sums) == sum(24 * layer.experts for layer in whole)
+        assert sum(sums) == sum(20 * layer.experts for layer in whole)  # the half, though 20 is no multiple of 8
         if scope == "layer":
             assert len(set(sums)) == 1
 

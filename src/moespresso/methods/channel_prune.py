@@ -179,8 +179,12 @@ class ChannelPrune:
             raise UserError(
                 "channel_prune: say how much: ratio=0.25 (of the channels goes), or width=96 (stay)"
             )
-        wanted = self.width if self.width is not None else round(before * (1 - (self.ratio or 0)))
-        return min(before, -(-max(wanted, 1) // self.multiple) * self.multiple)
+        wanted = self._wanted(before)
+        return min(before, -(-max(round(wanted), 1) // self.multiple) * self.multiple)
+
+    def _wanted(self, before: int) -> float:
+        """The same, not rounded."""
+        return self.width if self.width is not None else before * (1 - (self.ratio or 0))
 
     def amounts(self, blueprint: Blueprint) -> list[Any]:
         """This step with every width, widest first (for a byte budget)."""
@@ -230,7 +234,8 @@ class ChannelPrune:
             counts = {(at,): layer.experts for at, layer in layers.items()}
         gone: dict[Key, int] = {}
         for part in [list(layers)] if self.scope == "global" else [[at] for at in layers]:
-            goal = sum(width - self._width(width) for at in part for width in _widths(layers[at]))
+            widths = [width for at in part for width in _widths(layers[at])]
+            goal = round(sum(max(0, width - self._wanted(width)) for width in widths))
             some = {key: curve for key, curve in curves.items() if key[0] in part}
             gone |= allocated(some, counts, goal, self.multiple)
         narrowed = {key[0] for key, count in gone.items() if count}
