@@ -172,7 +172,9 @@ def options(
     experts: RoutedExperts, expert: int, kepts: Sequence[Tensor], shares: Sequence[float]
 ) -> Iterator[Option]:
     """The menu of one expert. Fitted to every other token, checked on the rest."""
-    hidden, gates, wanted = (each[: 2 * TOKENS] for each in seen_by(experts, expert))
+    seen = seen_by(experts, expert)
+    every = -(-len(seen[0]) // (2 * TOKENS))  # experts are compared by sums over all of their tokens
+    hidden, gates, wanted = (each[::every] for each in seen)
     moment = (hidden * gates).T @ (hidden * gates)
     for kept in kepts:
         for halves, up in factors(halves_of(experts, expert, kept), moment, shares):
@@ -184,7 +186,7 @@ def options(
             refit = solved(experts.down[expert][:, kept], *fit[:2])
             for share, down in factors(refit[None], fit[0], shares):
                 loss, checked = (
-                    float(y - 2 * (down * pull).sum() + (down @ gram * down).sum())
+                    every * float(y - 2 * (down * pull).sum() + (down @ gram * down).sum())
                     for gram, pull, y in (fit, check)
                 )
                 numbers = sum(numbers_of(len(kept), len(down), each) for each in (halves, halves, share))
