@@ -446,7 +446,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=[str(folder) for folder in MODELS.values()])
     parser.add_argument("--parts", nargs="*", default=["joint", "bases", "blocks", "time"])
     parser.add_argument("--left", nargs="*", type=float, default=[0.875, 0.75, 0.5])
-    parser.add_argument("--out", type=Path, help="saved here, beside what it holds already")
+    parser.add_argument("--out", type=Path, help="saved here; what it holds already is not run again")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     body: dict[str, Any] = json.loads(asked.out.read_text()) if asked.out and asked.out.is_file() else {}
