@@ -222,7 +222,9 @@ def test_the_share_is_met_and_stock_engines_are_refused(zoo: Zoo, text: Path, tm
         found = widths_of(out)
         assert all(width % 8 == 0 for each in found for width in each)
         sums = [sum(each) for each in found]
-        assert sum(sums) == sum(20 * layer.experts for layer in whole)  # the half, though 20 is no multiple of 8
+        assert sum(sums) == sum(
+            20 * layer.experts for layer in whole
+        )  # the half, though 20 is no multiple of 8
         if scope == "layer":
             assert len(set(sums)) == 1
 
@@ -340,3 +342,14 @@ def test_a_byte_budget_is_kept(settings: str, zoo: Zoo, text: Path, tmp_path: Pa
         zoo("mixtral"), tmp_path / "out", f"channel_prune:{settings}", text=text, target="plugin", size=size
     )
     assert whole * 0.8 < sum(tensor.nbytes for tensor in disk(out).values()) <= size
+
+
+def test_layouts_of_other_engines_need_experts_of_one_width(text: Path, tmp_path: Path):
+    source = write_wide(tmp_path / "source")
+    out = press(
+        source, tmp_path / "out", f"{OWN},multiple=32", "rtn:group_size=32", text=text, target="plugin"
+    )
+    assert all(len(set(each)) > 1 for each in widths_of(out))
+    with pytest.raises(UserError, match="which no engine that reads gptq can load"):
+        api.export(out, to="gptq", out=tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()

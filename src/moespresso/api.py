@@ -33,7 +33,7 @@ from moespresso.core.slim import rounds_on_text
 from moespresso.core.stats import Stats, stats_key
 from moespresso.data import Batches, Source, calibration, sequences
 from moespresso.evaluate import evaluate as evaluate_models
-from moespresso.export import find_target, formed
+from moespresso.export import check_even, find_target, formed
 from moespresso.fitting import unrepaired
 from moespresso.model import (
     View,
@@ -425,6 +425,7 @@ def export(folder: str | Path, *, to: str, out: str | Path, runtime: Runtime | N
             )
         target = "plugin" if is_unequal(view.checkpoint.config) or not one_format(view) else "transformers"
         formed(target, view).check_fits()
+        check_even(view, to)
         for piece in view.pieces:
             if piece.ref.packed is not None:
                 check_layout(piece.ref.packed.layout, piece.ref.packed.format, *piece.shape)
