@@ -353,3 +353,16 @@ def test_layouts_of_other_engines_need_experts_of_one_width(text: Path, tmp_path
     with pytest.raises(UserError, match="which no engine that reads gptq can load"):
         api.export(out, to="gptq", out=tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
+
+
+def test_no_expert_becomes_narrower_than_the_least_and_what_could_not_go_is_told(
+    zoo: Zoo, text: Path, tmp_path: Path
+):
+    for least, ratio in ((16, 0.4), (32, 0.5)):
+        step = f"channel_prune:ratio={ratio},per_expert=true,least={least}"
+        report = api.press(
+            zoo("mixtral"), out=tmp_path / str(least), steps=[step], texts=[text], target="plugin", **OPTIONS
+        )
+        assert min(width for each in widths_of(tmp_path / str(least)) for width in each) == least
+        told = any("20.0% of the channels go instead of 50.0%" in note for note in report.notes)
+        assert told == (least == 32)

@@ -59,6 +59,7 @@ class ChannelPrune:
         `camera`, `wanda`, `magnitude`, or `random`.
     scope: `layer` takes as much from every layer, `global` where it costs least (layers then differ: --target plugin).
     per_expert: every expert has a width of its own, so that channels go where they cost least (--target plugin).
+    least: the fewest channels that any expert keeps where they differ, however little the text uses it.
     refit: `expert` (each by itself), `layer` (all experts of a layer together), or `none`.
     multiple: a ratio's width is rounded up to a multiple of this; engines run multiples of 8, some faster those of 128.
     damping: share of the mean second moment that is added to every one in a refit.
@@ -79,6 +80,7 @@ class ChannelPrune:
     score: Literal["surgeon", "heapr", "leverage", "camera", "wanda", "magnitude", "random"] = "surgeon"
     scope: Literal["layer", "global"] = "layer"
     per_expert: bool = False
+    least: int = _LEAST
     refit: Literal["expert", "layer", "none"] = "layer"
     multiple: int = 8
     damping: float = 0.003
@@ -90,7 +92,7 @@ class ChannelPrune:
         """Refuse what makes no sense."""
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise UserError(f"channel_prune: ratio={self.ratio} must be at least 0 and below 1")
-        for name in ("width", "multiple"):
+        for name in ("width", "multiple", "least"):
             number = getattr(self, name)
             if number is not None and (number < _LEAST or number % _LEAST):
                 raise UserError(
@@ -213,11 +215,11 @@ class ChannelPrune:
     def decide(self, stats: Stats, blueprint: Blueprint) -> Decision:
         """Give every layer its width."""
         if self.uneven:
-            return self._uneven(self._allocated(stats, blueprint))
+            return self._allocated(stats, blueprint)
         made = self._treatments({layer.index: layer.width for layer in blueprint.moe_layers})
         return Decision(made, tuple(self._told(blueprint)))
 
-    def _allocated(self, stats: Stats, blueprint: Blueprint) -> dict[Unit, Treatment]:
+    def _allocated(self, stats: Stats, blueprint: Blueprint) -> Decision:
         """Widths of all layers or experts: again and again channels go where the next ones cost least."""
         layers = {layer.index: layer for layer in blueprint.moe_layers}
         curves: dict[Key, Points] = {
@@ -233,28 +235,39 @@ class ChannelPrune:
             }
             counts = {(at,): layer.experts for at, layer in layers.items()}
         gone: dict[Key, int] = {}
+        asked = 0
         for part in [list(layers)] if self.scope == "global" else [[at] for at in layers]:
             widths = [width for at in part for width in _widths(layers[at])]
             goal = round(sum(max(0, width - self._wanted(width)) for width in widths))
+            asked += goal
             some = {key: curve for key, curve in curves.items() if key[0] in part}
             gone |= allocated(some, counts, goal, self.multiple)
         narrowed = {key[0] for key, count in gone.items() if count}
         narrow = {key: count for key, count in gone.items() if key[0] in narrowed}
-        return {
-            _unit(key): Treatment(channels=_widths(layers[key[0]])[key[1] if self.per_expert else 0] - count)
+        left = {
+            key: _widths(layers[key[0]])[key[1] if self.per_expert else 0] - count
             for key, count in narrow.items()
         }
-
-    def _uneven(self, made: dict[Unit, Treatment]) -> Decision:
-        """A decision that says how far widths lie apart."""
-        found = sorted(each.channels or 0 for each in made.values())
-        note = f"channel_prune: experts keep {found[0]} to {found[-1]} channels" if found else ""
-        return Decision(made, (note,) if note else ())
+        notes = (
+            [f"channel_prune: experts keep {min(left.values())} to {max(left.values())} channels"]
+            if left
+            else []
+        )
+        went, there = (
+            sum(count * counts[key] for key, count in gone.items()),
+            sum(map(sum, map(_widths, layers.values()))),
+        )
+        if went < asked:
+            notes.append(
+                f"channel_prune: {went / there:.1%} of the channels go instead of {asked / there:.1%}, since no expert may become "
+                f"narrower than that (least={self.least})"
+            )
+        return Decision({_unit(key): Treatment(channels=width) for key, width in left.items()}, tuple(notes))
 
     def _curve(self, stats: Stats, layer: LayerSpec, expert: int) -> Points:
         """How many channels of an expert may go, and what is lost without them."""
         row, width = stats.values.get(Unit(layer.index, "experts", expert), {}), _widths(layer)[expert]
-        told = [kept for kept in grid(layer.width) if kept < width]
+        told = [kept for kept in grid(layer.width) if self.least <= kept < width]
         if any(f"{self._loss}@{kept}" not in row for kept in told):
             raise UserError(
                 f"these stats do not say what narrower experts of L{layer.index} would lose: measure them again"
