@@ -366,3 +366,19 @@ def test_no_expert_becomes_narrower_than_the_least_and_what_could_not_go_is_told
         assert min(width for each in widths_of(tmp_path / str(least)) for width in each) == least
         told = any("20.0% of the channels go instead of 50.0%" in note for note in report.notes)
         assert told == (least == 32)
+
+
+@pytest.mark.parametrize(
+    "step", ["channel_prune:per_expert=true", "channel_prune:scope=global", "expert_drop:scope=global"]
+)
+def test_one_measurement_serves_every_ratio(step: str, zoo: Zoo, text: Path, tmp_path: Path):
+    stats, plan, out = tmp_path / "stats.json", tmp_path / "plan.json", tmp_path / "out"
+    asked: Any = {"texts": [text], **OPTIONS}
+    api.measure(zoo("mixtral"), out=stats, steps=[f"{step},ratio=0.25"], **asked)
+    joined = f"{step},ratio=0.5" if "drop" not in step else f"{step},ratio=0.4"
+    api.plan(zoo("mixtral"), stats=stats, steps=[joined], target="plugin", out=plan, **asked)
+    made = Plan.load(plan)
+    assert made.stages[0].treatments
+    request = Request.from_options(model=zoo("mixtral"), texts=[text], target="plugin")
+    api.build(zoo("mixtral"), plan=plan, out=out, request=request)
+    proven(out, zoo("mixtral"))

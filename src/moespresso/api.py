@@ -158,6 +158,8 @@ def measure(
     runtime, request, out = runtime or Runtime(), _asked(model, request, options), Path(out)
     view = open_view(locate(model))
     _check_file(out, view.checkpoint.folder)
+    if any(step.uneven for step in request.steps):  # what is measured is no matter of the target
+        request = replace(request, target="plugin")
     view, request = _rehearse(view, request)
     batches = _calibration(view, request)
     must_spill(view, batches, runtime)

@@ -65,7 +65,7 @@ def found(view: View, plan: Plan, batches: Batches | None, work: Path, runtime: 
         return Slimmed(fit(view, plan, batches, work, runtime))
     if batches is None:
         raise UserError(
-            "this plan is rounded on real text: give --text FILE or --dataset NAME, as it was made with"
+            "this plan is fitted on real text: give --text FILE or --dataset NAME, as it was made with"
         )
     return slim(view, plan, batches, work, runtime)
 

@@ -270,7 +270,7 @@ class ChannelPrune:
         told = [kept for kept in grid(layer.width) if self.least <= kept < width]
         if any(f"{self._loss}@{kept}" not in row for kept in told):
             raise UserError(
-                f"these stats do not say what narrower experts of L{layer.index} would lose: measure them again"
+                f"these stats do not say what narrower experts of L{layer.index} would lose by score={self.score}: measure them again"
             )
         return [(0, 0.0), *((width - kept, row[f"{self._loss}@{kept}"]) for kept in reversed(told))]
 
