@@ -51,6 +51,22 @@ def joint_refit(
     return down, raised
 
 
+# Share of the mean second moment that is added where `missing` is fitted: most of what is missing is noise to the experts there.
+TO_ORIGINAL = 0.3
+
+
+def made_up(
+    experts: RoutedExperts, missing: Tensor, widths: Sequence[int], *, damping: float, sweeps: int
+) -> tuple[Tensor, dict[int, float]]:
+    """Down projections [E, H, K] of `experts` that answer with what is `missing` [T, H] as well, drawn to what they are."""
+    tokens = experts.tokens.clamp(min=1).float()
+    shares = damping * (tokens.new_tensor(widths) / tokens).clamp(min=1)
+    kept = [torch.arange(width, device=experts.down.device) for width in widths]
+    return joint_refit(
+        experts, experts.up, experts.down, kept, damping=shares.tolist(), sweeps=sweeps, missing=missing
+    )
+
+
 def featured(experts: RoutedExperts, expert: int, up: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens [n] of an expert, and what its channels hold for them times the gate [n, K]."""
     tokens, gates = experts.rows(expert)

@@ -21,7 +21,7 @@ from moespresso.core.registry import method
 from moespresso.core.remains import remains
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
-from moespresso.methods._joint import joint_refit
+from moespresso.methods._joint import TO_ORIGINAL, made_up
 from moespresso.methods._on_text import Answer, Shown
 
 
@@ -30,7 +30,8 @@ from moespresso.methods._on_text import Answer, Shown
 class Refit:
     """Settings of one refit.
 
-    damping: share of an expert's mean second moment that is added to every one; more for experts with few tokens.
+    damping: share of an expert's mean second moment that is added to every one; more for experts with few tokens. What is missing is
+        mostly noise to them, so it is large.
     sweeps: rounds over all experts.
     sequential: later layers see what the refitted ones before let through.
     """
@@ -44,7 +45,7 @@ class Refit:
     # What the original layer answers is shown.
     by_original: ClassVar[bool] = True
 
-    damping: float = 0.003
+    damping: float = TO_ORIGINAL
     sweeps: int = 2
     sequential: bool = True
 
@@ -112,11 +113,7 @@ class Refit:
                 "it is added"
             )
             return answer
-        tokens = experts.tokens.clamp(min=1).float()
-        shares = self.damping * (tokens.new_tensor(widths) / tokens).clamp(min=1)
-        kept = [experts.tokens.new_tensor(range(width)) for width in widths]
-        down, thin = joint_refit(experts, experts.up, experts.down, kept, missing=shown.missing, damping=shares.tolist(),
-                                 sweeps=self.sweeps)  # fmt: skip
+        down, thin = made_up(experts, shown.missing, widths, damping=self.damping, sweeps=self.sweeps)
         answer.weights["down"] = down
         answer.trouble += [
             f"L{shown.layer}.E{at}: too few tokens for a refit at the damping asked for: damping raised to {ridge:g}"
