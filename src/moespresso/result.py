@@ -212,7 +212,7 @@ def form_notes(view: View) -> list[str]:
         )
     if _packing(view) == "own":
         notes.append(
-            "stock loaders stop at its packed experts, which they would read wrongly: moespresso.load reads them"
+            "stock loaders stop at its packed matrices, which they would read wrongly: moespresso.load reads them"
         )
     if is_unequal(view.config):
         notes.append(

@@ -6,7 +6,7 @@ A treatment's `format` stands on a part of a layer (`L3.experts`, `L3.attention`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from moespresso.core.blueprint import Blueprint, Entry
@@ -106,11 +106,6 @@ def prunes(format: Format) -> bool:
     return format.kind in ("source", "sparse")
 
 
-def rounds(stage: Stage) -> bool:
-    """Whether a stage rounds weights to integers."""
-    return any(t.format is not None and t.format.kind == "integer" for t in stage.treatments.values())
-
-
 def slims(stage: Stage) -> bool:
     """Whether a stage encodes matrices, prunes them or takes channels out of them."""
     return any(
@@ -139,12 +134,17 @@ def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
     """Raise `UserError` where stage `number` of a plan encodes what is not there or cannot be, or changes values that an
     earlier stage encoded."""
     stage = plan.stages[number]
+    before = plan.stages[:number]
+    slimmed = any(map(slims, before))
+    formats = {
+        each.format for earlier in before for each in earlier.treatments.values() if each.format is not None
+    }
     for unit, treatment in stage.treatments.items():
         if treatment.format is not None and treatment != Treatment(format=treatment.format):
             raise UserError(
                 f"the plan gives {unit} a format and something else as well: do one after the other"
             )
-        _check_values(unit, treatment, plan.stages[:number])
+        _check_values(unit, treatment, slimmed, formats)
     refitted = {unit for unit, treatment in stage.treatments.items() if treatment.repair == REFIT}
     if refitted and not rounds_on_text(stage):
         raise UserError(f"the plan rescales {min(refitted)} in a step that does not round weights on text")
@@ -170,34 +170,27 @@ def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
             raise UserError(f"the plan gives {unit} a format, but {blueprint.source} has no matrices there")
 
 
-def _check_values(unit: Unit, treatment: Treatment, before: tuple[Stage, ...]) -> None:
+def _check_values(unit: Unit, treatment: Treatment, slimmed: bool, formats: Collection[Format]) -> None:
+    """Whether a treatment may follow steps that have slimmed weights, or given them such formats."""
     changes = treatment.into is not None or treatment.repair in REPAIRS
-    if changes and any(map(slims, before)):
+    if changes and slimmed:
         what = "merges" if treatment.into is not None else "repairs"
         raise UserError(
             f"the plan {what} {unit} after a step that rounds or prunes weights: put that step last"
         )
-    small = any(
-        t.format is not None and layout_of(t.format) in OWN_LAYOUTS
-        for stage in before
-        for t in stage.treatments.values()
-    )
-    if treatment.format is not None and small:
+    if treatment.format is not None and any(layout_of(format) in OWN_LAYOUTS for format in formats):
         raise UserError(
             f"the plan treats {unit} after a step that stores matrices with a mask or as factors or in part: say pack=false there, "
             "or press once with that step and then its result"
         )
-    masked = any(
-        t.format is not None and t.format.density < 1 for stage in before for t in stage.treatments.values()
-    )
-    if treatment.channels is not None and masked:
+    if treatment.channels is not None and any(format.density < 1 for format in formats):
         raise UserError(
             f"the plan fits {unit} anew after a step that prunes single weights, which would no longer be zero: put that step last"
         )
     cuts = treatment.channels is not None or (
         treatment.format is not None and treatment.format.kind != "integer"
     )
-    if cuts and any(map(rounds, before)):
+    if cuts and any(format.kind == "integer" for format in formats):
         raise UserError(f"the plan prunes {unit} after a step that rounds weights: put the rounding last")
 
 
