@@ -175,19 +175,24 @@ def cell(row: dict[str, Any]) -> str:
     """The mean, and the range where there were several drawings."""
     values = row["kl"]
     mean = sum(values) / len(values)
+    digits = 4 if mean >= 0.001 else 6
+    told = f"{mean:.{digits}f}"
     if len(set(values)) == 1:
-        return f"{mean:.4f}"
-    return f"{mean:.4f}" + (f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else "")
+        return told
+    return f"{told} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def figure(results: dict[str, dict[str, Any]], path: Path) -> None:
     """KL against bytes, one panel a model. Weights pruned by a pattern are single points beside those of a plain share."""
     import matplotlib.pyplot as plt
 
-    made, panels = plt.subplots(1, len(results), figsize=(5 * len(results) + 4, 4.5), squeeze=False)
+    made, panels = plt.subplots(1, len(results), figsize=(5 * len(results) + 5, 4.5), squeeze=False)
     for panel, (name, rows) in zip(panels[0], results.items(), strict=True):
         for number, step in enumerate(SHOWN):
-            found = ((amount, rows.get(step.format(amount))) for amount in [*RATIOS, *PATTERNS])
+            found = (
+                (amount, rows.get(step.format(amount)))
+                for amount in dict.fromkeys([*map(str, RATIOS), *PATTERNS])
+            )
             points = sorted(
                 (row["left"], sum(row["kl"]) / len(row["kl"]), amount) for amount, row in found if row
             )
@@ -208,7 +213,7 @@ def figure(results: dict[str, dict[str, Any]], path: Path) -> None:
         )
     handles, labels = panels[0][0].get_legend_handles_labels()
     made.legend(handles, labels, loc="center right", fontsize=8)
-    made.tight_layout(rect=(0, 0, 1 - 3.6 / made.get_figwidth(), 1))
+    made.tight_layout(rect=(0, 0, 1 - 4.9 / made.get_figwidth(), 1))
     made.savefig(path, dpi=130)
 
 
