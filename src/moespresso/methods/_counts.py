@@ -74,3 +74,18 @@ def refuse_widths(kind: str, blueprint: Blueprint) -> None:
                 f"{kind}: the experts of L{layer.index} differ in width ({min(layer.widths)} to {max(layer.widths)} channels), which "
                 "it cannot treat: do this step before the one with per_expert=true"
             )
+
+
+def need_single_experts(kind: str, blueprint: Blueprint) -> None:
+    """Raise `UserError` where there are no routed experts, or none whose matrices are stored by themselves, for a step that
+    changes these."""
+    if not blueprint.moe_layers:
+        raise UserError(f"{kind}: {blueprint.source} has no routed experts to treat: it is a dense model")
+    for entry in blueprint.entries:
+        if entry.unit.part != "experts" or entry.unit.matrix == "novices":
+            continue
+        if entry.unit.expert is None or len(entry.ref.shape) != 2:
+            raise UserError(
+                f"{kind}: {blueprint.source} ({blueprint.family}) stores its experts as {entry.ref.name}, not as matrices of "
+                "their own, which this version cannot treat: drop experts instead"
+            )

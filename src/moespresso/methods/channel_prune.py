@@ -39,6 +39,7 @@ from moespresso.methods._channels import (
     rows_of,
     size,
 )
+from moespresso.methods._counts import need_single_experts
 from moespresso.methods._joint import TO_ORIGINAL, answers, joint_refit, made_up
 from moespresso.methods._low_rank import leverage
 from moespresso.methods._on_text import Answer, Shown
@@ -141,16 +142,7 @@ class ChannelPrune:
 
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
-        if not blueprint.moe_layers:
-            raise UserError(
-                f"channel_prune: {blueprint.source} has no routed experts whose channels could go: it is a dense model"
-            )
-        for entry in blueprint.entries:
-            if entry.unit.part == "experts" and (entry.unit.expert is None or len(entry.ref.shape) != 2):
-                raise UserError(
-                    f"channel_prune: {blueprint.source} ({blueprint.family}) stores its experts as {entry.ref.name}, not as "
-                    "matrices of their own, which this version cannot narrow: drop experts instead"
-                )
+        need_single_experts(self.kind, blueprint)
         for layer in blueprint.moe_layers:
             if layer.widths and not self.per_expert:
                 raise UserError(

@@ -21,6 +21,7 @@ from moespresso.core.registry import method
 from moespresso.core.remains import remains
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
+from moespresso.methods._counts import need_single_experts
 from moespresso.methods._joint import TO_ORIGINAL, made_up
 from moespresso.methods._on_text import Answer, Shown
 
@@ -66,16 +67,7 @@ class Refit:
 
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
-        if not blueprint.moe_layers:
-            raise UserError(
-                f"refit: {blueprint.source} has no routed experts that could be refitted: it is a dense model"
-            )
-        for entry in blueprint.entries:
-            if entry.unit.part == "experts" and (entry.unit.expert is None or len(entry.ref.shape) != 2):
-                raise UserError(
-                    f"refit: {blueprint.source} ({blueprint.family}) stores its experts as {entry.ref.name}, not as matrices of "
-                    "their own, which this version cannot fit: leave refit out"
-                )
+        need_single_experts(self.kind, blueprint)
 
     def amounts(self, blueprint: Blueprint) -> list[Any]:
         """This step; it changes no size."""
