@@ -173,6 +173,19 @@ def test_a_mixture_is_narrowed_and_pruned_for_stock(
     assert found["ok"], found
 
 
+@pytest.mark.parametrize(
+    "family", sorted(MIXTURES.keys() - {"granitemoeshared", "granitemoehybrid", "hy_v4"})
+)
+def test_a_mixture_has_experts_of_any_width_that_make_up_for_others(
+    checkpoint: Written, family: str, text: Path, tmp_path: Path
+) -> None:
+    folder = checkpoint(family, MIXTURES[family])
+    steps = ["expert_drop:ratio=0.25", "refit", "channel_prune:ratio=0.4,per_expert=true,scope=global"]
+    api.press(folder, out=tmp_path / "out", texts=[text], samples=4, length=16, steps=steps, target="plugin")
+    found = api.verify(tmp_path / "out", against=folder)
+    assert found["ok"], found
+
+
 @pytest.mark.parametrize("family", ["afmoe", "nemotron_h", "hy_v4"])
 @pytest.mark.parametrize("score", ["reap", "reconstruction"])
 def test_routers_of_other_shapes_are_measured(
