@@ -38,6 +38,8 @@ from moespresso.report import machine, versions
 
 STRIDE, SAMPLES = 10, 48
 RATIOS = [0.15, 0.25, 0.5]
+# Widths of their own, then shared bases: of a share r that goes in all, r / (1 + r) first and r^2 of the rest.
+BOTH = "channel_prune:ratio={:own},score=surgeon,refit=layer,per_expert=true,scope=global low_rank:method=shared_basis,ratio={:bases}"
 CUTS = [
     "expert_drop:ratio={}",
     "expert_drop:ratio={} refit",
@@ -63,6 +65,8 @@ CUTS = [
     "channel_prune:ratio={},score=surgeon,refit=layer,per_expert=true",
     "channel_prune:ratio={},score=surgeon,refit=layer,per_expert=true,scope=global",
     "low_rank:ratio={}",
+    "low_rank:method=shared_basis,ratio={}",
+    BOTH,
 ]
 # Steps of the chart.
 SHOWN = [
@@ -78,6 +82,7 @@ SHOWN = [
     ],
     *["channel_prune:ratio={},score=surgeon,refit=layer,per_expert=true"],
     *["channel_prune:ratio={},score=surgeon,refit=layer,per_expert=true,scope=global"],
+    *["low_rank:method=shared_basis,ratio={}", BOTH],
     *["magnitude:sparsity={}", "wanda:sparsity={}", "sparsegpt:sparsity={}"],
 ]
 MASKED = [
@@ -93,9 +98,20 @@ PATTERNS = ["0.5", "2:4", "4:8"]
 WITH_SHARED = ["wanda:sparsity={},parts=experts+shared", "sparsegpt:sparsity={},parts=experts+shared"]
 
 
+class Amount(str):
+    """A share or a pattern as it stands in a step; a part of it where the step says so."""
+
+    def __format__(self, spec: str) -> str:
+        """Itself, or of a share what channels (`own`) or `bases` take."""
+        if not spec or ":" in self:
+            return str(self)
+        share = float(self)
+        return f"{share / (1 + share) if spec == 'own' else share * share:.4g}"
+
+
 def ways(ratios: list[float]) -> list[str]:
     """Every step to be tried."""
-    cuts = [cut.format(ratio) for ratio in ratios for cut in CUTS]
+    cuts = [cut.format(Amount(ratio)) for ratio in ratios for cut in CUTS]
     masked = [
         step.format(pattern)
         for pattern in PATTERNS
@@ -150,12 +166,12 @@ def table(results: dict[str, dict[str, Any]], amounts: list[str], steps: list[st
     head = [f"{name}, {amount}" for name, amount in columns]
     lines = [f"| KL to the original | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
     for step in steps:
-        rows = [results[name].get(step.format(amount)) for name, amount in columns]
+        rows = [results[name].get(step.format(Amount(amount))) for name, amount in columns]
         label = short(step)
         if any(rows):
             lines.append(f"| `{label}` | {' | '.join(cell(row) if row else '' for row in rows)} |")
     left = [
-        {f"{row['left']:.0%}" for step in steps if (row := results[name].get(step.format(amount)))}
+        {f"{row['left']:.0%}" for step in steps if (row := results[name].get(step.format(Amount(amount))))}
         for name, amount in columns
     ]
     lines.append(
@@ -166,7 +182,15 @@ def table(results: dict[str, dict[str, Any]], amounts: list[str], steps: list[st
 
 def short(step: str) -> str:
     """A step without its amount."""
-    for amount in ("ratio={},", ":ratio={}", "sparsity={},", ":sparsity={}"):
+    for amount in (
+        "ratio={:own},",
+        ",ratio={:bases}",
+        "ratio={},",
+        ":ratio={}",
+        ",ratio={}",
+        "sparsity={},",
+        ":sparsity={}",
+    ):
         step = step.replace(amount, "")
     return step
 
@@ -190,7 +214,7 @@ def figure(results: dict[str, dict[str, Any]], path: Path) -> None:
     for panel, (name, rows) in zip(panels[0], results.items(), strict=True):
         for number, step in enumerate(SHOWN):
             found = (
-                (amount, rows.get(step.format(amount)))
+                (amount, rows.get(step.format(Amount(amount))))
                 for amount in dict.fromkeys([*map(str, RATIOS), *PATTERNS])
             )
             points = sorted(

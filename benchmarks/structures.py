@@ -38,11 +38,12 @@ from moespresso.core.runtime import Runtime
 from moespresso.data import Batches, Source, calibration
 from moespresso.evaluate import score_tokens
 from moespresso.evaluate.compare import summary
-from moespresso.measure import RoutedExperts
-from moespresso.methods._channels import TURNS, surgeon
-from moespresso.methods._hessians import factored
+from moespresso.measure import RoutedExperts, factored
+from moespresso.measure.removal import removal
+from moespresso.methods._bases import shared_bases
+from moespresso.methods._channels import TURNS, last, portions
 from moespresso.methods._joint import joint_refit
-from moespresso.methods._low_rank import shared_bases, truncated
+from moespresso.methods._low_rank import truncated
 from moespresso.model import make_skeleton
 from moespresso.report import machine, versions
 from moespresso.stream import sweep
@@ -124,6 +125,12 @@ def with_down(experts: RoutedExperts, up: Tensor, numbers: int, refit: str) -> C
         every = torch.arange(down.shape[2]).expand(experts.count, -1)
         down, _ = joint_refit(experts, up, down, every, damping=[DAMPING] * experts.count, sweeps=2)
     return Cut(up, stored(down), numbers)
+
+
+def surgeon(experts: RoutedExperts, moments: Tensor, keep: int, turns: int = TURNS) -> Tensor:
+    """The channels [E, keep] that `channel_prune` keeps, by its default score."""
+    gone = portions(experts.down.shape[2] - keep, turns)
+    return last(removal(experts.down, moments, DAMPING, gone)[0], keep)
 
 
 # Channels and rank
@@ -233,7 +240,7 @@ def joint(
     moments = experts.moments_inner(range(count), experts.up, by_gate=True)
     least = STEP if across else round(left * width / STEP) * STEP
     widths = range(least, width, STEP) if kinds != "rank" else ()
-    kepts = [surgeon(experts.down, moments, keep, DAMPING, turns)[0] for keep in widths]
+    kepts = [surgeon(experts, moments, keep, turns) for keep in widths]
     kepts.append(torch.arange(width).expand(count, -1))
     menus = [
         list(options(experts, expert, [kept[expert] for kept in kepts], shares)) for expert in range(count)
@@ -276,7 +283,7 @@ def bases(
     number, size, width = experts.down.shape
     keep, share = int(left / part * width), (3 * part - 1) / 2
     moments = experts.moments_inner(range(number), experts.up, by_gate=True)
-    kept = surgeon(experts.down, moments, keep, DAMPING)[0]
+    kept = surgeon(experts, moments, keep)
     up, numbers = torch.zeros_like(experts.up), number * size * keep
     for half in range(2):
         weights = torch.stack([halves_of(experts, expert, kept[expert])[half] for expert in range(number)])
@@ -285,7 +292,10 @@ def bases(
         elif count:
             rank = int((share * weights.numel() - number * count) / (number * keep + count * size))
             inputs, rounds = experts.pooled() if seen else None, ROUNDS if count > 1 else 1
-            parts = [stored(each) for each in shared_bases(weights, inputs, rank, count, rounds, 0, DAMPING)]
+            parts = [
+                stored(each)
+                for each in shared_bases(weights, inputs, rank, count, rounds=rounds, damping=DAMPING)
+            ]
             made = parts[0] @ torch.einsum("em,mri->eri", parts[2], parts[1])
         else:
             inputs = experts.moments_in(range(number)) if seen else None

@@ -1,4 +1,4 @@
-"""Low rank, shared bases, channels, attention heads and the shares of layers, against slow references from the formulas.
+"""Low rank, channels, attention heads and the shares of layers, against slow references from the formulas.
 
 References go another way than the code: explicit square roots and singular values where that has Gram matrices, least
 squares on the samples where that has their moments, a whole attention with its rotary embedding where that has scores.
@@ -23,10 +23,9 @@ from moespresso.methods._low_rank import (
     CAP,
     entropy_allocation,
     leverage,
-    shared_bases,
-    shared_basis,
     truncated,
 )
+from samples import error, matrices, moments, root, samples, tail
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 shapes = pytest.mark.parametrize(("rows", "width"), SHAPES)
@@ -39,40 +38,6 @@ def refitted_on(down: Tensor, moments: Tensor, kept: Tensor, damping: float) -> 
 
 def nystrom_kept(moments: Tensor, scores: Tensor | None, keep: int, damping: float) -> Tensor:
     return last(ascending(leverage(moments, damping) if scores is None else scores), keep)
-
-
-def samples(seed: int, count: int, width: int, tokens: int = 200, rank: int | None = None) -> Tensor:
-    """Correlated inputs [N, tokens, width] of uneven size, within a space of `rank` dims."""
-    draw = torch.Generator().manual_seed(seed)
-    mix = torch.randn(count, rank or width, width, generator=draw) / width**0.5
-    size = 0.1 + 2 * torch.rand(count, 1, width, generator=draw)
-    return torch.randn(count, tokens, rank or width, generator=draw) @ mix * size
-
-
-def moments(inputs: Tensor) -> Tensor:
-    return inputs.mT @ inputs / inputs.shape[-2]
-
-
-def matrices(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + 1))
-
-
-def error(lost: Tensor, seen: Tensor | None) -> Tensor:
-    """tr(D C D^T) of each matrix, in float64."""
-    lost = lost.double()
-    return (lost * (lost if seen is None else lost @ seen.double())).sum((-2, -1))
-
-
-def root(seen: Tensor) -> Tensor:
-    """The symmetric square root, in float64."""
-    values, vectors = torch.linalg.eigh(seen.double())
-    return vectors * values.clamp(min=0).sqrt().unsqueeze(-2) @ vectors.mT
-
-
-def tail(weights: Tensor, seen: Tensor | None, rank: int) -> Tensor:
-    """The least error of any matrix of a rank (Eckart, Young, Mirsky)."""
-    moved = weights.double() if seen is None else weights.double() @ root(seen)
-    return torch.linalg.svdvals(moved)[..., rank:].square().sum(-1)
 
 
 # --- low rank ----------------------------------------------------------------------------------------------------------
@@ -177,146 +142,6 @@ def test_what_no_data_show_is_never_made_larger():
     left, right = truncated(weights, seen, 6)
     size = torch.linalg.matrix_norm((left @ right).double(), 2)
     assert bool((size <= torch.linalg.matrix_norm(weights.double(), 2) * (1 + 1e-5)).all())
-
-
-# --- a basis that experts share -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rank", [1, 5, 12, 19])
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("rows", [3, 12])
-def test_the_shared_basis_is_the_best_of_all_experts_together(rank: int, known: bool, rows: int):
-    weights = matrices(8, 7, rows, 20)
-    seen = moments(samples(8, 1, 20))[0] if known else None
-    left, basis = shared_basis(weights, seen, rank)
-    assert (left.shape, basis.shape) == ((7, rows, rank), (rank, 20))
-    torch.testing.assert_close(
-        error(weights - left @ basis, seen).sum(),
-        tail(weights.flatten(0, 1), seen, rank),
-        rtol=1e-3,
-        atol=1e-9,
-    )
-
-
-@pytest.mark.parametrize("tokens", [0, 3, 200])
-def test_a_basis_of_full_rank_gives_every_expert_back(tokens: int):
-    inputs = samples(9, 1, 20)[0, :tokens]
-    for weights in (matrices(9, 7, 12, 20), matrices(9, 2, 4, 20)):
-        left, basis = shared_basis(weights, inputs.mT @ inputs, 20)
-        assert float((left @ basis - weights).abs().max()) < 1e-5
-
-
-def test_experts_that_share_a_basis_lose_nothing():
-    weights = matrices(10, 7, 12, 5) @ matrices(11, 5, 20)
-    for seen in (None, moments(samples(10, 1, 20))[0]):
-        left, basis = shared_basis(weights, seen, 5)
-        torch.testing.assert_close(left @ basis, weights, rtol=1e-4, atol=1e-4)
-        left, basis = shared_basis(weights, seen, 9)
-        torch.testing.assert_close(left @ basis, weights, rtol=1e-4, atol=1e-4)
-
-
-def test_data_of_a_rank_need_no_wider_basis():
-    weights, inputs = matrices(12, 7, 12, 20), samples(12, 1, 20, rank=6)
-    left, basis = shared_basis(weights, moments(inputs)[0], 6)
-    assert float((inputs @ (weights - left @ basis).mT).abs().max()) < 1e-3
-
-
-def test_a_narrower_shared_basis_is_a_prefix():
-    weights, seen = matrices(13, 7, 12, 20), moments(samples(13, 1, 20))[0]
-    left, basis = shared_basis(weights, seen, 9)
-    fewer = shared_basis(weights, seen, 4)
-    torch.testing.assert_close(left[..., :4] @ basis[:4], fewer[0] @ fewer[1], rtol=1e-3, atol=1e-5)
-
-
-def test_empty_experts_stay_empty():
-    weights = matrices(14, 3, 4, 20)
-    weights[1] = 0
-    left, basis = shared_basis(weights, None, 10)
-    assert not bool(left[1].any())
-    left, basis = shared_basis(torch.zeros(3, 4, 20), moments(samples(14, 1, 20))[0], 10)
-    assert not bool((left @ basis).any())
-    left, bases, shares = shared_bases(torch.zeros(3, 4, 20), None, 2, 2, 3, 0)
-    assert not bool((left @ torch.einsum("em,mri->eri", shares, bases)).any())
-
-
-# --- several bases ------------------------------------------------------------------------------------------------------------
-
-
-def mixed(fitted: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    left, bases, shares = fitted
-    return torch.stack([a @ sum(s * b for s, b in zip(alpha, bases, strict=True))
-                        for a, alpha in zip(left, shares, strict=True)])  # fmt: skip
-
-
-@given(
-    seed=seeds,
-    rank=st.integers(1, 12),
-    count=st.integers(1, 5),
-    iterations=st.integers(0, 6),
-    known=st.booleans(),
-    tokens=st.sampled_from([4, 200]),
-)
-@settings(max_examples=60, deadline=None)
-def test_several_bases_are_never_worse_than_one(
-    seed: int, rank: int, count: int, iterations: int, known: bool, tokens: int
-):
-    weights = matrices(seed, 6, 8, 12)
-    seen = moments(samples(seed, 1, 12, tokens=tokens))[0] if known else None
-    one = shared_basis(weights, seen, rank)
-    several = mixed(shared_bases(weights, seen, rank, count, iterations, seed))
-    whole = float(error(weights, seen).sum())
-    # The damping, a millionth, may turn a hair of what was seen into something unseen.
-    assert float(error(weights - several, seen).sum()) <= (
-        float(error(weights - one[0] @ one[1], seen).sum()) * (1 + 1e-5) + 1e-5 * whole
-    )
-
-
-@pytest.mark.parametrize("rank", [4, 12])
-@pytest.mark.parametrize("known", [True, False])
-def test_every_iteration_lowers_the_error(rank: int, known: bool):
-    weights = matrices(15, 10, 12, 20)
-    seen = moments(samples(15, 1, 20))[0] if known else None
-    errors = [
-        float(error(weights - mixed(shared_bases(weights, seen, rank, 4, n, 0)), seen).sum())
-        for n in range(8)
-    ]
-    assert all(after < before * (1 - 1e-4) for before, after in itertools.pairwise(errors))
-    assert errors[-1] < 0.9 * errors[0]
-
-
-def test_one_basis_has_nothing_left_to_fit():
-    weights, seen = matrices(16, 7, 12, 20), moments(samples(16, 1, 20))[0]
-    left, basis = shared_basis(weights, seen, 5)
-    torch.testing.assert_close(
-        mixed(shared_bases(weights, seen, 5, 1, 10, 0)), left @ basis, rtol=1e-3, atol=1e-4
-    )
-
-
-def test_the_experts_own_factors_are_least_squares_on_the_samples():
-    weights, inputs = matrices(17, 4, 8, 12), samples(17, 1, 12)[0]
-    left, bases, shares = shared_bases(weights, moments(inputs), 5, 3, 2, 0)
-    for own, alpha, weight in zip(left, shares, weights, strict=True):
-        narrow = inputs.double() @ torch.einsum("m,mri->ri", alpha, bases).double().T
-        expected = torch.linalg.lstsq(narrow, inputs.double() @ weight.double().T).solution.T
-        torch.testing.assert_close(own.double(), expected, rtol=1e-3, atol=1e-3)
-
-
-def test_planted_bases_are_found():
-    shares, bases = matrices(18, 24, 3), matrices(19, 3, 6, 40)
-    weights = matrices(20, 24, 16, 6) @ torch.einsum("em,mri->eri", shares, bases)
-    whole = float(error(weights, None).sum())
-    one = shared_basis(weights, None, 6)
-    assert float(error(weights - one[0] @ one[1], None).sum()) > 0.2 * whole
-    found = [mixed(shared_bases(weights, None, 6, 3, 300, seed)) for seed in range(3)]
-    assert min(float(error(weights - each, None).sum()) for each in found) < 1e-3 * whole
-
-
-def test_the_seed_says_it_all():
-    weights = matrices(21, 5, 8, 12)
-    one, same, other = (shared_bases(weights, None, 4, 3, 2, seed) for seed in (0, 0, 1))
-    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
-    assert not torch.equal(one[1], other[1])
-    assert [tuple(each.shape) for each in one] == [(5, 8, 4), (3, 4, 12), (5, 3)]
 
 
 # --- channels -------------------------------------------------------------------------------------------------------------------

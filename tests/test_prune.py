@@ -302,7 +302,6 @@ def test_a_ratio_of_low_rank_is_a_share(ratio: float, zoo: Zoo, text: Path, tmp_
     ("method", "reason"),
     [
         ("modegpt", "two steps here: channel_prune:score=leverage,refit=expert .* and attention_rank"),
-        ("shared_basis", "no stored form.*use channel_prune:per_expert=true"),
         ("qr", "method"),
     ],
 )

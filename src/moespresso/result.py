@@ -254,6 +254,8 @@ def _said(format: Format) -> str:
         return f"{format.density:.0%} of the weights with a mask"
     if format.kind == "factors":
         return f"products of rank {format.rank}"
+    if format.kind == "bases":
+        return f"products of rank {format.rank} with {format.bases} bases that experts share"
     if format.kind in ("rows", "columns"):
         return f"{format.rank} {format.kind}"
     groups = f"groups of {format.group_size}" if format.group_size else "one scale a channel"

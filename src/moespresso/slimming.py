@@ -21,7 +21,7 @@ from torch import Tensor
 from moespresso.checkpoint import TORCH_DTYPES, Reader, as_bytes, header, write_file
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import UserError
-from moespresso.core.fits import found_key
+from moespresso.core.fits import found_key, key
 from moespresso.core.format import Format, layout_of
 from moespresso.core.layer import Layer, LayerWeights, Taps
 from moespresso.core.piece import Piece
@@ -183,8 +183,7 @@ class _Visitor:
                     "it by rtn, or leave it out with exclude"
                 )
             linears[name] = layer.module.get_parameter(f"{name}.weight").float(), total.mean
-        narrows = channels_of(pieces[0].source, self.plan.stages[self.stage]) is not None
-        widths = self.after.widths[self.view.left.layers[layer.spec.index]] if narrows else {}
+        widths = self.after.widths.get(self.view.left.layers[layer.spec.index], {})
         curvature = self.curvature.get(layer.spec.index)
         means = {name: total.center for name, total in sums.items()}
         return Shown(layer.spec.index, layer.module, formats, dtypes, experts, linears, tuple(widths.values()) or None,
@@ -237,6 +236,12 @@ class _Visitor:
                 found_key(self.stage, piece.source.ref.name, suffix): tensor
                 for suffix, tensor in parts.items()
             }
+        shared = {
+            replace(piece.source.unit, expert=None) for piece in pieces if piece.unit.matrix in answer.based
+        }
+        found |= {
+            key(self.stage, unit, "weight_bases"): answer.based[unit.matrix or ""][2] for unit in shared
+        }
         prefix = f"{self.skeleton.layers_name}.{layer.spec.index}."
         names = {
             self.skeleton.in_memory(piece.name).removeprefix(prefix): piece.source.ref.name
@@ -258,6 +263,11 @@ class _Visitor:
             left, right = answer.factors[name]
             at = 0 if piece.unit.expert is None else piece.unit.expert
             return {"weight_left": left[at].to(whole.dtype), "weight_right": right[at].to(whole.dtype)}
+        if format.kind == "bases":
+            assert piece.unit.expert is not None
+            own, shares, _ = answer.based[name]
+            rows = own[piece.unit.expert, : len(whole)]
+            return {"weight_own": rows.to(whole.dtype), "weight_shares": shares[piece.unit.expert]}
         return {"dense": whole}
 
     def _save(

@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from moespresso.core.blueprint import Packed, TensorRef
 from moespresso.core.errors import UserError
-from moespresso.core.format import OWN_LAYOUTS, Format, Layout, layout_of
+from moespresso.core.format import OWN_LAYOUTS, SHARED_PARTS, Format, Layout, layout_of
 
 SECTION = "quantization_config"
 METHOD, KIND = "compressed-tensors", "pack-quantized"
@@ -30,8 +30,12 @@ _PARTS: dict[Layout, tuple[str, ...]] = {
     "awq": ("qweight", "qzeros", "scales"),
     "bitmask": ("weight_values", "weight_mask", "weight_shape"),
     "factors": ("weight_left", "weight_right"),
+    "bases": ("weight_own", "weight_shares", "weight_bases"),
     "slices": ("weight_kept", "weight_index", "weight_shape"),
 }
+
+# The end of the name of what the experts of a layer share.
+_SHARED = ".weight_bases"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,7 @@ def joined(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: 
         return dict(tensors)
     layout, groups = _layout(section, place), _groups(section, place)
     layouts: list[Layout] = [layout, *OWN_LAYOUTS] if section.get("format") == OWN_KIND else [layout]
+    shared = {_alike(name): ref for name, ref in tensors.items() if name.endswith(_SHARED)}
     found: dict[str, TensorRef] = {}
     for name, ref in tensors.items():
         stem, _, suffix = name.rpartition(".")
@@ -71,7 +76,7 @@ def joined(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: 
                 raise UserError(
                     f"{place}: {stem} is packed, but no group of config.json's {SECTION} means it"
                 )
-            found[f"{stem}.weight"] = _whole(stem, tensors, format, here, folder)
+            found[f"{stem}.weight"] = _whole(stem, tensors, shared, format, here, folder)
     return found
 
 
@@ -116,9 +121,9 @@ def _groups(section: Mapping[str, Any], place: str) -> list[_Group]:
 
 def _group(group: Mapping[str, Any]) -> _Group:
     weights = group["weights"]
-    if weights["type"] in ("sparse", "factors", "rows", "columns"):
+    if weights["type"] in ("sparse", "factors", "bases", "rows", "columns"):
         own = Format(weights["type"], group_size=int(weights["group_size"]), density=float(weights["density"]),
-                     rank=int(weights["rank"]))  # fmt: skip
+                     rank=int(weights["rank"]), bases=int(weights.get("bases", 0)))  # fmt: skip
         return _Group(tuple(group["targets"]), own)
     if weights["type"] != "int" or group.get("input_activations") is not None:
         raise ValueError("only weights stored as integers are read")
@@ -130,14 +135,22 @@ def _group(group: Mapping[str, Any]) -> _Group:
 
 
 def _whole(
-    stem: str, tensors: Mapping[str, TensorRef], format: Format, layout: Layout, folder: Path
+    stem: str,
+    tensors: Mapping[str, TensorRef],
+    shared: Mapping[str, TensorRef],
+    format: Format,
+    layout: Layout,
+    folder: Path,
 ) -> TensorRef:
     """The reference to one packed matrix; every part must have the shape and dtype that its format says."""
     place = str(folder)
     parts = {
         suffix: tensors[f"{stem}.{suffix}"] for suffix in _PARTS[layout] if f"{stem}.{suffix}" in tensors
     }
-    first = next(iter(parts.values()))
+    leads = "weight_bases" in parts
+    if layout == "bases" and not leads and _alike(stem + _SHARED) in shared:
+        parts["weight_bases"] = shared[_alike(stem + _SHARED)]
+    found, first = dict(parts), next(iter(parts.values()))
     scale = parts.get(_SCALES[layout])
     if layout == "bitmask" and len(parts) == len(_PARTS[layout]) and scale is not None:
         first, width = parts["weight_mask"], parts["weight_shape"]
@@ -149,12 +162,14 @@ def _whole(
         shape = _stored_shape(parts.get("weight_shape"), first, format, folder)
     else:
         shape = _shape(first, scale, format, layout)
+    if layout == "bases" and len(parts) == len(_PARTS[layout]):
+        shape = shape[0], parts["weight_bases"].shape[-1]
     if layout == "compressed-tensors" and not format.group_size and "weight_shape" in parts:
         shape = shape[0], _stored_width(parts["weight_shape"], shape[1], folder)
     whole = TensorRef(
         f"{stem}.weight", shape, scale.dtype, first.file, first.offset, packed=Packed(format, layout)
     )
-    for suffix, wanted in whole.stored().items():
+    for suffix, wanted in whole.parts.items():
         part = parts.pop(suffix, None)
         if part is None or (part.shape, part.dtype) != (wanted.shape, wanted.dtype):
             have = "missing" if part is None else f"{part.dtype} {list(part.shape)}"
@@ -163,15 +178,14 @@ def _whole(
             )
     if parts:
         raise UserError(f"{place}: {stem} has a {next(iter(parts))}, which its format does not know")
-    found = {suffix: tensors[f"{stem}.{suffix}"] for suffix in whole.stored()}
-    return TensorRef(
-        whole.name, whole.shape, whole.dtype, whole.file, whole.offset, packed=Packed(format, layout, found)
+    return replace(
+        whole, packed=Packed(format, layout, found, leads=leads or not SHARED_PARTS & found.keys())
     )
 
 
 # The part of a matrix whose dtype is its own.
 _SCALES: dict[Layout, str] = {"compressed-tensors": "weight_scale", "gptq": "scales", "awq": "scales",
-                              "bitmask": "weight_values", "factors": "weight_right", "slices": "weight_kept"}  # fmt: skip
+                              "bitmask": "weight_values", "factors": "weight_right", "bases": "weight_own", "slices": "weight_kept"}  # fmt: skip
 
 
 def _shape(first: TensorRef, scale: TensorRef, format: Format, layout: Layout) -> tuple[int, int]:
@@ -180,7 +194,7 @@ def _shape(first: TensorRef, scale: TensorRef, format: Format, layout: Layout) -
         return first.shape[1], first.shape[0] * 32 // format.bits
     if layout == "awq":
         return first.shape[1] * 32 // format.bits, first.shape[0]
-    if layout == "factors":
+    if layout in ("factors", "bases"):
         return first.shape[0], scale.shape[1]
     out, groups = scale.shape
     return out, groups * format.group_size if format.group_size else first.shape[1] * 32 // format.bits
@@ -255,6 +269,7 @@ def _weights(format: Format) -> dict[str, Any]:
             "group_size": format.group_size,
             "density": format.density,
             "rank": format.rank,
+            "bases": format.bases,
         }
     return {
         "num_bits": format.bits,
@@ -301,9 +316,14 @@ def _left_alone(plain: list[str]) -> dict[str, dict[str, Any]]:
 _OTHERS = {"gptq": _gptq_section, "awq": _awq_section}
 
 
+def _alike(name: str) -> str:
+    """A name with # for the number of an expert."""
+    return re.sub(r"(?<=experts\.)\d+(?=\.)", "#", name)
+
+
 def _pattern(names: Iterable[str]) -> str:
     """A regular expression for exactly these modules, the numbers of experts summed up: a layer's have one format."""
-    stems = {re.sub(r"(?<=experts\.)\d+(?=\.)", "#", name) for name in names}
+    stems = {_alike(name) for name in names}
     return (
         "^("
         + "|".join(re.escape(stem).replace(r"\#", r"\d+").replace("#", r"\d+") for stem in sorted(stems))

@@ -68,7 +68,7 @@ class Reader:
     def tensor(self, ref: TensorRef) -> torch.Tensor:
         """The tensor: a view of the mapped file (do not write into it), a copy where it has a factor, or zeros."""
         if ref.packed is not None and ref.packed.layout in OWN_LAYOUTS:
-            parts = {suffix: self.tensor(part).unsqueeze(0) for suffix, part in ref.stored().items()}
+            parts = {suffix: self.tensor(part).unsqueeze(0) for suffix, part in ref.parts.items()}
             whole = decode_plain(ref.packed.layout, parts, ref.packed.format, _two(ref.shape)).squeeze(0)
             return whole if ref.factor == 1 else _times(whole, ref.factor)
         if ref.packed is not None:
@@ -188,9 +188,9 @@ class Reader:
         assert code is not None
         if code.packed.layout in ("bitmask", "slices"):
             return encode_plain(self._stored_small(whole).unsqueeze(0), code.packed.format)
-        if code.packed.layout == "factors":
-            return {name: (_times(tensor, code.factor) if name == "weight_left" else tensor).unsqueeze(0)
-                    for name, tensor in code.found.items()}  # fmt: skip
+        if code.packed.layout in ("factors", "bases"):
+            return {name: (_times(tensor, code.factor) if name in ("weight_left", "weight_own") else tensor).unsqueeze(0)
+                    for name, tensor in code.found.items() if name in whole.parts}  # fmt: skip
         return encode_parts(code.packed.layout, self.codes(whole))
 
     def _stored_small(self, piece: Piece) -> torch.Tensor:

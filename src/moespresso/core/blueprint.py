@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from moespresso.core.cost import Cost
-from moespresso.core.format import DTYPE_BYTES, Format, Layout, stored_parts
+from moespresso.core.format import DTYPE_BYTES, SHARED_PARTS, Format, Layout, stored_parts
 from moespresso.core.unit import Part, Unit
 
 FLOPS_TOKENS = 2048
@@ -25,11 +25,15 @@ BRANCHES: tuple[Branch, ...] = ("attention", "mlp")
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """How a matrix is stored as several tensors: `parts` by suffix where they are in files, none before they are written."""
+    """How a matrix is stored as several tensors: `parts` by suffix where they are in files, none before they are written.
+
+    Of matrices that share a part only one `leads`, and stores it.
+    """
 
     format: Format
     layout: Layout = "compressed-tensors"
     parts: Mapping[str, TensorRef] = field(default_factory=dict[str, "TensorRef"])
+    leads: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,13 @@ class TensorRef:
 
     def stored(self) -> Mapping[str, TensorRef]:
         """The tensors that a packed matrix is stored as, by suffix."""
+        assert self.packed is not None
+        leads = self.packed.leads
+        return {suffix: part for suffix, part in self.parts.items() if leads or suffix not in SHARED_PARTS}
+
+    @property
+    def parts(self) -> Mapping[str, TensorRef]:
+        """The tensors that a packed matrix is decoded from, by suffix: also what it shares with others."""
         assert self.packed is not None
         if self.packed.parts:
             return self.packed.parts

@@ -10,7 +10,8 @@ finds the same values again. Keys are `STAGE/UNIT/KIND`, with the unit whose ten
     order    [I]     the channels of an expert, in the order of the one it merges into
 
 What slimming finds is of single tensors, and goes by the name that the source has for them: `STAGE/NAME/SUFFIX`, with the
-parts that the encoded matrix is stored as, or `dense` for a tensor that is replaced as a whole.
+parts that the encoded matrix is stored as, or `dense` for a tensor that is replaced as a whole. What the experts of a layer
+share goes by the unit of their matrices: `STAGE/L3.experts.gate/weight_bases`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Repair = Literal["bias", "scale", "linear"]
 REPAIRS: tuple[Repair, ...] = ("bias", "scale", "linear")
 # What an encoded matrix is kept as until it is written.
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_values", "weight_mask", "weight_left",
-         "weight_right", "weight_kept", "weight_index")  # fmt: skip
+         "weight_right", "weight_own", "weight_shares", "weight_kept", "weight_index")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

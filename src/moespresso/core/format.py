@@ -13,9 +13,11 @@ from typing import Literal
 
 from moespresso.core.errors import UserError
 
-Layout = Literal["compressed-tensors", "gptq", "awq", "bitmask", "factors", "slices"]
+Layout = Literal["compressed-tensors", "gptq", "awq", "bitmask", "factors", "bases", "slices"]
 # Layouts of matrices that are no integers, which only moespresso reads.
-OWN_LAYOUTS: frozenset[Layout] = frozenset({"bitmask", "factors", "slices"})
+OWN_LAYOUTS: frozenset[Layout] = frozenset({"bitmask", "factors", "bases", "slices"})
+# Parts that the matrices of a layer's experts share: one of them stores such a part, and all are decoded with it.
+SHARED_PARTS = frozenset({"weight_bases"})
 
 # The widths of a value that each layout can hold.
 LAYOUT_BITS: dict[Layout, tuple[int, ...]] = {
@@ -39,15 +41,17 @@ class Format:
     `group_size` counts weights that share one scale (0: one per output channel). `density` is the share of weights that
     stay when others are pruned: `sparse` stores those with a mask, `source` stores zeros between them; there
     `group_size` m > 0 means n:m, density x m of every m neighbouring inputs. `factors` stores two matrices of `rank`
-    whose product it is; `rows` and `columns` store so many (`rank`) of those of a matrix that is zero elsewhere.
+    whose product it is; `bases` one of them, and the shares of so many `bases` that are mixed to the other, which all
+    experts of a layer share; `rows` and `columns` store so many (`rank`) of those of a matrix that is zero elsewhere.
     """
 
-    kind: Literal["source", "integer", "sparse", "factors", "rows", "columns"] = "source"
+    kind: Literal["source", "integer", "sparse", "factors", "bases", "rows", "columns"] = "source"
     bits: int = 16
     group_size: int = 0
     symmetric: bool = True
     density: float = 1.0
     rank: int = 0
+    bases: int = 0
 
     def bits_per_weight(self, scale_bits: int = 16) -> float:
         """Return stored bits per weight, scales, zeros and the sparse mask included.
@@ -93,6 +97,7 @@ def layout_of(format: Format) -> Layout:
 _LAYOUTS: dict[str, Layout] = {
     "sparse": "bitmask",
     "factors": "factors",
+    "bases": "bases",
     "rows": "slices",
     "columns": "slices",
 }
@@ -124,6 +129,9 @@ def stored_parts(
                 "weight_shape": ((2,), "I64")}  # fmt: skip
     if layout == "factors":
         return {"weight_left": ((out, format.rank), scale_dtype), "weight_right": ((format.rank, width), scale_dtype)}  # fmt: skip
+    if layout == "bases":
+        return {"weight_own": ((out, format.rank), scale_dtype), "weight_shares": ((format.bases,), "F32"),
+                "weight_bases": ((format.bases, format.rank, width), scale_dtype)}  # fmt: skip
     if layout == "slices":
         kept = (format.rank, width) if format.kind == "rows" else (out, format.rank)
         return {"weight_kept": (kept, scale_dtype), "weight_index": ((format.rank,), "I32"),

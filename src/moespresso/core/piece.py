@@ -151,6 +151,21 @@ def stored(piece: Piece) -> list[Piece]:
     ]
 
 
+def led(piece: Piece, *, leads: bool) -> Piece:
+    """A packed piece that stores what it shares with others, or leaves that to one of them."""
+    packed = piece.ref.packed
+    assert packed is not None
+    if packed.leads == leads:
+        return piece
+    if piece.code is not None:
+        return replace(piece, code=replace(piece.code, packed=replace(piece.code.packed, leads=leads)))
+    ref = piece.source.ref
+    assert ref.packed is not None
+    return replace(
+        piece, source=replace(piece.source, ref=replace(ref, packed=replace(ref.packed, leads=leads)))
+    )
+
+
 def laid_out(piece: Piece, layout: Layout | None) -> Piece:
     """The piece, if it is packed, in another layout."""
     packed = piece.ref.packed

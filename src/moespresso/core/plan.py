@@ -98,6 +98,7 @@ _FORMAT_KINDS: Mapping[str, type[Any]] = {
     "symmetric": bool,
     "density": float,
     "rank": int,
+    "bases": int,
 }
 
 

@@ -9,7 +9,7 @@ none. `pressed_blueprint` is the source's blueprint after that, so a plan's cost
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from moespresso.core.blueprint import Blueprint, Branch, Entry, Packed, TensorRef
 from moespresso.core.fits import PARTS, Fits, Repair, cuts, found_key, key
-from moespresso.core.format import OWN_LAYOUTS, layout_of
-from moespresso.core.piece import Code, Fold, Member, Piece
+from moespresso.core.format import OWN_LAYOUTS, SHARED_PARTS, layout_of
+from moespresso.core.piece import Code, Fold, Member, Piece, led
 from moespresso.core.plan import Plan, Treatment
 from moespresso.core.remains import pressed_layers, remains
 from moespresso.core.slim import format_of, narrowed, prunes, replaces, scale_dtypes, slims, step_of
@@ -38,7 +38,20 @@ def pieces(blueprint: Blueprint, plan: Plan, fits: Fits | None = None, *, stock:
     feed-forward part that goes stays: the engine's class has one there."""
     rewriter = _Rewriter(blueprint, plan, fits or {}, stock)
     rewritten = (rewriter(entry) for entry in blueprint.entries)
-    return [*(piece for piece in rewritten if piece is not None), *rewriter.added()]
+    return [*_led(piece for piece in rewritten if piece is not None), *rewriter.added()]
+
+
+def _led(made: Iterable[Piece]) -> Iterator[Piece]:
+    """With what experts share stored by the first of those that are left."""
+    met: set[Unit] = set()
+    for piece in made:
+        packed = piece.ref.packed
+        if packed is None or not SHARED_PARTS & piece.ref.parts.keys():
+            yield piece
+            continue
+        unit = replace(piece.unit, expert=None)
+        yield led(piece, leads=unit not in met)
+        met.add(unit)
 
 
 def pressed_blueprint(blueprint: Blueprint, plan: Plan, made: list[Piece] | None = None) -> Blueprint:
@@ -176,6 +189,8 @@ class _Rewriter:
             return replace(piece, scale=scale, code=Code(packed, dtype, step, factor=factor))
         found = {suffix: self._fits[name] for suffix in PARTS
                  if (name := found_key(number, entry.ref.name, suffix)) in self._fits}  # fmt: skip
+        found |= {suffix: self._fits[name] for suffix in SHARED_PARTS
+                  if (name := key(number, replace(entry.unit, expert=None), suffix)) in self._fits}  # fmt: skip
         return replace(piece, scale=scale, code=Code(packed, dtype, on_text=True, found=found, factor=factor))
 
     def _is_cut(self, entry: Entry, layer: int) -> bool:

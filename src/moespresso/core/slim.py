@@ -178,7 +178,8 @@ def _check_values(unit: Unit, treatment: Treatment, slimmed: bool, formats: Coll
         raise UserError(
             f"the plan {what} {unit} after a step that rounds or prunes weights: put that step last"
         )
-    if treatment.format is not None and any(layout_of(format) in OWN_LAYOUTS for format in formats):
+    fits = treatment.format is not None or treatment.channels is not None
+    if fits and any(layout_of(format) in OWN_LAYOUTS for format in formats):
         raise UserError(
             f"the plan treats {unit} after a step that stores matrices with a mask or as factors or in part: say pack=false there, "
             "or press once with that step and then its result"
@@ -227,6 +228,16 @@ def check_storable(entry: Entry, format: Format, shape: tuple[int, ...] | None =
     if format.kind == "factors":
         if not 0 < format.rank <= min(out, width):
             raise UserError(f"{entry.ref.name} of {out} x {width} has no factors of rank {format.rank}")
+        return
+    if format.kind == "bases":
+        if entry.unit.expert is None or (entry.unit.matrix or "").startswith("down"):
+            raise UserError(
+                f"{entry.ref.name} has no bases to share: only gate and up of a layer's experts have"
+            )
+        if not 0 < format.rank <= width or format.bases < 1:
+            raise UserError(
+                f"{entry.ref.name} of {out} x {width} has no {format.bases} bases of rank {format.rank}"
+            )
         return
     if format.kind in ("rows", "columns"):
         if not 0 < format.rank <= (out if format.kind == "rows" else width):

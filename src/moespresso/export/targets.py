@@ -40,6 +40,7 @@ _SMALLER = {
     "bitmask": ("pruned matrices with a mask", "pack=false"),
     "slices": ("matrices without the rows or columns that went", "pack=false"),
     "factors": ("products as their factors", "channel_prune"),
+    "bases": ("matrices as factors with bases that experts share", "channel_prune"),
 }
 
 

@@ -4,10 +4,10 @@ from moespresso.formats.grids import minmax, searched
 from moespresso.formats.integer import Codes, decode, encode, in_groups, levels, spread
 from moespresso.formats.layouts import decode_parts, encode_parts
 from moespresso.formats.packing import pack_interleaved, pack_words, unpack_interleaved, unpack_words
-from moespresso.formats.plain import decode_plain, encode_plain, product
+from moespresso.formats.plain import based, decode_plain, encode_plain, product
 from moespresso.formats.rounding import Scales, round_nearest, unbias
 
 __all__ = [
-    "Codes", "Scales", "decode", "decode_parts", "decode_plain", "encode", "encode_parts", "encode_plain", "in_groups", "levels", "minmax",
+    "Codes", "Scales", "based", "decode", "decode_parts", "decode_plain", "encode", "encode_parts", "encode_plain", "in_groups", "levels", "minmax",
     "pack_interleaved", "pack_words", "product", "round_nearest", "searched", "spread", "unbias", "unpack_interleaved", "unpack_words",
 ]  # fmt: skip

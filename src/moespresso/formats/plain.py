@@ -1,8 +1,10 @@
 """Matrices that are stored as something smaller than they are, without being rounded: pruned ones, products of two, and
 those of which whole rows or columns went.
 
-Three layouts that only moespresso reads: `bitmask` (`sparse.py`); `factors`, `weight_left` [out, r] and `weight_right` [r, in],
-whose product in float32, brought to their dtype, is the matrix; and `slices`, whose `weight_kept` [n, in] (`rows`) or [out, n]
+Layouts that only moespresso reads: `bitmask` (`sparse.py`); `factors`, `weight_left` [out, r] and `weight_right` [r, in],
+whose product in float32, brought to their dtype, is the matrix; `bases`, where the second factor is the sum of the bases
+`weight_bases` [m, r, in], which a layer's experts share, each times its of the `weight_shares` float32 [m], and the first is
+`weight_own` [out, r]; and `slices`, whose `weight_kept` [n, in] (`rows`) or [out, n]
 (`columns`) stand at the ascending places `weight_index` int32 [n] of a matrix of `weight_shape` that is zero elsewhere.
 """
 
@@ -26,6 +28,11 @@ def decode_plain(
         return decode_sparse(parts, format, shape)
     if layout == "slices":
         return _decode_slices(parts, format, shape)
+    if layout == "bases":
+        own, shares, bases = (parts.get(name) for name in ("weight_own", "weight_shares", "weight_bases"))
+        if own is None or shares is None or bases is None or (own.shape[1], bases.shape[3]) != shape or bases.shape[:3] != (len(own), shares.shape[1], own.shape[2]):  # fmt: skip
+            raise UserError(f"the bases of a matrix of {shape[0]} x {shape[1]} are missing or of other shapes: fetch the files again")  # fmt: skip
+        return based(own, shares, bases)
     left, right = parts.get("weight_left"), parts.get("weight_right")
     if (
         left is None
@@ -40,6 +47,12 @@ def decode_plain(
 def product(left: Tensor, right: Tensor) -> Tensor:
     """What two factors [N, out, r] and [N, r, in] stand for, in their dtype."""
     return (left.float() @ right.float()).to(left.dtype)
+
+
+def based(own: Tensor, shares: Tensor, bases: Tensor) -> Tensor:
+    """What factors [N, out, r] with `shares` [N, m] of `bases` [N or 1, m, r, in] stand for, in their dtype."""
+    mixed = torch.einsum("nm,nmri->nri", shares, bases.float().expand(len(own), -1, -1, -1))
+    return (own.float() @ mixed).to(own.dtype)
 
 
 def encode_plain(weights: Tensor, format: Format) -> dict[str, Tensor]:

@@ -80,7 +80,9 @@ class RoutedExperts:
 
     def inner(self, expert: int, hidden: Tensor, up: Tensor) -> Tensor:
         """What the down projection of an expert is given [n, I] for tokens [n, H], with `up` [R, H] as its weights."""
-        mixed = hidden @ up.T
+        return self._act(hidden @ up.T)
+
+    def _act(self, mixed: Tensor) -> Tensor:
         return self.module._apply_gate(mixed) if self.module.has_gate else self.module.act_fn(mixed)
 
     def moments_in(self, experts: range) -> Tensor:
@@ -126,6 +128,20 @@ class RoutedExperts:
             sums.append(squares.sum(0))
             peaks.append(squares.amax(0))
         return torch.stack(sums), torch.stack(peaks)
+
+    def steepness(self, experts: range, up: Tensor) -> Tensor:
+        """How sharply the answers move with each row of `up` [N, R, H]: means over all tokens [N, R] of the square of the gate
+        times the derivative of the channel that the row leads into."""
+        found: list[Tensor] = []
+        for weights, expert in zip(up, experts, strict=True):
+            tokens, gates = self.rows(expert)
+            with torch.inference_mode(False), torch.enable_grad():
+                mixed = (self.hidden[tokens] @ weights.T).clone().requires_grad_()
+                (slopes,) = torch.autograd.grad(self._act(mixed).sum(), mixed)
+            found.append(
+                (slopes.float() * gates.float().unsqueeze(1)).square().sum(0) / max(len(self.hidden), 1)
+            )
+        return torch.stack(found)
 
     def pooled(self) -> Tensor:
         """Mean x x^T [H, H] of all tokens."""

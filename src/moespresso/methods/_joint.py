@@ -67,6 +67,26 @@ def made_up(
     )
 
 
+def refitted_layer(
+    experts: RoutedExperts,
+    up: Tensor,
+    down: Tensor,
+    kept: Sequence[Tensor],
+    *,
+    damping: Sequence[float],
+    sweeps: int,
+    missing: Tensor | None,
+) -> tuple[Tensor, dict[int, float]]:
+    """`joint_refit` to what `experts` answer; then, where that lacked something of the original, to the original's answer."""
+    down, raised = joint_refit(experts, up, down, kept, damping=damping, sweeps=sweeps)
+    if missing is None:
+        return down, raised
+    narrow = replace(experts, up=up, down=down)
+    left = answers(experts, experts.up, experts.down) - answers(narrow, up, down) + missing
+    down, more = made_up(narrow, left, [len(each) for each in kept], damping=TO_ORIGINAL, sweeps=sweeps)
+    return down, raised | more
+
+
 def featured(experts: RoutedExperts, expert: int, up: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens [n] of an expert, and what its channels hold for them times the gate [n, K]."""
     tokens, gates = experts.rows(expert)

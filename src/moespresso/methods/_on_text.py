@@ -21,7 +21,7 @@ from moespresso.measure import RoutedExperts
 @dataclass(frozen=True, slots=True)
 class Shown:
     """One layer: `formats` of `up` and `down` of its experts and of every linear; `dtypes` that their scales (or what is left
-    of them) are stored in; `channels` that each of its experts keeps, where some go; `curvature` [E, I] of the model's loss along the
+    of them) are stored in; `channels` that each of its experts keeps, where some go or they differ; `curvature` [E, I] of the model's loss along the
     output of every channel, for steps that go by gradients (`measure.Stiffness`); `missing` [T, H], what the layer's answer to
     each token that reaches its experts lacks of the original layer's, where that may be something.
 
@@ -47,7 +47,8 @@ class Answer:
     """What a step found. `up` and `down` are codes of all experts, in order; `linears` by module.
 
     `weights` are matrices that stay plain, under the same names (`up` [E, R, H], `down` [E, H, I], a linear [out, in]); where
-    they are products, `factors` holds those by the name of their stored form (`gate`, `up`, `down`). `replaced` are tensors by
+    they are products, `factors` holds those by the name of their stored form (`gate`, `up`, `down`), `based` the own factors
+    [E, R, r], shares [E, m] and bases [m, r, H] of those that share bases. `replaced` are tensors by
     their name in the layer; `trouble` stands in sentences, `remedies` by expert for those that could not be treated as the others.
     """
 
@@ -56,6 +57,9 @@ class Answer:
     linears: dict[str, Codes] = field(default_factory=dict[str, Codes])
     weights: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
+    based: dict[str, tuple[Tensor, Tensor, Tensor]] = field(
+        default_factory=dict[str, tuple[Tensor, Tensor, Tensor]]
+    )
     replaced: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     trouble: list[str] = field(default_factory=list[str])
     remedies: dict[int, str] = field(default_factory=dict[int, str])

@@ -40,7 +40,7 @@ from moespresso.methods._channels import (
     size,
 )
 from moespresso.methods._counts import need_single_experts
-from moespresso.methods._joint import TO_ORIGINAL, answers, joint_refit, made_up
+from moespresso.methods._joint import refitted_layer
 from moespresso.methods._low_rank import leverage
 from moespresso.methods._on_text import Answer, Shown
 from moespresso.methods._widths import Key, Points, allocated
@@ -306,12 +306,9 @@ class ChannelPrune:
                 down[expert, :, : len(here)] = new
         if self.refit == "layer":
             shares = self._shares(shown, range(experts.count)).tolist()
-            down, thin = joint_refit(experts, up, down, kept, damping=shares, sweeps=self.sweeps)
-            if shown.missing is not None:
-                narrow = replace(experts, up=up, down=down)
-                left = answers(experts, experts.up, experts.down) - answers(narrow, up, down) + shown.missing
-                down, more = made_up(narrow, left, keep, damping=TO_ORIGINAL, sweeps=self.sweeps)
-                thin |= more
+            down, thin = refitted_layer(
+                experts, up, down, kept, damping=shares, sweeps=self.sweeps, missing=shown.missing
+            )
             answer.trouble += [_thin(shown.layer, expert, ridge) for expert, ridge in thin.items()]
         answer.weights = {"up": up, "down": down}
         return answer

@@ -2,14 +2,16 @@
 
     minimise  sum over tokens of |(W - L R) x|^2     L [out, r], R [r, in]
 
-Experts are nearly of full rank, so this is a mark for others more than a way to go; bases that experts share (MoBE, arXiv
-2508.05257) were measured (`benchmarks/structures.py`) and have no stored form. The two factors are what is
-stored; loading multiplies them (moespresso.load). Down is solved on what the products of gate and up really hand on.
+Experts are nearly of full rank, so this is a mark for others more than a way to go. With `shared_basis` gate and up become
+L_e (sum over m of alpha_em R_m), the second factors mixed of a few that all experts of a layer share (MoBE, arXiv 2508.05257;
+`_bases.py`), which lets them be of far higher rank for the same bytes. The factors are what is stored; loading multiplies them
+(moespresso.load). Down is solved on what the products of gate and up really hand on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -18,23 +20,27 @@ from torch import Tensor
 
 from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError
-from moespresso.core.format import Format
+from moespresso.core.format import DTYPE_BYTES, Format
 from moespresso.core.registry import method
-from moespresso.formats import product
+from moespresso.core.slim import is_matrix
+from moespresso.formats import based, product
 from moespresso.measure import RoutedExperts
+from moespresso.methods._bases import shared_bases
 from moespresso.methods._counts import refuse_widths
+from moespresso.methods._joint import refitted_layer
 from moespresso.methods._low_rank import truncated
 from moespresso.methods._matrices import OnMatrices
 from moespresso.methods._on_text import Answer, Shown
 
 Factors = tuple[Tensor, Tensor]
-# What other methods of this name are here.
-_INSTEAD = {
-    "modegpt": "method=modegpt is two steps here: channel_prune:score=leverage,refit=expert for the experts (the result loads in "
-    "stock engines) and attention_rank for the attention",
-    "shared_basis": "method=shared_basis has no stored form: bases shared by a layer's experts lose to channels with widths of "
-    "their own at equal bytes (benchmarks/structures.py): use channel_prune:per_expert=true",
-}
+_MODEGPT = (
+    "method=modegpt is two steps here: channel_prune:score=leverage,refit=expert for the experts (the result loads in stock "
+    "engines) and attention_rank for the attention"
+)
+# Damping by default. Bases are fitted to the mean of the weights' own error and that of what is seen, which carries farther.
+_DAMPING = {"svd": 0.01, "shared_basis": 1.0}
+# Damping and rounds of the refit of down behind bases, as `channel_prune` has them.
+_REFIT, _SWEEPS = 0.003, 2
 
 
 @method
@@ -42,9 +48,11 @@ _INSTEAD = {
 class LowRank(OnMatrices):
     """Settings of one decomposition.
 
-    ratio: share of every matrix's bytes that goes.
-    method: `svd` (each matrix by itself); MoDeGPT's and MoBE's are steps of their own or were not worth building, and say so.
-    damping: share of the mean diagonal added to every second moment.
+    ratio: share of the bytes that goes: of every matrix, or with `shared_basis` of the experts of every layer, out of gate and up.
+    method: `svd` (each matrix by itself) or `shared_basis` (gate and up of a layer's experts together; down is refitted); MoDeGPT's
+        is two steps of their own, and says so.
+    bases: how many the experts of a layer share; a quarter as many as there are experts, but 3 or more, when it is not said.
+    damping: share of the mean diagonal added to every second moment (0.01, or 1 with `shared_basis`, when it is not said).
     sequential: later layers see what the products before let through.
     """
 
@@ -55,41 +63,70 @@ class LowRank(OnMatrices):
     able: ClassVar[tuple[str, ...]] = ("experts", "shared", "attention", "dense")
     ratio: float = 0.25
     method: Literal["svd", "modegpt", "shared_basis"] = "svd"
-    damping: float = 0.01
+    bases: int | None = None
+    damping: float | None = None
     sequential: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
         OnMatrices.__post_init__(self)
-        if self.method != "svd":
-            raise UserError(f"low_rank: {_INSTEAD[self.method]}")
+        if self.method == "modegpt":
+            raise UserError(f"low_rank: {_MODEGPT}")
         if not 0 < self.ratio < 1:
             raise UserError(f"low_rank: ratio={self.ratio} must lie between 0 and 1")
-        if not 0 <= self.damping < float("inf"):
+        if self.damping is not None and not 0 <= self.damping < float("inf"):
             raise UserError(f"low_rank: damping={self.damping} must not be negative")
+        if self.bases is not None and (not self.by_original or self.bases < 1):
+            why = "must be 1 or more" if self.by_original else "is a setting of method=shared_basis"
+            raise UserError(f"low_rank: bases={self.bases} {why}")
+        if self.by_original and self.parts.each() != ["experts"]:
+            raise UserError(
+                f"low_rank: parts={self.parts} has no layer-mates to share bases with: use method=svd for all but experts"
+            )
+
+    @property
+    def by_original(self) -> bool:
+        """Whether what the original layer answers is shown: down is refitted to that where bases are shared."""
+        return self.method == "shared_basis"
 
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
-        if "experts" in self.parts.each():
+        if "experts" in self.parts.each() and not self.by_original:
             refuse_widths(self.kind, blueprint)
+        for (layer, _), group in self._shared(blueprint).items():
+            if group.bases > len(group.entries):
+                raise UserError(
+                    f"low_rank: bases={group.bases} is more than the {len(group.entries)} experts of L{layer}"
+                )
+            if self.ratio >= group.most:
+                raise UserError(
+                    f"low_rank: ratio={self.ratio} leaves nothing of gate and up of L{layer}: use less than {group.most:.2f}, or fewer "
+                    f"bases than {group.bases}"
+                )
+            if len({entry.ref.dtype for entry in group.entries}) > 1:
+                raise UserError(f"low_rank: the experts of L{layer} are of different dtypes: use method=svd")
         OnMatrices.check(self, blueprint)
 
     def amounts(self, blueprint: Blueprint) -> list[Any]:
         """This step with every ratio, least first (for a byte budget)."""
-        return [replace(self, ratio=share / 100) for share in range(1, 100)]
+        most = min((group.most for group in self._shared(blueprint).values()), default=1.0)
+        return [replace(self, ratio=share / 100) for share in range(1, 100) if share / 100 < most]
 
     def slim(self, shown: Shown) -> Answer:
         """Factors of everything that is to be decomposed in one layer, and their products."""
         answer = Answer()
         if shown.experts is not None:
-            self._experts(shown, shown.experts, answer)
+            fit = self._together if self.by_original else self._apart
+            fit(shown, shown.experts, answer)
         for name, (weight, moment) in shown.linears.items():
             factors = self._factors(weight[None].float(), moment[None], shown, name)
             answer.factors[name], answer.weights[name] = factors, product(*factors)[0]
         return answer
 
-    def _experts(self, shown: Shown, experts: RoutedExperts, answer: Answer) -> None:
-        halves = ("gate", "up") if experts.up.shape[1] > experts.down.shape[2] else ("up",)
+    # Each matrix by itself
+
+    def _apart(self, shown: Shown, experts: RoutedExperts, answer: Answer) -> None:
+        halves = _halves(experts)
         found: dict[str, list[Factors]] = {name: [] for name in (*halves, "down")}
         for some in experts.groups():
             here, moments = slice(some.start, some.stop), experts.moments_in(some)
@@ -110,15 +147,142 @@ class LowRank(OnMatrices):
 
     def _factors(self, weights: Tensor, moments: Tensor, shown: Shown, name: str) -> Factors:
         """Factors [N, out, r] and [N, r, in] as they are stored."""
-        left, right = truncated(weights, moments, shown.formats[name].rank, self.damping)
+        left, right = truncated(weights, moments, shown.formats[name].rank, self._damping)
         return left.to(shown.dtypes[name]), right.to(shown.dtypes[name])
 
+    # All experts of a layer together
+
+    def _together(self, shown: Shown, experts: RoutedExperts, answer: Answer) -> None:
+        halves, format, dtype = _halves(experts), shown.formats["up"], shown.dtypes["up"]
+        moments, made = experts.pooled(), list[Tensor]()
+        importance = self._importance(experts).chunk(len(halves), dim=1)
+        for name, weights, rows in zip(halves, experts.up.chunk(len(halves), dim=1), importance, strict=True):
+            own, bases, shares = shared_bases(
+                weights, moments, format.rank, format.bases, damping=self._damping, importance=rows
+            )
+            answer.based[name] = own.to(dtype), shares, bases.to(dtype)
+            made.append(based(*answer.based[name][:2], answer.based[name][2].unsqueeze(0)))
+        up = torch.cat(made, dim=1)
+        widths = shown.channels or (experts.down.shape[2],) * experts.count
+        kept = [torch.arange(width, device=up.device) for width in widths]
+        tokens = experts.tokens.clamp(min=1).float()
+        damping = (_REFIT * (tokens.new_tensor(widths) / tokens).clamp(min=1)).tolist()
+        down, thin = refitted_layer(
+            experts,
+            up.to(experts.up.dtype),
+            experts.down,
+            kept,
+            damping=damping,
+            sweeps=_SWEEPS,
+            missing=shown.missing,
+        )
+        answer.weights = {"up": up, "down": down}
+        answer.remedies |= dict.fromkeys(
+            (experts.tokens == 0).nonzero().flatten().tolist(), "their weights alone"
+        )
+        answer.trouble += [
+            f"L{shown.layer}.E{at}: too few tokens for a refit at the damping asked for: damping raised to {ridge:g}"
+            for at, ridge in thin.items()
+        ]
+
+    def _importance(self, experts: RoutedExperts) -> Tensor:
+        """What an error in each row counts [E, R]: the root of how much the answer moves with it, between all alike and what
+        this text makes of them. Experts without a token count as others do on average."""
+        squares = experts.steepness(range(experts.count), experts.up)
+        halves = squares.shape[1] // experts.down.shape[2]
+        found = (squares * experts.down.float().square().sum(1).repeat(1, halves)).sqrt().sqrt()
+        seen = experts.tokens > 0
+        found[~seen] = found[seen].mean() if bool(seen.any()) else 1.0
+        return found
+
+    # Sizes
+
+    @property
+    def _damping(self) -> float:
+        return _DAMPING[self.method] if self.damping is None else self.damping
+
     def _form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
-        return lambda entry, layer: Format("factors", rank=self._rank(*entry.ref.shape))
+        if not self.by_original:
+            return lambda entry, layer: Format("factors", rank=self._rank(*entry.ref.shape))
+        groups = self._groups(chosen)
+
+        def form(entry: Entry, layer: int | None) -> Format:
+            group = groups.get((entry.unit.layer, entry.unit.matrix))
+            return (
+                Format() if group is None else Format("bases", rank=group.rank(self.ratio), bases=group.bases)
+            )
+
+        return form
 
     def _rank(self, out: int, width: int) -> int:
         """The rank at which two factors take what is left of the bytes of one matrix."""
         return max(1, int((1 - self.ratio) * out * width / (out + width)))
 
+    def _shared(self, blueprint: Blueprint) -> dict[tuple[int | None, str | None], _Group]:
+        """What shares bases in a model."""
+        chosen = [entry for entry in blueprint.entries if is_matrix(entry) and self._is_meant(entry)]
+        return self._groups(chosen) if self.by_original else {}
+
+    def _groups(self, chosen: Iterable[Entry]) -> dict[tuple[int | None, str | None], _Group]:
+        """The matrices that share bases, by layer and matrix: all but down."""
+        found: dict[tuple[int | None, str | None], list[Entry]] = {}
+        for entry in chosen:
+            if not (entry.unit.matrix or "").startswith("down"):
+                found.setdefault((entry.unit.layer, entry.unit.matrix), []).append(entry)
+        halves = Counter(layer for layer, _ in found)
+        return {
+            (layer, matrix): _Group(tuple(entries), halves[layer], self.bases)
+            for (layer, matrix), entries in found.items()
+        }
+
     def _told(self, blueprint: Blueprint) -> tuple[str, ...]:
-        return ("low_rank: stored as two factors; in memory it is dense again, and no engine gets faster",)
+        shared = "with bases that a layer's experts share" if self.by_original else "as two factors"
+        return (f"low_rank: stored {shared}; in memory it is dense again, and no engine gets faster",)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The matrices that share bases, one of each expert of a layer, which has so many `halves` of that kind (gate and up), and
+    how many bases are `wanted` (None: as many as usual)."""
+
+    entries: tuple[Entry, ...]
+    halves: int
+    wanted: int | None
+
+    @property
+    def bases(self) -> int:
+        """How many they share."""
+        return self.wanted or min(len(self.entries), max(3, len(self.entries) // 4))
+
+    @property
+    def most(self) -> float:
+        """The ratio at which nothing is left of them but one row of every basis."""
+        return self.halves / (self.halves + 1) * (1 - (self._each + self._shares) / self._whole)
+
+    def rank(self, ratio: float) -> int:
+        """The rank at which the experts, down included, lose a share of their bytes."""
+        left = (1 - ratio * (self.halves + 1) / self.halves) * self._whole - self._shares
+        return int(left / self._each)
+
+    @property
+    def _size(self) -> float:
+        return DTYPE_BYTES[self.entries[0].ref.dtype]
+
+    @property
+    def _whole(self) -> float:
+        return sum(entry.ref.numel for entry in self.entries) * self._size
+
+    @property
+    def _each(self) -> float:
+        """Bytes of a rank."""
+        width = self.entries[0].ref.shape[1]
+        return (sum(entry.ref.shape[0] for entry in self.entries) + self.bases * width) * self._size
+
+    @property
+    def _shares(self) -> float:
+        return 4 * self.bases * len(self.entries)
+
+
+def _halves(experts: RoutedExperts) -> tuple[str, ...]:
+    """What leads into the channels, as `experts.up` stacks it."""
+    return ("gate", "up") if experts.up.shape[1] > experts.down.shape[2] else ("up",)
