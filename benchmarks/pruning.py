@@ -39,7 +39,7 @@ from moespresso.report import machine, versions
 STRIDE, SAMPLES = 10, 48
 RATIOS = [0.15, 0.25, 0.5]
 # Widths of their own, then shared bases: of a share r that goes in all, r / (1 + r) first and r^2 of the rest.
-BOTH = "channel_prune:ratio={:own},score=surgeon,refit=layer,per_expert=true,scope=global low_rank:method=shared_basis,ratio={:bases}"
+BOTH = "channel_prune:ratio={0:own},score=surgeon,refit=layer,per_expert=true,scope=global low_rank:method=shared_basis,ratio={0:bases}"
 CUTS = [
     "expert_drop:ratio={}",
     "expert_drop:ratio={} refit",
@@ -183,8 +183,8 @@ def table(results: dict[str, dict[str, Any]], amounts: list[str], steps: list[st
 def short(step: str) -> str:
     """A step without its amount."""
     for amount in (
-        "ratio={:own},",
-        ",ratio={:bases}",
+        "ratio={0:own},",
+        ",ratio={0:bases}",
         "ratio={},",
         ":ratio={}",
         ",ratio={}",
