@@ -1,7 +1,6 @@
-"""Is there a structure of experts that costs less than fewer channels do, at equal bytes? Three that were published.
+"""Is there a structure of experts that costs less than fewer channels do, at equal bytes? Two that were published.
 
     joint    channels and rank of every expert on one curve of loss against bytes, by equal slopes (arXiv 2105.11228)
-    bases    gate and up as products with bases that all experts of a layer share, W_e ~ A_e sum_m alpha_em B_m (arXiv 2508.05257)
     blocks   block-diagonal experts under permutations that are learned (arXiv 2002.08127)
 
 Each is fitted layer by layer on 48 rows of calibration text, every layer on what the ones before let through, and rounded to
@@ -9,7 +8,7 @@ bfloat16 as it would be stored; bytes are counted, nothing is written. KL is the
 the held-out text, with a 95% bootstrap over sequences. Beside them channels alone, as `channel_prune` chooses and refits them;
 `time` compares how long experts take.
 
-    python benchmarks/structures.py [MODEL ...] [--parts joint bases blocks time] [--left 0.875 0.75 0.5] [--out FILE.json]
+    python benchmarks/structures.py [MODEL ...] [--parts joint blocks time] [--left 0.875 0.75 0.5] [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ from moespresso.evaluate import score_tokens
 from moespresso.evaluate.compare import summary
 from moespresso.measure import RoutedExperts, factored
 from moespresso.measure.removal import removal
-from moespresso.methods._bases import shared_bases
 from moespresso.methods._channels import TURNS, last, portions
 from moespresso.methods._joint import joint_refit
 from moespresso.methods._low_rank import truncated
@@ -52,8 +50,6 @@ STRIDE, SAMPLES, DAMPING = 10, 48, 0.003
 # The joint menu: channels in steps, and factors that take these shares of a dense matrix's bytes (1: dense); it is chosen
 # from by so many tokens of an expert, and checked on as many others.
 STEP, SHARES, TOKENS = 8, (0.25, 0.5, 0.75, 0.875, 1.0), 1024
-# Rounds of least squares in which shared bases settle.
-ROUNDS = 150
 
 
 @dataclass
@@ -115,9 +111,9 @@ def seen_by(experts: RoutedExperts, expert: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def with_down(experts: RoutedExperts, up: Tensor, numbers: int, refit: str) -> Cut:
-    """A cut with new `up`, and with down as it was (`none`), or refitted `expert` by expert, or for the whole `layer`."""
+    """A cut with new `up`, and with down refitted `expert` by expert, or then for the whole `layer`."""
     down = experts.down.clone()
-    for expert in range(experts.count) if refit != "none" else ():
+    for expert in range(experts.count):
         hidden, gates, wanted = seen_by(experts, expert)
         inner = gates * experts.inner(expert, hidden, up[expert])
         down[expert] = solved(down[expert], inner.T @ inner, wanted.T @ inner)
@@ -131,6 +127,16 @@ def surgeon(experts: RoutedExperts, moments: Tensor, keep: int, turns: int = TUR
     """The channels [E, keep] that `channel_prune` keeps, by its default score."""
     gone = portions(experts.down.shape[2] - keep, turns)
     return last(removal(experts.down, moments, DAMPING, gone)[0], keep)
+
+
+def channels(experts: RoutedExperts, left: float, refit: str) -> Cut:
+    """Fewer channels, as many for every expert."""
+    count, size, width = experts.down.shape
+    moments = experts.moments_inner(range(count), experts.up, by_gate=True)
+    kept = surgeon(experts, moments, round(left * width))
+    rows = torch.cat([kept, kept + width], 1).unsqueeze(2).expand(-1, -1, size)
+    up = torch.zeros_like(experts.up).scatter_(1, rows, experts.up.gather(1, rows))
+    return with_down(experts, up, count * 3 * size * kept.shape[1], refit)
 
 
 # Channels and rank
@@ -272,40 +278,6 @@ def no_worse(menu: list[Option], choice: Option, each: int) -> bool:
     return choice.check <= min(alone, key=lambda option: option.loss).check
 
 
-# Shared bases
-
-
-def bases(
-    experts: RoutedExperts, left: float, part: float, count: int, seen: bool = True, refit: str = "expert"
-) -> Cut:
-    """Gate and up as products that leave `part` of the bytes, with `count` bases of the layer (0: each expert by itself), and
-    channels as the rest of what is to go. Fitted to what is `seen`, or to the weights alone."""
-    number, size, width = experts.down.shape
-    keep, share = int(left / part * width), (3 * part - 1) / 2
-    moments = experts.moments_inner(range(number), experts.up, by_gate=True)
-    kept = surgeon(experts, moments, keep)
-    up, numbers = torch.zeros_like(experts.up), number * size * keep
-    for half in range(2):
-        weights = torch.stack([halves_of(experts, expert, kept[expert])[half] for expert in range(number)])
-        if share == 1:
-            parts, made = [weights], stored(weights)
-        elif count:
-            rank = int((share * weights.numel() - number * count) / (number * keep + count * size))
-            inputs, rounds = experts.pooled() if seen else None, ROUNDS if count > 1 else 1
-            parts = [
-                stored(each)
-                for each in shared_bases(weights, inputs, rank, count, rounds=rounds, damping=DAMPING)
-            ]
-            made = parts[0] @ torch.einsum("em,mri->eri", parts[2], parts[1])
-        else:
-            inputs = experts.moments_in(range(number)) if seen else None
-            parts = [stored(each) for each in truncated(weights, inputs, rank_of(keep, size, share), DAMPING)]
-            made = parts[0] @ parts[1]
-        numbers += sum(each.numel() for each in parts)
-        up.scatter_(1, (kept + half * width).unsqueeze(2).expand(-1, -1, size), made)
-    return with_down(experts, up, numbers, refit)
-
-
 # Block-diagonal experts
 
 
@@ -428,22 +400,9 @@ def ways(part: str, lefts: list[float]) -> Iterator[tuple[str, Way]]:
         yield label, partial(joint, left=left, kinds="channels", **across)
         label = f"{left}: joint, equal bytes an expert, channels scored once"
         yield label, partial(joint, left=left, kinds="joint", across=False, turns=1)
-    for left in {"bases": lefts, "blocks": [1 / 2, 1 / 4]}.get(part, ()):
+    for left in (1 / 2, 1 / 4) if part == "blocks" else ():
         for refit in ("expert", "layer"):
-            yield f"{left}: channels, refit={refit}", partial(bases, left=left, part=1, count=0, refit=refit)
-    for left in lefts if part == "bases" else ():
-        for count in (0, 1, 2, 4, 8, 16):
-            name, way = f"{left}: {count or 'no'} shared bases", partial(bases, left=left, count=count)
-            yield f"{name}, by weights alone, refit=none", partial(way, part=left, seen=False, refit="none")
-            yield f"{name}, refit=expert", partial(way, part=left)
-            if count == 8:
-                yield f"{name}, by weights alone, refit=expert", partial(way, part=left, seen=False)
-                yield f"{name}, refit=none", partial(way, part=left, refit="none")
-                yield f"{name}, refit=layer", partial(way, part=left, refit="layer")
-            for some in (0.9, 0.75) if count in (4, 8) else ():
-                if left < some:
-                    way = partial(bases, left=left, part=some, count=count, refit="layer")
-                    yield f"{name} to {some}, then channels, refit=layer", way
+            yield f"{left}: channels, refit={refit}", partial(channels, left=left, refit=refit)
     for groups in (2, 4) if part == "blocks" else ():
         for learned in (True, False):
             label = f"{1 / groups}: {groups} blocks, {'learned' if learned else 'random'}"
@@ -454,7 +413,7 @@ def main() -> None:
     """Run, print and save."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", nargs="*", default=[str(folder) for folder in MODELS.values()])
-    parser.add_argument("--parts", nargs="*", default=["joint", "bases", "blocks", "time"])
+    parser.add_argument("--parts", nargs="*", default=["joint", "blocks", "time"])
     parser.add_argument("--left", nargs="*", type=float, default=[0.875, 0.75, 0.5])
     parser.add_argument("--out", type=Path, help="saved here; what it holds already is not run again")
     asked = parser.parse_args()
