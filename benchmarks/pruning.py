@@ -141,7 +141,7 @@ def run(folder: str, text: str, seeds: int) -> dict[str, Any] | None:
     """One way on one model; None where it makes no sense there."""
     torch.set_num_threads(1)
     bench, steps, found = Bench(Path(folder), STRIDE), [parse_step(step) for step in text.split()], []
-    if "shared" in text and not any(layer.shared_experts for layer in bench.view.source.layers):
+    if "+shared" in text and not any(layer.shared_experts for layer in bench.view.source.layers):
         return None
     for seed in range(seeds if all_needs(steps) - {"weights"} else 1):
         batches = calibration(
