@@ -3,12 +3,11 @@
     minimise  sum_e  tr(D_e (W_e - A_e B(alpha_e)) C (W_e - A_e B(alpha_e))^T D_e)     B(alpha_e) = sum_m alpha_em B_m
 
 with C the second moments of what the experts are given and D_e the importance of an expert's rows (both may be unknown: 1).
-Every round solves for one of alpha, B and A with the rest held. Such rounds creep, so the next does not start from the A
-that was found but from one a little farther the same way (Nesterov's, arXiv 1810.05846), and where that led uphill, from
-the best once more.
+A round takes one step along each alpha, a few steps of conjugate gradients towards the best bases (their normal equations
+have m r unknowns a column: too many to hold), and then the best A. Such rounds creep, so the next does not start from what was
+found but from a little farther the same way (Nesterov's, arXiv 1810.05846), and where that led uphill, from the best once more.
 
-Tensors come and go in float32, and so do the two copies of the weights that are held; a few experts at a time are solved in
-float64.
+Tensors come and go in float32, and so do the weights and the A that are held; a few experts at a time are solved in float64.
 """
 
 from __future__ import annotations
@@ -23,29 +22,12 @@ from moespresso.measure.hessians import factored, usable
 # Relative damping that only settles what the data leave open, as in `_low_rank`.
 DAMPING = 1e-6
 ROUNDS = 60
+# Steps of conjugate gradients in a round.
+_STEPS = 4
 # The least importance of a row, as a share of the mean: every row is worth something.
-LEAST = 1e-3
+_LEAST = 1e-3
 # What is solved at a time, in bytes.
 _BYTES = 256 << 20
-
-
-def shared_basis(
-    weights: Tensor, moments: Tensor | None, rank: int, damping: float = DAMPING
-) -> tuple[Tensor, Tensor]:
-    """Factors [E, out, r] and the one basis [r, in] that together come closest to `weights` [E, out, in] of all experts.
-
-    Under `moments` [in, in], which are thus of all experts' inputs. The most important directions come first.
-    """
-    root = _root(weights, moments, damping)
-    wide = (each.double() for each in weights)
-    gram = sum((each.mT @ each for each in wide), torch.zeros_like(root))
-    values, vectors = torch.linalg.eigh(root.mT @ gram @ root)
-    values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
-    # Directions that no expert uses have no size to divide by.
-    sizes = values.clamp(min=1e-14 * values.max() + _tiny(values)).sqrt()
-    onto = root @ vectors / sizes
-    left = torch.stack([(each.double() @ onto).float() for each in weights])
-    return left, _unmoved(sizes[:, None] * vectors.mT, root).float()
 
 
 def shared_bases(
@@ -61,31 +43,44 @@ def shared_bases(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Factors A [E, out, r], bases B [count, r, in] and shares alpha [E, count] with W_e ~ A_e sum_m alpha_em B_m.
 
-    `importance` [E, out] multiplies what a row is off by. `shared_basis` is the first of the bases; the others start at random
-    and unused. What is found is never worse (under the damped moments) than after fewer rounds.
+    `weights` are [E, out, in], `moments` [in, in] those of all experts' inputs, `importance` [E, out] multiplies what a row is off
+    by. The first of the bases is the best single one, the others start at random and unused. What is found is never worse (under
+    the damped moments) than after fewer rounds.
     """
     rows = torch.ones_like(weights[..., 0]) if importance is None else importance / importance.mean()
-    rows = rows.float().clamp(min=LEAST).unsqueeze(2)
+    rows = rows.float().clamp(min=_LEAST).unsqueeze(2)
     root = _root(weights, moments, damping)
-    left, first = shared_basis(weights.float() * rows, moments, rank, damping)
+    target = _onto(weights, rows, root)
+    left, first = _single(target, rank)
     draw = torch.Generator().manual_seed(seed)
-    others = torch.randn(count - 1, *first.shape, generator=draw).to(root)
-    bases = torch.cat([first.double()[None] @ root, others])
-    bases[1:] *= bases[0].square().mean().sqrt()
-    shares = root.new_zeros(len(left), count)
+    others = torch.randn(count - 1, *first.shape, generator=draw).to(first)
+    bases = torch.cat([first[None], others * first.square().mean().sqrt()])
+    shares = bases.new_zeros(len(left), count)
     shares[:, 0] = 1
-    target, moved, lost, speed = _onto(weights, rows, root), left, torch.inf, 0
+    ahead, lost, speed = (left, bases), torch.inf, 0
     for _ in range(rounds):
-        new_shares, new_bases = _fit_bases(target, moved, bases, shares)
-        new_left, now = _fit_left(target, moved, new_bases, new_shares)
-        if now > lost and speed:
-            moved, speed = left, 0
+        new_shares, new_bases = _nearer(target, *ahead, bases, shares)
+        new_left, now = _best_left(target, ahead[0], new_bases, new_shares)
+        if not now <= lost:
+            if not speed:
+                break
+            ahead, speed = (left, bases), 0
             continue
-        if now > lost:
-            break
-        moved = new_left + speed / (speed + 3) * (new_left - left)
+        way = speed / (speed + 3)
+        ahead = new_left + way * (new_left - left), new_bases + way * (new_bases - bases)
         left, bases, shares, lost, speed = new_left, new_bases, new_shares, now, speed + 1
-    return left / rows, _unmoved(bases, root).float(), shares.float()
+    return (
+        left / rows,
+        torch.linalg.solve_triangular(root, bases, upper=True, left=False).float(),
+        shares.float(),
+    )
+
+
+def _root(weights: Tensor, moments: Tensor | None, damping: float) -> Tensor:
+    """Upper R [in, in] with R R^T the damped moments: |W R| is the output's error in the Frobenius norm."""
+    if moments is None:
+        return torch.eye(weights.shape[-1], dtype=torch.float64, device=weights.device)
+    return factored(usable(moments[None])[0].double(), damping)[0][0]
 
 
 def _onto(weights: Tensor, rows: Tensor, root: Tensor) -> Tensor:
@@ -96,59 +91,83 @@ def _onto(weights: Tensor, rows: Tensor, root: Tensor) -> Tensor:
     return moved
 
 
-def _root(weights: Tensor, moments: Tensor | None, damping: float) -> Tensor:
-    """Upper R [in, in] with R R^T the damped moments: |W R| is the output's error in the Frobenius norm."""
-    if moments is None:
-        return torch.eye(weights.shape[-1], dtype=torch.float64, device=weights.device)
-    return factored(usable(moments[None])[0].double(), damping)[0][0]
+def _single(target: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The one basis [r, in] that is best for all experts, and their factors [E, out, r] of about unit size; both have what matters
+    most first."""
+    gram = sum(each.mT @ each for some in _runs(target) for each in target[some].double())
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
+    # Directions that no expert uses have no size to divide by.
+    sizes = values.clamp(min=1e-14 * values.max() + _tiny(values)).sqrt()
+    left = torch.cat([(target[some].double() @ (vectors / sizes)).float() for some in _runs(target)])
+    return left, sizes[:, None] * vectors.mT
 
 
-def _unmoved(moved: Tensor, root: Tensor) -> Tensor:
-    """`moved` R^-1."""
-    return torch.linalg.solve_triangular(root, moved, upper=True, left=False)
-
-
-def _fit_bases(target: Tensor, left: Tensor, bases: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """The best alpha [E, m] for `left` [E, out, r] and `bases` [m, r, in]; then the best bases for these, all at once."""
-    count, rank, width = bases.shape
-    cross = torch.einsum("mri,nsi->mnrs", bases, bases)
-    normal, wanted = bases.new_zeros(count, rank, count, rank), torch.zeros_like(bases)
-    found = torch.empty_like(shares)
+def _nearer(
+    target: Tensor, left: Tensor, start: Tensor, bases: Tensor, shares: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Better shares [E, m] for `left` [E, out, r] and `bases` [m, r, in], and better bases for these, looked for from `start`."""
+    squares, found = bases @ bases.mT, torch.empty_like(shares)
+    grams, wanted, curve = list[Tensor](), torch.zeros_like(bases), torch.zeros_like(squares)
     for some in _runs(target):
         own = left[some].double()
         gram, pull = own.mT @ own, own.mT @ target[some].double()
-        slopes = torch.einsum("mri,eri->em", bases, pull)
-        here = _solved(
-            torch.einsum("ers,mnrs->emn", gram, cross), slopes.unsqueeze(2), shares[some].unsqueeze(2)
-        ).squeeze(2)
-        normal += torch.einsum("em,en,ers->mrns", here, here, gram)
-        wanted += torch.einsum("em,eri->mri", here, pull)
-        found[some] = here
-    flat = _solved(normal.flatten(2).flatten(0, 1), wanted.flatten(0, 1), bases.flatten(0, 1))
-    return found, flat.view(count, rank, width)
+        found[some] = _nearer_shares(shares[some], bases, squares, gram, pull)
+        wanted += torch.einsum("em,eri->mri", found[some], pull)
+        curve += torch.einsum("em,ers->mrs", found[some].square(), gram)
+        grams.append(gram)
+
+    def applied(some_bases: Tensor) -> Tensor:
+        total = torch.zeros_like(some_bases)
+        for some, gram in zip(_runs(target), grams, strict=True):
+            total += torch.einsum("em,eri->mri", found[some], gram @ _mixed(found[some], some_bases))
+        return total
+
+    factor = torch.linalg.cholesky(_ridged(curve))
+    bases, off = start, wanted - applied(start)
+    ahead = torch.cholesky_solve(off, factor)
+    along, size = ahead, (off * ahead).sum()
+    for _ in range(_STEPS):
+        moved = applied(along)
+        step = size / (along * moved).sum().clamp(min=_tiny(size))
+        bases, off = bases + step * along, off - step * moved
+        ahead = torch.cholesky_solve(off, factor)
+        size, before = (off * ahead).sum(), size
+        along = ahead + size / before.clamp(min=_tiny(size)) * along
+    return found, bases
 
 
-def _fit_left(target: Tensor, left: Tensor, bases: Tensor, shares: Tensor) -> tuple[Tensor, float]:
-    """The best A [E, out, r] for each expert's mixed basis, and what is then off, squared and summed."""
+def _nearer_shares(shares: Tensor, bases: Tensor, squares: Tensor, gram: Tensor, pull: Tensor) -> Tensor:
+    """`shares` [E, m] one step on, as far as it goes downhill: `gram` is A_e^T A_e [E, r, r], `pull` A_e^T W_e [E, r, in]."""
+    slope = torch.einsum("mri,eri->em", bases, pull - gram @ _mixed(shares, bases))
+    along = slope / torch.einsum("ers,mrs->em", gram, squares).clamp(min=_tiny(gram))
+    moved = _mixed(along, bases)
+    bend = (moved * (gram @ moved)).sum((1, 2)).clamp(min=_tiny(gram))
+    return shares + along * ((slope * along).sum(1) / bend)[:, None]
+
+
+def _best_left(target: Tensor, left: Tensor, bases: Tensor, shares: Tensor) -> tuple[Tensor, float]:
+    """The best A [E, out, r] for each expert's mixed basis, and what is then off, squared and summed. What the equations leave
+    open stays as in `left`."""
     found, lost = torch.empty_like(left), 0.0
     for some in _runs(target):
-        aim, mixed = target[some].double(), torch.einsum("em,mri->eri", shares[some], bases)
-        normal, wanted = mixed @ mixed.mT, mixed @ aim.mT
-        own = _solved(normal, wanted, left[some].double().mT)
+        aim, mixed = target[some].double(), _mixed(shares[some], bases)
+        normal, wanted, own = mixed @ mixed.mT, mixed @ aim.mT, left[some].double().mT
+        own = own + torch.cholesky_solve(wanted - normal @ own, torch.linalg.cholesky(_ridged(normal)))
         lost += float(aim.square().sum() - ((2 * wanted - normal @ own) * own).sum())
         found[some] = own.mT.float()
     return found, lost
 
 
-def _solved(normal: Tensor, wanted: Tensor, start: Tensor) -> Tensor:
-    """The least squares whose normal equations these are, from `start`.
+def _mixed(shares: Tensor, bases: Tensor) -> Tensor:
+    """Each expert's basis sum_m alpha_em B_m [E, r, in]."""
+    return torch.einsum("em,mri->eri", shares, bases)
 
-    The ridge pulls to where one stands, not to zero: singular equations are solved as well, and no step leads uphill.
-    """
+
+def _ridged(normal: Tensor) -> Tensor:
+    """Normal equations [N, r, r] that a Cholesky factorization does not stop at."""
     ridge = (1e-8 * normal.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp(min=_tiny(normal))
-    eye = torch.eye(normal.shape[-1]).to(normal)
-    factor = torch.linalg.cholesky(normal + ridge[..., None, None] * eye)
-    return start + torch.cholesky_solve(wanted - normal @ start, factor)
+    return normal + ridge[:, None, None] * torch.eye(normal.shape[-1]).to(normal)
 
 
 def _runs(weights: Tensor) -> Iterator[slice]:
