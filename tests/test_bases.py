@@ -48,7 +48,7 @@ def test_a_basis_of_full_rank_gives_every_expert_back(tokens: int):
     inputs = samples(9, 1, 20)[0, :tokens]
     for weights in (matrices(9, 7, 12, 20), matrices(9, 2, 4, 20)):
         left, basis = shared_basis(weights, inputs.mT @ inputs, 20)
-        assert float((left @ basis - weights).abs().max()) < 1e-5
+        assert float((left @ basis - weights).abs().max()) < 1e-3
 
 
 def test_experts_that_share_a_basis_lose_nothing():
@@ -213,7 +213,7 @@ def test_a_few_experts_at_a_time_are_the_same_experts(monkeypatch: pytest.Monkey
     whole = shared_bases(weights, seen, 6, 3, rounds=5)
     monkeypatch.setattr(kernels, "_BYTES", 2 * 8 * 10 * 24)
     for mine, other in zip(shared_bases(weights, seen, 6, 3, rounds=5), whole, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine, other, rtol=5e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("gate", [True, False])

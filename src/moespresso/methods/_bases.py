@@ -7,7 +7,7 @@ A round takes one step along each alpha, a few steps of conjugate gradients towa
 have m r unknowns a column: too many to hold), and then the best A. Such rounds creep, so the next does not start from what was
 found but from a little farther the same way (Nesterov's, arXiv 1810.05846), and where that led uphill, from the best once more.
 
-Tensors come and go in float32, and so do the weights and the A that are held; a few experts at a time are solved in float64.
+Everything is float32 but the equations of each A, a few experts at a time.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def shared_bases(
         left, bases, shares, lost, speed = new_left, new_bases, new_shares, now, speed + 1
     return (
         left / rows,
-        torch.linalg.solve_triangular(root, bases, upper=True, left=False).float(),
+        torch.linalg.solve_triangular(root, bases.double(), upper=True, left=False).float(),
         shares.float(),
     )
 
@@ -100,7 +100,7 @@ def _single(target: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     # Directions that no expert uses have no size to divide by.
     sizes = values.clamp(min=1e-14 * values.max() + _tiny(values)).sqrt()
     left = torch.cat([(target[some].double() @ (vectors / sizes)).float() for some in _runs(target)])
-    return left, sizes[:, None] * vectors.mT
+    return left, (sizes[:, None] * vectors.mT).float()
 
 
 def _nearer(
@@ -110,8 +110,8 @@ def _nearer(
     squares, found = bases @ bases.mT, torch.empty_like(shares)
     grams, wanted, curve = list[Tensor](), torch.zeros_like(bases), torch.zeros_like(squares)
     for some in _runs(target):
-        own = left[some].double()
-        gram, pull = own.mT @ own, own.mT @ target[some].double()
+        own = left[some]
+        gram, pull = own.mT @ own, own.mT @ target[some]
         found[some] = _nearer_shares(shares[some], bases, squares, gram, pull)
         wanted += torch.einsum("em,eri->mri", found[some], pull)
         curve += torch.einsum("em,ers->mrs", found[some].square(), gram)
@@ -123,7 +123,7 @@ def _nearer(
             total += torch.einsum("em,eri->mri", found[some], gram @ _mixed(found[some], some_bases))
         return total
 
-    factor = torch.linalg.cholesky(_ridged(curve))
+    factor = torch.linalg.cholesky(_ridged(curve, 1e-5))
     bases, off = start, wanted - applied(start)
     ahead = torch.cholesky_solve(off, factor)
     along, size = ahead, (off * ahead).sum()
@@ -151,7 +151,7 @@ def _best_left(target: Tensor, left: Tensor, bases: Tensor, shares: Tensor) -> t
     open stays as in `left`."""
     found, lost = torch.empty_like(left), 0.0
     for some in _runs(target):
-        aim, mixed = target[some].double(), _mixed(shares[some], bases)
+        aim, mixed = target[some].double(), _mixed(shares[some], bases).double()
         normal, wanted, own = mixed @ mixed.mT, mixed @ aim.mT, left[some].double().mT
         own = own + torch.cholesky_solve(wanted - normal @ own, torch.linalg.cholesky(_ridged(normal)))
         lost += float(aim.square().sum() - ((2 * wanted - normal @ own) * own).sum())
@@ -164,9 +164,9 @@ def _mixed(shares: Tensor, bases: Tensor) -> Tensor:
     return torch.einsum("em,mri->eri", shares, bases)
 
 
-def _ridged(normal: Tensor) -> Tensor:
+def _ridged(normal: Tensor, share: float = 1e-8) -> Tensor:
     """Normal equations [N, r, r] that a Cholesky factorization does not stop at."""
-    ridge = (1e-8 * normal.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp(min=_tiny(normal))
+    ridge = (share * normal.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp(min=_tiny(normal))
     return normal + ridge[:, None, None] * torch.eye(normal.shape[-1]).to(normal)
 
 
