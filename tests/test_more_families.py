@@ -176,11 +176,13 @@ def test_a_mixture_is_narrowed_and_pruned_for_stock(
 @pytest.mark.parametrize(
     "family", sorted(MIXTURES.keys() - {"granitemoeshared", "granitemoehybrid", "hy_v4"})
 )
+@pytest.mark.parametrize("more", [[], ["low_rank:method=shared_basis,ratio=0.1"]], ids=["", "bases"])
 def test_a_mixture_has_experts_of_any_width_that_make_up_for_others(
-    checkpoint: Written, family: str, text: Path, tmp_path: Path
+    checkpoint: Written, family: str, more: list[str], text: Path, tmp_path: Path
 ) -> None:
     folder = checkpoint(family, MIXTURES[family])
     steps = ["expert_drop:ratio=0.25", "refit", "channel_prune:ratio=0.4,per_expert=true,scope=global"]
+    steps += more
     api.press(folder, out=tmp_path / "out", texts=[text], samples=4, length=16, steps=steps, target="plugin")
     found = api.verify(tmp_path / "out", against=folder)
     assert found["ok"], found
