@@ -82,7 +82,7 @@ SHOWN = [
     ],
     *["channel_prune:ratio={},score=surgeon,refit=layer,per_expert=true"],
     *["channel_prune:ratio={},score=surgeon,refit=layer,per_expert=true,scope=global"],
-    *["low_rank:method=shared_basis,ratio={}", BOTH],
+    *[BOTH, "low_rank:method=shared_basis,ratio={}"],
     *["magnitude:sparsity={}", "wanda:sparsity={}", "sparsegpt:sparsity={}"],
 ]
 MASKED = [
@@ -195,6 +195,15 @@ def short(step: str) -> str:
     return step
 
 
+def label(step: str) -> str:
+    """A step in the legend of the chart."""
+    return (
+        "  the same, then shared bases"
+        if step == BOTH
+        else short(step).replace("channel_prune:", "channels: ")
+    )
+
+
 def cell(row: dict[str, Any]) -> str:
     """The mean, and the range where there were several drawings."""
     values = row["kl"]
@@ -222,7 +231,7 @@ def figure(results: dict[str, dict[str, Any]], path: Path) -> None:
             )
             masked = "sparsity" in step
             panel.plot([x for x, _, _ in points], [y for _, y, _ in points], "x" if masked else "o-",
-                       color=plt.get_cmap("tab20")(number), label=short(step).replace("channel_prune:", "channels: "), markersize=5)  # fmt: skip
+                       color=plt.get_cmap("tab20")(number), label=label(step), markersize=5)  # fmt: skip
             if step.startswith("sparsegpt"):
                 for left, kl, amount in points:
                     panel.annotate(
