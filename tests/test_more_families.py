@@ -160,9 +160,7 @@ def test_a_mixture_streams_and_is_cut_as_stock_would(
     assert api.verify(out, against=folder)["ok"]
 
 
-@pytest.mark.parametrize(
-    "family", sorted(MIXTURES.keys() - {"granitemoeshared", "granitemoehybrid", "hy_v4"})
-)
+@pytest.mark.parametrize("family", sorted(MIXTURES.keys() - {"hy_v4"}))
 @pytest.mark.parametrize("step", ["channel_prune:ratio=0.4", "sparsegpt"])
 def test_a_mixture_is_narrowed_and_pruned_for_stock(
     checkpoint: Written, family: str, step: str, text: Path, tmp_path: Path

@@ -222,7 +222,7 @@ class _Visitor:
             name = piece.unit.matrix or "" if piece.unit.part == "experts" else self._module(piece, layer)
             if name in plain:
                 whole = plain[name] if piece.unit.expert is None else plain[name][piece.unit.expert]
-                if piece.unit.part == "experts":  # not all are as wide as the widest
+                if piece.unit.expert is not None:  # not all are as wide as the widest
                     rows, columns = narrowed(piece.source, self.after)
                     whole = whole[:rows, :columns]
                 parts = self._small(piece, whole.to(TORCH_DTYPES[piece.ref.dtype]), answer, name)
@@ -372,6 +372,8 @@ def _by_projection(answer: Answer, layer: Layer) -> dict[str, Codes]:
 def _plain(answer: Answer, layer: Layer) -> dict[str, Tensor]:
     """Matrices that stay plain, by the name of their stored form."""
     found = dict(answer.weights)
+    if "up" in found:
+        found["gate_up"] = found["up"]
     if "up" in found and getattr(layer.experts, "has_gate", True):
         found["gate"], found["up"] = found["up"].chunk(2, dim=1)
     return found

@@ -215,7 +215,7 @@ class Reader:
         """The piece with what its steps prune as zeros."""
         values = self.piece(replace(piece, pruned=()))
         for step, format in piece.pruned:
-            values = step.pruned(values.unsqueeze(0), format).squeeze(0)
+            values = step.pruned(values.reshape(-1, *values.shape[-2:]), format).view(values.shape)
         return values
 
     def _computed(self, piece: Piece) -> Iterator[torch.Tensor]:

@@ -45,9 +45,23 @@ def is_matrix(entry: Entry) -> bool:
     )
 
 
+def is_stack(entry: Entry) -> bool:
+    """Whether an entry holds one matrix of every expert of a layer, as they are in memory: gate above up, outputs by inputs. Such
+    experts can lose channels and weights, but have no packed form that is known to load."""
+    down = (entry.unit.matrix or "").startswith("down")
+    return (
+        entry.in_graph
+        and entry.unit.part == "experts"
+        and entry.expert_axis == 0
+        and len(entry.ref.shape) == 3
+        and entry.joined != "interleaved"
+        and entry.channel_axis == (-1 if down else -2)
+    )
+
+
 def format_of(entry: Entry, stage: Stage) -> Format | None:
     """The format that `stage` gives to an entry, or None."""
-    if not is_matrix(entry):
+    if not (is_matrix(entry) or is_stack(entry)):
         return None
     whole = Unit(entry.unit.layer, entry.unit.part)
     single = Unit(entry.unit.layer, entry.unit.part, None, entry.unit.matrix)
@@ -57,7 +71,7 @@ def format_of(entry: Entry, stage: Stage) -> Format | None:
 
 def channels_of(entry: Entry, stage: Stage) -> int | None:
     """The channels that `stage` leaves to the expert of an entry that is one of its matrices, or None."""
-    if entry.unit.part != "experts" or not is_matrix(entry):
+    if entry.unit.part != "experts" or not (is_matrix(entry) or is_stack(entry)):
         return None
     return channels_left(stage, entry.unit.layer or 0, entry.unit.expert)
 
@@ -93,7 +107,7 @@ def scale_dtypes(blueprint: Blueprint) -> dict[int | None, str]:
     stack all of them in one dtype."""
     found: dict[int | None, str] = {}
     for entry in blueprint.entries:
-        if entry.unit.part == "experts" and is_matrix(entry):
+        if entry.unit.part == "experts" and (is_matrix(entry) or is_stack(entry)):
             other = found.get(entry.unit.layer, entry.ref.dtype)
             found[entry.unit.layer] = min(
                 other, entry.ref.dtype, key=lambda dtype: (DTYPE_BYTES[dtype], dtype)
@@ -158,7 +172,7 @@ def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
     met: set[Unit] = set()
     left = remains(Plan(plan.blueprint, plan.stages[: number + 1]), blueprint)
     for entry in blueprint.entries:
-        _check_fused(entry, stage, blueprint)
+        _check_fused(entry, stage, blueprint, left)
         format = format_of(entry, stage)
         if format is not None:
             check_storable(entry, format, narrowed(entry, left))
@@ -195,17 +209,21 @@ def _check_values(unit: Unit, treatment: Treatment, slimmed: bool, formats: Coll
         raise UserError(f"the plan prunes {unit} after a step that rounds weights: put the rounding last")
 
 
-def _check_fused(entry: Entry, stage: Stage, blueprint: Blueprint) -> None:
-    """Experts that are stored as one tensor have no packed form that an engine knows."""
+def _check_fused(entry: Entry, stage: Stage, blueprint: Blueprint, left: Remains) -> None:
+    """Experts that are stored as one tensor have no packed form that an engine knows, and one width."""
     if entry.unit.part != "experts" or entry.unit.expert is not None or len(entry.ref.shape) != 3:
         return
-    if any(
-        unit.layer == entry.unit.layer and unit.part == "experts" and (each.format or each.channels)
+    treated = [
+        each
         for unit, each in stage.treatments.items()
-    ):
+        if unit.layer == entry.unit.layer and unit.part == "experts" and (each.format or each.channels)
+    ]
+    packs = any(each.format is not None and each.format.kind != "source" for each in treated)
+    differ = len(set(left.widths.get(entry.unit.layer or 0, {}).values())) > 1
+    if treated and (packs or differ or not is_stack(entry)):
         raise UserError(
-            f"{blueprint.source} ({blueprint.family}) stores all experts of a layer in one tensor, for which no packed "
-            "form is known to load: its experts cannot be slimmed by this version"
+            f"{blueprint.source} ({blueprint.family}) stores all experts of a layer in one tensor ({entry.ref.name}), for which no "
+            "packed form and no widths of their own are known to load: drop experts, or narrow all alike"
         )
 
 
@@ -213,7 +231,7 @@ def narrowed(entry: Entry, left: Remains) -> tuple[int, ...]:
     """The shape of a tensor with the channels that are left to its expert."""
     shape, axis = list(entry.ref.shape), entry.channel_axis
     widths = left.widths.get(-1 if entry.unit.layer is None else entry.unit.layer, {})
-    width = widths.get(-1 if entry.unit.expert is None else entry.unit.expert)
+    width = widths.get(next(iter(widths), -1) if entry.unit.expert is None else entry.unit.expert)
     if width is not None and axis is not None and entry.unit.part == "experts":
         shape[axis] = 2 * width if entry.joined else width
     return tuple(shape)
@@ -221,7 +239,7 @@ def narrowed(entry: Entry, left: Remains) -> tuple[int, ...]:
 
 def check_storable(entry: Entry, format: Format, shape: tuple[int, ...] | None = None) -> None:
     """Raise `UserError` where a matrix (of `shape`, if that is no longer its own) cannot be stored in `format`."""
-    out, width = shape or entry.ref.shape
+    *_, out, width = shape or entry.ref.shape
     if prunes(format):
         check_pattern(width, format, entry.ref.name)
         return

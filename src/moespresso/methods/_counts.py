@@ -9,6 +9,7 @@ from moespresso.core.blueprint import Blueprint, LayerSpec
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Treatment
 from moespresso.core.remains import Remains
+from moespresso.core.slim import is_stack
 from moespresso.core.unit import Unit
 
 
@@ -76,16 +77,17 @@ def refuse_widths(kind: str, blueprint: Blueprint) -> None:
             )
 
 
-def need_single_experts(kind: str, blueprint: Blueprint) -> None:
-    """Raise `UserError` where there are no routed experts, or none whose matrices are stored by themselves, for a step that
-    changes these."""
+def need_experts(kind: str, blueprint: Blueprint, *, alone: bool = False) -> None:
+    """Raise `UserError` where there are no routed experts, or none whose matrices are stored as they are in memory (`alone`: by
+    themselves), for a step that changes these."""
     if not blueprint.moe_layers:
         raise UserError(f"{kind}: {blueprint.source} has no routed experts to treat: it is a dense model")
     for entry in blueprint.entries:
         if entry.unit.part != "experts" or entry.unit.matrix == "novices":
             continue
-        if entry.unit.expert is None or len(entry.ref.shape) != 2:
+        if (entry.unit.expert is None or len(entry.ref.shape) != 2) and (alone or not is_stack(entry)):
+            cure = "use per_expert=false" if is_stack(entry) else "drop experts instead"
             raise UserError(
                 f"{kind}: {blueprint.source} ({blueprint.family}) stores its experts as {entry.ref.name}, not as matrices of "
-                "their own, which this version cannot treat: drop experts instead"
+                f"their own, which this version cannot treat: {cure}"
             )

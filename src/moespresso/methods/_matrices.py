@@ -17,7 +17,7 @@ from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import Format
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.remains import remains
-from moespresso.core.slim import SLIM_PARTS, check_storable, is_matrix
+from moespresso.core.slim import SLIM_PARTS, check_storable, is_matrix, is_stack
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 
@@ -78,6 +78,11 @@ class OnMatrices:
         if not self.parts.each():
             raise UserError(f"{self.kind}: parts is empty: say what is to be {self.verb[1]}, such as experts")
 
+    @property
+    def instead_of_stacks(self) -> str:
+        """What to do where a layer has one tensor of all experts; nothing where that can be treated, since it stays plain."""
+        return "use parts=attention, or drop experts"
+
     def needs(self) -> frozenset[str]:
         """What must be measured for this step: nothing but text to see."""
         return frozenset({"text"} if self.on_text else ())
@@ -87,12 +92,15 @@ class OnMatrices:
         fused = [
             e
             for e in blueprint.entries
-            if e.unit.part == "experts" and e.unit.expert is None and len(e.ref.shape) == 3
+            if e.unit.part == "experts"
+            and e.unit.expert is None
+            and len(e.ref.shape) == 3
+            and not self._is_able(e)
         ]
         if fused and "experts" in self.parts.each():
             raise UserError(
                 f"{self.kind}: {blueprint.source} ({blueprint.family}) stores all experts of a layer in one tensor "
-                f"({fused[0].ref.name}), which this version cannot {self.verb[0]}: use parts=attention, or drop experts"
+                f"({fused[0].ref.name}), which this version cannot {self.verb[0]}: {self.instead_of_stacks}"
             )
         self._check_exclude(blueprint)
         chosen = [entry for entry, _ in self._formats(blueprint)]
@@ -126,7 +134,9 @@ class OnMatrices:
 
     def _check_whole(self, chosen: Sequence[Entry], blueprint: Blueprint) -> None:
         """On text the projections of an expert are solved one after the other, so all of a layer are rounded or none."""
-        there = [entry for entry in blueprint.entries if entry.unit.part == "experts" and is_matrix(entry)]
+        there = [
+            entry for entry in blueprint.entries if entry.unit.part == "experts" and self._is_able(entry)
+        ]
         rounded = Counter(entry.unit.layer for entry in chosen if entry.unit.part == "experts")
         for layer, count in Counter(entry.unit.layer for entry in there).items():
             if 0 < rounded[layer] < count:
@@ -190,7 +200,7 @@ class OnMatrices:
         others = {layer.index for layer in blueprint.layers if layer.mixer != "attention"}
         chosen = [
             entry for entry in blueprint.entries
-            if is_matrix(entry) and self._is_meant(entry)
+            if self._is_able(entry) and self._is_meant(entry)
             and not (entry.unit.part == "attention" and entry.unit.layer in others)
         ]  # fmt: skip
         form = self._form(chosen)
@@ -201,6 +211,10 @@ class OnMatrices:
     def _form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
         """What says the format of each of the `chosen` matrices, in a layer of some number."""
         raise NotImplementedError
+
+    def _is_able(self, entry: Entry) -> bool:
+        """Whether an entry is a matrix, or so many as this step can treat as one tensor."""
+        return is_matrix(entry) or (is_stack(entry) and not self.instead_of_stacks)
 
     def _is_meant(self, entry: Entry) -> bool:
         if entry.unit.part not in self.parts.each():

@@ -78,6 +78,11 @@ class Pruning(OnMatrices):
         object.__setattr__(self, "sparsity", Sparsity(self.sparsity))
         OnMatrices.__post_init__(self)
 
+    @property
+    def instead_of_stacks(self) -> str:
+        """What to do where a layer has one tensor of all experts, which can have zeros but no mask."""
+        return "say pack=false" if self.pack else ""
+
     def amounts(self, blueprint: Blueprint) -> list[Any]:
         """This step with every share, least first (for a byte budget); none without `pack`: zeros weigh what weights weigh."""
         if self.pack and not self.sparsity.pattern.group_size:

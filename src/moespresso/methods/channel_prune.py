@@ -39,7 +39,7 @@ from moespresso.methods._channels import (
     rows_of,
     size,
 )
-from moespresso.methods._counts import need_single_experts
+from moespresso.methods._counts import need_experts
 from moespresso.methods._joint import refitted_layer
 from moespresso.methods._low_rank import leverage
 from moespresso.methods._on_text import Answer, Shown
@@ -142,7 +142,7 @@ class ChannelPrune:
 
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
-        need_single_experts(self.kind, blueprint)
+        need_experts(self.kind, blueprint, alone=self.per_expert)
         for layer in blueprint.moe_layers:
             if layer.widths and not self.per_expert:
                 raise UserError(

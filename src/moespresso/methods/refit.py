@@ -21,7 +21,7 @@ from moespresso.core.registry import method
 from moespresso.core.remains import remains
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
-from moespresso.methods._counts import need_single_experts
+from moespresso.methods._counts import need_experts
 from moespresso.methods._joint import TO_ORIGINAL, made_up
 from moespresso.methods._on_text import Answer, Shown
 
@@ -67,7 +67,7 @@ class Refit:
 
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
-        need_single_experts(self.kind, blueprint)
+        need_experts(self.kind, blueprint)
 
     def amounts(self, blueprint: Blueprint) -> list[Any]:
         """This step; it changes no size."""

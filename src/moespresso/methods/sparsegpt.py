@@ -60,13 +60,18 @@ class SparseGpt(PruningOnText):
                 f"sparsegpt: group_size={self.group_size} must be 0 or a multiple of 8, such as 32 or 128"
             )
 
+    @property
+    def instead_of_stacks(self) -> str:
+        """What to do where a layer has one tensor of all experts, which cannot be packed as integers either."""
+        return "say bits=0" if self.bits else "say pack=false" if self.pack else ""
+
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
         PruningOnText.check(self, blueprint)
         if self.bits and self.pack:
             raise UserError("sparsegpt: bits are packed as integers, zeros included: leave pack out")
         for entry, _ in self._formats(blueprint):
-            check_pattern(entry.ref.shape[1], self.sparsity.pattern, entry.ref.name)
+            check_pattern(entry.ref.shape[-1], self.sparsity.pattern, entry.ref.name)
 
     def seen(self, experts: RoutedExperts, some: range, up: Tensor | None) -> Tensor:
         """Second moments of the inputs [N, in, in]."""
