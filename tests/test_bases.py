@@ -20,8 +20,8 @@ from samples import error, matrices, moments, samples, tail
 
 def shared_basis(weights: Tensor, seen: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
     left, bases, shares = shared_bases(weights, seen, rank, 1, rounds=0)
-    assert bool((shares == 1).all())
-    return left, bases[0]
+    assert shares.unique().numel() == 1
+    return left * shares.unsqueeze(2), bases[0]
 
 
 # --- a basis that experts share -------------------------------------------------------------------------------------------
@@ -247,3 +247,51 @@ def test_steepness_is_how_answers_move(gate: bool):
             assert float(found[expert, row]) == pytest.approx(
                 float(slope.square().sum()) / 9, rel=2e-2, abs=1e-4
             )
+
+
+@given(
+    seed=st.integers(0, 100_000),
+    count=st.integers(1, 5),
+    rank=st.integers(1, 8),
+    inner=st.integers(1, 10),
+    alive=st.integers(0, 6),
+    known=st.booleans(),
+    weighted=st.booleans(),
+)
+@settings(max_examples=80, deadline=None)
+def test_what_is_exact_or_empty_already_is_left_alone(
+    seed: int, count: int, rank: int, inner: int, alive: int, known: bool, weighted: bool
+):
+    # Weights of a lower rank than asked for, experts of zeros, more bases than experts: nothing is left to find.
+    weights = matrices(seed, 6, 10, inner) @ matrices(seed + 7, inner, 16)
+    weights[alive:] = 0
+    seen = moments(samples(seed, 1, 16))[0] if known else None
+    importance = matrices(seed, 6, 10).abs() if weighted else None
+    found = shared_bases(weights, seen, rank, count, importance=importance)
+    assert all(bool(each.isfinite().all()) for each in found)
+    stored = [found[0].bfloat16().float(), found[1].bfloat16().float(), found[2]]
+    off, whole = (
+        float(each.square().sum()) for each in (weights - mixed((stored[0], stored[1], stored[2])), weights)
+    )
+    first = float(
+        (weights - mixed(shared_bases(weights, seen, rank, count, rounds=0, importance=importance)))
+        .square()
+        .sum()
+    )
+    if not known and not weighted:
+        assert off <= first * (1 + 1e-3) + 1e-3 * whole
+    assert off <= 1.5 * whole
+
+
+def test_bases_are_of_unit_size_and_rows_that_move_nothing_are_alike():
+    weights = matrices(33, 6, 10, 24)
+    left, bases, shares = shared_bases(1e-4 * weights, None, 6, 3)
+    torch.testing.assert_close(bases.square().mean((1, 2)), torch.ones(3))
+    assert float(left.abs().max()) < 100
+    for one, other in zip(
+        shared_bases(weights, None, 6, 3, importance=torch.zeros(6, 10)),
+        shared_bases(weights, None, 6, 3),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+    assert bool(shares.isfinite().all())

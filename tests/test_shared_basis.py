@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 import moespresso
 from conftest import Zoo, write_wide
@@ -211,7 +213,7 @@ def test_killed_and_taken_up(line: str, driver: Driver, zoo: Zoo, text: Path, tm
         ("low_rank:bases=4", "bases=4 is a setting of method=shared_basis"),
         (
             STEP.replace("0.25", "0.7"),
-            r"ratio=0.7 leaves nothing of gate and up of L0: use less than 0\.[456]",
+            r"ratio=0.7 leaves nothing of gate and up of L0: use 0\.[456]\d* or less, or fewer than 3 bases",
         ),
         (f"{STEP},bases=100", "bases=100 is more than the 8 experts of L0"),
         (f"{STEP},damping=-1", "must not be negative"),
@@ -248,33 +250,61 @@ def test_stock_engines_and_steps_that_would_undo_it_are_refused(text: Path, tmp_
             {"kind": "bases", "rank": 3, "bases": 2},
             "different formats: give both the same",
         ),
+        (
+            "L0.experts.down",
+            {"kind": "integer", "bits": 4},
+            "the format integer, which low_rank as it is set",
+        ),
+        ("L0.experts.up", {"kind": "factors", "rank": 3}, "the format factors, which low_rank as it is set"),
+        ("L0.experts.down", None, "gives some matrices of L0's experts a format, but down none"),
+        ("L0.experts.gate", None, "gives some matrices of L0's experts a format, but gate none"),
     ],
 )
-def test_bad_plans(unit: str, format: dict[str, Any], reason: str, zoo: Zoo, text: Path, tmp_path: Path):
+def test_bad_plans(
+    unit: str, format: dict[str, Any] | None, reason: str, zoo: Zoo, text: Path, tmp_path: Path
+):
     request = Request.from_options(
         model=zoo("mixtral"), steps=[STEP], texts=[text], target="plugin", **OPTIONS
     )
     body = json.loads(api.plan(zoo("mixtral"), request=request).to_json())
-    body["stages"][0]["treatments"][unit] = {"format": format}
+    body["stages"][0]["treatments"] |= {unit: {"format": format}}
+    if format is None:
+        del body["stages"][0]["treatments"][unit]
     (tmp_path / "plan.json").write_text(json.dumps(body))
     with pytest.raises(UserError, match=reason):
         api.build(zoo("mixtral"), plan=tmp_path / "plan.json", out=tmp_path / "out", request=request)
 
 
-@pytest.mark.parametrize("damage", ["gone", "shape", "shares"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "magnitude", "channel_prune"])
+def test_a_plan_whose_method_makes_other_formats(method: str, zoo: Zoo, text: Path, tmp_path: Path):
+    request = Request.from_options(
+        model=zoo("mixtral"), steps=[STEP], texts=[text], target="plugin", **OPTIONS
+    )
+    body = json.loads(api.plan(zoo("mixtral"), request=request).to_json())
+    body["stages"][0]["method"] = {"kind": method} | ({"width": 8} if method == "channel_prune" else {})
+    (tmp_path / "plan.json").write_text(json.dumps(body))
+    with pytest.raises(UserError, match=f"which {method} as it is set does not make"):
+        api.build(zoo("mixtral"), plan=tmp_path / "plan.json", out=tmp_path / "out", request=request)
+
+
+@pytest.mark.parametrize("damage", ["gone", "shape", "shares", "scalar", "twice", "orphan"])
 def test_damaged_bases_are_told(damage: str, zoo: Zoo, text: Path, tmp_path: Path):
     out = press(zoo("mixtral"), tmp_path / "out", STEP, text=text, target="plugin")
     tensors = disk(out)
     name = shared_parts(out)[0]
     if damage == "gone":
         del tensors[name]
+    elif damage == "scalar":
+        tensors[name] = tensors[name].flatten()[0].clone()
+    elif damage in ("twice", "orphan"):
+        tensors[name.replace(".0.w", ".3.w" if damage == "twice" else ".77.w")] = tensors[name].clone()
     elif damage == "shape":
         tensors[name] = tensors[name][:, :-1].contiguous()
     else:
         own = name.replace(".0.", ".1.").replace("bases", "shares")
         tensors[own] = tensors[own][:-1].contiguous()
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"weight_bases is|weight_shares is|lacks a part"):
+    with pytest.raises(UserError, match=r"weight_bases is|weight_shares is|lacks a part|is not the one that"):
         moespresso.load(out)
     assert not api.verify(out, against=zoo("mixtral"))["ok"]
 
@@ -288,4 +318,77 @@ def test_experts_without_tokens_are_told_and_kept(zoo: Zoo, text: Path, tmp_path
     for row in coverage.values():
         silent = {str(at) for at, tokens in enumerate(row["tokens"]) if not tokens}
         assert silent
-        assert row["remedies"] == dict.fromkeys(sorted(silent), "their weights alone")
+        assert row["remedies"] == dict.fromkeys(sorted(silent), "what the others were given, and no refit")
+
+
+def changed(folder: Path, ends: Sequence[str], change: Callable[[Tensor], Tensor]) -> Path:
+    """A checkpoint with other values or dtypes in the tensors whose names end so."""
+    tensors = disk_of(folder)
+    for name in (each for each in tensors if each.endswith(tuple(ends))):
+        tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("ends", "dtype"),
+    [
+        ([".w1.weight", ".w3.weight"], torch.float32),
+        ([".w2.weight"], torch.float32),
+        ([".experts.3.w2.weight"], torch.float32),
+        ([".experts.3.w2.weight"], torch.float16),
+    ],
+)
+def test_matrices_of_several_dtypes(ends: list[str], dtype: torch.dtype, text: Path, tmp_path: Path):
+    source = write_wide(tmp_path / "source")
+    changed(source, ["weight"], Tensor.bfloat16)
+    changed(source, ends, lambda tensor: tensor.to(dtype))
+    out = press(source, tmp_path / "out", STEP, text=text, target="plugin")
+    proven(out, source)
+    assert plan_of(out).cost(open_view(source).source).bytes == sum(t.nbytes for t in disk(out).values())
+    assert stored_experts(out) <= 0.75 * stored_experts(source)
+    moespresso.load(out)
+
+
+@pytest.mark.parametrize("matrix", ["w2", "w3"])
+def test_experts_that_answer_nothing(matrix: str, text: Path, tmp_path: Path):
+    ends = [f"layers.1.block_sparse_moe.experts.{expert}.{matrix}.weight" for expert in range(8)]
+    source = changed(write_wide(tmp_path / "source"), ends, torch.zeros_like)
+    proven(press(source, tmp_path / "out", STEP, text=text, target="plugin"), source)
+
+
+def test_one_expert_alone_is_not_spoilt(text: Path, tmp_path: Path):
+    ends = [f"experts.{expert}.{matrix}.weight" for expert in range(7) for matrix in ("w1", "w3")]
+    source = changed(write_wide(tmp_path / "source"), ["weight"], Tensor.bfloat16)
+    changed(source, ends, torch.zeros_like)
+    out = press(source, tmp_path / "out", STEP, text=text, target="plugin")
+    proven(out, source)
+    before, state = disk_of(source), moespresso.load(out).state_dict()
+    for layer in range(2):
+        found = state[f"model.layers.{layer}.mlp.experts.gate_up_proj"].float()
+        stem = f"model.layers.{layer}.block_sparse_moe.experts.7"
+        wanted = torch.cat([before[f"{stem}.{matrix}.weight"].float() for matrix in ("w1", "w3")])
+        assert float((found[7] - wanted).norm()) < 0.7 * float(wanted.norm())
+        assert not bool(found[:7].any())
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ["attention_rank", "channel_prune:width=64"],
+        ["low_rank:parts=attention", "channel_prune:ratio=0.25,per_expert=true", "refit"],
+        ["attention_rank", "expert_drop:keep=6", "refit"],
+        ["low_rank:parts=attention", STEP],
+        [STEP, "attention_rank"],
+        ["rtn:parts=attention,group_size=32", "channel_prune:width=64"],
+    ],
+)
+def test_what_another_part_is_stored_as_is_in_nobodys_way(steps: list[str], text: Path, tmp_path: Path):
+    source = write_wide(tmp_path / "source")
+    proven(press(source, tmp_path / "out", *steps, text=text, target="plugin"), source)
+
+
+def test_formats_without_bases_say_nothing_of_them(zoo: Zoo, text: Path, tmp_path: Path):
+    out = press(zoo("mixtral"), tmp_path / "out", "low_rank:ratio=0.25", text=text, target="plugin")
+    groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert all("bases" not in group["weights"] for group in groups.values())

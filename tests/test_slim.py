@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import families
+import moespresso
 from conftest import Zoo, tiny_tokenizer, write_wide
 from moespresso import api
 from moespresso.checkpoint import Reader
@@ -211,6 +212,21 @@ def test_a_scale_that_comes_later_goes_into_the_scales(step: str, zoo: Zoo, text
                 assert torch.equal(found.values, before.values)
                 wanted = (before.scale.float() * factor).to(before.scale.dtype)
                 torch.testing.assert_close(found.scale, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v2"])
+def test_plain_experts_beside_what_is_packed_stop_stock_transformers(family: str, zoo: Zoo, tmp_path: Path):
+    step = "rtn:parts=attention,group_size=8"
+    with pytest.raises(
+        UserError, match=r"leaves experts plain, at which transformers stops.*parts=experts\+"
+    ):
+        press(zoo(family), tmp_path / "out", step)
+    for target in ("plugin", "vllm") if family == "qwen3_moe" else ("plugin",):
+        out = press(zoo(family), tmp_path / target, step, target=target)
+        assert "moespresso.load loads it and agrees" in proven(out, zoo(family))
+        with pytest.raises(RuntimeError, match="conversion"):  # should it load one day, the refusal can go
+            AutoModelForCausalLM.from_pretrained(out)
+        moespresso.load(out)
 
 
 # A packed folder is a checkpoint like any other

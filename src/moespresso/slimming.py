@@ -236,11 +236,13 @@ class _Visitor:
                 found_key(self.stage, piece.source.ref.name, suffix): tensor
                 for suffix, tensor in parts.items()
             }
-        shared = {
-            replace(piece.source.unit, expert=None) for piece in pieces if piece.unit.matrix in answer.based
-        }
+        leaders = {replace(piece.source.unit, expert=None): piece for piece in reversed(pieces)}
         found |= {
-            key(self.stage, unit, "weight_bases"): answer.based[unit.matrix or ""][2] for unit in shared
+            key(self.stage, unit, "weight_bases"): answer.based[unit.matrix or ""][2].to(
+                TORCH_DTYPES[piece.ref.dtype]
+            )
+            for unit, piece in leaders.items()
+            if unit.matrix in answer.based
         }
         prefix = f"{self.skeleton.layers_name}.{layer.spec.index}."
         names = {

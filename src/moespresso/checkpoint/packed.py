@@ -63,7 +63,7 @@ def joined(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: 
         return dict(tensors)
     layout, groups = _layout(section, place), _groups(section, place)
     layouts: list[Layout] = [layout, *OWN_LAYOUTS] if section.get("format") == OWN_KIND else [layout]
-    shared = {_alike(name): ref for name, ref in tensors.items() if name.endswith(_SHARED)}
+    shared = _shared_parts(tensors, place)
     found: dict[str, TensorRef] = {}
     for name, ref in tensors.items():
         stem, _, suffix = name.rpartition(".")
@@ -77,6 +77,20 @@ def joined(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: 
                     f"{place}: {stem} is packed, but no group of config.json's {SECTION} means it"
                 )
             found[f"{stem}.weight"] = _whole(stem, tensors, shared, format, here, folder)
+    return found
+
+
+def _shared_parts(tensors: Mapping[str, TensorRef], place: str) -> dict[str, TensorRef]:
+    """What experts share, by its name without the number of the one that stores it; raises `UserError` where that is not one."""
+    found: dict[str, TensorRef] = {}
+    for name, ref in tensors.items():
+        if not name.endswith(_SHARED):
+            continue
+        if _alike(name) in found or name.removesuffix(_SHARED) + ".weight_own" not in tensors:
+            raise UserError(
+                f"{place}: {name} is not the one that its layer's experts share: download it again"
+            )
+        found[_alike(name)] = ref
     return found
 
 
@@ -162,8 +176,8 @@ def _whole(
         shape = _stored_shape(parts.get("weight_shape"), first, format, folder)
     else:
         shape = _shape(first, scale, format, layout)
-    if layout == "bases" and len(parts) == len(_PARTS[layout]):
-        shape = shape[0], parts["weight_bases"].shape[-1]
+    if layout == "bases" and len(found.get("weight_bases", first).shape) == 3:
+        shape = shape[0], found["weight_bases"].shape[2]
     if layout == "compressed-tensors" and not format.group_size and "weight_shape" in parts:
         shape = shape[0], _stored_width(parts["weight_shape"], shape[1], folder)
     whole = TensorRef(
@@ -269,8 +283,7 @@ def _weights(format: Format) -> dict[str, Any]:
             "group_size": format.group_size,
             "density": format.density,
             "rank": format.rank,
-            "bases": format.bases,
-        }
+        } | ({"bases": format.bases} if format.bases else {})
     return {
         "num_bits": format.bits,
         "type": "int",

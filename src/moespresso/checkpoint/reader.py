@@ -17,7 +17,7 @@ import torch
 
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import NonFiniteError, UserError
-from moespresso.core.format import OWN_LAYOUTS
+from moespresso.core.format import OWN_LAYOUTS, SHARED_PARTS
 from moespresso.core.piece import Fold, Member, Piece
 from moespresso.formats import (
     Codes,
@@ -35,6 +35,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _CHUNK = 16 << 20
+# Shared parts that are kept: those of gate and up of one layer.
+_LENT = 2
 _AHEAD = 64 << 20
 
 # torch warns, once in a process, that tensors over read-only memory must not be written to. Nobody does.
@@ -56,6 +58,7 @@ class Reader:
         self._allow = allow_nonfinite
         self.nonfinite: dict[str, int] = {}
         self._stash: dict[tuple[str, str], torch.Tensor] = {}
+        self._lent: dict[tuple[str, int], torch.Tensor] = {}
 
     def __enter__(self) -> Reader:
         return self
@@ -64,11 +67,13 @@ class Reader:
         # Tensors handed out may still look into a map; dropping our reference frees it once they are gone.
         self._maps.clear()
         self._stash.clear()
+        self._lent.clear()
 
     def tensor(self, ref: TensorRef) -> torch.Tensor:
         """The tensor: a view of the mapped file (do not write into it), a copy where it has a factor, or zeros."""
         if ref.packed is not None and ref.packed.layout in OWN_LAYOUTS:
-            parts = {suffix: self.tensor(part).unsqueeze(0) for suffix, part in ref.parts.items()}
+            parts = {suffix: self._shared(part) if suffix in SHARED_PARTS else self.tensor(part).unsqueeze(0)
+                     for suffix, part in ref.parts.items()}  # fmt: skip
             whole = decode_plain(ref.packed.layout, parts, ref.packed.format, _two(ref.shape)).squeeze(0)
             return whole if ref.factor == 1 else _times(whole, ref.factor)
         if ref.packed is not None:
@@ -87,6 +92,15 @@ class Reader:
         flat = flat.clone() if ref.offset % dtype.itemsize else flat
         stored = flat.view(dtype).view(ref.shape)
         return stored if ref.factor == 1 else _times(stored, ref.factor)
+
+    def _shared(self, ref: TensorRef) -> torch.Tensor:
+        """What a layer's experts share, in float32, kept until other layers are read: all of its experts ask for it."""
+        key = ref.file, ref.offset
+        if key not in self._lent:
+            while len(self._lent) >= _LENT:
+                self._lent.pop(next(iter(self._lent)))
+            self._lent[key] = self.tensor(ref).unsqueeze(0).float()
+        return self._lent[key]
 
     def drop_pages(self, file: str) -> None:
         """Tell the kernel that the mapped pages of `file` are not needed any more by this process."""
@@ -188,9 +202,9 @@ class Reader:
         assert code is not None
         if code.packed.layout in ("bitmask", "slices"):
             return encode_plain(self._stored_small(whole).unsqueeze(0), code.packed.format)
-        if code.packed.layout in ("factors", "bases"):
-            return {name: (_times(tensor, code.factor) if name in ("weight_left", "weight_own") else tensor).unsqueeze(0)
-                    for name, tensor in code.found.items() if name in whole.parts}  # fmt: skip
+        if code.packed.layout == "factors":
+            return {name: (_times(tensor, code.factor) if name == "weight_left" else tensor).unsqueeze(0)
+                    for name, tensor in code.found.items()}  # fmt: skip
         return encode_parts(code.packed.layout, self.codes(whole))
 
     def _stored_small(self, piece: Piece) -> torch.Tensor:

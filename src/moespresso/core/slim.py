@@ -150,21 +150,18 @@ def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
     stage = plan.stages[number]
     before = plan.stages[:number]
     slimmed = any(map(slims, before))
-    formats = {
-        each.format for earlier in before for each in earlier.treatments.values() if each.format is not None
-    }
     for unit, treatment in stage.treatments.items():
         if treatment.format is not None and treatment != Treatment(format=treatment.format):
             raise UserError(
                 f"the plan gives {unit} a format and something else as well: do one after the other"
             )
-        _check_values(unit, treatment, slimmed, formats)
+        _check_values(unit, treatment, slimmed, _formats_before(unit, before))
     refitted = {unit for unit, treatment in stage.treatments.items() if treatment.repair == REFIT}
     if refitted and not rounds_on_text(stage):
         raise UserError(f"the plan rescales {min(refitted)} in a step that does not round weights on text")
     if not slims(stage):
         return
-    step_of(stage)
+    _check_kinds(stage, blueprint)
     # Shared experts may be those of the family that the checkpoint is presented as, so only the layer is looked up.
     known = {Unit(layer.index, part) for layer in blueprint.moe_layers for part in REFIT_PARTS}
     if refitted - known:
@@ -184,6 +181,39 @@ def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
             raise UserError(f"the plan gives {unit} a format, but {blueprint.source} has no matrices there")
 
 
+def _formats_before(unit: Unit, before: Collection[Stage]) -> set[Format]:
+    """What earlier stages have given to the part of a layer that a unit is in."""
+    return {
+        treatment.format
+        for stage in before
+        for other, treatment in stage.treatments.items()
+        if treatment.format is not None and (other.layer, other.part) == (unit.layer, unit.part)
+    }
+
+
+def _check_kinds(stage: Stage, blueprint: Blueprint) -> None:
+    """Raise `UserError` where a stage's step cannot make the formats it is said to give, or on text would be shown some matrices
+    of experts and not the others, which it solves together."""
+    step = step_of(stage)
+    kinds = getattr(step, "kinds", None)
+    for unit, treatment in stage.treatments.items():
+        if kinds is not None and treatment.format is not None and treatment.format.kind not in kinds:
+            raise UserError(
+                f"the plan gives {unit} the format {treatment.format.kind}, which {step.kind} as it is set does not make: it makes "
+                f"{' or '.join(sorted(kinds)) or 'none'}"
+            )
+    if not step.on_text:
+        return
+    for layer, entries in blueprint.by_layer.items():
+        experts = [e for e in entries if e.unit.part == "experts" and (is_matrix(e) or is_stack(e))]
+        lacking = [entry for entry in experts if format_of(entry, stage) is None]
+        if lacking and len(lacking) < len(experts):
+            raise UserError(
+                f"the plan gives some matrices of L{layer}'s experts a format, but {lacking[0].unit.matrix} none: {step.kind} solves "
+                "them together"
+            )
+
+
 def _check_values(unit: Unit, treatment: Treatment, slimmed: bool, formats: Collection[Format]) -> None:
     """Whether a treatment may follow steps that have slimmed weights, or given them such formats."""
     changes = treatment.into is not None or treatment.repair in REPAIRS
@@ -195,8 +225,8 @@ def _check_values(unit: Unit, treatment: Treatment, slimmed: bool, formats: Coll
     fits = treatment.format is not None or treatment.channels is not None
     if fits and any(layout_of(format) in OWN_LAYOUTS for format in formats):
         raise UserError(
-            f"the plan treats {unit} after a step that stores matrices with a mask or as factors or in part: say pack=false there, "
-            "or press once with that step and then its result"
+            f"the plan treats {unit} after a step that stores matrices with a mask or as factors or in part: put that step last, or "
+            "say pack=false there where it has such a setting"
         )
     if treatment.channels is not None and any(format.density < 1 for format in formats):
         raise UserError(

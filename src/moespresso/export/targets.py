@@ -9,7 +9,7 @@ from moespresso.core.blueprint import LayerSpec
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import OWN_LAYOUTS
 from moespresso.core.rewrite import biased_stubs
-from moespresso.model import View, is_unequal, one_format, skipping
+from moespresso.model import View, half_packed, is_unequal, one_format, skipping
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,11 @@ def _check_formats(target: Target, view: View) -> None:
         raise UserError(
             f"this plan packs integers, which {target.name} does not read (it has a file format of its own, not available in "
             "this version): drop the rounding step, or choose --target transformers"
+        )
+    if target.name == "transformers" and half_packed(view) and one_format(view):
+        raise UserError(
+            "this plan packs other parts and leaves experts plain, at which transformers stops; the nearest plan that it can is to "
+            "round the experts too (parts=experts+...), or say --target plugin (moespresso.load reads it)"
         )
     if one_format(view):
         return

@@ -26,6 +26,10 @@ ROUNDS = 60
 _STEPS = 4
 # The least importance of a row, as a share of the mean: every row is worth something.
 _LEAST = 1e-3
+# What may be off, as a share of the weights' squares, for the answer to be exact.
+_EXACT = 1e-9
+# Where conjugate gradients have nothing left to find, as a share of what they start from.
+_FOUND = 1e-10
 # What is solved at a time, in bytes.
 _BYTES = 256 << 20
 
@@ -44,10 +48,12 @@ def shared_bases(
     """Factors A [E, out, r], bases B [count, r, in] and shares alpha [E, count] with W_e ~ A_e sum_m alpha_em B_m.
 
     `weights` are [E, out, in], `moments` [in, in] those of all experts' inputs, `importance` [E, out] multiplies what a row is off
-    by. The first of the bases is the best single one, the others start at random and unused. What is found is never worse (under
-    the damped moments) than after fewer rounds.
+    by. The first of the bases is the best single one, the others start at random and unused; all have a mean square of one. What is
+    found is never worse (under the damped moments) than after fewer rounds: what did not come out, or is no number, is left.
     """
-    rows = torch.ones_like(weights[..., 0]) if importance is None else importance / importance.mean()
+    rows = torch.ones_like(weights[..., 0]) if importance is None else importance
+    # Where no row moves anything, all are alike.
+    rows = rows / rows.mean() if float(rows.mean()) > 0 else torch.ones_like(rows)
     rows = rows.float().clamp(min=_LEAST).unsqueeze(2)
     root = _root(weights, moments, damping)
     target = _onto(weights, rows, root)
@@ -57,8 +63,11 @@ def shared_bases(
     bases = torch.cat([first[None], others * first.square().mean().sqrt()])
     shares = bases.new_zeros(len(left), count)
     shares[:, 0] = 1
-    ahead, lost, speed = (left, bases), torch.inf, 0
+    left, lost = _best_left(target, left, bases, shares)
+    ahead, speed, enough = (left, bases), 0, _EXACT * float(target.double().square().sum())
     for _ in range(rounds):
+        if lost <= enough:
+            break
         new_shares, new_bases = _nearer(target, *ahead, bases, shares)
         new_left, now = _best_left(target, ahead[0], new_bases, new_shares)
         if not now <= lost:
@@ -69,11 +78,9 @@ def shared_bases(
         way = speed / (speed + 3)
         ahead = new_left + way * (new_left - left), new_bases + way * (new_bases - bases)
         left, bases, shares, lost, speed = new_left, new_bases, new_shares, now, speed + 1
-    return (
-        left / rows,
-        torch.linalg.solve_triangular(root, bases.double(), upper=True, left=False).float(),
-        shares.float(),
-    )
+    bases = torch.linalg.solve_triangular(root, bases.double(), upper=True, left=False)
+    sizes = bases.square().mean((1, 2)).sqrt().clamp(min=1e-30)
+    return left / rows, (bases / sizes[:, None, None]).float(), shares * sizes.float()
 
 
 def _root(weights: Tensor, moments: Tensor | None, damping: float) -> Tensor:
@@ -123,11 +130,14 @@ def _nearer(
             total += torch.einsum("em,eri->mri", found[some], gram @ _mixed(found[some], some_bases))
         return total
 
-    factor = torch.linalg.cholesky(_ridged(curve, 1e-5))
+    factor, _ = torch.linalg.cholesky_ex(_ridged(curve, 1e-5))
     bases, off = start, wanted - applied(start)
     ahead = torch.cholesky_solve(off, factor)
     along, size = ahead, (off * ahead).sum()
+    least = _FOUND * (wanted * torch.cholesky_solve(wanted, factor)).sum()
     for _ in range(_STEPS):
+        if size <= least:
+            break
         moved = applied(along)
         step = size / (along * moved).sum().clamp(min=_tiny(size))
         bases, off = bases + step * along, off - step * moved
@@ -153,7 +163,7 @@ def _best_left(target: Tensor, left: Tensor, bases: Tensor, shares: Tensor) -> t
     for some in _runs(target):
         aim, mixed = target[some].double(), _mixed(shares[some], bases).double()
         normal, wanted, own = mixed @ mixed.mT, mixed @ aim.mT, left[some].double().mT
-        own = own + torch.cholesky_solve(wanted - normal @ own, torch.linalg.cholesky(_ridged(normal)))
+        own = own + torch.cholesky_solve(wanted - normal @ own, torch.linalg.cholesky_ex(_ridged(normal)).L)
         lost += float(aim.square().sum() - ((2 * wanted - normal @ own) * own).sum())
         found[some] = own.mT.float()
     return found, lost

@@ -10,7 +10,7 @@ features are computed anew in each, so memory holds one expert's and one vector 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -59,12 +59,29 @@ def made_up(
     experts: RoutedExperts, missing: Tensor, widths: Sequence[int], *, damping: float, sweeps: int
 ) -> tuple[Tensor, dict[int, float]]:
     """Down projections [E, H, K] of `experts` that answer with what is `missing` [T, H] as well, drawn to what they are."""
-    tokens = experts.tokens.clamp(min=1).float()
-    shares = damping * (tokens.new_tensor(widths) / tokens).clamp(min=1)
-    kept = [torch.arange(width, device=experts.down.device) for width in widths]
+    every, shares = whole(experts, widths), damped(experts, widths, damping)
     return joint_refit(
-        experts, experts.up, experts.down, kept, damping=shares.tolist(), sweeps=sweeps, missing=missing
+        experts, experts.up, experts.down, every, damping=shares, sweeps=sweeps, missing=missing
     )
+
+
+def whole(experts: RoutedExperts, widths: Sequence[int]) -> list[Tensor]:
+    """All channels of each expert."""
+    return [torch.arange(width, device=experts.down.device) for width in widths]
+
+
+def damped(experts: RoutedExperts, widths: Sequence[int], damping: float) -> list[float]:
+    """The damping of each expert: as many times `damping` as it has channels for each of its tokens, where those are more."""
+    tokens = experts.tokens.clamp(min=1).float()
+    return (damping * (tokens.new_tensor(widths) / tokens).clamp(min=1)).tolist()
+
+
+def thin(layer: int, raised: Mapping[int, float]) -> list[str]:
+    """What is to be told of experts whose damping had to be raised."""
+    return [
+        f"L{layer}.E{expert}: too few tokens for a refit at the damping asked for: damping raised to {ridge:g}"
+        for expert, ridge in raised.items()
+    ]
 
 
 def refitted_layer(

@@ -79,6 +79,11 @@ class OnMatrices:
             raise UserError(f"{self.kind}: parts is empty: say what is to be {self.verb[1]}, such as experts")
 
     @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of formats that it makes."""
+        return frozenset({"integer"})
+
+    @property
     def instead_of_stacks(self) -> str:
         """What to do where a layer has one tensor of all experts; nothing where that can be treated, since it stays plain."""
         return "use parts=attention, or drop experts"

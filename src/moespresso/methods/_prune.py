@@ -79,6 +79,11 @@ class Pruning(OnMatrices):
         OnMatrices.__post_init__(self)
 
     @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of formats that it makes."""
+        return frozenset({"source", "sparse"})
+
+    @property
     def instead_of_stacks(self) -> str:
         """What to do where a layer has one tensor of all experts, which can have zeros but no mask."""
         return "say pack=false" if self.pack else ""

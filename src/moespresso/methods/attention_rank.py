@@ -113,6 +113,7 @@ class AttentionRank:
     kind: ClassVar[str] = "attention_rank"
     on_text: ClassVar[bool] = True
     searches: ClassVar[bool] = False
+    kinds: ClassVar[frozenset[str]] = frozenset({"rows", "columns", "source"})
     uneven: ClassVar[bool] = False
     # What is cut is always what the steps before leave.
     rescore: ClassVar[bool] = True

@@ -40,7 +40,7 @@ from moespresso.methods._channels import (
     size,
 )
 from moespresso.methods._counts import need_experts
-from moespresso.methods._joint import refitted_layer
+from moespresso.methods._joint import refitted_layer, thin
 from moespresso.methods._low_rank import leverage
 from moespresso.methods._on_text import Answer, Shown
 from moespresso.methods._widths import Key, Points, allocated
@@ -73,6 +73,7 @@ class ChannelPrune:
     on_text: ClassVar[bool] = True
     without_text: ClassVar[str] = "magnitude or rtn"
     searches: ClassVar[bool] = False
+    kinds: ClassVar[frozenset[str]] = frozenset()
     # What is pruned is always what the steps before leave.
     rescore: ClassVar[bool] = True
 
@@ -306,10 +307,10 @@ class ChannelPrune:
                 down[expert, :, : len(here)] = new
         if self.refit == "layer":
             shares = self._shares(shown, range(experts.count)).tolist()
-            down, thin = refitted_layer(
+            down, raised = refitted_layer(
                 experts, up, down, kept, damping=shares, sweeps=self.sweeps, missing=shown.missing
             )
-            answer.trouble += [_thin(shown.layer, expert, ridge) for expert, ridge in thin.items()]
+            answer.trouble += thin(shown.layer, raised)
         answer.weights = {"up": up, "down": down}
         return answer
 
@@ -336,15 +337,15 @@ class ChannelPrune:
         for width in set(widths):
             same = [at for at, each in enumerate(widths) if each == width]
             kept = last(order[same], width)
-            new, thin = taken(down[same].float(), kept, 2), {}
+            new, more = taken(down[same].float(), kept, 2), {}
             if self.refit == "expert" or (self.refit == "layer" and self.score == "surgeon"):
-                new, thin = refitted(down[same], moments[same], kept, self.damping)
-            raised |= {same[at]: ridge for at, ridge in thin.items()}
+                new, more = refitted(down[same], moments[same], kept, self.damping)
+            raised |= {same[at]: ridge for at, ridge in more.items()}
             for at, here, each in zip(same, kept, new, strict=True):
                 found[at] = here, down[at].float()[:, here] if at in empty else each
-        answer.trouble += [
-            _thin(shown.layer, some[at], ridge) for at, ridge in raised.items() if at not in empty
-        ]
+        answer.trouble += thin(
+            shown.layer, {some[at]: ridge for at, ridge in raised.items() if at not in empty}
+        )
         return [found[at] for at in range(len(some))]
 
     def _shares(self, shown: Shown, some: range) -> Tensor:
@@ -418,7 +419,3 @@ def _unit(key: Key) -> Unit:
 def _summed(curves: list[Points]) -> Points:
     """The curve of a layer whose experts all become equally narrow, each having been as wide."""
     return [(points[0][0], sum(loss for _, loss in points)) for points in zip(*curves, strict=True)]
-
-
-def _thin(layer: int, expert: int, ridge: float) -> str:
-    return f"L{layer}.E{expert}: too few tokens for a refit at the damping asked for: damping raised to {ridge:g}"

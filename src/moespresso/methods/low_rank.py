@@ -10,6 +10,7 @@ L_e (sum over m of alpha_em R_m), the second factors mixed of a few that all exp
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from moespresso.formats import based, product
 from moespresso.measure import RoutedExperts
 from moespresso.methods._bases import shared_bases
 from moespresso.methods._counts import refuse_widths
-from moespresso.methods._joint import refitted_layer
+from moespresso.methods._joint import damped, refitted_layer, thin, whole
 from moespresso.methods._low_rank import truncated
 from moespresso.methods._matrices import OnMatrices
 from moespresso.methods._on_text import Answer, Shown
@@ -48,7 +49,8 @@ _REFIT, _SWEEPS = 0.003, 2
 class LowRank(OnMatrices):
     """Settings of one decomposition.
 
-    ratio: share of the bytes that goes: of every matrix, or with `shared_basis` of the experts of every layer, out of gate and up.
+    ratio: share of the bytes that goes: of every matrix, or with `shared_basis` of the experts of every layer, out of gate and up. (Of
+        what they take as plain matrices, should they be stored as less.)
     method: `svd` (each matrix by itself) or `shared_basis` (gate and up of a layer's experts together; down is refitted); MoDeGPT's
         is two steps of their own, and says so.
     bases: how many the experts of a layer share; a quarter as many as there are experts, but 3 or more, when it is not said.
@@ -98,10 +100,10 @@ class LowRank(OnMatrices):
                 raise UserError(
                     f"low_rank: bases={group.bases} is more than the {len(group.entries)} experts of L{layer}"
                 )
-            if self.ratio >= group.most:
+            if self.ratio > group.most:
                 raise UserError(
-                    f"low_rank: ratio={self.ratio} leaves nothing of gate and up of L{layer}: use less than {group.most:.2f}, or fewer "
-                    f"bases than {group.bases}"
+                    f"low_rank: ratio={self.ratio} leaves nothing of gate and up of L{layer}: use {math.floor(100 * group.most) / 100} or "
+                    f"less{f', or fewer than {group.bases} bases' if group.bases > 1 else ''}"
                 )
             if len({entry.ref.dtype for entry in group.entries}) > 1:
                 raise UserError(f"low_rank: the experts of L{layer} are of different dtypes: use method=svd")
@@ -110,7 +112,7 @@ class LowRank(OnMatrices):
     def amounts(self, blueprint: Blueprint) -> list[Any]:
         """This step with every ratio, least first (for a byte budget)."""
         most = min((group.most for group in self._shared(blueprint).values()), default=1.0)
-        return [replace(self, ratio=share / 100) for share in range(1, 100) if share / 100 < most]
+        return [replace(self, ratio=share / 100) for share in range(1, 100) if share / 100 <= most]
 
     def slim(self, shown: Shown) -> Answer:
         """Factors of everything that is to be decomposed in one layer, and their products."""
@@ -154,6 +156,8 @@ class LowRank(OnMatrices):
 
     def _together(self, shown: Shown, experts: RoutedExperts, answer: Answer) -> None:
         halves, format, dtype = _halves(experts), shown.formats["up"], shown.dtypes["up"]
+        if format.kind != "bases":
+            raise UserError(f"low_rank: the plan gives gate and up of L{shown.layer} no bases to share")
         moments, made = experts.pooled(), list[Tensor]()
         importance = self._importance(experts).chunk(len(halves), dim=1)
         for name, weights, rows in zip(halves, experts.up.chunk(len(halves), dim=1), importance, strict=True):
@@ -162,28 +166,20 @@ class LowRank(OnMatrices):
             )
             answer.based[name] = own.to(dtype), shares, bases.to(dtype)
             made.append(based(*answer.based[name][:2], answer.based[name][2].unsqueeze(0)))
+            if float((made[-1].float() - weights).square().sum()) > float(weights.float().square().sum()):
+                raise UserError(
+                    f"low_rank: no bases come near {name} of L{shown.layer}'s experts: leave them out with exclude=L{shown.layer}.experts"
+                )
         up = torch.cat(made, dim=1)
         widths = shown.channels or (experts.down.shape[2],) * experts.count
-        kept = [torch.arange(width, device=up.device) for width in widths]
-        tokens = experts.tokens.clamp(min=1).float()
-        damping = (_REFIT * (tokens.new_tensor(widths) / tokens).clamp(min=1)).tolist()
-        down, thin = refitted_layer(
-            experts,
-            up.to(experts.up.dtype),
-            experts.down,
-            kept,
-            damping=damping,
-            sweeps=_SWEEPS,
-            missing=shown.missing,
-        )
+        down, raised = refitted_layer(
+            experts, up.to(experts.up.dtype), experts.down, whole(experts, widths), damping=damped(experts, widths, _REFIT),
+            sweeps=_SWEEPS, missing=shown.missing,
+        )  # fmt: skip
         answer.weights = {"up": up, "down": down}
-        answer.remedies |= dict.fromkeys(
-            (experts.tokens == 0).nonzero().flatten().tolist(), "their weights alone"
-        )
-        answer.trouble += [
-            f"L{shown.layer}.E{at}: too few tokens for a refit at the damping asked for: damping raised to {ridge:g}"
-            for at, ridge in thin.items()
-        ]
+        silent = (experts.tokens == 0).nonzero().flatten().tolist()
+        answer.remedies |= dict.fromkeys(silent, "what the others were given, and no refit")
+        answer.trouble += thin(shown.layer, raised)
 
     def _importance(self, experts: RoutedExperts) -> Tensor:
         """What an error in each row counts [E, R]: the root of how much the answer moves with it, between all alike and what
@@ -226,14 +222,21 @@ class LowRank(OnMatrices):
     def _groups(self, chosen: Iterable[Entry]) -> dict[tuple[int | None, str | None], _Group]:
         """The matrices that share bases, by layer and matrix: all but down."""
         found: dict[tuple[int | None, str | None], list[Entry]] = {}
+        of_layer = Counter[int | None]()
         for entry in chosen:
+            of_layer[entry.unit.layer] += int(entry.ref.numel * DTYPE_BYTES[entry.ref.dtype])
             if not (entry.unit.matrix or "").startswith("down"):
                 found.setdefault((entry.unit.layer, entry.unit.matrix), []).append(entry)
         halves = Counter(layer for layer, _ in found)
         return {
-            (layer, matrix): _Group(tuple(entries), halves[layer], self.bases)
+            (layer, matrix): _Group(tuple(entries), halves[layer], self.bases, of_layer[layer])
             for (layer, matrix), entries in found.items()
         }
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of formats that it makes."""
+        return frozenset({"bases", "source"} if self.by_original else {"factors"})
 
     def _told(self, blueprint: Blueprint) -> tuple[str, ...]:
         shared = "with bases that a layer's experts share" if self.by_original else "as two factors"
@@ -242,12 +245,13 @@ class LowRank(OnMatrices):
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """The matrices that share bases, one of each expert of a layer, which has so many `halves` of that kind (gate and up), and
-    how many bases are `wanted` (None: as many as usual)."""
+    """The matrices that share bases, one of each expert of a layer, which has so many `halves` of that kind (gate and up); how
+    many bases are `wanted` (None: as many as usual); and the bytes of all experts `of_layer`, down included, as plain matrices."""
 
     entries: tuple[Entry, ...]
     halves: int
     wanted: int | None
+    of_layer: int
 
     @property
     def bases(self) -> int:
@@ -257,12 +261,11 @@ class _Group:
     @property
     def most(self) -> float:
         """The ratio at which nothing is left of them but one row of every basis."""
-        return self.halves / (self.halves + 1) * (1 - (self._each + self._shares) / self._whole)
+        return self.halves * (self._whole - self._each - self._shares) / self.of_layer
 
     def rank(self, ratio: float) -> int:
         """The rank at which the experts, down included, lose a share of their bytes."""
-        left = (1 - ratio * (self.halves + 1) / self.halves) * self._whole - self._shares
-        return int(left / self._each)
+        return int((self._whole - ratio * self.of_layer / self.halves - self._shares) / self._each)
 
     @property
     def _size(self) -> float:

@@ -22,7 +22,7 @@ from moespresso.core.remains import remains
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.methods._counts import need_experts
-from moespresso.methods._joint import TO_ORIGINAL, made_up
+from moespresso.methods._joint import TO_ORIGINAL, made_up, thin
 from moespresso.methods._on_text import Answer, Shown
 
 
@@ -41,6 +41,7 @@ class Refit:
     on_text: ClassVar[bool] = True
     without_text: ClassVar[str] = "expert_drop with renormalise=compensate"
     searches: ClassVar[bool] = False
+    kinds: ClassVar[frozenset[str]] = frozenset()
     rescore: ClassVar[bool] = True
     uneven: ClassVar[bool] = False
     # What the original layer answers is shown.
@@ -105,12 +106,9 @@ class Refit:
                 "it is added"
             )
             return answer
-        down, thin = made_up(experts, shown.missing, widths, damping=self.damping, sweeps=self.sweeps)
+        down, raised = made_up(experts, shown.missing, widths, damping=self.damping, sweeps=self.sweeps)
         answer.weights["down"] = down
-        answer.trouble += [
-            f"L{shown.layer}.E{at}: too few tokens for a refit at the damping asked for: damping raised to {ridge:g}"
-            for at, ridge in thin.items()
-        ]
+        answer.trouble += thin(shown.layer, raised)
         return answer
 
 

@@ -61,6 +61,11 @@ class SparseGpt(PruningOnText):
             )
 
     @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of formats that it makes."""
+        return frozenset({"integer"} if self.bits else {"source", "sparse"})
+
+    @property
     def instead_of_stacks(self) -> str:
         """What to do where a layer has one tensor of all experts, which cannot be packed as integers either."""
         return "say bits=0" if self.bits else "say pack=false" if self.pack else ""

@@ -204,8 +204,19 @@ def _as_stub(layer: LayerSpec, bodies: dict[int, str], width: int) -> LayerSpec:
 
 
 def own_packing(view: View) -> bool:
-    """Whether a checkpoint has packed matrices that only moespresso reads."""
-    return (view.checkpoint.config.get(SECTION) or {}).get("format") == OWN_KIND
+    """Whether a checkpoint has packed matrices that transformers stops at."""
+    return (view.checkpoint.config.get(SECTION) or {}).get("format") == OWN_KIND or half_packed(view)
+
+
+def half_packed(view: View) -> bool:
+    """Whether experts are plain matrices beside others that are packed: then transformers 5.23 looks for packed experts, finds none
+    and stops."""
+    experts = [
+        piece.ref.packed
+        for piece in view.pieces
+        if piece.unit.part == "experts" and piece.unit.expert is not None
+    ]
+    return bool(experts) and not any(experts) and bool(view.formats)
 
 
 def other_layout(view: View) -> bool:
