@@ -334,11 +334,21 @@ def test_what_went_with_a_norm_is_said(zoo: Zoo, text: Path, tmp_path: Path):
 
 
 def test_other_steps_after_it_in_one_recipe_are_refused(source: Path, text: Path, tmp_path: Path):
-    for step in ("rtn:group_size=32", "attention_rank"):
-        with pytest.raises(UserError, match=r"in part: say pack=false there, or press once"):
+    rounded = "rtn:group_size=32,parts=attention"
+    for step in (rounded, "attention_rank"):
+        with pytest.raises(UserError, match=r"in part: put that step last, or say pack=false there"):
             press(source, tmp_path / "out", "attention_rank", step, text=text, target="plugin")
     with pytest.raises(UserError, match="put the rounding last"):
-        press(source, tmp_path / "out", "rtn:group_size=32", "attention_rank", text=text, target="plugin")
+        press(source, tmp_path / "out", rounded, "attention_rank", text=text, target="plugin")
+
+
+@pytest.mark.parametrize("experts", ["rtn:group_size=32", "gptq:group_size=32", "wanda:pack=true"])
+@pytest.mark.parametrize("first", [True, False])
+def test_other_parts_are_treated_before_or_after_it(
+    experts: str, first: bool, source: Path, text: Path, tmp_path: Path
+):
+    steps = ["attention_rank", experts] if first else [experts, "attention_rank"]
+    proven(press(source, tmp_path / "out", *steps, text=text, target="plugin"), source)
 
 
 @pytest.mark.parametrize(

@@ -257,3 +257,12 @@ def test_what_is_no_size(text):
 def test_a_share_is_never_more_than_it_says(share, whole):
     size = parse_size(f"{share}%", of=whole)
     assert size <= whole * share / 100 < size + 2
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_the_recipes_that_come_along_are_read(path: Path):
+    request = Request.from_recipe(Recipe.load(path))
+    assert request.steps
+    assert all(Path(source.name).is_dir() for source in request.texts if not source.hub)

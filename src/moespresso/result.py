@@ -214,7 +214,7 @@ def form_notes(view: View) -> list[str]:
         notes.append(
             "stock loaders stop at its packed matrices, which they would read wrongly: moespresso.load reads them"
         )
-    if is_unequal(view.config):
+    elif is_unequal(view.config):
         notes.append(
             "layers differ: transformers loads it where moespresso is imported (`import moespresso`)"
         )
@@ -238,26 +238,30 @@ def _coverage_notes(coverage: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def format_notes(view: View) -> list[str]:
     """How many bits the packed matrices have, scales and zeros included."""
     sums: dict[tuple[str, Format], list[int]] = {}
+    ranks: dict[tuple[str, Format], set[int]] = {}
     for piece in view.pieces:
         packed = piece.ref.packed
         if packed is not None:
-            row = sums.setdefault((piece.unit.part, packed.format), [0, 0])
+            kind = piece.unit.part, replace(packed.format, rank=0)  # ranks may be as many as layers
+            ranks.setdefault(kind, set()).add(packed.format.rank)
+            row = sums.setdefault(kind, [0, 0])
             row[0], row[1] = row[0] + piece.ref.nbytes, row[1] + piece.ref.numel
     return [
-        f"{part}: {_said(format)}: {8 * size / count:.2f} bits a weight in all"
+        f"{part}: {_said(format, ranks[part, format])}: {8 * size / count:.2f} bits a weight in all"
         for (part, format), (size, count) in sums.items()
     ]
 
 
-def _said(format: Format) -> str:
+def _said(format: Format, ranks: set[int]) -> str:
+    rank = " to ".join(map(str, sorted({min(ranks), max(ranks)})))
     if format.kind == "sparse":
         return f"{format.density:.0%} of the weights with a mask"
     if format.kind == "factors":
-        return f"products of rank {format.rank}"
+        return f"products of rank {rank}"
     if format.kind == "bases":
-        return f"products of rank {format.rank} with {format.bases} bases that experts share"
+        return f"products of rank {rank} with {format.bases} bases that experts share"
     if format.kind in ("rows", "columns"):
-        return f"{format.rank} {format.kind}"
+        return f"{rank} {format.kind}"
     groups = f"groups of {format.group_size}" if format.group_size else "one scale a channel"
     return f"{format.bits} bits, {groups}, {'symmetric' if format.symmetric else 'with zeros'}"
 
