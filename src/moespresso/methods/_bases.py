@@ -64,7 +64,8 @@ def shared_bases(
     shares = bases.new_zeros(len(left), count)
     shares[:, 0] = 1
     left, lost = _best_left(target, left, bases, shares)
-    ahead, speed, enough = (left, bases), 0, _EXACT * float(target.double().square().sum())
+    whole = sum(float(target[some].double().square().sum()) for some in _runs(target))
+    ahead, speed, enough = (left, bases), 0, _EXACT * whole
     for _ in range(rounds):
         if lost <= enough:
             break

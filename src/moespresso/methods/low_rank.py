@@ -101,9 +101,11 @@ class LowRank(OnMatrices):
                     f"low_rank: bases={group.bases} is more than the {len(group.entries)} experts of L{layer}"
                 )
             if self.ratio > group.most:
+                one = replace(group, wanted=1)  # fewer bases help only where one would do
+                cure = f", or fewer than {group.bases} bases" if self.ratio <= one.most else ""
                 raise UserError(
                     f"low_rank: ratio={self.ratio} leaves nothing of gate and up of L{layer}: use {math.floor(100 * group.most) / 100} or "
-                    f"less{f', or fewer than {group.bases} bases' if group.bases > 1 else ''}"
+                    f"less{cure}"
                 )
             if len({entry.ref.dtype for entry in group.entries}) > 1:
                 raise UserError(f"low_rank: the experts of L{layer} are of different dtypes: use method=svd")
