@@ -14,7 +14,9 @@ from driver import Driver
 from moespresso import api
 from moespresso.checkpoint import Reader
 from moespresso.core.errors import UserError
+from moespresso.core.registry import opened, parse_step
 from moespresso.model import open_view
+from moespresso.recipe import Request
 from test_depth_steps import plan_of
 from test_resume import KILLED, Press, contents, same
 from test_slim import disk, disk_of, press, proven
@@ -298,13 +300,52 @@ def test_a_ratio_of_low_rank_is_a_share(ratio: float, zoo: Zoo, text: Path, tmp_
         press(zoo("mixtral"), tmp_path / "out", f"low_rank:ratio={ratio}", text=text)
 
 
+def test_other_decompositions_are_unknown(zoo: Zoo, text: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="method='qr' is unknown"):
+        press(zoo("mixtral"), tmp_path / "out", "low_rank:ratio=0.25,method=qr", text=text)
+
+
+def test_modegpt_is_short_for_its_two_steps(
+    zoo: Zoo, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    two = "channel_prune:ratio=0.3,score=leverage,refit=expert", "attention_rank:ratio=0.3"
+    long = press(zoo("mixtral"), tmp_path / "long", *two, text=text, target="plugin")
+    with caplog.at_level("INFO", "moespresso"):
+        short = press(
+            zoo("mixtral"),
+            tmp_path / "short",
+            "low_rank:method=modegpt,ratio=0.3",
+            text=text,
+            target="plugin",
+        )
+    assert (
+        f"step 1, low_rank:ratio=0.3,method=modegpt, stands for {' and then '.join(two)}" in caplog.messages
+    )
+    assert plan_of(short) == plan_of(long)
+    one, other = disk(short), disk(long)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    proven(short, zoo("mixtral"))
+
+
 @pytest.mark.parametrize(
-    ("method", "reason"),
+    ("settings", "reason"),
     [
-        ("modegpt", "two steps here: channel_prune:score=leverage,refit=expert .* and attention_rank"),
-        ("qr", "method"),
+        ("parts=attention", "step 2: .* to choose, give its two steps, channel_prune:.* and attention_rank"),
+        ("exclude=L0.*", "to choose, give its two steps"),
+        ("bases=2", "bases=2 is a setting of method=shared_basis"),
+        ("ratio=1", "must lie between 0 and 1"),
     ],
 )
-def test_other_decompositions_are_named(method: str, reason: str, zoo: Zoo, text: Path, tmp_path: Path):
+def test_what_modegpt_cannot_be_told(settings: str, reason: str):
     with pytest.raises(UserError, match=reason):
-        press(zoo("mixtral"), tmp_path / "out", f"low_rank:ratio=0.25,method={method}", text=text)
+        Request.from_options(steps=["expert_drop", f"low_rank:method=modegpt,{settings}"])
+
+
+def test_a_step_that_is_short_for_others_does_nothing_by_itself(zoo: Zoo):
+    step = parse_step("low_rank:method=modegpt,damping=0.1,sequential=false")
+    assert [(each.kind, each.ratio, each.damping, each.sequential) for each in opened(step)] == [
+        ("channel_prune", 0.25, 0.1, False), ("attention_rank", 0.25, 0.1, False)]  # fmt: skip
+    with pytest.raises(UserError, match="short for channel_prune"):
+        step.check(open_view(zoo("mixtral")).source)
+    assert not step.kinds

@@ -12,12 +12,13 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -30,7 +31,7 @@ from pydantic import (
 
 import moespresso.methods  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers the step kinds)
 from moespresso.core.errors import UserError, did_you_mean
-from moespresso.core.registry import parse_step
+from moespresso.core.registry import opened, parse_step
 from moespresso.data import Mode, Source
 
 if TYPE_CHECKING:
@@ -106,6 +107,29 @@ def _settings(step: Any) -> Any:
     return step
 
 
+def _opened(steps: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Steps that are short for others give way to those, and the log says so."""
+    found: list[Any] = []
+    for number, step in enumerate(steps, 1):
+        others = opened(step)
+        if others != (step,):
+            logger.info(
+                "step %d, %s, stands for %s", number, _spelt(step), " and then ".join(map(_spelt, others))
+            )
+        found += others
+    return tuple(found)
+
+
+def _spelt(step: Any) -> str:
+    """A step as it is written on the command line, defaults left out."""
+    told = (
+        f"{each.name}={getattr(step, each.name)}"
+        for each in fields(step)
+        if getattr(step, each.name) != each.default
+    )
+    return ":".join(filter(None, (step.kind, ",".join(told))))
+
+
 Count = Annotated[int, Field(strict=True, ge=1)]
 Step = Annotated[Any, BeforeValidator(_told(_settings))]
 
@@ -164,7 +188,7 @@ class Recipe(_Section):
 
     model: Annotated[str | None, BeforeValidator(_anchor_model)] = None
     calibration: Calibration = Calibration()
-    steps: tuple[Step, ...] = ()
+    steps: Annotated[tuple[Step, ...], AfterValidator(_opened)] = ()
     budget: Budget = Budget()
     target: Target = "transformers"
     seed: Annotated[int, Field(strict=True, ge=0)] = 0

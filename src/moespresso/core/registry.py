@@ -45,6 +45,12 @@ def parse_step(step: str | Mapping[str, Any]) -> Any:
     return _construct(_METHODS[kind], kind, body)
 
 
+def opened(step: Any) -> tuple[Any, ...]:
+    """The steps that a step `stands_for`, where it is short for others; else itself alone."""
+    others = step.stands_for() if hasattr(step, "stands_for") else ()
+    return tuple(map(parse_step, others)) or (step,)
+
+
 def _split(text: str) -> dict[str, Any]:
     kind, _, rest = text.partition(":")
     body: dict[str, Any] = {"kind": kind.strip()}

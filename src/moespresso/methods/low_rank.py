@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -30,13 +30,15 @@ from moespresso.methods._bases import shared_bases
 from moespresso.methods._counts import refuse_widths
 from moespresso.methods._joint import damped, refitted_layer, thin, whole
 from moespresso.methods._low_rank import truncated
-from moespresso.methods._matrices import OnMatrices
+from moespresso.methods._matrices import EXPERTS, OnMatrices
 from moespresso.methods._on_text import Answer, Shown
 
 Factors = tuple[Tensor, Tensor]
-_MODEGPT = (
-    "method=modegpt is two steps here: channel_prune:score=leverage,refit=expert for the experts (the result loads in stock "
-    "engines) and attention_rank for the attention"
+_MODEGPT = "channel_prune:score=leverage,refit=expert and attention_rank"
+# MoDeGPT's modules (arXiv 2408.09632) as the steps that make them: experts by Nystrom, then queries and keys, values and outputs.
+_MODULES = (
+    {"kind": "channel_prune", "score": "leverage", "refit": "expert"},
+    {"kind": "attention_rank", "modules": "qk+vo"},
 )
 # Damping by default. Bases are fitted to the mean of the weights' own error and that of what is seen, which carries farther.
 _DAMPING = {"svd": 0.01, "shared_basis": 1.0}
@@ -51,8 +53,8 @@ class LowRank(OnMatrices):
 
     ratio: share of the bytes that goes: of every matrix, or with `shared_basis` of the experts of every layer, out of gate and up. (Of
         what they take as plain matrices, should they be stored as less.)
-    method: `svd` (each matrix by itself) or `shared_basis` (gate and up of a layer's experts together; down is refitted); MoDeGPT's
-        is two steps of their own, and says so.
+    method: `svd` (each matrix by itself), `shared_basis` (gate and up of a layer's experts together; down is refitted), or `modegpt`
+        (short for two steps: channel_prune:score=leverage,refit=expert and attention_rank, each with this ratio).
     bases: how many the experts of a layer share; a quarter as many as there are experts, but 3 or more, when it is not said.
     damping: share of the mean diagonal added to every second moment (0.01, or 1 with `shared_basis`, when it is not said).
     sequential: later layers see what the products before let through.
@@ -72,8 +74,6 @@ class LowRank(OnMatrices):
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
         OnMatrices.__post_init__(self)
-        if self.method == "modegpt":
-            raise UserError(f"low_rank: {_MODEGPT}")
         if not 0 < self.ratio < 1:
             raise UserError(f"low_rank: ratio={self.ratio} must lie between 0 and 1")
         if self.damping is not None and not 0 <= self.damping < float("inf"):
@@ -81,10 +81,22 @@ class LowRank(OnMatrices):
         if self.bases is not None and (not self.by_original or self.bases < 1):
             why = "must be 1 or more" if self.by_original else "is a setting of method=shared_basis"
             raise UserError(f"low_rank: bases={self.bases} {why}")
+        if self.stands_for() and (self.parts != EXPERTS or self.exclude):
+            raise UserError(
+                f"low_rank: method=modegpt takes experts and attention alike: to choose, give its two steps, {_MODEGPT}"
+            )
         if self.by_original and self.parts.each() != ["experts"]:
             raise UserError(
                 f"low_rank: parts={self.parts} has no layer-mates to share bases with: use method=svd for all but experts"
             )
+
+    def stands_for(self) -> tuple[Mapping[str, Any], ...]:
+        """The steps that this one is short for; none where it is one itself."""
+        if self.method != "modegpt":
+            return ()
+        same = {"ratio": self.ratio, "sequential": self.sequential}
+        same |= {} if self.damping is None else {"damping": self.damping}
+        return tuple({**module, **same} for module in _MODULES)
 
     @property
     def by_original(self) -> bool:
@@ -93,6 +105,8 @@ class LowRank(OnMatrices):
 
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
+        if self.stands_for():  # Python callers alone get here: requests open it
+            raise UserError(f"low_rank: method=modegpt is short for {_MODEGPT}: give these two")
         if "experts" in self.parts.each() and not self.by_original:
             refuse_widths(self.kind, blueprint)
         for (layer, _), group in self._shared(blueprint).items():
@@ -238,7 +252,8 @@ class LowRank(OnMatrices):
     @property
     def kinds(self) -> frozenset[str]:
         """The kinds of formats that it makes."""
-        return frozenset({"bases", "source"} if self.by_original else {"factors"})
+        made = {"svd": {"factors"}, "shared_basis": {"bases", "source"}, "modegpt": set[str]()}
+        return frozenset(made[self.method])
 
     def _told(self, blueprint: Blueprint) -> tuple[str, ...]:
         shared = "with bases that a layer's experts share" if self.by_original else "as two factors"
