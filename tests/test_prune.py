@@ -154,8 +154,8 @@ def test_experts_without_a_token_go_by_their_weights_and_are_named(zoo: Zoo, tmp
         ("wanda:sparsity=-0.5", "sparsity '-0.5' is neither a share"),
         ("magnitude:sparsity=nan", "sparsity 'nan' is neither a share"),
         ("magnitude:sparsity=half", "sparsity 'half' is neither a share"),
-        ("wanda:sparsity=0:4", "of every 4 weights 1 to 4 can stay"),
-        ("wanda:sparsity=5:4", "of every 4 weights 1 to 4 can stay"),
+        ("wanda:sparsity=0:4", "of every M weights 1 to M stay"),
+        ("wanda:sparsity=5:4", "of every M weights 1 to M stay"),
         ("wanda:sparsity=3:7", "which groups of 7 do not divide: use another pattern, such as 2:4"),
         ("sparsegpt:sparsity=3:7,bits=4,group_size=8", "which groups of 7 do not divide"),
         ("wanda:sparsity=2:4,variant=true", "variant=true shares out a plain sparsity"),
@@ -319,7 +319,8 @@ def test_modegpt_is_short_for_its_two_steps(
             target="plugin",
         )
     assert (
-        f"step 1, low_rank:ratio=0.3,method=modegpt, stands for {' and then '.join(two)}" in caplog.messages
+        f"step 1, low_rank:ratio=0.3,method=modegpt, stands for {' and then '.join(two)} (give those to set more)"
+        in caplog.messages
     )
     assert plan_of(short) == plan_of(long)
     one, other = disk(short), disk(long)

@@ -103,7 +103,7 @@ def test_the_largest_of_each_row_or_matrix_stay(
     count, rows, width = shape
     total = count * rows * width
     drawn = data.draw(st.lists(SCORES, min_size=total, max_size=total))
-    scores, number = torch.tensor(drawn).view(shape), round(density * width)
+    scores, number = torch.tensor(drawn).view(shape), max(round(density * width), int(density > 0))
     assert torch.equal(kept(scores, Format(density=density)), by_hand(scores, width, number))
     whole = kept(scores, Format(density=density), whole=True)
     assert torch.equal(whole, by_hand(scores, rows * width, rows * number))

@@ -209,6 +209,28 @@ def test_what_needs_equal_experts_is_refused(step: str, reason: str, text: Path,
 # Chosen
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("ratio=0.25,scope=global,multiple=64", "channels go instead of 25.0%, since widths are multiples of 64"),
+        ("ratio=0.2,multiple=64", "20.8% of the channels go instead of 20."),
+        ("ratio=0.3,scope=global,multiple=128", "0.0% of the channels go instead of 30.0%, since widths are multiples of 128 and none is "
+         "under least=8"),
+    ],
+)  # fmt: skip
+def test_widths_of_their_own_are_multiples_and_what_that_takes_is_said(
+    settings: str, told: str, text: Path, tmp_path: Path
+):
+    source = write_wide(tmp_path / "source")
+    per_expert = "" if "global" in settings else ",per_expert=true"
+    report = api.press(source, out=tmp_path / "out", steps=[f"channel_prune:{settings}{per_expert}"], target="plugin", texts=[text],
+                       **OPTIONS)  # fmt: skip
+    assert any(told in note for note in report.notes), report.notes
+    plan = plan_of(tmp_path / "out")
+    for treatment in plan.stages[0].treatments.values():
+        assert treatment.channels in (64, 96)
+
+
 def test_the_share_is_met_and_stock_engines_are_refused(zoo: Zoo, text: Path, tmp_path: Path):
     with pytest.raises(
         UserError,
@@ -239,7 +261,7 @@ def test_no_other_choice_loses_less(rows: list[list[float]], steps: int):
         for n, row in enumerate(rows)
     }
     goal = min(steps, 4 * len(rows)) * 8
-    found = allocated(curves, dict.fromkeys(curves, 1), goal, 8)
+    found = allocated(curves, dict.fromkeys(curves, 32), dict.fromkeys(curves, 1), goal, 8)
     assert sum(found.values()) == goal
     best = {0: 0.0}
     for points in curves.values():
@@ -252,12 +274,23 @@ def test_no_other_choice_loses_less(rows: list[list[float]], steps: int):
 
 def test_a_curve_that_bends_upwards_is_taken_as_a_line():
     curves = {(0,): [(0, 0.0), (8, 10.0), (16, 10.0)], (1,): [(0, 0.0), (8, 6.0), (16, 14.0)]}
-    assert allocated(curves, {(0,): 1, (1,): 1}, 16, 8) == {(0,): 16, (1,): 0}
+    assert allocated(curves, {(0,): 16, (1,): 16}, {(0,): 1, (1,): 1}, 16, 8) == {(0,): 16, (1,): 0}
+
+
+def test_what_is_left_is_a_multiple_wherever_something_goes():
+    curves = {(n,): [(0, 0.0), (44, 44.0 * (n + 1))] for n in range(2)}
+    widths, ones = {(0,): 52, (1,): 48}, {(0,): 1, (1,): 1}
+    assert allocated(curves, widths, ones, 4, 16) == {(0,): 4, (1,): 0}
+    assert allocated(curves, widths, ones, 30, 16) == {(0,): 36, (1,): 0}
+    assert allocated(curves, widths, ones, 80, 16) == {
+        (0,): 36,
+        (1,): 32,
+    }  # 16 channels each are the fewest that can stay
 
 
 def test_layers_count_as_often_as_they_have_experts():
     curves = {(0,): [(0, 0.0), (8, 9.0)], (1,): [(0, 0.0), (8, 4.0)]}
-    assert allocated(curves, {(0,): 3, (1,): 1}, 24, 8) == {(0,): 8, (1,): 0}
+    assert allocated(curves, {(0,): 8, (1,): 8}, {(0,): 3, (1,): 1}, 24, 8) == {(0,): 8, (1,): 0}
 
 
 @given(st.integers(8, 20_000))

@@ -10,8 +10,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
@@ -33,7 +32,7 @@ from moespresso.core.slim import rounds_on_text
 from moespresso.core.stats import Stats, stats_key
 from moespresso.data import Batches, Source, calibration, sequences
 from moespresso.evaluate import evaluate as evaluate_models
-from moespresso.export import check_even, find_target, formed
+from moespresso.export import check_even, formed
 from moespresso.fitting import unrepaired
 from moespresso.model import (
     View,
@@ -48,11 +47,11 @@ from moespresso.model import (
     pick_device,
     pick_dtype,
     quiet_transformers,
-    rehoused_views,
 )
 from moespresso.pipeline import Clock, Decided, all_needs, decide, describe_step
 from moespresso.pipeline import measure as measure_view
-from moespresso.recipe import Recipe, Request, parse_size
+from moespresso.recipe import Recipe, Request
+from moespresso.rehearsal import NotOnThisModel, housed, rehearse
 from moespresso.report import Report, describe_methods
 from moespresso.result import format_notes, outside_notes, produce
 from moespresso.slimming import found
@@ -158,9 +157,12 @@ def measure(
     runtime, request, out = runtime or Runtime(), _asked(model, request, options), Path(out)
     view = open_view(locate(model))
     _check_file(out, view.checkpoint.folder)
-    if any(step.uneven for step in request.steps):  # what is measured is no matter of the target
-        request = replace(request, target="plugin")
-    view, request = _rehearse(view, request)
+    try:
+        view, request = rehearse(view, request)
+    except NotOnThisModel:
+        raise
+    except UserError:  # the target cannot load what comes of it, which is no matter of measuring
+        view, request = rehearse(view, replace(request, target="plugin"))
     batches = _calibration(view, request)
     must_spill(view, batches, runtime)
     work_folder = out.parent / f".{out.name}.moespresso"
@@ -195,10 +197,13 @@ def plan(
     view = open_view(locate(model))
     if out is not None:
         _check_file(Path(out), view.checkpoint.folder)
-    view, request = _rehearse(view, request)
+    view, request = rehearse(view, request)
     given = _given_stats(Path(stats), view) if stats is not None else None
     # A later step that is re-scored needs the text even where the first one's stats are given.
-    batches = _calibration(view, request) if given is None or request.texts else None
+    if given is None:
+        batches = _calibration(view, request)
+    else:
+        batches = _same_text(view, given.calibration, request, "these stats were measured on")
     with tempfile.TemporaryDirectory() as work:
         decided = decide(view, request.steps, batches, given, Path(work), runtime, Clock())
     made = _signed(decided, request, batches).plan
@@ -240,7 +245,7 @@ def press(
     """Measure, decide and build in one go; killed anywhere and run again it ends with the same bytes."""
     runtime, clock, request = runtime or Runtime(), Clock(), _asked(model, request, options)
     with clock.phase("open"):
-        view, request = _rehearse(open_view(locate(model)), request)
+        view, request = rehearse(open_view(locate(model)), request)
         batches = _calibration(view, request)
         must_spill(view, batches, runtime)
     tokens = batches.digest if batches is not None else ""
@@ -268,7 +273,7 @@ def build(
     with clock.phase("open"):
         view = open_view(locate(model))
         made = Plan.load(Path(plan)).validated(view.source)
-        view = _housed(view, lambda at_home: formed(target, replace(at_home, plan=made)).check_fits())
+        view = housed(view, lambda at_home: formed(target, replace(at_home, plan=made)).check_fits())
     batches = _text_of_plan(view, made, request)
     # What is built is what the plan says, whatever else the request holds.
     recipe = {"calibration": dict(made.calibration), "steps": [dict(stage.method) for stage in made.stages],
@@ -305,78 +310,20 @@ def _text_of_plan(view: View, made: Plan, request: Request) -> Batches | None:
         raise UserError(
             "this plan is fitted on real text: give --text FILE or --dataset NAME, as it was made with"
         )
-    if not request.texts or not (fitted or "digest" in wanted):
+    if not (fitted or "digest" in wanted):
+        return None
+    return _same_text(view, wanted, request, "the plan was calibrated on")
+
+
+def _same_text(view: View, wanted: Mapping[str, Any], request: Request, where: str) -> Batches | None:
+    """The request's texts drawn as `wanted` describes, None where there are none; raises `UserError` for other ones."""
+    if not request.texts:
         return None
     found = calibration(request.texts, load_tokenizer(view.checkpoint.folder), int(wanted.get("samples", request.samples)),
                         int(wanted.get("length", request.length)), int(wanted.get("seed", request.seed)), wanted.get("mode", request.mode))  # fmt: skip
     if found.digest != wanted.get("digest", found.digest):
-        raise UserError(
-            "the text given is not the one the plan was calibrated on: give the same files in the same order"
-        )
+        raise UserError(f"the text given is not the one {where}: give the same files in the same order")
     return found
-
-
-def _rehearse(view: View, request: Request) -> tuple[View, Request]:
-    """Walk through all steps on shapes alone: what cannot be done, or not be loaded by the target, shows here.
-
-    Returns the view in the house that the target can load the result from, and the request with its budget filled in.
-    """
-    find_target(request.target)
-    if not request.steps and request.size is None:
-        return view, request
-    request = _fit_budget(view, request) if request.size is not None else request
-    return _housed(view, lambda at_home: _walk(at_home, request)), request
-
-
-def _housed(view: View, try_out: Callable[[View], None]) -> View:
-    """The view, or the same checkpoint under another family's name, in which `try_out` raises no `UserError`; its first
-    complaint where there is none."""
-    try:
-        try_out(view)
-    except UserError as error:
-        for other in rehoused_views(view):
-            with suppress(UserError):
-                try_out(other)
-                return other
-        raise error from None
-    return view
-
-
-def _why_uneven(step: Any) -> str:
-    wide = getattr(step, "scope", "") == "global"
-    return "scope=global leaves unequal layers" if wide else "per_expert=true leaves experts of unequal width"
-
-
-def _walk(view: View, request: Request) -> None:
-    target, made = find_target(request.target), view.plan
-    for step in request.steps:
-        now = replace(view, plan=made)
-        step.check(now.blueprint)
-        if step.uneven and not target.plugin:
-            raise UserError(
-                f"{step.kind}: {_why_uneven(step)}, which {target.name} cannot load; the nearest plan "
-                f"that it can is scope=layer,{step.even(now.blueprint)}, or say --target plugin"
-            )
-        made = replace(made, stages=(*made.stages, step.outline(view.source, made))).validated(view.source)
-    formed(request.target, replace(view, plan=made)).check_fits()
-
-
-def _fit_budget(view: View, request: Request) -> Request:
-    """Choose the amounts of the allowed steps so that the result's tensor bytes fit the size asked for."""
-    whole = view.source.cost().bytes
-    size = parse_size(str(request.size), whole)
-    if len(request.steps) != 1:
-        raise UserError("--size needs exactly one step to fit in this version, such as --step expert_drop")
-    step = request.steps[0]
-    smallest = whole
-    for candidate in step.amounts(view.source):
-        made = replace(view.plan, stages=(candidate.outline(view.source, view.plan),))
-        smallest = made.cost(view.source).bytes
-        if smallest <= size:
-            return replace(request, steps=(candidate,))
-    raise UserError(
-        f"--size {request.size} cannot be reached by {step.kind} alone: it leaves at least {smallest} bytes of {whole}"
-    )
 
 
 def _calibration(view: View, request: Request) -> Batches | None:

@@ -114,7 +114,10 @@ def _opened(steps: tuple[Any, ...]) -> tuple[Any, ...]:
         others = opened(step)
         if others != (step,):
             logger.info(
-                "step %d, %s, stands for %s", number, _spelt(step), " and then ".join(map(_spelt, others))
+                "step %d, %s, stands for %s (give those to set more)",
+                number,
+                _spelt(step),
+                " and then ".join(map(_spelt, others)),
             )
         found += others
     return tuple(found)

@@ -108,10 +108,15 @@ def kept_in_row(format: Format, width: int) -> int:
     where the row is not whole groups."""
     size = format.group_size
     if not size:
-        return round(format.density * width)
+        return staying(width, format)
     if width % size:
         raise UserError(f"rows of {width} inputs are not whole groups of {size}: use a plain share")
-    return width // size * round(format.density * size)
+    return width // size * staying(size, format)
+
+
+def staying(width: int, format: Format) -> int:
+    """How many of `width` inputs stay: at least one where any shall."""
+    return max(int(format.density > 0), round(format.density * width))
 
 
 def stored_parts(

@@ -182,12 +182,14 @@ def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
 
 
 def _formats_before(unit: Unit, before: Collection[Stage]) -> set[Format]:
-    """What earlier stages have given to the part of a layer that a unit is in."""
+    """What earlier stages have given to the part of a layer that a unit is in; of experts all matrices, which are solved together."""
     return {
         treatment.format
         for stage in before
         for other, treatment in stage.treatments.items()
-        if treatment.format is not None and (other.layer, other.part) == (unit.layer, unit.part)
+        if treatment.format is not None
+        and (other.layer, other.part) == (unit.layer, unit.part)
+        and (unit.part == "experts" or None in (unit.matrix, other.matrix) or unit.matrix == other.matrix)
     }
 
 
@@ -228,7 +230,11 @@ def _check_values(unit: Unit, treatment: Treatment, slimmed: bool, formats: Coll
             f"the plan treats {unit} after a step that stores matrices with a mask or as factors or in part: put that step last, or "
             "say pack=false there where it has such a setting"
         )
-    if treatment.channels is not None and any(format.density < 1 for format in formats):
+    format = treatment.format
+    anew = treatment.channels is not None or (
+        format is not None and (format.kind in ("factors", "bases") or format.rank > 0)
+    )
+    if anew and any(each.density < 1 for each in formats):
         raise UserError(
             f"the plan fits {unit} anew after a step that prunes single weights, which would no longer be zero: put that step last"
         )

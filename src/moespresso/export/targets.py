@@ -86,6 +86,13 @@ def _check_formats(target: Target, view: View) -> None:
     """Stock loaders take one symmetric format for all experts, and compute wrong numbers without a word from others."""
     if not view.formats:
         return
+    own = {piece.ref.packed.layout for piece in view.pieces if piece.ref.packed is not None} & OWN_LAYOUTS
+    if own:
+        what, instead = next(words for layout, words in _SMALLER.items() if layout in own)
+        raise UserError(
+            f"this plan stores {what}, which {target.name} does not read; the nearest plan that it can is {instead}, or say "
+            "--target plugin (moespresso.load reads it)"
+        )
     if not target.packed:
         raise UserError(
             f"this plan packs integers, which {target.name} does not read (it has a file format of its own, not available in "
@@ -98,13 +105,6 @@ def _check_formats(target: Target, view: View) -> None:
         )
     if one_format(view):
         return
-    own = {piece.ref.packed.layout for piece in view.pieces if piece.ref.packed is not None} & OWN_LAYOUTS
-    if own:
-        what, instead = next(words for layout, words in _SMALLER.items() if layout in own)
-        raise UserError(
-            f"this plan stores {what}, which {target.name} does not read; the nearest plan that it can is {instead}, or say "
-            "--target plugin (moespresso.load reads it)"
-        )
     experts = {piece.ref.packed and piece.ref.packed.format for piece in view.pieces
                if piece.unit.part == "experts" and len(piece.shape) == 2}  # fmt: skip
     known = [format for format in experts if format]

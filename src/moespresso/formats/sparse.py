@@ -2,7 +2,7 @@
 
 A `Format("sparse", density=d, group_size=m)` fixes how many stay. With m, round(d x m) of every m neighbouring inputs
 of a row (n:m). Without, round(d x in) times the rows, of the matrix as a whole: a threshold over a matrix leaves its
-rows unequal, so that nothing here counts on rows.
+rows unequal, so that nothing here counts on rows. Where d is not zero, round(..) is at least one.
 
 The parts of a stack of N matrices out x in: `weight_values` [N, kept], row by row, in the weights' dtype;
 `weight_mask` uint8 [N, out, ceil(in / 8)], the first weight in the lowest bit, the bits past the row zero; `weight_shape`

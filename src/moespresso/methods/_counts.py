@@ -67,13 +67,15 @@ def refuse_skipped(kind: str, blueprint: Blueprint) -> None:
             )
 
 
-def refuse_widths(kind: str, blueprint: Blueprint) -> None:
+def refuse_widths(
+    kind: str, blueprint: Blueprint, cure: str = "do this step before the one with per_expert=true"
+) -> None:
     """Raise `UserError` where experts of a layer differ in width, for a step that makes one of several or treats all alike."""
     for layer in blueprint.moe_layers:
         if layer.widths:
             raise UserError(
                 f"{kind}: the experts of L{layer.index} differ in width ({min(layer.widths)} to {max(layer.widths)} channels), which "
-                "it cannot treat: do this step before the one with per_expert=true"
+                f"it cannot treat: {cure}"
             )
 
 

@@ -16,13 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moespresso.core.format import Format
+from moespresso.core.format import Format, staying
 from moespresso.formats.integer import SLAB, slabs
-
-
-def staying(width: int, format: Format) -> int:
-    """How many of `width` inputs stay."""
-    return round(format.density * width)
 
 
 def kept(scores: Tensor, format: Format, *, whole: bool = False) -> Tensor:

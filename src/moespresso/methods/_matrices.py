@@ -34,10 +34,12 @@ class Words(str):
         )
 
     def each(self) -> list[str]:
-        """The words."""
-        return [word.strip() for word in str(self).split("+") if word.strip()]
+        """The words, each once."""
+        return list(dict.fromkeys(word.strip() for word in str(self).split("+") if word.strip()))
 
 
+# A cure where a layer has one tensor of all experts.
+_OTHERWISE = "use parts=attention, or drop experts"
 EXPERTS, NOTHING = Words("experts"), Words("")
 
 
@@ -86,7 +88,7 @@ class OnMatrices:
     @property
     def instead_of_stacks(self) -> str:
         """What to do where a layer has one tensor of all experts; nothing where that can be treated, since it stays plain."""
-        return "use parts=attention, or drop experts"
+        return _OTHERWISE
 
     def needs(self) -> frozenset[str]:
         """What must be measured for this step: nothing but text to see."""
@@ -105,7 +107,7 @@ class OnMatrices:
         if fused and "experts" in self.parts.each():
             raise UserError(
                 f"{self.kind}: {blueprint.source} ({blueprint.family}) stores all experts of a layer in one tensor "
-                f"({fused[0].ref.name}), which this version cannot {self.verb[0]}: {self.instead_of_stacks}"
+                f"({fused[0].ref.name}), which this version cannot {self.verb[0]}: {self._instead_of(fused[0])}"
             )
         self._check_exclude(blueprint)
         chosen = [entry for entry, _ in self._formats(blueprint)]
@@ -121,6 +123,10 @@ class OnMatrices:
             check_storable(entry, format)
         if self.on_text:
             self._check_whole(chosen, blueprint)
+
+    def _instead_of(self, stack: Entry) -> str:
+        """What to do where a layer has such a tensor."""
+        return self.instead_of_stacks if self.instead_of_stacks and is_stack(stack) else _OTHERWISE
 
     def _check_exclude(self, blueprint: Blueprint) -> None:
         """Every pattern must leave something alone: a misspelt one would otherwise round it without a word."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError
-from moespresso.core.format import Format
+from moespresso.core.format import Format, kept_in_row
 from moespresso.formats import Codes, decode
 from moespresso.measure import RoutedExperts
 from moespresso.methods._masks import kept
@@ -43,7 +43,9 @@ class Sparsity(str):
         if match is not None:
             stay, of = int(match[1]), int(match[2])
             if not 0 < stay <= of:
-                raise UserError(f"sparsity {self!r}: of every {of} weights 1 to {of} can stay, such as 2:4")
+                raise UserError(
+                    f"sparsity {self!r}: of every M weights 1 to M stay, written N:M, such as 2:4"
+                )
             return Format("source", density=stay / of, group_size=of)
         try:
             share = float(self)
@@ -92,8 +94,13 @@ class Pruning(OnMatrices):
         """This step with every share, least first (for a byte budget); none without `pack`: zeros weigh what weights weigh."""
         if self.pack and not self.sparsity.pattern.group_size:
             return [replace(self, sparsity=Sparsity(share / 100)) for share in range(100)]
+        why = (
+            "in a pattern has one size"
+            if self.pack
+            else "leaves zeros in place of weights, which take as many bytes"
+        )
         raise UserError(
-            f"{self.kind} leaves zeros in place of weights, which take as many bytes: use pack=true with a plain sparsity, channel_prune or rtn for --size"
+            f"{self.kind} {why}: use pack=true with a plain sparsity, channel_prune or rtn for --size"
         )
 
     def _form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
@@ -101,13 +108,23 @@ class Pruning(OnMatrices):
         return lambda entry, layer: replace(pattern, kind="sparse") if self.pack else pattern
 
     def _told(self, blueprint: Blueprint) -> tuple[str, ...]:
-        if self.pack:
-            return (
-                f"{self.kind}: what stays is stored with a mask; in memory it is dense again, and no engine gets faster",
-            )
-        return (
-            f"{self.kind}: pruned weights are stored as zeros, so no bytes are saved and no engine gets faster",
+        how = (
+            "what stays is stored with a mask; in memory it is dense again, and no engine gets faster"
+            if self.pack
+            else "pruned weights are stored as zeros, so no bytes are saved and no engine gets faster"
         )
+        return (f"{self.kind}: {how}", *self._off(blueprint))
+
+    def _off(self, blueprint: Blueprint) -> tuple[str, ...]:
+        """How many weights go, where that is not the share asked for."""
+        pattern, total, stay = self.sparsity.pattern, 0, 0
+        for entry, _ in self._formats(blueprint):
+            width = entry.ref.shape[-1]
+            total += entry.ref.numel
+            stay += entry.ref.numel // width * kept_in_row(pattern, width)
+        gone, asked = 1 - stay / total, 1 - pattern.density
+        off = f"{self.kind}: {gone:.2%} of the weights go instead of {asked:.2%}, since rows keep whole numbers of weights"
+        return (off,) if abs(gone - asked) >= 0.0005 else ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moespresso.core.format import Format
+from moespresso.core.format import Format, staying
 from moespresso.formats.grids import searched
 from moespresso.formats.integer import Codes, levels
 from moespresso.measure.hessians import factored, usable
 from moespresso.methods._gptq import Trouble
-from moespresso.methods._masks import largest, staying
+from moespresso.methods._masks import largest
 
 
 def solve(

@@ -7,7 +7,7 @@ lowest that nowhere bend upwards, so that taking always where the next channels 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
@@ -18,26 +18,36 @@ Points = list[tuple[int, float]]
 
 
 def allocated(
-    curves: Mapping[Key, Points], counts: Mapping[Key, int], goal: int, multiple: int
+    curves: Mapping[Key, Points],
+    widths: Mapping[Key, int],
+    counts: Mapping[Key, int],
+    goal: int,
+    multiple: int,
 ) -> dict[Key, int]:
-    """Channels that go of each, in multiples of `multiple`, so that `goal` go in all and the least is lost.
+    """Channels that go of each, so that `goal` go in all, the least is lost, and what is left of `widths` where some go are
+    multiples of `multiple`.
 
-    `counts` says of how many experts each of `curves` is the sum. Steps are whole, so a little more than `goal` may go.
+    `counts` says of how many experts each of `curves` is the sum. Steps are whole, so more than `goal` may go.
     """
     slopes = {key: _slopes(points) for key, points in curves.items()}
     gone = dict.fromkeys(curves, 0)
-    queue = [
-        (_price(slopes[key], 0, counts[key]), key)
-        for key in curves
-        if slopes[key] and slopes[key][-1][0] >= multiple
-    ]
+
+    def step(key: Key) -> int:
+        return (widths[key] - gone[key]) % multiple or multiple
+
+    def priced(keys: Iterable[Key]) -> list[tuple[float, Key]]:
+        able = (key for key in keys if slopes[key] and gone[key] + step(key) <= slopes[key][-1][0])
+        return [(_price(slopes[key], gone[key], counts[key]), key) for key in able]
+
+    queue = priced(curves)
     heapify(queue)
     while queue and goal > 0:
         _, key = heappop(queue)
-        goal -= multiple * counts[key]
-        gone[key] += multiple
-        if gone[key] + multiple <= slopes[key][-1][0]:
-            heappush(queue, (_price(slopes[key], gone[key], counts[key]), key))
+        more = step(key)
+        goal -= more * counts[key]
+        gone[key] += more
+        for next_one in priced([key]):
+            heappush(queue, next_one)
     return gone
 
 

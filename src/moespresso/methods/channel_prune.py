@@ -101,6 +101,18 @@ class ChannelPrune:
                     f"channel_prune: {name}={number} must be a multiple of {_LEAST}, since engines run no other widths "
                     f"(rows of 16 bytes): use {max(1, round(number / _LEAST)) * _LEAST}"
                 )
+        if self.ratio is not None and self.width is not None:
+            raise UserError(
+                f"channel_prune: ratio={self.ratio} and width={self.width} both say how much: leave one out"
+            )
+        if self.width is not None and self.width % self.multiple:
+            raise UserError(
+                f"channel_prune: width={self.width} is no multiple of multiple={self.multiple}: use "
+                f"{-(-self.width // self.multiple) * self.multiple}, or leave multiple out"
+            )
+        if self.alpha and (self.score != "camera" or self.alpha > 1):
+            why = "must be at most 1" if self.score == "camera" else "is a setting of score=camera"
+            raise UserError(f"channel_prune: alpha={self.alpha} {why}")
         for name, least in (("damping", 0), ("alpha", 0), ("sweeps", 1)):
             if not least <= getattr(self, name) < float("inf"):
                 raise UserError(
@@ -125,7 +137,7 @@ class ChannelPrune:
     def even(self, blueprint: Blueprint) -> str:
         """The settings of the nearest plan with equal layers."""
         widths = [self._width(layer.width) for layer in blueprint.moe_layers]
-        width = round(sum(widths) / len(widths) / _LEAST) * _LEAST
+        width = max(1, round(sum(widths) / len(widths) / self.multiple)) * self.multiple
         return f"per_expert=false,width={width}" if self.per_expert else f"width={width}"
 
     def needs(self) -> frozenset[str]:
@@ -165,12 +177,12 @@ class ChannelPrune:
             if odd and (entry.unit.matrix or "").startswith("down"):
                 raise UserError(
                     f"channel_prune: {entry.ref.name} is packed in groups of {groups}, which do not divide {width} channels: "
-                    f"use multiple={groups}"
+                    f"use multiple={groups}, or prune first and round then"
                 )
 
     def _width(self, before: int) -> int:
         """Channels that stay of `before`."""
-        if (self.ratio is None) == (self.width is None):
+        if self.ratio is None and self.width is None:
             raise UserError(
                 "channel_prune: say how much: ratio=0.25 (of the channels goes), or width=96 (stay)"
             )
@@ -182,10 +194,15 @@ class ChannelPrune:
         return self.width if self.width is not None else before * (1 - (self.ratio or 0))
 
     def amounts(self, blueprint: Blueprint) -> list[Any]:
-        """This step with every width, widest first (for a byte budget)."""
-        most = max((layer.width for layer in blueprint.moe_layers), default=1)
-        step = max(self.multiple, -(-most // 256))
-        return [replace(self, ratio=None, width=width) for width in range(most, 0, -step)]
+        """This step with every width, widest first (for a byte budget); with every ratio where layers differ already."""
+        widths = {layer.width for layer in blueprint.moe_layers} or {1}
+        most, least = max(widths), self.least if self.uneven else 1
+        step = -(-most // (256 * self.multiple)) * self.multiple
+        kept = range((most - 1) // step * step, least - 1, -step)
+        found = [replace(self, ratio=0.0, width=None)]
+        if len(widths) == 1:
+            return found + [replace(self, ratio=None, width=width) for width in kept]
+        return found + [replace(self, ratio=1 - width / most, width=None) for width in kept]
 
     def outline(self, source: Blueprint, before: Plan) -> Stage:
         """A stage of the right size, before anything is measured."""
@@ -227,6 +244,7 @@ class ChannelPrune:
                 for at, layer in layers.items()
             }
             counts = {(at,): layer.experts for at, layer in layers.items()}
+        before = {key: _widths(layers[key[0]])[key[1] if self.per_expert else 0] for key in curves}
         gone: dict[Key, int] = {}
         asked = 0
         for part in [list(layers)] if self.scope == "global" else [[at] for at in layers]:
@@ -234,28 +252,26 @@ class ChannelPrune:
             goal = round(sum(max(0, width - self._wanted(width)) for width in widths))
             asked += goal
             some = {key: curve for key, curve in curves.items() if key[0] in part}
-            gone |= allocated(some, counts, goal, self.multiple)
+            gone |= allocated(some, before, counts, goal, self.multiple)
+        left = {key: before[key] - count for key, count in gone.items()}
         narrowed = {key[0] for key, count in gone.items() if count}
-        narrow = {key: count for key, count in gone.items() if key[0] in narrowed}
-        left = {
-            key: _widths(layers[key[0]])[key[1] if self.per_expert else 0] - count
-            for key, count in narrow.items()
-        }
         notes = (
             [f"channel_prune: experts keep {min(left.values())} to {max(left.values())} channels"]
-            if left
+            if narrowed
             else []
         )
         went, there = (
             sum(count * counts[key] for key, count in gone.items()),
             sum(map(sum, map(_widths, layers.values()))),
         )
-        if went < asked:
+        if went < asked or went / there - asked / there >= 0.0005:
+            least = f" and none is under least={self.least}" if went < asked else ""
             notes.append(
-                f"channel_prune: {went / there:.1%} of the channels go instead of {asked / there:.1%}, since no expert may become "
-                f"narrower than that (least={self.least})"
+                f"channel_prune: {went / there:.1%} of the channels go instead of {asked / there:.1%}, since widths are multiples of "
+                f"{self.multiple}{least}"
             )
-        return Decision({_unit(key): Treatment(channels=width) for key, width in left.items()}, tuple(notes))
+        made = {_unit(key): Treatment(channels=width) for key, width in left.items() if key[0] in narrowed}
+        return Decision(made, tuple(notes))
 
     def _curve(self, stats: Stats, layer: LayerSpec, expert: int) -> Points:
         """How many channels of an expert may go, and what is lost without them."""
@@ -366,7 +382,7 @@ class ChannelPrune:
         shares = self._shares(shown, range(shown.experts.count)).tolist()
         tokens = shown.experts.tokens.tolist()
         few = [at for at, kept in enumerate(shown.channels) if 0 < tokens[at] < kept]
-        if not few or self.refit == "none":
+        if not few or self.refit == "none" or not self.damping:
             return []
         names = ", ".join(f"E{at}" for at in few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
         most = max(shown.channels)

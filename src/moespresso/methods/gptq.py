@@ -28,6 +28,9 @@ from moespresso.methods._hqq import half_quadratic
 from moespresso.methods._on_text import Answer, Shown, joined, patched
 from moespresso.methods._slim import Slimming
 
+# Zeros among the weights, of all, from which on they are taken as pruned.
+_PRUNED = 0.1
+
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +77,7 @@ class Gptq(Slimming):
             codes, trouble = self.solved(weight[None], moment[None], shown.formats[name], shown.dtypes[name])
             answer.linears[name] = codes
             answer.trouble += _told(trouble, lambda _, name=name: f"L{shown.layer}.{name}")
+            answer.trouble += _refilled(weight[None], codes, f"L{shown.layer}.{name}")
         return answer
 
     def _experts(self, shown: Shown, experts: RoutedExperts, answer: Answer) -> None:
@@ -113,6 +117,7 @@ class Gptq(Slimming):
         format, dtype = shown.formats[matrix], shown.dtypes[matrix]
         codes, trouble = self.solved(weights, moments, format, dtype)
         answer.trouble += _told(trouble, lambda number: f"L{shown.layer}.E{some[number]}.{matrix}")
+        answer.trouble += _refilled(weights, codes, f"L{shown.layer}.E{some[0]}.{matrix} and those beside it")
         places = [expert - some.start for expert in empty]
         return patched(codes, places, half_quadratic(weights[places], format, dtype)) if places else codes
 
@@ -124,6 +129,22 @@ class Gptq(Slimming):
             weights, moments, format, dtype, damping=self.damping, act_order=self.act_order, sweeps=self.sweeps,
             unbiased=self.unbiased, weighted=self.weighted,
         )  # fmt: skip
+
+
+def _refilled(weights: Tensor, codes: Codes, name: str) -> list[str]:
+    """What becomes of weights that an earlier step pruned: errors that are handed on fill some of them."""
+    pruned = weights == 0
+    if int(pruned.sum()) < _PRUNED * pruned.numel():
+        return []
+    share = float((decode(codes)[pruned] != 0).float().mean())
+    return (
+        [
+            f"{name}: {share:.0%} of the weights that had been pruned are no longer zero; rtn keeps them, sparsegpt:bits=4 prunes and "
+            "rounds in one pass"
+        ]
+        if share
+        else []
+    )
 
 
 def _told(trouble: Trouble, name: Callable[[int], str]) -> list[str]:

@@ -108,7 +108,7 @@ class LowRank(OnMatrices):
         if self.stands_for():  # Python callers alone get here: requests open it
             raise UserError(f"low_rank: method=modegpt is short for {_MODEGPT}: give these two")
         if "experts" in self.parts.each() and not self.by_original:
-            refuse_widths(self.kind, blueprint)
+            refuse_widths(self.kind, blueprint, "use method=shared_basis")
         for (layer, _), group in self._shared(blueprint).items():
             if group.bases > len(group.entries):
                 raise UserError(
@@ -257,7 +257,14 @@ class LowRank(OnMatrices):
 
     def _told(self, blueprint: Blueprint) -> tuple[str, ...]:
         shared = "with bases that a layer's experts share" if self.by_original else "as two factors"
-        return (f"low_rank: stored {shared}; in memory it is dense again, and no engine gets faster",)
+        notes = (f"low_rank: stored {shared}; in memory it is dense again, and no engine gets faster",)
+        if self.by_original:
+            return notes
+        shapes = [entry.ref.shape for entry, _ in self._formats(blueprint)]
+        left = sum(self._rank(out, width) * (out + width) for out, width in shapes)
+        gone = 1 - left / sum(map(math.prod, shapes))
+        off = f"low_rank: {gone:.1%} of the bytes of these matrices go, {self.ratio:.1%} were asked for (ranks are whole)"
+        return (*notes, off) if abs(gone - self.ratio) >= 0.0005 else notes
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -78,6 +78,10 @@ class SparseGpt(PruningOnText):
         for entry, _ in self._formats(blueprint):
             check_pattern(entry.ref.shape[-1], self.sparsity.pattern, entry.ref.name)
 
+    def amounts(self, blueprint: Blueprint) -> list[Any]:
+        """This step with every share (for a byte budget); with bits, which weigh the same whatever is zero, it has one size."""
+        return [self] if self.bits else PruningOnText.amounts(self, blueprint)
+
     def seen(self, experts: RoutedExperts, some: range, up: Tensor | None) -> Tensor:
         """Second moments of the inputs [N, in, in]."""
         if up is None:
@@ -115,4 +119,4 @@ class SparseGpt(PruningOnText):
         return lambda entry, layer: grid
 
     def _told(self, blueprint: Blueprint) -> tuple[str, ...]:
-        return () if self.bits else PruningOnText._told(self, blueprint)
+        return self._off(blueprint) if self.bits else PruningOnText._told(self, blueprint)

@@ -1,0 +1,89 @@
+"""The dress rehearsal: every step on shapes alone, before anything is measured or written.
+
+What cannot be done on a model, or cannot be loaded by the target, shows here; so does whether the target can load the result
+only from the checkpoint under another family's name, and how much must go for a size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from moespresso.core.errors import UserError
+from moespresso.export import find_target, formed
+from moespresso.model import View, rehoused_views
+from moespresso.recipe import Request, parse_size
+
+
+def rehearse(view: View, request: Request) -> tuple[View, Request]:
+    """Walk through all steps on shapes alone: what cannot be done, or not be loaded by the target, shows here.
+
+    Returns the view in the house that the target can load the result from, and the request with its budget filled in.
+    """
+    find_target(request.target)
+    if not request.steps and request.size is None:
+        return view, request
+    request = _fit_budget(view, request) if request.size is not None else request
+    return housed(view, lambda at_home: _walk(at_home, request)), request
+
+
+class NotOnThisModel(UserError):
+    """A step cannot be done, which another family's name for the same model does not change: what that adds is not there."""
+
+
+def housed(view: View, try_out: Callable[[View], None]) -> View:
+    """The view, or the same checkpoint under another family's name, in which `try_out` raises no `UserError`; its first
+    complaint where there is none, or where no other name helps."""
+    try:
+        try_out(view)
+    except NotOnThisModel:
+        raise
+    except UserError as error:
+        for other in rehoused_views(view):
+            with suppress(UserError):
+                try_out(other)
+                return other
+        raise error from None
+    return view
+
+
+def _why_uneven(step: Any) -> str:
+    wide = getattr(step, "scope", "") == "global"
+    return "scope=global leaves unequal layers" if wide else "per_expert=true leaves experts of unequal width"
+
+
+def _walk(view: View, request: Request) -> None:
+    target, made = find_target(request.target), view.plan
+    for step in request.steps:
+        now = replace(view, plan=made)
+        try:
+            step.check(now.blueprint)
+        except UserError as error:
+            raise NotOnThisModel(str(error)) from error
+        if step.uneven and not target.plugin:
+            raise UserError(
+                f"{step.kind}: {_why_uneven(step)}, which {target.name} cannot load; the nearest plan "
+                f"that it can is scope=layer,{step.even(now.blueprint)}, or say --target plugin"
+            )
+        made = replace(made, stages=(*made.stages, step.outline(view.source, made))).validated(view.source)
+    formed(request.target, replace(view, plan=made)).check_fits()
+
+
+def _fit_budget(view: View, request: Request) -> Request:
+    """Choose the amounts of the allowed steps so that the result's tensor bytes fit the size asked for."""
+    whole = view.source.cost().bytes
+    size = parse_size(str(request.size), whole)
+    if len(request.steps) != 1:
+        raise UserError("--size needs exactly one step to fit in this version, such as --step expert_drop")
+    step = request.steps[0]
+    smallest = whole
+    for candidate in step.amounts(view.source):
+        made = replace(view.plan, stages=(candidate.outline(view.source, view.plan),))
+        smallest = made.cost(view.source).bytes
+        if smallest <= size:
+            return replace(request, steps=(candidate,))
+    raise UserError(
+        f"--size {request.size} cannot be reached by {step.kind} alone: it leaves at least {smallest} bytes of {whole}"
+    )
