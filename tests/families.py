@@ -630,6 +630,15 @@ def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
         return model(ids, use_cache=False).logits
 
 
+def same_model(one: PreTrainedModel, other: PreTrainedModel, ids: Tensor) -> None:
+    """Assert that two models hold the same weights to the bit and answer alike; not to the bit, since kernels add up in an order
+    that depends on where weights lie in memory."""
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    torch.testing.assert_close(logits_of(one, ids), logits_of(other, ids), rtol=1e-5, atol=1e-5)
+
+
 def family_of(model: PreTrainedModel) -> Family:
     """Return the family a model belongs to."""
     return FAMILIES[model.config.model_type]

@@ -293,7 +293,9 @@ def test_what_engines_would_read_wrongly_is_refused_and_loads_by_us(step: str, s
     ids = families.random_ids(model.config, 2, 12)
     with Reader(out) as reader:
         whole = view.skeleton(reader, torch.float32, torch.device("cpu")).whole()
-    assert torch.equal(families.logits_of(model, ids), families.logits_of(whole, ids))
+    torch.testing.assert_close(
+        families.logits_of(model, ids), families.logits_of(whole, ids), rtol=1e-5, atol=1e-5
+    )
     assert model.generate(ids[:1], max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
 
 
