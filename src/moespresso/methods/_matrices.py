@@ -107,7 +107,7 @@ class OnMatrices:
         if fused and "experts" in self.parts.each():
             raise UserError(
                 f"{self.kind}: {blueprint.source} ({blueprint.family}) stores all experts of a layer in one tensor "
-                f"({fused[0].ref.name}), which this version cannot {self.verb[0]}: {self._instead_of(fused[0])}"
+                f"({fused[0].ref.name}), which this version cannot {self.verb[0]}: {self.instead_of_stacks if is_stack(fused[0]) else _OTHERWISE}"
             )
         self._check_exclude(blueprint)
         chosen = [entry for entry, _ in self._formats(blueprint)]
@@ -123,10 +123,6 @@ class OnMatrices:
             check_storable(entry, format)
         if self.on_text:
             self._check_whole(chosen, blueprint)
-
-    def _instead_of(self, stack: Entry) -> str:
-        """What to do where a layer has such a tensor."""
-        return self.instead_of_stacks if self.instead_of_stacks and is_stack(stack) else _OTHERWISE
 
     def _check_exclude(self, blueprint: Blueprint) -> None:
         """Every pattern must leave something alone: a misspelt one would otherwise round it without a word."""
