@@ -53,7 +53,7 @@ from moespresso.pipeline import measure as measure_view
 from moespresso.recipe import Recipe, Request
 from moespresso.rehearsal import NotOnThisModel, housed, rehearse
 from moespresso.report import Report, describe_methods
-from moespresso.result import format_notes, outside_notes, produce
+from moespresso.result import format_notes, produce, source_notes
 from moespresso.slimming import found
 from moespresso.stream import must_spill
 from moespresso.verify import verify as verify_folder
@@ -110,7 +110,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
     alone = Path(model).suffix == ".json"
     view = config_view(Path(model)) if alone else open_view(locate(model))
     blueprint, cost = view.blueprint, view.blueprint.cost()
-    notes = [*outside_notes(view), *format_notes(view)]
+    notes = [*source_notes(view), *format_notes(view)]
     if alone:
         notes.append("priced from its config alone: no tensor was seen")
     if is_unequal(view.checkpoint.config):

@@ -61,7 +61,7 @@ def produce(
         pressed = formed(request.target, replace(view, plan=decided.plan, fits=decided.fits))
         with clock.phase("build"):
             files, left = write(pressed, out, journal, runtime)
-        told = [*left, *outside_notes(view), *form_notes(pressed), *_size_notes(pressed, request),
+        told = [*left, *source_notes(view), *form_notes(pressed), *_size_notes(pressed, request),
                 *_coverage_notes(decided.coverage)]  # fmt: skip
         manifest = _manifest(pressed, identity, request, files, decided, told)
         card = model_card(
@@ -266,8 +266,18 @@ def _said(format: Format, ranks: set[int]) -> str:
     return f"{format.bits} bits, {groups}, {'symmetric' if format.symmetric else 'with zeros'}"
 
 
-def outside_notes(view: View) -> list[str]:
-    """Say what happens to tensors that the model's class does not know."""
+def source_notes(view: View) -> list[str]:
+    """Say what is unusual about a checkpoint: tensors that its class does not know, a head that is tied and stored."""
+    notes = _outside_notes(view)
+    if view.blueprint.both_stored:
+        notes.append(
+            "config.json ties the head to the embedding, but the files hold both: where they differ each keeps its own, as in "
+            "transformers (engines that go by the config alone tie them: say tie_word_embeddings: false in it)"
+        )
+    return notes
+
+
+def _outside_notes(view: View) -> list[str]:
     outside = view.blueprint.outside
     if not outside:
         return []

@@ -170,6 +170,7 @@ class LayerSpec:
 class Blueprint:
     """What the model is. `digest` identifies the checkpoint's content (see `checkpoint.index`).
 
+    `tied`: one matrix is embedding and head; with `both_stored` the config says so too, but the files hold each.
     `layers_name` is where its class keeps the decoder layers; `indivisible` says why single branches of them cannot
     go, where that is so; `period` is the number of blocks after which the pattern of layers repeats, where the config
     can say it in no other way (1: it can say any).
@@ -186,6 +187,7 @@ class Blueprint:
     layers_name: str = "model.layers"
     indivisible: str = ""
     period: int = 1
+    both_stored: bool = False
 
     @cached_property
     def branches(self) -> tuple[tuple[int, Branch], ...]:

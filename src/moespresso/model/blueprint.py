@@ -64,6 +64,7 @@ def read_blueprint(checkpoint: Checkpoint) -> Blueprint:
     indivisible = next((anatomy for anatomy in classify.anatomies if isinstance(anatomy, str)), "")
     entries = tuple(classify(ref) for ref in checkpoint.tensors.values())
     classify.check_complete(place)
+    tables = {entry.unit.part for entry in entries if _is_table(entry)}
     text = config.get_text_config()
     return Blueprint(
         family=config.model_type,
@@ -71,13 +72,19 @@ def read_blueprint(checkpoint: Checkpoint) -> Blueprint:
         digest=checkpoint.digest,
         hidden=text.hidden_size,
         vocab=text.vocab_size,
-        tied=not any(entry.unit.part == "head" and entry.ref.name.endswith("weight") for entry in entries),
+        tied=len(tables) < 2,
         layers=specs if indivisible else tuple(map(_with_bodies, specs, classify.anatomies, layers)),
         entries=entries,
         layers_name=layers_name,
         indivisible=indivisible,
         period=_period(text, specs),
+        both_stored=len(tables) == 2 and bool(model.all_tied_weights_keys),
     )
+
+
+def _is_table(entry: Entry) -> bool:
+    """Whether an entry holds the embedding's rows or the head's, of which tied models store one."""
+    return entry.unit.part in ("embedding", "head") and entry.ref.name.endswith("weight")
 
 
 def _period(text: PreTrainedConfig, specs: Sequence[LayerSpec]) -> int:
@@ -260,7 +267,7 @@ class _Classifier:
         self.anatomies = [_anatomy(layer) for layer in layers]
         self._embedding = _module_name(model, model.get_input_embeddings())
         self._head = _module_name(model, model.get_output_embeddings())
-        self._tied = set(model.all_tied_weights_keys)
+        self._tied = _tied_pairs(model)
         self._seen: dict[str, list[TensorRef]] = defaultdict(list)
         self._transformed: dict[str, bool] = {}
         self._numbers: dict[tuple[int, str], list[int]] = defaultdict(list)
@@ -384,7 +391,7 @@ class _Classifier:
             self._check_numbers(place, layer, matrix, numbers)
         for name, wanted in self._names.state.items():
             refs = self._seen.get(name, [])
-            if not refs and name in self._tied:
+            if not refs and any(self._seen.get(other) for other in self._tied.get(name, ())):
                 continue
             if not refs:
                 raise UserError(
@@ -457,6 +464,16 @@ def _expert_axes_of(matrix: str, experts: Any) -> dict[str, Any]:
         else ""
     )
     return {"channel_axis": -1 if matrix.endswith("_bias") else rows, "joined": joined}
+
+
+def _tied_pairs(model: PreTrainedModel) -> dict[str, set[str]]:
+    """The parameters that each is tied to, by the model's class and its config: which of them are stored does not matter."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for one, other in model.all_tied_weights_keys.items():
+        group = {one, other} | found[one] | found[other]
+        for name in group:
+            found[name] = group
+    return found
 
 
 def _anatomy(layer: nn.Module) -> Anatomy | str:

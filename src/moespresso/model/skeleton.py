@@ -159,6 +159,8 @@ class Skeleton:
         self.specs, self.place, self.dtype, self.device = specs, place, dtype, device
         self._names = Names(self.model)
         self._tensors = self._by_layer(tensors)
+        stored = {self.in_memory(key) for each in self._tensors.values() for key in each}
+        self._absent = self._names.state.keys() - stored
         self._anatomies: dict[int, Anatomy | None] = {}
         self._materialise_buffers()
 
@@ -229,7 +231,7 @@ class Skeleton:
     def outer(self) -> Iterator[None]:
         """Everything outside the decoder layers in memory; embedding and head go again, the small last norm stays."""
         self._load(None, self.model)
-        self.model.tie_weights()
+        self._tie()
         try:
             yield
         finally:
@@ -250,8 +252,13 @@ class Skeleton:
             found = moe_block(module)
             if found is not None and getattr(experts := found[1].get_submodule("experts"), "widths", ()):
                 laid_end_to_end(experts)
-        self.model.tie_weights()
+        self._tie()
         return self.model.eval()
+
+    def _tie(self) -> None:
+        """Tie what the loader ties: of a pair that the config ties, the one that no file holds is the other; where files hold
+        both, and they differ, each keeps its own."""
+        self.model.tie_weights(missing_keys=set(self._absent), recompute_mapping=False)
 
     def layer_state(self, index: int) -> dict[str, Tensor]:
         """In-memory names and tensors of a loaded layer."""
