@@ -196,6 +196,12 @@ def form_notes(view: View) -> list[str]:
         names = ", ".join(f"L{view.left.layers[position]}" for position in view.stubs)
         notes.append(f"in place of what {names} lost stands a dense part of zeros, {width} wide")
     notes += format_notes(view)
+    whole = [piece.name for piece in view.pieces if piece.joins]
+    if whole:
+        notes.append(
+            f"{len(whole)} tensors (such as {whole[0]}) are stored in one piece, since transformers 5.23 does not join their parts "
+            "beside packed matrices; an engine that wants these apart will not find them"
+        )
     again = sum(piece.code is not None and piece.code.again for piece in view.pieces)
     if again:
         notes.append(

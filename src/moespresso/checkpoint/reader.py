@@ -121,6 +121,10 @@ class Reader:
 
     def chunks(self, piece: Piece) -> Iterator[torch.Tensor]:
         """The piece's elements in stored order, as flat tensors of its dtype and bounded size."""
+        if piece.joins:
+            for each in piece.joins:
+                yield from self.chunks(each)
+            return
         if piece.whole is not None:
             yield self._part(piece.whole, piece.part).reshape(-1)
             return

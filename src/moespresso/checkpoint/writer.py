@@ -108,11 +108,11 @@ def write_shard(folder: Path, shard: Shard, reader: Reader) -> Written:
             yield from map(as_bytes, reader.chunks(piece))
 
     size, digest = write_file(folder / shard.name, parts())
-    for file in {piece.source.ref.file for piece in shard.pieces}:
+    for file in {ref.file for piece in shard.pieces for ref in piece.inputs}:
         reader.drop_pages(file)
     found = reader.nonfinite
-    nonfinite = {p.name: found[p.source.ref.name] for p in shard.pieces if p.source.ref.name in found}
-    return Written(shard.name, size, digest, nonfinite)
+    counts = {piece.name: sum(found.get(ref.name, 0) for ref in piece.inputs) for piece in shard.pieces}
+    return Written(shard.name, size, digest, {name: count for name, count in counts.items() if count})
 
 
 def write_file(path: Path, parts: Iterable[memoryview]) -> tuple[int, str]:

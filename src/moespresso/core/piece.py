@@ -70,7 +70,7 @@ class Piece:
     up to its shape, which is that of something wider. `given` is what stands in its place, where that was fitted (`refit`:
     whether or not it is known yet); with `code` all of that is encoded, and what was stored as less than it is becomes
     `plain` again where its values change. `unit` is its address in the result. `part` of the matrix `whole` is one of the
-    tensors that it is stored as.
+    tensors that it is stored as. Where it `joins` others, these are laid end to end, and `source` is that of the first.
     """
 
     name: str
@@ -90,6 +90,7 @@ class Piece:
     code: Code | None = None
     part: str = ""
     whole: Piece | None = None
+    joins: tuple[Piece, ...] = ()
 
     @property
     def unit(self) -> Unit:
@@ -121,6 +122,8 @@ class Piece:
         if self.whole is not None:
             return self.whole.fitted
         on_text = self.code is not None and self.code.on_text
+        if self.joins:
+            return any(piece.fitted for piece in self.joins)
         aligned = any(member.aligned for members in self.blend for member in members)
         return on_text or self.refit or bool(self.folds) or aligned
 
@@ -132,7 +135,14 @@ class Piece:
     @property
     def copied(self) -> bool:
         """Whether every byte of it is a byte of the source."""
-        return not self.changed and self.code is None and self.whole is None and self.source.ref.factor == 1
+        if self.joins or self.code is not None or self.whole is not None:
+            return False
+        return not self.changed and self.source.ref.factor == 1
+
+    @property
+    def inputs(self) -> tuple[TensorRef, ...]:
+        """The tensors of the source that it is made of, experts that are averaged aside."""
+        return tuple(ref for piece in self.joins for ref in piece.inputs) or (self.source.ref,)
 
 
 def stored(piece: Piece) -> list[Piece]:

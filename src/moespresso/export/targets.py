@@ -105,6 +105,11 @@ def _check_formats(target: Target, view: View) -> None:
         )
     if one_format(view):
         return
+    if view.unreadable:
+        raise UserError(
+            f"this plan packs matrices beside {_some(view.unreadable)}, which {target.name} converts as it reads, but cannot beside "
+            "packed ones: drop the rounding step, or say --target plugin (moespresso.load reads it)"
+        )
     experts = {piece.ref.packed and piece.ref.packed.format for piece in view.pieces
                if piece.unit.part == "experts" and len(piece.shape) == 2}  # fmt: skip
     known = [format for format in experts if format]

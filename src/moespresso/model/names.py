@@ -65,6 +65,23 @@ class Names:
             [(MergeModulelist, 0), (Concatenate, 1)],
         )
 
+    def only_lays_end_to_end(self, pattern: str) -> bool:
+        """Whether the converter behind a source pattern lays its sources end to end along the first axis, and nothing else."""
+        operations = self._converter(pattern).operations
+        return [(type(operation), getattr(operation, "dim", None)) for operation in operations] == [
+            (Concatenate, 0)
+        ]
+
+    def waits_for_packed(self, pattern: str) -> bool:
+        """Whether the library gives the converter behind a source pattern packed parts only, where a checkpoint has any (a
+        stack of experts apart, which is what that is made for)."""
+        sources = self._converter(pattern).source_patterns
+        return all(source.endswith(".weight") for source in sources) and not self.only_stacks(pattern)
+
+    def order(self, key: str, pattern: str) -> tuple[int, Any]:
+        """The place of an on-disk key among all that the converter behind its source pattern takes."""
+        return self._converter(pattern).source_patterns.index(pattern), dot_natural_key(key)
+
     def _converter(self, pattern: str) -> WeightConverter:
         return next(entry for entry in self._converters if pattern in entry.source_patterns)
 

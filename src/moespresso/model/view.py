@@ -30,6 +30,7 @@ from moespresso.core.rewrite import pieces, pressed_blueprint
 from moespresso.core.unit import Unit
 from moespresso.model.blueprint import check_tensors
 from moespresso.model.depth import with_dense
+from moespresso.model.joined import joined, unreadable
 from moespresso.model.names import Names
 from moespresso.model.skeleton import Skeleton, build_meta, read_config
 from moespresso.model.unequal import pressed_config
@@ -73,7 +74,13 @@ class View:
     def pieces(self) -> list[Piece]:
         """Every tensor of the result, in the source's order."""
         found = pieces(self.source, self.plan, self.fits, stock=self.stock)
-        return [*(laid_out(piece, self.layout) for piece in self._grown(found)), *self._stub_pieces()]
+        laid = [laid_out(piece, self.layout) for piece in self._grown(found)]
+        return [*joined(laid, self.checkpoint.config, self.source.source), *self._stub_pieces()]
+
+    @cached_property
+    def unreadable(self) -> list[str]:
+        """Names of plain tensors that stock transformers cannot read beside the packed ones."""
+        return unreadable(self.pieces, self.checkpoint.config, self.source.source)
 
     @cached_property
     def stored(self) -> list[Piece]:
@@ -225,12 +232,12 @@ def other_layout(view: View) -> bool:
 
 
 def one_format(view: View) -> bool:
-    """Whether stock loaders read a view's packed experts rightly: all of them in one format, which in compressed-tensors
-    must be symmetric."""
+    """Whether stock loaders read a packed view rightly: all experts in one format, which in compressed-tensors must be symmetric,
+    and beside them nothing that they cannot read there."""
     experts = [piece.ref.packed for piece in view.pieces if piece.unit.part == "experts"]
     others = [piece.ref.packed for piece in view.pieces if piece.ref.packed is not None]
     ragged = any(layer.widths for layer in view.blueprint.layers) and any(experts)
-    if ragged or any(packed.layout in OWN_LAYOUTS for packed in others):
+    if ragged or view.unreadable or any(packed.layout in OWN_LAYOUTS for packed in others):
         return False
     return len({packed and packed.format for packed in experts}) <= 1 and all(
         packed is None or packed.format.symmetric or packed.layout != "compressed-tensors"

@@ -1,0 +1,92 @@
+"""Plain tensors that transformers joins as it reads, stored joined where it could not join them.
+
+Beside packed matrices transformers 5.23 unpacks before it converts: every conversion whose sources end in `.weight` (the
+short convolutions of queries, keys and values; the shards of an n-gram table) is then given packed parts only, finds none,
+and stops. Names that are the model's own need no conversion, so what would only be laid end to end is written laid end to
+end. What would be converted in another way is `unreadable`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from moespresso.checkpoint.packed import SECTION
+from moespresso.core.piece import Piece
+from moespresso.model.names import Names
+from moespresso.model.skeleton import build_meta, read_config
+
+Config = Mapping[str, Any]
+
+
+def joined(pieces: Sequence[Piece], config: Config, place: str) -> list[Piece]:
+    """`pieces` with those laid end to end that the library could not convert; `config` is that of the source."""
+    if not _beside_packed(pieces):
+        return list(pieces)
+    names = _names_of(config, place)
+    groups = _converted(pieces, names)
+    firsts = {together[0].name: name for name, together in groups.items() if _can_join(name, together, names)}
+    gone = {piece.name for name in firsts.values() for piece in groups[name]}
+    found: list[Piece] = []
+    for piece in pieces:
+        if piece.name in firsts:
+            found.append(_end_to_end(firsts[piece.name], groups[firsts[piece.name]]))
+        elif piece.name not in gone:
+            found.append(piece)
+    return found
+
+
+def unreadable(pieces: Sequence[Piece], config: Config, place: str) -> list[str]:
+    """Names of plain pieces that the library would have to convert beside packed ones, which it cannot."""
+    if not _beside_packed(pieces):
+        return []
+    groups = _converted(pieces, _names_of(config, place))
+    return [piece.name for together in groups.values() for piece in together]
+
+
+def _beside_packed(pieces: Sequence[Piece]) -> bool:
+    packed = (piece.ref.packed for piece in pieces)
+    return any(each is not None and each.layout == "compressed-tensors" for each in packed)
+
+
+def _converted(pieces: Sequence[Piece], names: Names) -> dict[str, list[Piece]]:
+    """Plain pieces behind a conversion that waits for packed parts, in the order it takes them, by the name they get."""
+    found: dict[str, list[tuple[Any, Piece]]] = {}
+    for piece in pieces:
+        name, pattern = names.in_memory(piece.name)
+        if piece.ref.packed is None and pattern is not None and names.waits_for_packed(pattern):
+            found.setdefault(name, []).append((names.order(piece.name, pattern), piece))
+    return {
+        name: [piece for _, piece in sorted(each, key=lambda pair: pair[0])] for name, each in found.items()
+    }
+
+
+def _can_join(name: str, together: Sequence[Piece], names: Names) -> bool:
+    """Whether laying these end to end is all that the library would do, and what comes of it is read as it is."""
+    alike = {(piece.ref.dtype, piece.shape[1:]) for piece in together}
+    patterns = [names.in_memory(piece.name)[1] or "" for piece in together]
+    return (
+        len(alike) == 1
+        and all(map(names.only_lays_end_to_end, patterns))
+        and names.in_memory(name) == (name, None)
+    )
+
+
+def _end_to_end(name: str, together: Sequence[Piece]) -> Piece:
+    first = together[0]
+    rows = sum(piece.shape[0] for piece in together)
+    return Piece(name, (rows, *first.shape[1:]), first.source, place=first.unit, joins=tuple(together))
+
+
+def _names_of(config: Config, place: str) -> Names:
+    return _names(json.dumps({key: value for key, value in config.items() if key != SECTION}), place)
+
+
+@lru_cache(maxsize=4)
+def _names(config: str, place: str) -> Names:
+    """The names of a source, for which all its views ask."""
+    return Names(build_meta(read_config(json.loads(config), place), torch.bfloat16, place))
