@@ -51,7 +51,7 @@ from moespresso.model import (
 from moespresso.pipeline import Clock, Decided, all_needs, decide, describe_step
 from moespresso.pipeline import measure as measure_view
 from moespresso.recipe import Recipe, Request
-from moespresso.rehearsal import NotOnThisModel, housed, rehearse
+from moespresso.rehearsal import NotOnThisModel, housed, in_some_form, rehearse
 from moespresso.report import Report, describe_methods
 from moespresso.result import format_notes, outside_notes, produce
 from moespresso.slimming import found
@@ -271,9 +271,13 @@ def build(
     runtime, clock, request = runtime or Runtime(), Clock(), request or Request()
     target = request.target
     with clock.phase("open"):
-        view = open_view(locate(model))
-        made = Plan.load(Path(plan)).validated(view.source)
-        view = housed(view, lambda at_home: formed(target, replace(at_home, plan=made)).check_fits())
+        made = Plan.load(Path(plan))
+
+        def tried(form: View) -> View:
+            made.validated(form.source)
+            return housed(form, lambda at_home: formed(target, replace(at_home, plan=made)).check_fits())
+
+        view = in_some_form(open_view(locate(model)), tried)
     batches = _text_of_plan(view, made, request)
     # What is built is what the plan says, whatever else the request holds.
     recipe = {"calibration": dict(made.calibration), "steps": [dict(stage.method) for stage in made.stages],

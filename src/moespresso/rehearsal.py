@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from moespresso.core.errors import UserError
 from moespresso.export import find_target, formed
-from moespresso.model import View, rehoused_views
+from moespresso.model import View, apart_view, rehoused_views
 from moespresso.recipe import Request, parse_size
+
+T = TypeVar("T")
 
 
 def rehearse(view: View, request: Request) -> tuple[View, Request]:
@@ -25,12 +27,28 @@ def rehearse(view: View, request: Request) -> tuple[View, Request]:
     find_target(request.target)
     if not request.steps and request.size is None:
         return view, request
-    request = _fit_budget(view, request) if request.size is not None else request
-    return housed(view, lambda at_home: _walk(at_home, request)), request
+
+    def tried(form: View) -> tuple[View, Request]:
+        fitted = _fit_budget(form, request) if request.size is not None else request
+        return housed(form, lambda at_home: _walk(at_home, fitted)), fitted
+
+    return in_some_form(view, tried)
 
 
 class NotOnThisModel(UserError):
     """A step cannot be done, which another family's name for the same model does not change: what that adds is not there."""
+
+
+def in_some_form(view: View, do: Callable[[View], T]) -> T:
+    """What `do` makes of the view or, where it raises `UserError` and experts lie in stacks that can be taken apart, of the same
+    checkpoint with its experts apart."""
+    try:
+        return do(view)
+    except UserError:
+        apart = apart_view(view)
+        if apart is None:
+            raise
+    return do(apart)
 
 
 def housed(view: View, try_out: Callable[[View], None]) -> View:
