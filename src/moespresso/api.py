@@ -28,7 +28,7 @@ from moespresso.core.format import LAYOUT_BITS, Layout, check_layout
 from moespresso.core.plan import Plan
 from moespresso.core.registry import parse_step
 from moespresso.core.runtime import Runtime
-from moespresso.core.slim import rounds_on_text
+from moespresso.core.slim import rounds_on_text, slims, step_of
 from moespresso.core.stats import Stats, stats_key
 from moespresso.data import Batches, Source, calibration, sequences
 from moespresso.evaluate import evaluate as evaluate_models
@@ -277,7 +277,8 @@ def build(
             made.validated(form.source)
             return housed(form, lambda at_home: formed(target, replace(at_home, plan=made)).check_fits())
 
-        view = in_some_form(open_view(locate(model)), tried)
+        steps = [step_of(stage) for stage in made.stages if slims(stage)]
+        view = in_some_form(open_view(locate(model)), steps, tried)
     batches = _text_of_plan(view, made, request)
     # What is built is what the plan says, whatever else the request holds.
     recipe = {"calibration": dict(made.calibration), "steps": [dict(stage.method) for stage in made.stages],

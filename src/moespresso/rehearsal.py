@@ -6,7 +6,7 @@ only from the checkpoint under another family's name, and how much must go for a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -32,16 +32,18 @@ def rehearse(view: View, request: Request) -> tuple[View, Request]:
         fitted = _fit_budget(form, request) if request.size is not None else request
         return housed(form, lambda at_home: _walk(at_home, fitted)), fitted
 
-    return in_some_form(view, tried)
+    return in_some_form(view, request.steps, tried)
 
 
 class NotOnThisModel(UserError):
     """A step cannot be done, which another family's name for the same model does not change: what that adds is not there."""
 
 
-def in_some_form(view: View, do: Callable[[View], T]) -> T:
-    """What `do` makes of the view or, where it raises `UserError` and experts lie in stacks that can be taken apart, of the same
-    checkpoint with its experts apart."""
+def in_some_form(view: View, steps: Iterable[Any], do: Callable[[View], T]) -> T:
+    """What `do` makes of the view or, where experts lie in stacks that can be taken apart, of the same checkpoint with its experts
+    apart: if it raises `UserError` for the stacks, or a step would make something else of them."""
+    if any(getattr(step, "by_matrix", False) for step in steps):
+        return do(apart_view(view) or view)
     try:
         return do(view)
     except UserError:

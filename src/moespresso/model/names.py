@@ -21,6 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    PrefixChange,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
@@ -146,7 +147,8 @@ class Names:
 
     def own_layout(self) -> tuple[dict[str, str], dict[str, list[Slice]]]:
         """How the library would write the model: the new name of every parameter that is written as it is, and of every
-        stack [E, out, in] that is written expert by expert the matrices on disk.
+        stack [E, out, in] that is written expert by expert the matrices on disk. Prefixes of wrappers are left alone, which
+        it knows from loading only.
 
         Found by what it makes of small stacks of counted numbers. A stack whose matrices are no runs of rows is left out.
         """
@@ -155,7 +157,10 @@ class Names:
             for name, tensor in self.state.items()
             if tensor.dim() == 3 and "experts." in name
         }
-        written = self.to_disk({**self.state, **probes})
+        self._model._weight_conversions = [
+            entry for entry in self._saving if not isinstance(entry, PrefixChange)
+        ]
+        written = revert_weight_conversion(self._model, {**self.state, **probes})
         before = {id(tensor): name for name, tensor in self.state.items()}
         renamed = {before[id(tensor)]: name for name, tensor in written.items() if id(tensor) in before}
         slices: dict[str, list[Slice]] = {}

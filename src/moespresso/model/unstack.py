@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import takewhile
 
 import torch
 
@@ -52,16 +53,24 @@ def _apart(
     """What a stored tensor becomes: the matrices of a stack, or itself under the name that goes with them."""
     name, pattern = names.in_memory(ref.name)
     if pattern is None and name in slices and ref.packed is None:
-        yield from (_matrix(ref, each) for each in slices[name])
-    elif pattern is None:
-        yield replace(ref, name=renamed.get(name, ref.name))
+        yield from (_matrix(ref, each, _prefixed(each.name, ref.name, name)) for each in slices[name])
+    elif pattern is None and renamed.get(name, name) != name:
+        yield replace(ref, name=_prefixed(renamed[name], ref.name, name))
     else:
         yield ref
 
 
-def _matrix(ref: TensorRef, part: Slice) -> TensorRef:
+def _prefixed(own: str, stored: str, name: str) -> str:
+    """A name of the own layout with what the files put before the `name` in memory of what is `stored`."""
+    pairs = zip(reversed(stored), reversed(name), strict=False)
+    tail = len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
+    before, within = stored[: len(stored) - tail], name[: len(name) - tail]
+    return before + own.removeprefix(within) if own.startswith(within) else own
+
+
+def _matrix(ref: TensorRef, part: Slice, name: str) -> TensorRef:
     """One expert's matrix of a stack."""
     _, height, width = ref.shape
     first, rows = int(part.first * height), int(part.share * height)
     start = int((part.expert * height + first) * width * DTYPE_BYTES[ref.dtype])
-    return replace(ref, name=part.name, shape=(rows, width), offset=ref.offset + start)
+    return replace(ref, name=name, shape=(rows, width), offset=ref.offset + start)
