@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from moespresso.core.errors import UserError
+from moespresso.core.plan import Plan
 from moespresso.export import find_target, formed
 from moespresso.model import View, apart_view, rehoused_views
 from moespresso.recipe import Request, parse_size
@@ -76,10 +77,13 @@ def _why_uneven(step: Any) -> str:
 
 def _walk(view: View, request: Request) -> None:
     target, made = find_target(request.target), view.plan
+    ragged: Plan | None = None  # the same with widths that an uneven step may come to
     for step in request.steps:
         now = replace(view, plan=made)
         try:
             step.check(now.blueprint)
+            if ragged is not None:
+                step.check(replace(view, plan=ragged).blueprint)
         except UserError as error:
             raise NotOnThisModel(str(error)) from error
         if step.uneven and not target.plugin:
@@ -87,8 +91,16 @@ def _walk(view: View, request: Request) -> None:
                 f"{step.kind}: {_why_uneven(step)}, which {target.name} cannot load; the nearest plan "
                 f"that it can is scope=layer,{step.even(now.blueprint)}, or say --target plugin"
             )
+        if ragged is not None or (step.uneven and hasattr(step, "ragged")):
+            ragged = _ragged(step, view, ragged or made)
         made = replace(made, stages=(*made.stages, step.outline(view.source, made))).validated(view.source)
     formed(request.target, replace(view, plan=made)).check_fits()
+
+
+def _ragged(step: Any, view: View, before: Plan) -> Plan:
+    """The plan with a stage of a step as uneven as that may make it."""
+    make = step.ragged if step.uneven and hasattr(step, "ragged") else step.outline
+    return replace(before, stages=(*before.stages, make(view.source, before)))
 
 
 def _fit_budget(view: View, request: Request) -> Request:

@@ -168,14 +168,16 @@ def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
         raise UserError(f"the plan rescales {min(refitted - known)}, but {blueprint.source} has no such part")
     met: set[Unit] = set()
     left = remains(Plan(plan.blueprint, plan.stages[: number + 1]), blueprint)
+    treated: list[tuple[Entry, Format, tuple[int, ...]]] = []
     for entry in blueprint.entries:
         _check_fused(entry, stage, blueprint, left)
         format = format_of(entry, stage)
         if format is not None:
-            check_storable(entry, format, narrowed(entry, left))
+            treated.append((entry, format, narrowed(entry, left)))
             met |= {
                 Unit(entry.unit.layer, entry.unit.part, None, matrix) for matrix in (None, entry.unit.matrix)
             }
+    check_all_storable(treated)
     for unit, treatment in stage.treatments.items():
         if treatment.format is not None and unit not in met:
             raise UserError(f"the plan gives {unit} a format, but {blueprint.source} has no matrices there")
@@ -273,11 +275,18 @@ def narrowed(entry: Entry, left: Remains) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def check_storable(entry: Entry, format: Format, shape: tuple[int, ...] | None = None) -> None:
-    """Raise `UserError` where a matrix (of `shape`, if that is no longer its own) cannot be stored in `format`."""
-    *_, out, width = shape or entry.ref.shape
+def check_all_storable(treated: Collection[tuple[Entry, Format, tuple[int, ...]]]) -> None:
+    """Raise `UserError` where a matrix of some shape, of all that one step treats, cannot be stored in its format."""
+    widths = {shape[-1] for _, _, shape in treated}
+    for entry, format, shape in treated:
+        check_storable(entry, format, shape, widths)
+
+
+def check_storable(entry: Entry, format: Format, shape: tuple[int, ...], beside: Collection[int]) -> None:
+    """Raise `UserError` where a matrix of `shape` cannot be stored in `format`; the cure is one for all widths `beside` it."""
+    *_, out, width = shape
     if prunes(format):
-        check_pattern(width, format, entry.ref.name)
+        check_pattern(width, format, entry.ref.name, beside)
         return
     if format.kind == "factors":
         if not 0 < format.rank <= min(out, width):
@@ -299,5 +308,5 @@ def check_storable(entry: Entry, format: Format, shape: tuple[int, ...] | None =
         return
     if format.kind != "integer" or format.bits not in (2, 3, 4, 8):
         raise UserError(f"{entry.ref.name}: format {format} is not known: integers of 2, 3, 4 or 8 bits are")
-    check_group(width, format, entry.ref.name)
+    check_group(width, format, entry.ref.name, beside)
     check_layout("compressed-tensors", format, out, width)

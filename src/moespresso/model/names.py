@@ -57,6 +57,7 @@ class Names:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
+        self.family = str(model.config.model_type)
         # Annotated as the loader wants it: every entry is one of these two.
         self._loading: list[Any] = get_model_conversion_mapping(model)
         # The loader overwrites the model's mapping with what the last call happened to use, so ours is kept here.
