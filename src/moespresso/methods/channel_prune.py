@@ -138,7 +138,8 @@ class ChannelPrune:
         """The settings of the nearest plan with equal layers."""
         widths = [self._width(layer.width) for layer in blueprint.moe_layers]
         width = max(1, round(sum(widths) / len(widths) / self.multiple)) * self.multiple
-        return f"per_expert=false,width={width}" if self.per_expert else f"width={width}"
+        amount = f"width={width}" if self.ratio is None else f"ratio={self.ratio}"
+        return f"per_expert=false,{amount}" if self.per_expert else amount
 
     def needs(self) -> frozenset[str]:
         """What must be measured for this step: nothing but text to see, and for widths that differ what each expert would lose."""
@@ -175,14 +176,10 @@ class ChannelPrune:
             groups = packed.format.group_size if packed is not None and entry.unit.part == "experts" else 0
             odd = groups and (width % groups or (self.uneven and self.multiple % groups))
             if odd and (entry.unit.matrix or "").startswith("down"):
-                cure = (
-                    f"multiple={groups}"
-                    if self.width is None
-                    else f"width={-(-width // groups) * groups},multiple={groups}"
-                )
+                what = f"width={-(-width // groups) * groups}," if self.width is not None else ""
                 raise UserError(
                     f"channel_prune: {entry.ref.name} is packed in groups of {groups}, which do not divide {width} channels: "
-                    f"use {cure}, or prune first and round then"
+                    f"use {what}multiple={groups}, and put this step before any that rounds"
                 )
 
     def _width(self, before: int) -> int:
