@@ -158,9 +158,8 @@ class Names:
             for name, tensor in self.state.items()
             if tensor.dim() == 3 and "experts." in name
         }
-        self._model._weight_conversions = [
-            entry for entry in self._saving if not isinstance(entry, PrefixChange)
-        ]
+        saving: Any = [entry for entry in self._saving if not isinstance(entry, PrefixChange)]
+        self._model._weight_conversions = saving
         written = revert_weight_conversion(self._model, {**self.state, **probes})
         before = {id(tensor): name for name, tensor in self.state.items()}
         renamed = {before[id(tensor)]: name for name, tensor in written.items() if id(tensor) in before}

@@ -84,9 +84,11 @@ def _no_causal(config: PreTrainedConfig, place: str) -> str:
     text = config.get_text_config()
     if text is config:
         return f"{place}: transformers has no causal language model for model_type {config.model_type!r}"
+    alone = text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    cure = "give a checkpoint of that alone" if alone else "choose a model that is a language model alone"
     return (
         f"{place}: model_type {config.model_type!r} wraps a language model ({text.model_type}) with other parts, such as vision, "
-        "which is not available in this version: give a checkpoint of the language model alone"
+        f"which is not available in this version: {cure}"
     )
 
 
