@@ -154,7 +154,10 @@ def test_sizes_that_can_be(source: Path, text: Path, tmp_path: Path):
         (["wanda", "low_rank:method=shared_basis"], "would no longer be zero"),
         (["wanda:parts=attention", "attention_rank:pack=false,modules=vo"], "would no longer be zero"),
         (["channel_prune:ratio=0.3,per_expert=true", "low_rank"], "use method=shared_basis"),
-        (["rtn:group_size=32", "channel_prune:ratio=0.5"], "or prune first and round then"),
+        (
+            ["rtn:group_size=32", "channel_prune:ratio=0.5"],
+            "use multiple=32, and put this step before any that rounds",
+        ),
     ],
 )
 def test_orders_that_undo_what_was_done(

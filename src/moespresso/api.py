@@ -28,7 +28,7 @@ from moespresso.core.format import LAYOUT_BITS, Layout, check_layout
 from moespresso.core.plan import Plan
 from moespresso.core.registry import parse_step
 from moespresso.core.runtime import Runtime
-from moespresso.core.slim import rounds_on_text
+from moespresso.core.slim import rounds_on_text, slims, step_of
 from moespresso.core.stats import Stats, stats_key
 from moespresso.data import Batches, Source, calibration, sequences
 from moespresso.evaluate import evaluate as evaluate_models
@@ -51,7 +51,7 @@ from moespresso.model import (
 from moespresso.pipeline import Clock, Decided, all_needs, decide, describe_step
 from moespresso.pipeline import measure as measure_view
 from moespresso.recipe import Recipe, Request
-from moespresso.rehearsal import NotOnThisModel, housed, rehearse
+from moespresso.rehearsal import NotOnThisModel, housed, in_some_form, rehearse
 from moespresso.report import Report, describe_methods
 from moespresso.result import format_notes, produce, source_notes
 from moespresso.slimming import found
@@ -271,9 +271,14 @@ def build(
     runtime, clock, request = runtime or Runtime(), Clock(), request or Request()
     target = request.target
     with clock.phase("open"):
-        view = open_view(locate(model))
-        made = Plan.load(Path(plan)).validated(view.source)
-        view = housed(view, lambda at_home: formed(target, replace(at_home, plan=made)).check_fits())
+        made = Plan.load(Path(plan))
+
+        def tried(form: View) -> View:
+            made.validated(form.source)
+            return housed(form, lambda at_home: formed(target, replace(at_home, plan=made)).check_fits())
+
+        steps = [step_of(stage) for stage in made.stages if slims(stage)]
+        view = in_some_form(open_view(locate(model)), steps, tried)
     batches = _text_of_plan(view, made, request)
     # What is built is what the plan says, whatever else the request holds.
     recipe = {"calibration": dict(made.calibration), "steps": [dict(stage.method) for stage in made.stages],

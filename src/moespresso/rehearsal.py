@@ -6,15 +6,18 @@ only from the checkpoint under another family's name, and how much must go for a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from moespresso.core.errors import UserError
+from moespresso.core.plan import Plan
 from moespresso.export import find_target, formed
-from moespresso.model import View, rehoused_views
+from moespresso.model import View, apart_view, rehoused_views
 from moespresso.recipe import Request, parse_size
+
+T = TypeVar("T")
 
 
 def rehearse(view: View, request: Request) -> tuple[View, Request]:
@@ -25,12 +28,30 @@ def rehearse(view: View, request: Request) -> tuple[View, Request]:
     find_target(request.target)
     if not request.steps and request.size is None:
         return view, request
-    request = _fit_budget(view, request) if request.size is not None else request
-    return housed(view, lambda at_home: _walk(at_home, request)), request
+
+    def tried(form: View) -> tuple[View, Request]:
+        fitted = _fit_budget(form, request) if request.size is not None else request
+        return housed(form, lambda at_home: _walk(at_home, fitted)), fitted
+
+    return in_some_form(view, request.steps, tried)
 
 
 class NotOnThisModel(UserError):
     """A step cannot be done, which another family's name for the same model does not change: what that adds is not there."""
+
+
+def in_some_form(view: View, steps: Iterable[Any], do: Callable[[View], T]) -> T:
+    """What `do` makes of the view or, where experts lie in stacks that can be taken apart, of the same checkpoint with its experts
+    apart: if it raises `UserError` for the stacks, or a step would make something else of them."""
+    if any(getattr(step, "by_matrix", False) for step in steps):
+        return do(apart_view(view) or view)
+    try:
+        return do(view)
+    except UserError:
+        apart = apart_view(view)
+        if apart is None:
+            raise
+    return do(apart)
 
 
 def housed(view: View, try_out: Callable[[View], None]) -> View:
@@ -56,10 +77,13 @@ def _why_uneven(step: Any) -> str:
 
 def _walk(view: View, request: Request) -> None:
     target, made = find_target(request.target), view.plan
+    ragged: Plan | None = None  # the same with widths that an uneven step may come to
     for step in request.steps:
         now = replace(view, plan=made)
         try:
             step.check(now.blueprint)
+            if ragged is not None:
+                step.check(replace(view, plan=ragged).blueprint)
         except UserError as error:
             raise NotOnThisModel(str(error)) from error
         if step.uneven and not target.plugin:
@@ -67,8 +91,16 @@ def _walk(view: View, request: Request) -> None:
                 f"{step.kind}: {_why_uneven(step)}, which {target.name} cannot load; the nearest plan "
                 f"that it can is scope=layer,{step.even(now.blueprint)}, or say --target plugin"
             )
+        if ragged is not None or (step.uneven and hasattr(step, "ragged")):
+            ragged = _ragged(step, view, ragged or made)
         made = replace(made, stages=(*made.stages, step.outline(view.source, made))).validated(view.source)
     formed(request.target, replace(view, plan=made)).check_fits()
+
+
+def _ragged(step: Any, view: View, before: Plan) -> Plan:
+    """The plan with a stage of a step as uneven as that may make it."""
+    make = step.ragged if step.uneven and hasattr(step, "ragged") else step.outline
+    return replace(before, stages=(*before.stages, make(view.source, before)))
 
 
 def _fit_budget(view: View, request: Request) -> Request:

@@ -35,7 +35,7 @@ from moespresso.core.remains import dropped_units, merged_into, remains
 from moespresso.core.runtime import Runtime
 from moespresso.core.unit import Unit
 from moespresso.export import formed
-from moespresso.model import View, is_unequal, one_format
+from moespresso.model import View, is_apart, is_unequal, one_format
 from moespresso.pipeline import Clock, Decided, write
 from moespresso.recipe import Request, parse_size
 from moespresso.report import LayerScores, Report, machine, model_card, shareable, source_licence, versions
@@ -100,6 +100,8 @@ def _manifest(
     """What the folder is and how it came about. No clock and no path in it: the same recipe gives the same bytes."""
     nonfinite = {name: count for file in files for name, count in file.nonfinite.items()}
     kept = [f"{name}: {count} NaN or infinite values, kept as they are" for name, count in nonfinite.items()]
+    # Said only where it is so: what was stored apart is described as ever.
+    apart = {"apart": True} if is_apart(view.checkpoint) else {}
     return {
         "moespresso": VERSION,
         "identity": identity,
@@ -125,7 +127,7 @@ def _manifest(
         "notes": [*decided.notes, *notes],
         "seed": request.seed,
         "versions": versions(),
-    }  # fmt: skip
+    } | apart  # fmt: skip
 
 
 def _packing(view: View) -> str:
@@ -190,6 +192,10 @@ def form_notes(view: View) -> list[str]:
     if view.origin is not None:
         notes.append(
             f"written as a {view.source.family} model, whose code computes the same and can say that layers lack a part"
+        )
+    if is_apart(view.checkpoint):
+        notes.append(
+            "experts are written apart, as the family's own layout has them; the source has those of a layer in one tensor"
         )
     if view.stubs:
         width = view.blueprint.layers[view.stubs[0]].width

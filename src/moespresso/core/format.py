@@ -8,6 +8,7 @@ alone, so a plan is priced without reading a weight.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,26 +68,32 @@ class Format:
         return bits
 
 
-def check_group(width: int, format: Format, what: str) -> None:
-    """Raise `UserError` where `format` cannot cut `width` inputs of `what` into whole groups."""
+def check_group(width: int, format: Format, what: str, beside: Iterable[int] = ()) -> None:
+    """Raise `UserError` where `format` cannot cut `width` inputs of `what` into whole groups; the cure is one that takes the
+    widths of the matrices `beside` it too, which have the same setting."""
     size = format.group_size
     if size and width % size:
-        fitting = [each for each in (128, 64, 32, 16, 8) if width % each == 0]
+        fitting = _dividing((128, 64, 32, 16, 8), (width, *beside))
         cure = f"group_size={fitting[0]}" if fitting else "group_size=0 (one scale per channel)"
         raise UserError(f"{what} has {width} inputs, which groups of {size} do not divide: use {cure}")
 
 
-def check_pattern(width: int, format: Format, what: str) -> None:
-    """Raise `UserError` where `format` cannot prune `width` inputs of `what`: a share that is none, groups that do not fit."""
+def _dividing(sizes: Iterable[int], widths: Collection[int]) -> list[int]:
+    """Those of some sizes of groups that divide all widths."""
+    return [size for size in sizes if all(width % size == 0 for width in widths)]
+
+
+def check_pattern(width: int, format: Format, what: str, beside: Iterable[int] = ()) -> None:
+    """Raise `UserError` where `format` cannot prune `width` inputs of `what`: a share that is none, groups that do not fit; the
+    cure fits the widths of the matrices `beside` it too."""
     size = format.group_size
     if not 0 < format.density <= 1:
         raise UserError(f"{what}: a density of {format.density:g} is no share between 0 and 1")
     if size and width % size:
-        fitting = [each for each in (4, 8, 16, 2) if width % each == 0]
-        cure = f"such as {fitting[0] // 2}:{fitting[0]}" if fitting else "or a plain share such as 0.5"
-        raise UserError(
-            f"{what} has {width} inputs, which groups of {size} do not divide: use another pattern, {cure}"
-        )
+        fitting = _dividing((4, 8, 16, 2), (width, *beside))
+        cure = f"such as {fitting[0] // 2}:{fitting[0]}" if fitting else ""
+        cure = f"another pattern, {cure}" if cure else f"a plain share such as {1 - format.density:g}"
+        raise UserError(f"{what} has {width} inputs, which groups of {size} do not divide: use {cure}")
 
 
 def layout_of(format: Format) -> Layout:

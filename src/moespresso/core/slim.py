@@ -7,6 +7,7 @@ A treatment's `format` stands on a part of a layer (`L3.experts`, `L3.attention`
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from moespresso.core.blueprint import Blueprint, Entry
@@ -168,14 +169,16 @@ def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
         raise UserError(f"the plan rescales {min(refitted - known)}, but {blueprint.source} has no such part")
     met: set[Unit] = set()
     left = remains(Plan(plan.blueprint, plan.stages[: number + 1]), blueprint)
+    treated: list[tuple[Entry, Format, tuple[int, ...]]] = []
     for entry in blueprint.entries:
         _check_fused(entry, stage, blueprint, left)
         format = format_of(entry, stage)
         if format is not None:
-            check_storable(entry, format, narrowed(entry, left))
+            treated.append((entry, format, narrowed(entry, left)))
             met |= {
                 Unit(entry.unit.layer, entry.unit.part, None, matrix) for matrix in (None, entry.unit.matrix)
             }
+    check_all_storable(treated)
     for unit, treatment in stage.treatments.items():
         if treatment.format is not None and unit not in met:
             raise UserError(f"the plan gives {unit} a format, but {blueprint.source} has no matrices there")
@@ -224,25 +227,50 @@ def _check_values(unit: Unit, treatment: Treatment, slimmed: bool, formats: Coll
         raise UserError(
             f"the plan {what} {unit} after a step that rounds or prunes weights: put that step last"
         )
-    fits = treatment.format is not None or treatment.channels is not None
-    if fits and any(layout_of(format) in OWN_LAYOUTS for format in formats):
-        raise UserError(
-            f"the plan treats {unit} after a step that stores matrices with a mask or as factors or in part: put that step last, or "
-            "say pack=false there where it has such a setting"
-        )
-    format = treatment.format
-    anew = treatment.channels is not None or (
-        format is not None and (format.kind in ("factors", "bases") or format.rank > 0)
-    )
+    trouble = _trouble(treatment, formats)
+    if trouble is not None:
+        raise UserError(f"the plan {trouble.format(unit=unit)}: {_in_order(treatment, formats)}")
+
+
+def _trouble(treatment: Treatment, formats: Collection[Format]) -> str | None:
+    """Why a treatment cannot follow steps that gave such formats; None where it can."""
+    format, narrows = treatment.format, treatment.channels is not None
+    if format is None and not narrows:
+        return None
+    if any(layout_of(each) in OWN_LAYOUTS for each in formats):
+        return "treats {unit} after a step that stores matrices with a mask or as factors or in part"
+    anew = narrows or (format is not None and (format.kind in ("factors", "bases") or format.rank > 0))
     if anew and any(each.density < 1 for each in formats):
-        raise UserError(
-            f"the plan fits {unit} anew after a step that prunes single weights, which would no longer be zero: put that step last"
-        )
-    cuts = treatment.channels is not None or (
-        treatment.format is not None and treatment.format.kind != "integer"
+        return "fits {unit} anew after a step that prunes single weights, which would no longer be zero"
+    cuts = narrows or (format is not None and format.kind != "integer")
+    if cuts and any(each.kind == "integer" for each in formats):
+        return "prunes {unit} after a step that rounds weights"
+    return None
+
+
+def _in_order(treatment: Treatment, formats: Collection[Format]) -> str:
+    """The orders and forms of a treatment and what stands before it that can be done, as a cure."""
+
+    def swapped(now: Treatment) -> bool:
+        after = set[Format]() if now.format is None else {now.format}
+        return all(_trouble(Treatment(format=each), after) is None for each in formats)
+
+    plain = treatment if treatment.format is None else replace(treatment, format=_unpacked(treatment.format))
+    last = (
+        "put the rounding last" if all(each.kind == "integer" for each in formats) else "put that step last"
     )
-    if cuts and any(format.kind == "integer" for format in formats):
-        raise UserError(f"the plan prunes {unit} after a step that rounds weights: put the rounding last")
+    there = {_unpacked(each) for each in formats}
+    cures = [last] if swapped(treatment) else []
+    if there != set(formats) and _trouble(treatment, there) is None:
+        cures.append("say pack=false there")
+    if not cures and swapped(plain):
+        cures.append(f"{last} and say pack=false here")
+    return ", or ".join(cures) or "neither can follow the other, so leave one of the two out"
+
+
+def _unpacked(format: Format) -> Format:
+    """What a step makes instead with pack=false, where it has that setting."""
+    return replace(format, kind="source") if format.kind in ("sparse", "rows", "columns") else format
 
 
 def _check_fused(entry: Entry, stage: Stage, blueprint: Blueprint, left: Remains) -> None:
@@ -273,11 +301,18 @@ def narrowed(entry: Entry, left: Remains) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def check_storable(entry: Entry, format: Format, shape: tuple[int, ...] | None = None) -> None:
-    """Raise `UserError` where a matrix (of `shape`, if that is no longer its own) cannot be stored in `format`."""
-    *_, out, width = shape or entry.ref.shape
+def check_all_storable(treated: Collection[tuple[Entry, Format, tuple[int, ...]]]) -> None:
+    """Raise `UserError` where a matrix of some shape, of all that one step treats, cannot be stored in its format."""
+    widths = {shape[-1] for _, _, shape in treated}
+    for entry, format, shape in treated:
+        check_storable(entry, format, shape, widths)
+
+
+def check_storable(entry: Entry, format: Format, shape: tuple[int, ...], beside: Collection[int]) -> None:
+    """Raise `UserError` where a matrix of `shape` cannot be stored in `format`; the cure is one for all widths `beside` it."""
+    *_, out, width = shape
     if prunes(format):
-        check_pattern(width, format, entry.ref.name)
+        check_pattern(width, format, entry.ref.name, beside)
         return
     if format.kind == "factors":
         if not 0 < format.rank <= min(out, width):
@@ -299,5 +334,5 @@ def check_storable(entry: Entry, format: Format, shape: tuple[int, ...] | None =
         return
     if format.kind != "integer" or format.bits not in (2, 3, 4, 8):
         raise UserError(f"{entry.ref.name}: format {format} is not known: integers of 2, 3, 4 or 8 bits are")
-    check_group(width, format, entry.ref.name)
+    check_group(width, format, entry.ref.name, beside)
     check_layout("compressed-tensors", format, out, width)

@@ -43,6 +43,9 @@ _SMALLER = {
     "bases": ("matrices as factors with bases that experts share", "channel_prune"),
 }
 
+# Widths of experts are multiples of this.
+_WIDE = 8
+
 
 def find_target(name: str) -> Target:
     """The target called `name`; raises `UserError` when there is none."""
@@ -66,7 +69,7 @@ def _stock(target: Target, view: View) -> View:
     _check_experts(target, view)
     cut = [f"L{layer}" for layer, branch in sorted(view.left.cut) if branch == "attention"]
     if cut:
-        raise _beyond(target, f"leaves {_some(cut)} without attention", f"block_drop:drop={len(cut)}")
+        raise _beyond(target, f"leaves {_some(cut)} without attention", _blocks(view, len(cut)))
     biased = [f"L{layer}" for layer, _ in sorted(biased_stubs(view.source, view.plan))]
     if biased:
         raise _beyond(
@@ -77,7 +80,7 @@ def _stock(target: Target, view: View) -> View:
     odd = [f"L{view.left.layers[position]}" for position in skipping(made.config)]
     if odd:
         raise _beyond(
-            target, f"keeps layers that lack a part already ({_some(odd)})", f"block_drop:drop={len(odd)}"
+            target, f"keeps layers that lack a part already ({_some(odd)})", _blocks(view, len(odd))
         )
     return made
 
@@ -135,7 +138,9 @@ def _check_experts(target: Target, view: View) -> None:
     counts = [layer.experts for layer in layers]
     if len(set(counts)) > 1:
         steps = max(layer.groups for layer in layers)
-        nearest = max(round(sum(counts) / len(counts) / steps) * steps, *(layer.floor for layer in layers))
+        fewest = -(-max(layer.floor for layer in layers) // steps) * steps
+        most = min(layer.experts for layer in view.source.moe_layers) // steps * steps
+        nearest = min(max(round(sum(counts) / len(counts) / steps) * steps, fewest), most)
         raise _beyond(
             target,
             f"leaves unequal layers ({min(counts)} to {max(counts)} experts)",
@@ -147,7 +152,8 @@ def _check_widths(target: Target, view: View) -> None:
     """One number of the config is the width of all experts."""
     widths = [layer.width for layer in view.blueprint.moe_layers]
     if len(set(widths)) > 1:
-        mean = round(sum(widths) / len(widths))
+        most = min(min(layer.widths, default=layer.width) for layer in view.source.moe_layers)
+        mean = min(max(1, round(sum(widths) / len(widths) / _WIDE)) * _WIDE, most)
         raise _beyond(
             target,
             f"leaves experts of unequal width ({min(widths)} to {max(widths)} channels)",
@@ -187,7 +193,7 @@ def _stubbed(target: Target, view: View) -> View:
         return view
     names = [f"L{view.left.layers[position]}" for position in view.stubs]
     what = f"leaves {_some(names)} without a feed-forward part"
-    instead = f"block_drop:drop={len(names)}"
+    instead = _blocks(view, len(names))
     if not view.source.moe_layers:
         raise _beyond(target, f"{what}, and a dense model has one width for all layers", instead)
     if target.stubs is not None and view.source.family not in target.stubs:
@@ -204,6 +210,16 @@ def _beyond(target: Target, what: str, instead: str) -> UserError:
         f"this plan {what}, which {target.name} cannot load; the nearest plan that it can is {instead}, or say "
         "--target plugin (loads where moespresso is imported)"
     )
+
+
+def _blocks(view: View, count: int) -> str:
+    """The step that drops about as many whole blocks as `count` of which single parts cannot go: whole patterns, where the
+    config can only repeat one."""
+    there, every = len(view.source.layers), view.source.period
+    whole = min(range(every, there, every), key=lambda drop: abs(drop - count), default=0)
+    if not whole:
+        return "expert_drop"
+    return f"block_drop:drop={whole}" + (",contiguous=true" if every > 1 else "")
 
 
 def _some(names: list[str]) -> str:

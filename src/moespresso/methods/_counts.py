@@ -25,17 +25,15 @@ def keep_count(settings: Any, layer: LayerSpec, *, even: bool = True) -> int:
         share = 1 - (0.25 if settings.ratio is None else settings.ratio)
         wanted = round(layer.experts * share / layer.groups) * layer.groups
     place = f"{settings.kind}: keep={wanted} in L{layer.index}"
+    fewest = -(-layer.floor // layer.groups) * layer.groups if even else layer.floor
     if wanted > layer.experts:
         raise UserError(f"{place} is more than the {layer.experts} experts there are")
     if wanted < layer.floor:
-        raise UserError(
-            f"{place} is under {layer.floor}, the fewest its router (top_k={layer.top_k}) works with"
-        )
+        raise UserError(f"{place} is under {fewest}, the fewest its router (top_k={layer.top_k}) works with")
     if wanted % layer.groups and even:
-        lower = max(wanted // layer.groups * layer.groups, layer.floor)
-        raise UserError(
-            f"{place} does not divide into {layer.groups} router groups: keep {lower} or {lower + layer.groups}"
-        )
+        lower = max(wanted // layer.groups * layer.groups, fewest)
+        higher = f" or {lower + layer.groups}" if lower + layer.groups <= layer.experts else ""
+        raise UserError(f"{place} does not divide into {layer.groups} router groups: keep {lower}{higher}")
     return wanted
 
 

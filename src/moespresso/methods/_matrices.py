@@ -17,7 +17,7 @@ from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import Format
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.remains import remains
-from moespresso.core.slim import SLIM_PARTS, check_storable, is_matrix, is_stack
+from moespresso.core.slim import SLIM_PARTS, check_all_storable, is_matrix, is_stack
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 
@@ -119,8 +119,7 @@ class OnMatrices:
                     else f"{blueprint.source} has no matrices in"
                 )
                 raise UserError(f"{self.kind}: {why} its {part} to {self.verb[0]}: change parts")
-        for entry, format in self._formats(blueprint):
-            check_storable(entry, format)
+        check_all_storable([(entry, format, entry.ref.shape) for entry, format in self._formats(blueprint)])
         if self.on_text:
             self._check_whole(chosen, blueprint)
 

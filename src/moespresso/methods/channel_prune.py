@@ -71,7 +71,7 @@ class ChannelPrune:
 
     kind: ClassVar[str] = "channel_prune"
     on_text: ClassVar[bool] = True
-    without_text: ClassVar[str] = "magnitude or rtn"
+    without_text: ClassVar[str] = "another step, magnitude or rtn"
     searches: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset()
     # What is pruned is always what the steps before leave.
@@ -138,7 +138,8 @@ class ChannelPrune:
         """The settings of the nearest plan with equal layers."""
         widths = [self._width(layer.width) for layer in blueprint.moe_layers]
         width = max(1, round(sum(widths) / len(widths) / self.multiple)) * self.multiple
-        return f"per_expert=false,width={width}" if self.per_expert else f"width={width}"
+        amount = f"width={width}" if self.ratio is None else f"ratio={self.ratio}"
+        return f"per_expert=false,{amount}" if self.per_expert else amount
 
     def needs(self) -> frozenset[str]:
         """What must be measured for this step: nothing but text to see, and for widths that differ what each expert would lose."""
@@ -175,9 +176,10 @@ class ChannelPrune:
             groups = packed.format.group_size if packed is not None and entry.unit.part == "experts" else 0
             odd = groups and (width % groups or (self.uneven and self.multiple % groups))
             if odd and (entry.unit.matrix or "").startswith("down"):
+                what = f"width={-(-width // groups) * groups}," if self.width is not None else ""
                 raise UserError(
                     f"channel_prune: {entry.ref.name} is packed in groups of {groups}, which do not divide {width} channels: "
-                    f"use multiple={groups}, or prune first and round then"
+                    f"use {what}multiple={groups}, and put this step before any that rounds"
                 )
 
     def _width(self, before: int) -> int:
@@ -218,6 +220,19 @@ class ChannelPrune:
         return Stage(
             {"kind": self.kind} | {each.name: getattr(self, each.name) for each in fields(self)}, made
         )
+
+    def ragged(self, source: Blueprint, before: Plan) -> Stage:
+        """A stage of widths that an uneven one may come to, for steps after it to be tried on: experts, or layers, with one
+        multiple of channels less beside whole ones."""
+        left = remains(before, source)
+        specs = {layer.index: layer for layer in source.moe_layers}
+        made: dict[Unit, Treatment] = {}
+        for number, (at, kept) in enumerate(left.experts.items()):
+            for place, expert in enumerate(kept):
+                width = left.widths.get(at, {}).get(expert, specs[at].width)
+                less = (place if self.per_expert else number) % 2 == 0 and width - self.multiple >= self.least
+                made[Unit(at, "experts", expert)] = Treatment(channels=width - self.multiple * less)
+        return replace(self.outline(source, before), treatments=made)
 
     def _narrowed(self, width: int) -> Treatment:
         return Treatment(channels=self._width(width))

@@ -77,7 +77,6 @@ class ExpertDrop:
     """
 
     kind: ClassVar[str] = "expert_drop"
-    without_text: ClassVar[str] = "score=aimer"
     keep: int | None = None
     ratio: float | None = None
     score: Score = "easy_ep"
@@ -128,6 +127,14 @@ class ExpertDrop:
             self._keep_count(layer)
 
     @property
+    def without_text(self) -> str:
+        """The settings with which it needs none."""
+        others = {"score": "aimer", "replace": "none", "renormalise": "model"}
+        seen = {"replace": self.replace == "novice", "renormalise": self.renormalise == "compensate",
+                "score": bool(DATA_FREE.get(self.score, {"routing"}) - {"weights"})}  # fmt: skip
+        return ",".join(f"{name}={value}" for name, value in others.items() if seen[name])
+
+    @property
     def _repair(self) -> str | None:
         """What stands in for dropped experts: their mean answer, nothing behind a whole router, or the next best."""
         if self.replace == "novice":
@@ -146,7 +153,12 @@ class ExpertDrop:
 
     def even(self, blueprint: Blueprint) -> str:
         """The settings of the nearest plan with equal layers."""
-        counts = [self._keep_count(layer) // layer.groups * layer.groups for layer in blueprint.moe_layers]
+        if self.ratio is not None:
+            return f"ratio={self.ratio}"
+        counts = [
+            max(self._keep_count(layer) // layer.groups, -(-layer.floor // layer.groups)) * layer.groups
+            for layer in blueprint.moe_layers
+        ]
         return f"keep={max(counts)}"
 
     def amounts(self, blueprint: Blueprint) -> list[ExpertDrop]:

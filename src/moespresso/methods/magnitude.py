@@ -24,6 +24,11 @@ class Magnitude(Pruning):
 
     kind: ClassVar[str] = "magnitude"
 
+    @property
+    def by_matrix(self) -> bool:
+        """Whether all weights of a matrix compete, so that gate and up must not be taken for one."""
+        return not self.sparsity.pattern.group_size and "experts" in self.parts.each()
+
     def pruned(self, weights: Tensor, format: Format) -> Tensor:
         """`weights` [N, out, in] with zeros for those that go."""
         return weights.masked_fill(~kept(weights.float().abs(), format, whole=True), 0.0)

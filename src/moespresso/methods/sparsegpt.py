@@ -75,8 +75,9 @@ class SparseGpt(PruningOnText):
         PruningOnText.check(self, blueprint)
         if self.bits and self.pack:
             raise UserError("sparsegpt: bits are packed as integers, zeros included: leave pack out")
-        for entry, _ in self._formats(blueprint):
-            check_pattern(entry.ref.shape[-1], self.sparsity.pattern, entry.ref.name)
+        widths = {entry.ref.shape[-1]: entry.ref.name for entry, _ in self._formats(blueprint)}
+        for width, name in widths.items():
+            check_pattern(width, self.sparsity.pattern, name, widths)
 
     def amounts(self, blueprint: Blueprint) -> list[Any]:
         """This step with every share (for a byte budget); with bits, which weigh the same whatever is zero, it has one size."""

@@ -5,6 +5,7 @@ from moespresso.model.counts import is_unequal, skipping
 from moespresso.model.halves import without
 from moespresso.model.lockstep import Waiting, start
 from moespresso.model.opening import (
+    apart_view,
     config_view,
     make_skeleton,
     open_view,
@@ -12,12 +13,12 @@ from moespresso.model.opening import (
     pick_dtype,
     rehoused_views,
 )
-from moespresso.model.rehouse import adopt, is_rehoused, tokenizer_config
+from moespresso.model.rehouse import adopt, is_apart, is_rehoused, tokenizer_config
 from moespresso.model.skeleton import Skeleton, quiet_transformers, read_config
 from moespresso.model.view import View, half_packed, one_format, other_layout, own_packing
 
 __all__ = [
-    "Skeleton", "View", "Waiting", "adopt", "config_view", "half_packed", "is_rehoused", "is_unequal", "make_skeleton", "one_format",
+    "Skeleton", "View", "Waiting", "adopt", "apart_view", "config_view", "half_packed", "is_apart", "is_rehoused", "is_unequal", "make_skeleton", "one_format",
     "open_view", "other_layout", "own_packing", "pick_device", "pick_dtype",
     "quiet_transformers", "read_blueprint", "read_config", "rehoused_views", "skipping", "start", "tokenizer_config", "without",
 ]  # fmt: skip

@@ -29,6 +29,7 @@ from moespresso.model.counts import expert_axes, is_unequal
 from moespresso.model.depth import period
 from moespresso.model.experts import is_experts
 from moespresso.model.heads import find_heads
+from moespresso.model.lacking import not_whole
 from moespresso.model.names import Names
 from moespresso.model.skeleton import (
     build_meta,
@@ -273,6 +274,7 @@ class _Classifier:
         self._numbers: dict[tuple[int, str], list[int]] = defaultdict(list)
         self._axes = axes
         self._uncut: list[TensorRef] = []
+        self._unknown: list[str] = []
 
     def __call__(self, ref: TensorRef) -> Entry:
         """What a stored tensor is."""
@@ -296,6 +298,7 @@ class _Classifier:
         if name not in self._names.state:
             # Only what is numbered like a decoder layer moves with them: `mtp.layers.0` does not.
             found = re.match(rf"{re.escape(self._layers_name)}\.(\d+)\.", ref.name)
+            self._unknown.append(ref.name)
             return Entry(ref, Unit(int(found[1]) if found else None), in_graph=False)
         self._seen[name].append(ref)
         self._transformed[name] = pattern is not None and not self._names.only_stacks(pattern)
@@ -394,9 +397,7 @@ class _Classifier:
             if not refs and any(self._seen.get(other) for other in self._tied.get(name, ())):
                 continue
             if not refs:
-                raise UserError(
-                    f"{place} lacks the tensors of {name}, which its config asks for: download it again"
-                )
+                raise not_whole(place, self._names, name, self._unknown)
             self._check_shapes(place, name, tuple(wanted.shape), refs)
         if self._uncut:
             raise UserError(
@@ -412,7 +413,8 @@ class _Classifier:
         lacking = sorted(set(range(count)) - set(numbers))
         if lacking:
             raise UserError(
-                f"{place} lacks the {matrix} projection of expert {lacking[0]} in L{layer}: download it again"
+                f"{place} lacks the {matrix} projection of expert {lacking[0]} in L{layer}, which its config asks for and none of its "
+                "files announces: take config.json and the files from one place, for one of the two was changed"
             )
         if len(numbers) != count:
             raise UserError(

@@ -10,6 +10,8 @@ Pinned to transformers 5.23; the family tests fail loudly when a release moves a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    PrefixChange,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
@@ -34,12 +37,27 @@ from moespresso.runtime.widths import stacked, widened
 
 transformers_logging.disable_progress_bar()
 
+# Rows and columns of what stands for an expert's matrix: as many rows as show a half, and whether halves are interleaved.
+_ROWS, _COLUMNS = 4, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One expert's matrix on disk, as rows of its stack in memory: a `share` of the expert's rows from the `first` on, both
+    as parts of one."""
+
+    name: str
+    expert: int
+    first: Fraction
+    share: Fraction
+
 
 class Names:
     """Both directions for one model (its parameters may all be on `meta`)."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
+        self.family = str(model.config.model_type)
         # Annotated as the loader wants it: every entry is one of these two.
         self._loading: list[Any] = get_model_conversion_mapping(model)
         # The loader overwrites the model's mapping with what the last call happened to use, so ours is kept here.
@@ -144,6 +162,42 @@ class Names:
         """On-disk names and per-expert tensors of (part of) an in-memory state."""
         self._model._weight_conversions = self._saving
         return revert_weight_conversion(self._model, dict(state))
+
+    def own_layout(self) -> tuple[dict[str, str], dict[str, list[Slice]]]:
+        """How the library would write the model: the new name of every parameter that is written as it is, and of every
+        stack [E, out, in] that is written expert by expert the matrices on disk. Prefixes of wrappers are left alone, which
+        it knows from loading only.
+
+        Found by what it makes of small stacks of counted numbers. A stack whose matrices are no runs of rows is left out.
+        """
+        probes = {
+            name: torch.arange(tensor.shape[0] * _ROWS * _COLUMNS).view(-1, _ROWS, _COLUMNS)
+            for name, tensor in self.state.items()
+            if tensor.dim() == 3 and "experts." in name
+        }
+        saving: Any = [entry for entry in self._saving if not isinstance(entry, PrefixChange)]
+        self._model._weight_conversions = saving
+        written = revert_weight_conversion(self._model, {**self.state, **probes})
+        before = {id(tensor): name for name, tensor in self.state.items()}
+        renamed = {before[id(tensor)]: name for name, tensor in written.items() if id(tensor) in before}
+        slices: dict[str, list[Slice]] = {}
+        for disk, tensor in written.items():
+            name, pattern = self.in_memory(disk)
+            if name in probes and pattern is not None and self.only_stacks(pattern):
+                slices.setdefault(name, []).append(_run_of_rows(disk, tensor))
+        whole = {name: sum(part.share for part in parts) for name, parts in slices.items()}
+        return renamed, {
+            name: parts for name, parts in slices.items() if whole[name] == probes[name].shape[0]
+        }
+
+
+def _run_of_rows(name: str, tensor: Tensor) -> Slice:
+    """Where in the counted stack a matrix was; with a share of nothing where it is no run of rows."""
+    first = int(tensor.flatten()[0])
+    run = torch.equal(tensor.flatten(), first + torch.arange(tensor.numel()))
+    expert, row = divmod(first // _COLUMNS, _ROWS)
+    share = len(tensor) if run and tensor.shape[-1] == _COLUMNS else 0
+    return Slice(name, expert, Fraction(row, _ROWS), Fraction(share, _ROWS))
 
 
 def _conversion_failed(name: str, traceback: list[str]) -> Exception:

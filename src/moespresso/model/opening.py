@@ -17,6 +17,7 @@ from moespresso.model.blueprint import read_blueprint
 from moespresso.model.counts import is_unequal
 from moespresso.model.rehouse import adopt, houses_of, obstacle, rehoused
 from moespresso.model.skeleton import Skeleton, build_meta, read_config
+from moespresso.model.unstack import unstacked
 from moespresso.model.view import View
 
 
@@ -55,6 +56,14 @@ def rehoused_views(view: View) -> list[View]:
         return []
     houses = [house for house in houses_of(view.source.family) if obstacle(house, config) is None]
     return [replace(_view(rehoused(view.checkpoint, house)), origin=view.source) for house in houses]
+
+
+def apart_view(view: View) -> View | None:
+    """The same checkpoint with experts apart that it has in stacks, as its family's own layout has them; None where that has
+    none, or the checkpoint none to take apart."""
+    stacks = any(len(entry.ref.shape) == 3 and entry.unit.part == "experts" for entry in view.source.entries)
+    found = unstacked(view.checkpoint) if stacks else None
+    return None if found is None else _view(found)
 
 
 def _view(checkpoint: Checkpoint) -> View:

@@ -26,6 +26,7 @@ from moespresso.checkpoint.index import Checkpoint
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import UserError
 from moespresso.model.skeleton import read_config
+from moespresso.model.unstack import Unstacked
 
 Config = Mapping[str, Any]
 
@@ -120,6 +121,11 @@ def rehoused(checkpoint: Checkpoint, house: House) -> Rehoused:
 def is_rehoused(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint stands under another family's name than its files."""
     return isinstance(checkpoint, Rehoused)
+
+
+def is_apart(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint has experts apart that its files have in stacks."""
+    return isinstance(checkpoint.source if isinstance(checkpoint, Rehoused) else checkpoint, Unstacked)
 
 
 def adopt(checkpoint: Checkpoint) -> Checkpoint:

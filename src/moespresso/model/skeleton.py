@@ -64,9 +64,7 @@ def read_config(raw: Mapping[str, Any], place: str) -> PreTrainedConfig:
 def build_meta(config: PreTrainedConfig, dtype: torch.dtype, place: str) -> PreTrainedModel:
     """The causal language model of `config`, every parameter and buffer on `meta`, experts observable."""
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UserError(
-            f"{place}: transformers has no causal language model for model_type {config.model_type!r}"
-        )
+        raise UserError(_no_causal(config, place))
     try:
         with torch.device("meta"), no_init_weights(), stacked():
             model = cast("PreTrainedModel", AutoModelForCausalLM.from_config(config, dtype=dtype))
@@ -79,6 +77,19 @@ def build_meta(config: PreTrainedConfig, dtype: torch.dtype, place: str) -> PreT
     if any(experts_function.is_experts(module) for module in model.modules()):
         model.set_experts_implementation(experts_function.NAME)
     return model.eval()
+
+
+def _no_causal(config: PreTrainedConfig, place: str) -> str:
+    """Why a family without a causal language model of its own is not read, and which one it wraps."""
+    text = config.get_text_config()
+    if text is config:
+        return f"{place}: transformers has no causal language model for model_type {config.model_type!r}"
+    alone = text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    cure = "give a checkpoint of that alone" if alone else "choose a model that is a language model alone"
+    return (
+        f"{place}: model_type {config.model_type!r} wraps a language model ({text.model_type}) with other parts, such as vision, "
+        f"which is not available in this version: {cure}"
+    )
 
 
 def _first_line(error: Exception) -> str:

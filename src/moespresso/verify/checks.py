@@ -32,6 +32,7 @@ from moespresso.core.progress import Progress
 from moespresso.model import (
     Skeleton,
     View,
+    apart_view,
     is_unequal,
     other_layout,
     own_packing,
@@ -280,6 +281,8 @@ def _against(view: View, source: View, manifest: dict[str, Any], progress: Progr
 
 def _as_planned(view: View, source: View, manifest: dict[str, Any]) -> View:
     """What the plan makes of the original, in the family and form that it was written in."""
+    if manifest.get("apart"):
+        source = apart_view(source) or source
     plan = Plan.from_json(json.dumps(manifest["plan"])).validated(source.source)
     houses = [each for each in (source, *rehoused_views(source)) if each.source.family == view.source.family]
     _require(bool(houses), f"it is a {view.source.family} model, the original {source.source.family}")
