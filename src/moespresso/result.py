@@ -263,15 +263,17 @@ def _said(format: Format, ranks: set[int]) -> str:
     if format.kind in ("rows", "columns"):
         return f"{rank} {format.kind}"
     groups = f"groups of {format.group_size}" if format.group_size else "one scale a channel"
-    return f"{format.bits} bits, {groups}, {'symmetric' if format.symmetric else 'with zeros'}"
+    order = " in an order of their own" if format.ordered else ""
+    return f"{format.bits} bits, {groups}{order}, {'symmetric' if format.symmetric else 'with zeros'}"
 
 
 def outside_notes(view: View) -> list[str]:
-    """Say what happens to tensors that the model's class does not know."""
-    outside = view.blueprint.outside
+    """Say what happens to tensors that the model's class does not know, and which files are not the model."""
+    outside, files = view.blueprint.outside, [*view.checkpoint.notes]
     if not outside:
-        return []
+        return files
     example = outside[0].ref.name
-    return [
+    passed = (
         f"{len(outside)} tensors outside the model's graph (such as {example}) are passed through unchanged"
-    ]
+    )
+    return [*files, passed]
