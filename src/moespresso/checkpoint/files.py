@@ -125,7 +125,8 @@ def _instead(folder: Path) -> str:
 def _left_over(folder: Path, used: set[str]) -> list[str]:
     """Weights and indexes of weights in the folder, and in folders of shards, that are not loaded."""
     folders = {str(PurePosixPath(name).parent) for name in used if name} | {"."}
-    return sorted(name for inner in folders for name in _weights(folder, inner) if name not in used)
+    found = [name for inner in folders for name in _weights(folder, inner) if name not in used]
+    return sorted(found, key=lambda name: (not name.endswith(".json"), name))
 
 
 def _weights(folder: Path, inner: str) -> Iterator[str]:

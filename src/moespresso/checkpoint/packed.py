@@ -59,8 +59,8 @@ def joined(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: 
         _check_plain(tensors, place)
         return dict(tensors)
     layouts: list[Layout] = [section.layout, *OWN_LAYOUTS] if section.own else [section.layout]
-    firsts = {_PARTS[layout][0]: layout for layout in layouts}
-    stems = {
+    firsts: dict[str, Layout] = {_PARTS[layout][0]: layout for layout in layouts}
+    stems: dict[str, Layout] = {
         stem: firsts[suffix]
         for stem, _, suffix in (name.rpartition(".") for name in tensors)
         if suffix in firsts
@@ -253,9 +253,10 @@ def packing_config(
             )
         heads = {"lm_head": "lm_head" in packed} if layout == "gptq" else {}
         return _OTHERS[layout](formats[0], sorted(set(plain))) | heads
+    stems = _stems(packed)
     groups = {
         f"group_{number}": {
-            "targets": ["Linear"] if one else [f"re:{_pattern(name for name in packed if packed[name] == format)}"],
+            "targets": ["Linear"] if one else [f"re:{_pattern(stems[format])}"],
             "weights": _weights(format),
             "input_activations": None,
             "output_activations": None,
@@ -332,9 +333,20 @@ def _alike(name: str) -> str:
     return re.sub(r"(?<=experts\.)\d+(?=\.)", "#", name)
 
 
-def _pattern(names: Iterable[str]) -> str:
-    """A regular expression for exactly these modules, the numbers of experts summed up: a layer's have one format."""
-    stems = {_alike(name) for name in names}
+def _stems(packed: Mapping[str, Format]) -> dict[Format, set[str]]:
+    """The modules of each format, the numbers of experts summed up where those of a layer have one format."""
+    formats: dict[str, set[Format]] = {}
+    for name, format in packed.items():
+        formats.setdefault(_alike(name), set()).add(format)
+    found: dict[Format, set[str]] = {}
+    for name, format in packed.items():
+        stem = _alike(name)
+        found.setdefault(format, set()).add(stem if len(formats[stem]) == 1 else name)
+    return found
+
+
+def _pattern(stems: Iterable[str]) -> str:
+    """A regular expression for exactly these modules."""
     return (
         "^("
         + "|".join(re.escape(stem).replace(r"\#", r"\d+").replace("#", r"\d+") for stem in sorted(stems))

@@ -130,7 +130,8 @@ class Section:
         if self.layout == "compressed-tensors":
             return self._of_groups(module)
         format = cast("Format", self.groups[""])
-        pattern, changes = _override(self.said.get("dynamic"), module)
+        _be(format.bits, LAYOUT_BITS[self.layout], f"{self.place}: {SECTION}.bits")
+        pattern, changes = _override(_dynamic(self.said), module)
         apart = _left_alone(self.said, module, self.layout) or (pattern if changes is None else "")
         if apart:
             raise UserError(
@@ -185,11 +186,11 @@ def hoisted(config: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 def read_section(config: Mapping[str, Any], place: str) -> Section | None:
     """The section of a config, None where it has none; raises `UserError` for what is not understood, by name."""
-    section = hoisted(config, place).get(SECTION)
+    section: object = hoisted(config, place).get(SECTION)
     if not section:
         return None
     said = cast("dict[str, Any]", section) if isinstance(section, dict) else {}
-    layout = _layout(said, section, place)
+    layout = _layout(said, cast("object", section), place)
     try:
         if layout == "compressed-tensors":
             return _compressed(said, place)
@@ -228,9 +229,10 @@ def _compressed(said: Said, place: str) -> Section:
     where = f"{place}: {SECTION}."
     _COMPRESSED.check(said, where)
     _be(said.get("quantization_status"), (None, "compressed", "frozen"), where + "quantization_status")
-    sparsity = said.get("sparsity_config") or {}
+    sparsity, transforms = (
+        cast("Said", said.get(key) or {}) for key in ("sparsity_config", "transform_config")
+    )
     _be(sparsity.get("format") if sparsity else None, (None, "dense"), where + "sparsity_config.format")
-    transforms = said.get("transform_config") or {}
     _keys("", "", "config_groups").check(transforms, where + "transform_config.")
     own = said["format"] == OWN_KIND
     groups: dict[str, Format | None] = {}
@@ -247,7 +249,9 @@ def _group(name: str, group: Any, where: str) -> tuple[list[str], Format | None]
         preset = re.fullmatch(r"W([2-8])A16|W4A16(_ASYM)", name.upper())
         if preset is None:
             raise UserError(f"{where[:-1]} is a preset that is not read by this version: {_ELSEWHERE}")
-        return group, Format("integer", _bits(preset[1] or 4, where), 128, symmetric=preset[2] is None)
+        return cast("list[str]", group), Format(
+            "integer", _bits(preset[1] or 4, where), 128, symmetric=preset[2] is None
+        )
     _GROUP.check(group, where)
     _be(group.get("format"), (None, KIND, OWN_KIND), where + "format")
     weights = group.get("weights")
@@ -266,7 +270,8 @@ def _weights(said: Said, where: str) -> Format:
     unsaid = "tensor" if size is None else "channel" if size == -1 else "group"
     strategy = str(said.get("strategy") or unsaid).lower()
     _be(strategy, ("group", "channel"), where + "strategy")
-    if (strategy == "group") != (isinstance(size, int) and size > 0):
+    whole = size if type(size) is int and size > 0 else 0
+    if (strategy == "group") != bool(whole):
         raise UserError(f"{where}group_size = {size} does not go with the strategy {strategy}: {_ELSEWHERE}")
     _be(said.get("zp_dtype"), (None, "torch.int8", "int8"), where + "zp_dtype")
     _be(
@@ -281,7 +286,7 @@ def _weights(said: Said, where: str) -> Format:
     _be(symmetric, (True, False), where + "symmetric")
     ordered = strategy == "group" and order in (True, "group", "dynamic")
     bits = _bits(said.get("num_bits", 8), where + "num_bits")
-    return Format("integer", bits, size if strategy == "group" else 0, symmetric, ordered=ordered)
+    return Format("integer", bits, whole, symmetric, ordered=ordered)
 
 
 # GPTQ and AWQ
@@ -298,8 +303,7 @@ def _one_for_all(said: Said, layout: Layout, place: str) -> Section:
         given["sym"] = not said["zero_point"] if said.get("zero_point") is not None else False
     base = Format("integer", 4 if layout == "awq" else 0, 128)
     format = _as_changed(base, given, where)
-    _be(format.bits, LAYOUT_BITS[layout], where + "bits")
-    for pattern in said.get("dynamic") or {}:
+    for pattern in _dynamic(said):
         Targets.of([f"re:{pattern[2:] if pattern[:2] in ('-:', '+:') else pattern}"], where + "dynamic")
     return Section(layout, place, layout, groups={"": format}, said=said)
 
@@ -318,9 +322,13 @@ def _as_changed(format: Format, changes: Said, where: str) -> Format:
     )
 
 
-def _override(dynamic: Any, module: str) -> tuple[str, Said | None]:
+def _dynamic(said: Said) -> Mapping[str, Said | None]:
+    return cast("Mapping[str, Said | None]", said.get("dynamic") or {})
+
+
+def _override(dynamic: Mapping[str, Said | None], module: str) -> tuple[str, Said | None]:
     """The first pattern of GPTQModel's `dynamic` that a module matches, with what it changes (None: left alone)."""
-    for pattern, changes in (dynamic or {}).items():
+    for pattern, changes in dynamic.items():
         if pattern.startswith("-:"):
             if re.match(pattern[2:], module):
                 return pattern, None
@@ -333,7 +341,7 @@ def _left_alone(said: Said, module: str, layout: Layout) -> str:
     """Why the section's lists mean that a module is not packed, or nothing."""
     names = said.get("modules_to_not_convert") or ()
     for name in names if layout == "awq" else ():
-        if f".{module}.".startswith(f".{name}.") or f".{module}".endswith(f".{name}"):
+        if f".{name}." in f".{module}.":
             return f"modules_to_not_convert has {name}"
     inside = said.get("modules_in_block_to_quantize")
     if layout == "gptq" and inside:

@@ -172,11 +172,10 @@ class _Rewriter:
             return replace(piece, plain=True) if piece.changed or entry.ref.factor != 1 else piece
         if packed is None or not (piece.changed or entry.ref.factor != 1):
             return piece
+        again = Packed(packed.format, packed.layout)
         if piece.blend or piece.folds or piece.refit or piece.pruned:
-            # Rounded to nearest, groups are counted off: their old order was found for the old values.
-            anew = Packed(replace(packed.format, ordered=False), packed.layout)
-            return replace(piece, code=Code(anew, again=True))
-        return replace(piece, scale=1.0, code=Code(Packed(packed.format, packed.layout), factor=piece.scale))
+            return replace(piece, code=Code(again, again=True))
+        return replace(piece, scale=1.0, code=Code(again, factor=piece.scale))
 
     def _coded(self, piece: Piece, entry: Entry, number: int, packed: Packed) -> Piece:
         """Encoded by stage `number`; later scales are put on its scales."""

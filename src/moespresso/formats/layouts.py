@@ -51,7 +51,7 @@ def encode_parts(layout: Layout, codes: Codes) -> dict[str, Tensor]:
     check_layout(layout, codes.format, out, width)
     middle = levels(codes.format) // 2
     assert not codes.format.symmetric or bool((codes.zero == middle).all()), "symmetric: zero in the middle"
-    assert codes.format.ordered == (codes.groups is not None), "groups are stored where they are ordered"
+    assert codes.format.ordered or codes.groups is None, "groups are stored where they are ordered"
     if layout == "compressed-tensors":
         return _to_compressed_tensors(codes)
     return _to_gptq(codes) if layout == "gptq" else _to_awq(codes)
@@ -79,8 +79,8 @@ def _to_compressed_tensors(codes: Codes) -> dict[str, Tensor]:
     }
     if not codes.format.symmetric:
         parts["weight_zero_point"] = plain(pack_words(codes.zero.mT, codes.format.bits).mT)
-    if codes.groups is not None:
-        parts["weight_g_idx"] = codes.groups.int()
+    if codes.format.ordered:
+        parts["weight_g_idx"] = _stored_order(codes)
     return parts
 
 
@@ -102,14 +102,11 @@ def _to_gptq(codes: Codes) -> dict[str, Tensor]:
         raise UserError(
             f"gptq stores zeros less one and cannot store a zero of 0: {_KEEPS}, or symmetric=true"
         )
-    count, _, width = codes.values.shape
     return {
         "qweight": plain(pack_words(codes.values, bits).mT),
         "qzeros": pack_words((codes.zero - 1).mT, bits),
         "scales": plain(_half(codes.scale, "gptq").mT),
-        "g_idx": _groups(codes.format, width).repeat(count, 1)
-        if codes.groups is None
-        else codes.groups.int(),
+        "g_idx": _stored_order(codes),
     }
 
 
@@ -191,6 +188,12 @@ def _from_awq(parts: Mapping[str, Tensor], format: Format) -> Codes:
 def _groups(format: Format, width: int) -> Tensor:
     """The group of every input, int32 [in]."""
     return torch.arange(width, dtype=torch.int32) // (format.group_size or width)
+
+
+def _stored_order(codes: Codes) -> Tensor:
+    """The group of every input of every matrix, int32 [N, in]: counted off too where values were rounded anew."""
+    count, _, width = codes.values.shape
+    return _groups(codes.format, width).repeat(count, 1) if codes.groups is None else codes.groups.int()
 
 
 def _half(scale: Tensor, layout: str) -> Tensor:
