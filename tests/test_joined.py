@@ -72,7 +72,9 @@ def test_packed_experts_load_where_a_conversion_stands_beside_them(family, model
 
 def test_what_was_joined_is_a_source_again(models, tmp_path: Path):
     out, again = tmp_path / "out", tmp_path / "again"
-    moespresso.press(models["kimi_linear"], out=out, steps=["expert_drop:ratio=0.25,score=aimer", "rtn:group_size=32"])
+    moespresso.press(
+        models["kimi_linear"], out=out, steps=["expert_drop:ratio=0.25,score=aimer", "rtn:group_size=32"]
+    )
     moespresso.press(out, out=again, steps=["expert_drop:ratio=0.34,score=aimer"])
     assert checks(again, out) == []
 

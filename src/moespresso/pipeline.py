@@ -360,6 +360,8 @@ def write(view: View, folder: Path, journal: Journal, runtime: Runtime) -> tuple
         Written("config.json", *write_text(folder / "config.json", json.dumps(view.config, indent=2) + "\n"))
     )
     travel, left = sidecars(source)
+    used = {file.partition("/")[0] for file in view.checkpoint.files}
+    left = [name for name in left if name not in used]
     written += [_sidecar(view, folder, name) for name in travel]
     return written, [f"left behind: {', '.join(left)}"] if left else []
 

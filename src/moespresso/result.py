@@ -275,12 +275,14 @@ def _said(format: Format, ranks: set[int]) -> str:
     if format.kind in ("rows", "columns"):
         return f"{rank} {format.kind}"
     groups = f"groups of {format.group_size}" if format.group_size else "one scale a channel"
-    return f"{format.bits} bits, {groups}, {'symmetric' if format.symmetric else 'with zeros'}"
+    order = " in an order of their own" if format.ordered else ""
+    return f"{format.bits} bits, {groups}{order}, {'symmetric' if format.symmetric else 'with zeros'}"
 
 
 def source_notes(view: View) -> list[str]:
-    """Say what is unusual about a checkpoint: tensors that its class does not know, a head that is tied and stored."""
-    notes = _outside_notes(view)
+    """Say what is unusual about a checkpoint: files that are not the model, tensors that its class does not know, a head that is
+    tied and stored."""
+    notes = [*view.checkpoint.notes, *_outside_notes(view)]
     if view.blueprint.both_stored:
         notes.append(
             "config.json ties the head to the embedding, but the files hold both: where they differ each keeps its own, as in "

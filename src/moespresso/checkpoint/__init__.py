@@ -2,8 +2,8 @@
 
 from moespresso.checkpoint.index import Checkpoint, open_checkpoint
 from moespresso.checkpoint.journal import MANIFEST, Journal, claim, finish, is_ours, read_manifest, sweep_up
-from moespresso.checkpoint.packed import OWN_KIND, SECTION
 from moespresso.checkpoint.reader import TORCH_DTYPES, Lazy, Reader, count_nonfinite
+from moespresso.checkpoint.section import OWN_KIND, SECTION, hoisted
 from moespresso.checkpoint.sidecar import copy_sidecar, sidecars
 from moespresso.checkpoint.writer import (
     Shard,
@@ -21,6 +21,6 @@ from moespresso.checkpoint.writer import (
 
 __all__ = [
     "MANIFEST", "OWN_KIND", "SECTION", "TORCH_DTYPES", "Checkpoint", "Journal", "Lazy", "Reader", "Shard", "Written", "as_bytes", "claim",
-    "copy_sidecar", "count_nonfinite", "disk_full_is_told", "finish", "header", "is_ours", "layout", "open_checkpoint", "read_manifest",
+    "copy_sidecar", "count_nonfinite", "disk_full_is_told", "finish", "header", "hoisted", "is_ours", "layout", "open_checkpoint", "read_manifest",
     "shard_limit", "sidecars", "sweep_up", "write_file", "write_index", "write_shard", "write_text",
 ]  # fmt: skip

@@ -10,18 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+from moespresso.checkpoint.files import ADAPTER, EXPLICIT, INDEX, SINGLE, choose, read_json
 from moespresso.checkpoint.packed import joined
+from moespresso.checkpoint.reader import Reader
+from moespresso.checkpoint.section import hoisted
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.format import DTYPE_BYTES
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+__all__ = ["INDEX", "SINGLE", "Checkpoint", "open_checkpoint", "read_header"]
+
+# How many packed matrices are looked at when a folder is opened.
+_LOOKS = 32
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 _MAX_HEADER = 100 << 20
 
@@ -29,12 +35,13 @@ _MAX_HEADER = 100 << 20
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder's config (as its JSON says it) and tensors, in shard order and then by place in the shard; a packed matrix is
-    one of them."""
+    one of them. `notes` say which of its files are not the model."""
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorRef] = field(repr=False)
     files: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def digest(self) -> str:
@@ -56,37 +63,55 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Read config and headers; raises `UserError` with the place and the cure for anything that does not add up."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the path of a Hugging Face checkpoint or a hub id")
-    config = _read_json(folder / "config.json")
-    files = _shards(folder)
+    if (folder / ADAPTER).is_file():
+        raise UserError(
+            f"{folder} holds an adapter ({ADAPTER}), which transformers adds to the weights where peft is installed: merge it "
+            f"into its base model first (merge_and_unload in peft), or take {ADAPTER} out of the folder"
+        )
+    config = hoisted(read_json(folder / "config.json"), str(folder))
+    chosen = choose(folder, config.pop(EXPLICIT, None))
     tensors: dict[str, TensorRef] = {}
-    for file in files:
-        for ref in read_header(folder / file):
+    for file in chosen.files:
+        for ref in read_header(folder / file, file):
             if ref.name in tensors:
                 raise UserError(
                     f"tensor {ref.name} is in both {tensors[ref.name].file} and {file}: keep one of them"
                 )
             tensors[ref.name] = ref
-    _check_index(folder, tensors)
-    return Checkpoint(folder, config, joined(config, tensors, folder), files)
+    notes = chosen.notes(folder, tensors)
+    whole = joined(config, tensors, folder)
+    _check_some(whole, folder)
+    return Checkpoint(folder, config, whole, chosen.files, notes)
 
 
-def read_header(path: Path) -> list[TensorRef]:
-    """The tensors a safetensors file announces, by place; raises `UserError` when the file is cut short or broken."""
+def _check_some(tensors: Mapping[str, TensorRef], folder: Path) -> None:
+    """Whether zeros and groups of a few packed matrices are what the config says: the others are looked at when they are read."""
+    packed = [ref for ref in tensors.values() if ref.packed is not None]
+    with Reader(folder) as reader:
+        for ref in packed[:: max(1, len(packed) // _LOOKS)]:
+            reader.check_small(ref)
+
+
+def read_header(path: Path, file: str = "") -> list[TensorRef]:
+    """The tensors a safetensors file announces, by place; raises `UserError` when the file is cut short or broken.
+
+    `file` is its path in its checkpoint's folder (empty: its name).
+    """
     size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+    with path.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise UserError(
                 f"{path} is truncated or not a safetensors file ({size} bytes): download it again"
             )
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(handle.read(length))
         except ValueError as error:
             raise UserError(f"{path} has an unreadable header ({error}): download it again") from error
     if not isinstance(header, dict):
         raise UserError(f"{path} has a header that is not a JSON object: download it again")
     rows = {str(name): row for name, row in cast("dict[str, Any]", header).items() if name != "__metadata__"}
-    refs = [_ref(name, row, path, 8 + length) for name, row in rows.items()]
+    refs = [_ref(name, row, path, file, 8 + length) for name, row in rows.items()]
     refs.sort(key=lambda ref: (ref.offset, ref.nbytes))
     _check_cover(path, refs, 8 + length, size)
     return refs
@@ -109,7 +134,7 @@ def _check_cover(path: Path, refs: list[TensorRef], start: int, size: int) -> No
         raise UserError(f"{path} has {size - end} bytes behind its last tensor: download it again")
 
 
-def _ref(name: str, row: Any, path: Path, base: int) -> TensorRef:
+def _ref(name: str, row: Any, path: Path, file: str, base: int) -> TensorRef:
     try:
         start, end = (_count(offset) for offset in row["data_offsets"])
         shape, dtype = tuple(_count(size) for size in row["shape"]), str(row["dtype"])
@@ -117,7 +142,7 @@ def _ref(name: str, row: Any, path: Path, base: int) -> TensorRef:
         raise UserError(f"{path} has a broken header at tensor {name}: download it again") from error
     if dtype not in DTYPE_BYTES:
         raise UserError(f"{path}: tensor {name} has dtype {dtype}, which this version cannot read")
-    ref = TensorRef(name, shape, dtype, path.name, base + start)
+    ref = TensorRef(name, shape, dtype, file or path.name, base + start)
     if ref.numel * DTYPE_BYTES[dtype] != end - start:
         raise UserError(
             f"{path}: tensor {name} is announced with {end - start} bytes, its shape needs {ref.nbytes}"
@@ -129,53 +154,6 @@ def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(value)
     return value
-
-
-def _shards(folder: Path) -> tuple[str, ...]:
-    if (folder / INDEX).is_file():
-        weight_map = _weight_map(folder)
-        files = tuple(sorted(set(weight_map.values())))
-    elif (folder / SINGLE).is_file():
-        files = (SINGLE,)
-    else:
-        other = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f" (it has {other[0]}: save it as safetensors first)" if other else ""
-        raise UserError(f"{folder} holds neither {INDEX} nor {SINGLE}{hint}")
-    for file in files:
-        if not (folder / file).is_file():
-            raise UserError(f"{folder / INDEX} names {file}, which is not there: download it again")
-    return files
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    weight_map = _read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{folder / INDEX} has no weight_map: download it again")
-    return {str(name): str(file) for name, file in weight_map.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-
-
-def _check_index(folder: Path, tensors: dict[str, TensorRef]) -> None:
-    if not (folder / INDEX).is_file():
-        return
-    for name, file in _weight_map(folder).items():
-        if name not in tensors:
-            raise UserError(
-                f"{folder / INDEX} promises {name} in {file}, which lacks it: download {file} again"
-            )
-        if tensors[name].file != file:
-            raise UserError(f"{folder / INDEX} places {name} in {file}, but it is in {tensors[name].file}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path} is missing: give the folder of a Hugging Face checkpoint")
-    try:
-        body = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(body, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return body  # pyright: ignore[reportUnknownVariableType]
 
 
 def _sample(path: Path, digest: Any) -> None:

@@ -2,30 +2,34 @@
 
 Three layouts are understood, with integers of 2 to 8 bits and scales per group or channel: compressed-tensors'
 `pack-quantized`, in which `config.json` says by regular expressions which modules have how many bits, and those of GPTQ and
-AWQ, which have one format for all. `joined` replaces the tensors of each matrix by one reference with the shape and dtype of
-what it decodes to; `packing_config` writes the section of `config.json` again.
+AWQ, which have one format for all (`section` reads what it says). `joined` replaces the tensors of each matrix by one
+reference with the shape and dtype of what it decodes to, and refuses tensors beside them that it does not know;
+`packing_config` writes the section of `config.json` again.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from moespresso.checkpoint.section import KIND, METHOD, OWN_KIND, SECTION, read_section
 from moespresso.core.blueprint import Packed, TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.format import OWN_LAYOUTS, SHARED_PARTS, Format, Layout, layout_of
 
-SECTION = "quantization_config"
-METHOD, KIND = "compressed-tensors", "pack-quantized"
-# Stands for KIND where stock loaders would compute wrong numbers: they stop at a name that they do not know.
-OWN_KIND = "moespresso-packed"
 # The part of a matrix by which it is found, and all its parts.
 _PARTS: dict[Layout, tuple[str, ...]] = {
-    "compressed-tensors": ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"),
+    "compressed-tensors": (
+        "weight_packed",
+        "weight_scale",
+        "weight_zero_point",
+        "weight_shape",
+        "weight_g_idx",
+    ),
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
     "awq": ("qweight", "qzeros", "scales"),
     "bitmask": ("weight_values", "weight_mask", "weight_shape"),
@@ -38,46 +42,80 @@ _PARTS: dict[Layout, tuple[str, ...]] = {
 _SHARED = ".weight_bases"
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """A group of the section: which modules it means, and their format."""
-
-    targets: tuple[str, ...]
-    format: Format
-
-    def means(self, module: str) -> bool:
-        """Whether one of its targets matches a module's name; class names match every module."""
-        return any(
-            re.match(target[3:], module) is not None
-            if target.startswith("re:")
-            else target in ("Linear", module)
-            for target in self.targets
-        )
+# Ends of the names of tensors that belong to packed matrices, or to what is computed with them.
+_STRANGE = frozenset(suffix for parts in _PARTS.values() for suffix in parts) | frozenset(
+    {"weight_global_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "input_zero_point", "input_global_scale",
+     "input_g_idx", "output_scale", "output_zero_point", "output_global_scale", "q_scale", "k_scale", "v_scale", "kv_scale",
+     "k_zero_point", "v_zero_point", "k_global_scale", "v_global_scale", "q_zero_point", "channel_scale"}
+)  # fmt: skip
 
 
 def joined(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: Path) -> dict[str, TensorRef]:
-    """`tensors` with the parts of every packed matrix as one reference; raises `UserError` where they do not fit."""
+    """`tensors` with the parts of every packed matrix as one reference; raises `UserError` where they do not fit, and for
+    every tensor beside them that is not understood."""
     place = str(folder)
-    section = config.get(SECTION)
-    if not section:
+    section = read_section(config, place)
+    if section is None:
+        _check_plain(tensors, place)
         return dict(tensors)
-    layout, groups = _layout(section, place), _groups(section, place)
-    layouts: list[Layout] = [layout, *OWN_LAYOUTS] if section.get("format") == OWN_KIND else [layout]
+    layouts: list[Layout] = [section.layout, *OWN_LAYOUTS] if section.own else [section.layout]
+    firsts: dict[str, Layout] = {_PARTS[layout][0]: layout for layout in layouts}
+    stems: dict[str, Layout] = {
+        stem: firsts[suffix]
+        for stem, _, suffix in (name.rpartition(".") for name in tensors)
+        if suffix in firsts
+    }
+    if not stems:
+        raise UserError(
+            f"{place} is already quantized ({section.method}), says the {SECTION} of its config.json, but none of its tensors "
+            f"is packed: give the unquantized checkpoint, or take {SECTION} out where these are its weights"
+        )
     shared = _shared_parts(tensors, place)
     found: dict[str, TensorRef] = {}
     for name, ref in tensors.items():
         stem, _, suffix = name.rpartition(".")
-        here: Layout | None = next((each for each in layouts if f"{stem}.{_PARTS[each][0]}" in tensors), None)
+        here = stems.get(stem)
         if here is None or suffix not in _PARTS[here]:
+            _check_beside(name, stems, place)
             found[name] = ref
         elif suffix == _PARTS[here][0]:
-            format = next((group.format for group in groups if group.means(stem)), None)
-            if format is None or (here in OWN_LAYOUTS and here != layout_of(format)):
+            format = section.format_of(stem)
+            if here in OWN_LAYOUTS and here != layout_of(format):
                 raise UserError(
-                    f"{place}: {stem} is packed, but no group of config.json's {SECTION} means it"
+                    f"{place}: {stem} is stored as {here}, and config.json's {SECTION} says {format.kind}: press the model again"
                 )
             found[f"{stem}.weight"] = _whole(stem, tensors, shared, format, here, folder)
     return found
+
+
+def _check_plain(tensors: Mapping[str, TensorRef], place: str) -> None:
+    """A config that says nothing of packed matrices must have none."""
+    odd = next((name for name in tensors if name.endswith((".weight_packed", ".qweight"))), None)
+    if odd is not None:
+        raise UserError(
+            f"{place}: {odd} is packed, but config.json has no {SECTION} that says how: add it (tools keep it in "
+            "quantize_config.json or quant_config.json too), or give the unquantized checkpoint"
+        )
+
+
+def _check_beside(name: str, stems: Mapping[str, Layout], place: str) -> None:
+    """A tensor that is no part of a packed matrix must be none that changes what such matrices compute."""
+    stem, _, suffix = name.rpartition(".")
+    inside = stem if stem in stems else next((above for above in _above(stem) if above in stems), None)
+    if (inside is not None and (inside, suffix) != (stem, "bias")) or suffix in _STRANGE:
+        what = (
+            f"of the packed {inside}" if inside is not None else f"as packed checkpoints have it ({suffix})"
+        )
+        raise UserError(
+            f"{place}: {name} is a tensor {what}, of which this version does not know what it does to values: give the unquantized "
+            "checkpoint, or one packed without it"
+        )
+
+
+def _above(module: str) -> Iterator[str]:
+    """The modules that a module is in, inner ones first."""
+    while module := module.rpartition(".")[0]:
+        yield module
 
 
 def _shared_parts(tensors: Mapping[str, TensorRef], place: str) -> dict[str, TensorRef]:
@@ -96,56 +134,7 @@ def _shared_parts(tensors: Mapping[str, TensorRef], place: str) -> dict[str, Ten
 
 def check_readable(config: Mapping[str, Any], place: str) -> None:
     """Raise `UserError` where a config says that its checkpoint is quantized in a way that is not read."""
-    section = config.get(SECTION) or config.get("compression_config")
-    if section:
-        _layout(section, place)
-
-
-def _layout(section: Any, place: str) -> Layout:
-    said = cast("dict[str, Any]", section) if isinstance(section, dict) else {}
-    method, kind = said.get("quant_method"), said.get("format")
-    if (method, kind) in ((METHOD, KIND), (METHOD, OWN_KIND)):
-        return "compressed-tensors"
-    if method == "gptq" and said.get("checkpoint_format", "gptq") == "gptq":
-        return "gptq"
-    if method == "awq" and said.get("version", "gemm") == "gemm":
-        return "awq"
-    words = " ".join(
-        str(word) for word in (method, kind or said.get("checkpoint_format") or said.get("version")) if word
-    )
-    raise UserError(
-        f"{place} is already quantized ({words or section}), and of such checkpoints this version reads {METHOD} {KIND}, "
-        "gptq and awq (gemm) only: give the unquantized one"
-    )
-
-
-def _groups(section: Mapping[str, Any], place: str) -> list[_Group]:
-    try:
-        if section["quant_method"] == METHOD:
-            return [_group(group) for group in section["config_groups"].values()]
-        size = int(section["group_size"])
-        symmetric = section["quant_method"] == "gptq" and bool(section["sym"])
-        return [_Group(("Linear",), Format("integer", int(section["bits"]), max(size, 0), symmetric))]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{place} is already quantized, and the {SECTION} of its config.json is not understood ({error!r}): give the "
-            "unquantized checkpoint"
-        ) from error
-
-
-def _group(group: Mapping[str, Any]) -> _Group:
-    weights = group["weights"]
-    if weights["type"] in ("sparse", "factors", "bases", "rows", "columns"):
-        own = Format(weights["type"], group_size=int(weights["group_size"]), density=float(weights["density"]),
-                     rank=int(weights["rank"]), bases=int(weights.get("bases", 0)))  # fmt: skip
-        return _Group(tuple(group["targets"]), own)
-    if weights["type"] != "int" or group.get("input_activations") is not None:
-        raise ValueError("only weights stored as integers are read")
-    if weights["strategy"] not in ("group", "channel"):
-        raise ValueError(f"strategy {weights['strategy']}")
-    size = weights["group_size"] if weights["strategy"] == "group" else 0
-    format = Format("integer", int(weights["num_bits"]), int(size), bool(weights["symmetric"]))
-    return _Group(tuple(group["targets"]), format)
+    read_section(config, place)
 
 
 def _whole(
@@ -188,10 +177,18 @@ def _whole(
         if part is None or (part.shape, part.dtype) != (wanted.shape, wanted.dtype):
             have = "missing" if part is None else f"{part.dtype} {list(part.shape)}"
             raise UserError(
-                f"{place}: {wanted.name} is {have}, not {wanted.dtype} {list(wanted.shape)} as its format says"
+                f"{place}: {wanted.name} is {have}, not {wanted.dtype} {list(wanted.shape)} as its format says: compare the "
+                f"{SECTION} of config.json with where the checkpoint came from, and download what differs again"
             )
     if parts:
-        raise UserError(f"{place}: {stem} has a {next(iter(parts))}, which its format does not know")
+        raise UserError(
+            f"{place}: {stem} has a {next(iter(parts))}, which its format does not know: compare the {SECTION} of config.json with "
+            "where the checkpoint came from"
+        )
+    if scale.dtype not in ("F16", "BF16", "F32"):
+        raise UserError(
+            f"{place}: {scale.name} is {scale.dtype}, which is not read: give the unquantized checkpoint"
+        )
     return replace(
         whole, packed=Packed(format, layout, found, leads=leads or not SHARED_PARTS & found.keys())
     )
@@ -254,10 +251,12 @@ def packing_config(
             raise UserError(
                 f"the layout {layout} has one format for all matrices, here are {len(formats)}: keep compressed-tensors"
             )
-        return _OTHERS[layout](formats[0], sorted(set(plain)))
+        heads = {"lm_head": "lm_head" in packed} if layout == "gptq" else {}
+        return _OTHERS[layout](formats[0], sorted(set(plain))) | heads
+    stems = _stems(packed)
     groups = {
         f"group_{number}": {
-            "targets": ["Linear"] if one else [f"re:{_pattern(name for name in packed if packed[name] == format)}"],
+            "targets": ["Linear"] if one else [f"re:{_pattern(stems[format])}"],
             "weights": _weights(format),
             "input_activations": None,
             "output_activations": None,
@@ -291,7 +290,7 @@ def _weights(format: Format) -> dict[str, Any]:
         "strategy": "group" if format.group_size else "channel",
         "group_size": format.group_size or None,
         "dynamic": False,
-        "actorder": None,
+        "actorder": "group" if format.ordered else None,
         "observer": "minmax",
     }
 
@@ -303,7 +302,7 @@ def _gptq_section(format: Format, plain: list[str]) -> dict[str, Any]:
         "bits": format.bits,
         "group_size": format.group_size or -1,
         "sym": format.symmetric,
-        "desc_act": False,
+        "desc_act": format.ordered,
         "lm_head": False,
         "dynamic": _left_alone(plain),
     }
@@ -334,9 +333,20 @@ def _alike(name: str) -> str:
     return re.sub(r"(?<=experts\.)\d+(?=\.)", "#", name)
 
 
-def _pattern(names: Iterable[str]) -> str:
-    """A regular expression for exactly these modules, the numbers of experts summed up: a layer's have one format."""
-    stems = {_alike(name) for name in names}
+def _stems(packed: Mapping[str, Format]) -> dict[Format, set[str]]:
+    """The modules of each format, the numbers of experts summed up where those of a layer have one format."""
+    formats: dict[str, set[Format]] = {}
+    for name, format in packed.items():
+        formats.setdefault(_alike(name), set()).add(format)
+    found: dict[Format, set[str]] = {}
+    for name, format in packed.items():
+        stem = _alike(name)
+        found.setdefault(format, set()).add(stem if len(formats[stem]) == 1 else name)
+    return found
+
+
+def _pattern(stems: Iterable[str]) -> str:
+    """A regular expression for exactly these modules."""
     return (
         "^("
         + "|".join(re.escape(stem).replace(r"\#", r"\d+").replace("#", r"\d+") for stem in sorted(stems))

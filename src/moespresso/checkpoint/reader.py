@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import mmap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from moespresso.core.errors import NonFiniteError, UserError
 from moespresso.core.format import OWN_LAYOUTS, SHARED_PARTS
 from moespresso.core.piece import Fold, Member, Piece
 from moespresso.formats import (
+    SMALL_PARTS,
     Codes,
+    check_small,
     decode,
     decode_parts,
     decode_plain,
@@ -182,8 +185,28 @@ class Reader:
         """The codes of a matrix that is stored packed."""
         assert ref.packed is not None
         parts = {suffix: self.tensor(part).unsqueeze(0) for suffix, part in ref.stored().items()}
-        codes = decode_parts(ref.packed.layout, parts, ref.packed.format, _two(ref.shape))
+        with self._named(ref):
+            codes = decode_parts(ref.packed.layout, parts, ref.packed.format, _two(ref.shape))
         return codes if ref.factor == 1 else replace(codes, scale=_times(codes.scale, ref.factor))
+
+    def check_small(self, ref: TensorRef) -> None:
+        """Raise `UserError` where the zeros or groups of a matrix that is stored packed contradict its format."""
+        assert ref.packed is not None
+        parts = {
+            suffix: self.tensor(part).unsqueeze(0)
+            for suffix, part in ref.packed.parts.items()
+            if suffix in SMALL_PARTS
+        }
+        with self._named(ref):
+            check_small(ref.packed.layout, parts, ref.packed.format, _two(ref.shape))
+
+    @contextmanager
+    def _named(self, ref: TensorRef) -> Generator[None]:
+        """Say which matrix it is that cannot be decoded."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{self._folder}: {ref.name}: {error}") from error
 
     def _part(self, whole: Piece, part: str) -> torch.Tensor:
         """One of the tensors that an encoded matrix is stored as. Writing asks for the largest first; the others are kept

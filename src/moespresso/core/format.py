@@ -44,6 +44,7 @@ class Format:
     `group_size` m > 0 means n:m, density x m of every m neighbouring inputs. `factors` stores two matrices of `rank`
     whose product it is; `bases` one of them, and the shares of so many `bases` that are mixed to the other, which all
     experts of a layer share; `rows` and `columns` store so many (`rank`) of those of a matrix that is zero elsewhere.
+    `ordered`: which group an input is in is stored (act-order), and not counted off; sources may have it, plans never give it.
     """
 
     kind: Literal["source", "integer", "sparse", "factors", "bases", "rows", "columns"] = "source"
@@ -53,6 +54,7 @@ class Format:
     density: float = 1.0
     rank: int = 0
     bases: int = 0
+    ordered: bool = False
 
     def bits_per_weight(self, scale_bits: int = 16) -> float:
         """Return stored bits per weight, scales, zeros and the sparse mask included.
@@ -156,6 +158,8 @@ def stored_parts(
             "weight_scale": ((out, groups), scale_dtype),
             "weight_shape": ((2,), "I64"),
         }
+        if format.ordered:
+            parts["weight_g_idx"] = ((width,), "I32")
         return (
             parts if format.symmetric else parts | {"weight_zero_point": ((_words(out, bits), groups), "I32")}
         )
@@ -170,6 +174,10 @@ def check_layout(layout: Layout, format: Format, out: int, width: int) -> None:
     if format.kind != "integer":
         raise UserError(
             f"{layout} stores integers, not matrices that are pruned, cut or of low rank: round them first"
+        )
+    if layout == "awq" and format.ordered:
+        raise UserError(
+            "awq counts groups off and cannot store inputs in an order of their own (act-order): use the layout gptq"
         )
     known = LAYOUT_BITS[layout]
     if format.bits not in known:

@@ -276,4 +276,6 @@ def _read_stage(row: Mapping[str, Any], place: str) -> Stage:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Format):  # without what only sources have
+        return {name: getattr(value, name) for name in _FORMAT_KINDS}
     return asdict(value) if hasattr(value, "__dataclass_fields__") else str(value)

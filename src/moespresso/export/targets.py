@@ -9,7 +9,7 @@ from moespresso.core.blueprint import LayerSpec
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import OWN_LAYOUTS
 from moespresso.core.rewrite import biased_stubs
-from moespresso.model import View, half_packed, is_unequal, one_format, skipping
+from moespresso.model import View, half_packed, in_order, is_unequal, one_format, skipping
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +105,12 @@ def _check_formats(target: Target, view: View) -> None:
         raise UserError(
             "this plan packs other parts and leaves experts plain, at which transformers stops; the nearest plan that it can is to "
             "round the experts too (parts=experts+...), or say --target plugin (moespresso.load reads it)"
+        )
+    if in_order(view):
+        raise UserError(
+            "this plan keeps packed matrices whose inputs are grouped in an order of their own (act-order), which compressed-tensors "
+            f"0.20 no longer decodes, so that {target.name} stops at them; the nearest plan that it can is to round them again "
+            "(rtn), or say --target plugin (moespresso.load reads it)"
         )
     if one_format(view):
         return

@@ -21,12 +21,16 @@ SLAB = 1 << 18
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Codes:
-    """Encoded matrices: `values` uint8 [N, out, in], `scale` [N, out, G] as stored, `zero` uint8 [N, out, G]."""
+    """Encoded matrices: `values` uint8 [N, out, in], `scale` [N, out, G] as stored, `zero` uint8 [N, out, G].
+
+    `groups` [N, in] says which group each input is in, where that is not counted off from the left (None: it is).
+    """
 
     format: Format
     values: Tensor
     scale: Tensor
     zero: Tensor
+    groups: Tensor | None = None
 
     def corner(self, number: int, shape: tuple[int, ...]) -> Codes:
         """Codes [1, out, in] of matrix `number` as far as `shape` goes; groups must not be cut."""
@@ -75,5 +79,9 @@ def encode(weights: Tensor, scale: Tensor, zero: Tensor, format: Format) -> Code
 
 def decode(codes: Codes) -> Tensor:
     """The weights [N, out, in] that the codes stand for, in the scales' dtype."""
+    if codes.groups is not None:
+        at = codes.groups.long().unsqueeze(-2).expand(codes.values.shape)
+        loose = codes.values.to(torch.int16) - codes.zero.gather(-1, at)
+        return loose.to(codes.scale.dtype) * codes.scale.gather(-1, at)
     steps = in_groups(codes.values, codes.format).to(torch.int16) - codes.zero.unsqueeze(-1)
     return (steps.to(codes.scale.dtype) * codes.scale.unsqueeze(-1)).flatten(-2)

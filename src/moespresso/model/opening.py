@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from moespresso.checkpoint import SECTION, TORCH_DTYPES, Checkpoint, Reader, open_checkpoint
+from moespresso.checkpoint import SECTION, TORCH_DTYPES, Checkpoint, Reader, hoisted, open_checkpoint
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan
@@ -35,7 +35,7 @@ def config_view(path: Path) -> View:
         raw = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a config.json that can be read ({error})") from error
-    if raw.get(SECTION):
+    if hoisted(raw, str(path)).get(SECTION):
         raise UserError(
             f"{path} is the config of a packed model, whose price stands in its tensors: give the folder"
         )

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from moespresso.checkpoint.index import Checkpoint
-from moespresso.checkpoint.packed import OWN_KIND, SECTION, packing_config
+from moespresso.checkpoint.packed import packing_config
 from moespresso.checkpoint.reader import Lazy, Reader
+from moespresso.checkpoint.section import OWN_KIND, SECTION
 from moespresso.core.blueprint import Blueprint, Entry, LayerSpec, TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.fits import Fits
@@ -212,7 +213,8 @@ def _as_stub(layer: LayerSpec, bodies: dict[int, str], width: int) -> LayerSpec:
 
 def own_packing(view: View) -> bool:
     """Whether a checkpoint has packed matrices that transformers stops at."""
-    return (view.checkpoint.config.get(SECTION) or {}).get("format") == OWN_KIND or half_packed(view)
+    said = (view.checkpoint.config.get(SECTION) or {}).get("format")
+    return said == OWN_KIND or half_packed(view) or in_order(view)
 
 
 def half_packed(view: View) -> bool:
@@ -231,13 +233,19 @@ def other_layout(view: View) -> bool:
     return (view.checkpoint.config.get(SECTION) or {}).get("quant_method") in ("gptq", "awq")
 
 
+def in_order(view: View) -> bool:
+    """Whether compressed-tensors stores the groups of inputs, which its library took out in 0.20 (it stops at such a config)."""
+    packed = [piece.ref.packed for piece in view.pieces if piece.ref.packed is not None]
+    return any(each.format.ordered and each.layout == "compressed-tensors" for each in packed)
+
+
 def one_format(view: View) -> bool:
-    """Whether stock loaders read a packed view rightly: all experts in one format, which in compressed-tensors must be symmetric,
-    and beside them nothing that they cannot read there."""
+    """Whether stock loaders read a packed view rightly: all experts in one format, which in compressed-tensors must be symmetric
+    and count groups off, and beside them nothing that they cannot read there."""
     experts = [piece.ref.packed for piece in view.pieces if piece.unit.part == "experts"]
     others = [piece.ref.packed for piece in view.pieces if piece.ref.packed is not None]
     ragged = any(layer.widths for layer in view.blueprint.layers) and any(experts)
-    if ragged or view.unreadable or any(packed.layout in OWN_LAYOUTS for packed in others):
+    if ragged or view.unreadable or in_order(view) or any(packed.layout in OWN_LAYOUTS for packed in others):
         return False
     return len({packed and packed.format for packed in experts}) <= 1 and all(
         packed is None or packed.format.symmetric or packed.layout != "compressed-tensors"

@@ -40,6 +40,7 @@ from moespresso.model import (
     rehoused_views,
 )
 from moespresso.stream import sweep
+from moespresso.verify.library import decoded_alike
 
 _CHUNK = 16 << 20
 # Stock loading holds the whole model in float32; larger ones are checked by streaming and by digests.
@@ -145,7 +146,7 @@ def _finite(view: View, manifest: dict[str, Any], progress: Progress) -> str:
 
 
 def _decodes(view: View) -> str:
-    """Stored shapes are the matrices' own, and no scale is zero."""
+    """Stored shapes are the matrices' own, no scale is zero, and the layout's own library, where there is one, decodes the same."""
     counts: Counter[str] = Counter()
     with Reader(view.checkpoint.folder) as reader:
         for piece in view.pieces:
@@ -163,7 +164,8 @@ def _decodes(view: View) -> str:
             scale = reader.codes_of(piece.source.ref).scale
             _require(bool((scale != 0).all()), f"{piece.name} has scales that are zero")
             counts[f"{packed.format.bits} bits"] += 1
-    return ", ".join(f"{count} matrices of {bits}" for bits, count in sorted(counts.items()))
+    counted = [f"{count} matrices of {bits}" for bits, count in sorted(counts.items())]
+    return ", ".join([*counted, *filter(None, [decoded_alike(view.checkpoint)])])
 
 
 def _planned_counts(blueprint: Blueprint, manifest: dict[str, Any]) -> str:
@@ -244,6 +246,7 @@ def _same_logits(model: nn.Module, skeleton: Skeleton, vocab: int) -> str:
 
 
 def _against(view: View, source: View, manifest: dict[str, Any], progress: Progress) -> str:
+    decoded_alike(source.checkpoint)  # what was misread there would be wrong here in the same way
     wanted_view = _as_planned(view, source, manifest)
     config = wanted_view.config
     changed = [
