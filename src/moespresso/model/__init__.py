@@ -12,12 +12,13 @@ from moespresso.model.opening import (
     pick_dtype,
     rehoused_views,
 )
+from moespresso.model.reach import num_positions
 from moespresso.model.rehouse import adopt, is_rehoused, tokenizer_config
 from moespresso.model.skeleton import Skeleton, quiet_transformers, read_config
 from moespresso.model.view import View, half_packed, one_format, other_layout, own_packing
 
 __all__ = [
-    "Skeleton", "View", "Waiting", "adopt", "config_view", "half_packed", "is_rehoused", "is_unequal", "make_skeleton", "one_format",
+    "Skeleton", "View", "Waiting", "adopt", "config_view", "half_packed", "is_rehoused", "is_unequal", "make_skeleton", "num_positions", "one_format",
     "open_view", "other_layout", "own_packing", "pick_device", "pick_dtype",
     "quiet_transformers", "read_blueprint", "read_config", "rehoused_views", "skipping", "start", "tokenizer_config", "without",
 ]  # fmt: skip
