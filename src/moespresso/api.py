@@ -51,7 +51,7 @@ from moespresso.model import (
 )
 from moespresso.pipeline import Clock, Decided, all_needs, decide, describe_step
 from moespresso.pipeline import measure as measure_view
-from moespresso.recipe import Recipe, Request, row_length
+from moespresso.recipe import Recipe, Request, row_length, say_shorter
 from moespresso.rehearsal import NotOnThisModel, housed, rehearse
 from moespresso.report import Report, describe_methods
 from moespresso.result import format_notes, outside_notes, produce
@@ -324,10 +324,12 @@ def _calibration(view: View, request: Request) -> tuple[Request, Batches | None]
         raise UserError(
             f"these steps see real text: give --text FILE or --dataset NAME{_without_text(request)}"
         )
-    request = request.within(num_positions(view))
+    fitted = request.within(num_positions(view))
     tokenizer = load_tokenizer(view.checkpoint.folder)
-    return request, calibration(request.texts, tokenizer, request.samples, request.length, request.seed, request.mode,
-                                view.source.vocab)  # fmt: skip
+    batches = calibration(fitted.texts, tokenizer, fitted.samples, fitted.length, fitted.seed, fitted.mode,
+                          view.source.vocab)  # fmt: skip
+    say_shorter(fitted.length, request.length)
+    return fitted, batches
 
 
 def _without_text(request: Request) -> str:

@@ -52,10 +52,8 @@ MENDABLE = {
 REQUEST = ("model", "samples", "length", "mode", "seed", "target", "size")
 
 Model = Annotated[str, typer.Argument(help="A checkpoint folder or a hub id.", metavar="MODEL")]
-ModelOrRecipe = Annotated[
-    str | None,
-    typer.Argument(help="A checkpoint folder or a hub id (may stand in the recipe).", metavar="MODEL"),
-]
+ModelOrRecipe = Annotated[str | None, typer.Argument(
+    help="A checkpoint folder or a hub id (may stand in the recipe).", metavar="MODEL")]  # fmt: skip
 
 _WHAT, _TEXT, _HOW = "What to do", "Text", "How to do it"
 RecipeFile = Annotated[
@@ -80,12 +78,10 @@ Dataset = Annotated[
     typer.Option("--dataset", metavar="NAME", help="A hub dataset: c4, wikitext2, alpaca, ... or owner/name.",
                  rich_help_panel=_TEXT),
 ]  # fmt: skip
-Samples = Annotated[
-    int | None, typer.Option("--samples", help="Rows of text to measure on (128).", rich_help_panel=_TEXT)
-]
-Length = Annotated[
-    int | None, typer.Option("--length", help="Tokens in a row (2048).", rich_help_panel=_TEXT)
-]
+Samples = Annotated[int | None, typer.Option(
+    "--samples", help="Rows of text to measure on (128).", rich_help_panel=_TEXT)]  # fmt: skip
+Length = Annotated[int | None, typer.Option(
+    "--length", help="Tokens in a row (2048).", rich_help_panel=_TEXT)]  # fmt: skip
 Mode = Annotated[str | None, typer.Option("--mode", help="auto, pack or chat (auto).", rich_help_panel=_TEXT)]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=_HOW)]
 Dtype = Annotated[str, typer.Option(

@@ -97,7 +97,7 @@ def _anchor_model(value: object, info: ValidationInfo) -> object:
 def row_length(asked: int | None, usual: int, positions: int | None) -> int:
     """How many tokens a row has, for a model with so many positions (None: as many as one likes).
 
-    Raises `UserError` where more were asked for; where nobody asked for a number, the log says what it came to.
+    Raises `UserError` where more were asked for; where nobody asked for a number, `say_shorter` is to tell.
     """
     length = usual if asked is None else asked
     if positions is None or length <= positions:

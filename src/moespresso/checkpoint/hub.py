@@ -58,7 +58,7 @@ def _there(path: Path) -> bool:
 
 
 def _fetched(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
     try:
         return Path(snapshot_download(name, revision=revision, ignore_patterns=IGNORED))

@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from moespresso.core.errors import UserError
 
@@ -138,10 +138,18 @@ def calls_of(turn: Turn) -> list[Any]:
 def _texts(turn: Turn) -> list[str]:
     content = turn.get("content", "")
     reasoning = next((turn[name] for name in REASONING if name in turn), None)
-    said = content if isinstance(content, str) else "\n".join(filter(None, map(part_text, content)))
+    said = content if isinstance(content, str) else "\n".join(filter(None, map(_part_words, content)))
     calls = [_call_text(call) for call in calls_of(turn)]
     thought = [] if reasoning is None else [reasoning if isinstance(reasoning, str) else _as_json(reasoning)]
     return [*thought, *([said] if said or not (thought or calls) else []), *calls]
+
+
+def _part_words(part: Any) -> str:
+    """A part's text; of a part of another type, all it holds."""
+    text = part_text(part)
+    return (
+        text if text is not None else _as_json({key: value for key, value in part.items() if key != "type"})
+    )
 
 
 def _call_text(call: Any) -> str:
@@ -207,15 +215,21 @@ def _alpaca(record: Mapping[str, Any], place: str) -> Chat:
     wanted = [record["instruction"], record.get("input")]
     if any(part is not None and not isinstance(part, str) for part in wanted) or not any(wanted):
         raise UserError(f"{place}: turn 1 needs a role and a text (instruction and input must be texts)")
-    turns: list[Turn] = []
-    for number, pair in enumerate(record.get("history") or ()):
-        if not (
-            isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
-        ):
-            raise UserError(f"{place}: history {number + 1} must be a question and its answer, two texts")
-        turns += [_bare(text, side) for side, text in enumerate(pair)]
+    turns = _history(record.get("history"), place)
     turns += [_bare("\n\n".join(part for part in wanted if part), 0), _answer(record, "output", place)]
     return _chat(turns, record, {"instruction", "input", "output", "history", *REASONING}, place)
+
+
+def _history(pairs: Any, place: str) -> list[Turn]:
+    """Earlier questions with their answers, as Alpaca's kind holds them."""
+    turns: list[Turn] = []
+    for number, pair in enumerate(pairs or (), 1):
+        if not isinstance(pair, list) or list(map(type, cast("list[Any]", pair))) != [str, str]:
+            raise UserError(
+                f"{place}: history {number} must be a question and its answer, two texts: mend it"
+            )
+        turns += [_bare(text, side) for side, text in enumerate(cast("list[str]", pair))]
+    return turns
 
 
 def _exchange(record: Mapping[str, Any], question: str, answer: str, place: str) -> list[Turn]:

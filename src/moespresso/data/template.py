@@ -129,15 +129,27 @@ class Template:
     def _reads_parts(self, chat: Chat) -> bool:
         """Whether every part's text is shown, and no part is printed with its keys."""
         marked = replace(chat, turns=tuple(map(_marked, chat.turns)))
-        texts = [part_text(part) for turn in chat.turns if isinstance(turn.get("content"), list)
-                 for part in turn["content"]]  # fmt: skip
+        parts = [
+            part for turn in chat.turns if isinstance(turn.get("content"), list) for part in turn["content"]
+        ]
         for form in _forms(marked):
             try:
                 rendered = self._apply(form)
-            except Exception:
+            except Exception:  # not in this form
                 continue
-            return MARK not in rendered and all(text.strip() in rendered for text in texts if text)
+            return MARK not in rendered and all(_shown(part, rendered) for part in parts)
         return False
+
+
+def _shown(part: Mapping[str, Any], rendered: str) -> bool:
+    """Whether a part's text is there; of a part of another type, any that it holds."""
+    text = part_text(part)
+    texts = (
+        [value for key, value in part.items() if key != "type" and isinstance(value, str)]
+        if text is None
+        else [text]
+    )
+    return any(each.strip() in rendered for each in texts)
 
 
 def _variables(sources: list[str]) -> set[str]:
