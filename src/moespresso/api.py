@@ -166,6 +166,8 @@ def _check_file(out: Path, source: Path) -> None:
     """A file to write must not be a folder, nor lie in the source."""
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: give a file name")
+    if under := next((parent for parent in out.parents if parent.exists() and not parent.is_dir()), None):
+        raise UserError(f"--out {out} lies under {under}, which is a file: choose another place")
     if source.resolve() in out.resolve().parents:
         raise UserError(
             f"--out {out} lies in the source folder {source}, which is never written to: choose another"
@@ -199,6 +201,7 @@ def plan(
     made = _signed(decided, request, batches).plan
     formed(request.target, replace(view, plan=made))
     if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, made.to_json() + "\n")
     return made
 
@@ -401,10 +404,11 @@ def evaluate(
             f"{model} has {view.source.vocab} token ids, {against} {other.source.vocab}: they cannot be compared"
         )
     reach = [count for count in map(num_positions, filter(None, (view, other))) if count is not None]
-    length = row_length(length, EVALUATED, min(reach, default=None))
+    rows = row_length(length, EVALUATED, min(reach, default=None))
     batches = sequences(
-        texts, load_tokenizer((other or view).checkpoint.folder), length, limit, view.source.vocab
+        texts, load_tokenizer((other or view).checkpoint.folder), rows, limit, view.source.vocab
     )
+    say_shorter(rows, length or EVALUATED)
     with Reader(view.checkpoint.folder, allow_nonfinite=True) as reader:
         skeleton = make_skeleton(view, reader, runtime)
         if other is None:

@@ -106,10 +106,15 @@ def row_length(asked: int | None, usual: int, positions: int | None) -> int:
         raise UserError(
             f"--length {asked} is more than the {positions} positions that the model was made for: say --length {positions}"
         )
-    logger.warning(
-        "rows have %d tokens and not %d: the model was made for no more positions", positions, usual
-    )
     return positions
+
+
+def say_shorter(length: int, usual: int) -> None:
+    """Say that rows are shorter than usual, once it is sure that there are any."""
+    if length < usual:
+        logger.warning(
+            "rows have %d tokens and not %d: the model was made for no more positions", length, usual
+        )
 
 
 def _told(read: Callable[..., Any]) -> Callable[..., Any]:

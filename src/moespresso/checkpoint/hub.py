@@ -43,7 +43,7 @@ def locate(model: str | os.PathLike[str]) -> Path:
             raise UserError(
                 f"{said} is no model but one of the hub's {found['kind'][:-1]}: give a model's owner/name"
             )
-        logger.info("%s: taken as the hub id %s", said, found["name"])
+        logger.warning("%s: taken as the hub id %s", said, found["name"])
         return _fetched(found["name"], found["revision"] or found["at"])
     if (found := _ID.fullmatch(said)) and not said.startswith("."):
         return _fetched(found["name"], found["revision"])
@@ -79,7 +79,7 @@ def _around(file: Path) -> Path:
         raise UserError(
             f"{file} is a file without a {CONFIG} beside it: give the folder of a Hugging Face checkpoint"
         )
-    logger.info("%s: taken as its folder, %s", file, file.parent)
+    logger.warning("%s: taken as its folder, %s", file, file.parent)
     return file.parent
 
 
@@ -102,7 +102,7 @@ def _inside(folder: Path) -> Path:
         )
     if not found:
         return folder
-    logger.info("%s: taken as the checkpoint in it, %s", folder, found[0])
+    logger.warning("%s: taken as the checkpoint in it, %s", folder, found[0])
     return found[0]
 
 

@@ -95,8 +95,10 @@ def conversation(record: Mapping[str, Any], place: str) -> Chat | None:
 
 
 def is_turn(turn: object) -> bool:
-    """Whether this is a turn of a conversation: an object that says who speaks."""
-    return isinstance(turn, Mapping) and isinstance(turn.get("role", turn.get("from")), str)
+    """Whether this is a turn of a conversation: an object that says who speaks, and something that is said."""
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("role", turn.get("from")), str):
+        return False
+    return bool({*turn} & {*SPOKEN[1:], "value"})
 
 
 def opened(value: Any) -> Any:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
 from moespresso.core.errors import UserError
+from moespresso.data.chat import is_turn
 
 JSON = (".jsonl", ".ndjson", ".json")
 # Numbers of thousands of digits and deep nesting are no JSONDecodeError.
@@ -172,9 +173,9 @@ def _invalid(place: str, error: Exception) -> UserError:
 
 
 def _values(text: str, file: Path) -> Iterator[tuple[str, Any]]:
-    """Values over many lines, one after the other; of a single array, what is in it."""
+    """Values over many lines, one after the other; of a single array, what is in it, unless that is one conversation."""
     tops = list(_sequence(text, file))
-    if len(tops) > 1 or not isinstance(tops[0][1], list):
+    if len(tops) > 1 or not isinstance(tops[0][1], list) or (tops[0][1] and all(map(is_turn, tops[0][1]))):
         yield from ((f"{file}:{text.count(chr(10), 0, at) + 1}", value) for at, value in tops)
         return
     line, before = 1, 0
