@@ -145,7 +145,7 @@ def test_other_verbs_hand_their_files_on(api):
     assert (plan.stats, plan.out) == (Path("s.json"), Path("p.json"))
     assert (build.given, build.plan, build.out) == (("m",), Path("p.json"), Path("o"))
     assert (verify.given, verify.against) == ((Path("o"),), "m")
-    assert (evaluate.texts, evaluate.length, evaluate.limit) == ((Source("t.txt"),), 512, None)
+    assert (evaluate.texts, evaluate.length, evaluate.limit) == ((Source("t.txt"),), None, None)
     assert demo.out is None
 
 

@@ -15,22 +15,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
-from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moespresso.methods  # noqa: F401  (registers them)
 from moespresso._versions import VERSION
 from moespresso.bundled import MODELS, TEXT
-from moespresso.checkpoint import Reader, claim, write_text
+from moespresso.checkpoint import Reader, claim, locate, write_text
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.fits import needs_fit
 from moespresso.core.format import LAYOUT_BITS, Layout, check_layout
+from moespresso.core.place import place, typed
 from moespresso.core.plan import Plan
 from moespresso.core.registry import parse_step
 from moespresso.core.runtime import Runtime
 from moespresso.core.slim import rounds_on_text, slims, step_of
 from moespresso.core.stats import Stats, stats_key
-from moespresso.data import Batches, Source, calibration, sequences
+from moespresso.data import Batches, Source, calibration, load_tokenizer, sequences
 from moespresso.evaluate import evaluate as evaluate_models
 from moespresso.export import check_even, formed
 from moespresso.fitting import unrepaired
@@ -40,6 +40,7 @@ from moespresso.model import (
     is_rehoused,
     is_unequal,
     make_skeleton,
+    num_positions,
     one_format,
     open_view,
     other_layout,
@@ -50,7 +51,7 @@ from moespresso.model import (
 )
 from moespresso.pipeline import Clock, Decided, all_needs, decide, describe_step
 from moespresso.pipeline import measure as measure_view
-from moespresso.recipe import Recipe, Request
+from moespresso.recipe import Recipe, Request, row_length, say_shorter
 from moespresso.rehearsal import NotOnThisModel, housed, in_some_form, rehearse
 from moespresso.report import Report, describe_methods
 from moespresso.result import format_notes, produce, source_notes
@@ -59,6 +60,9 @@ from moespresso.stream import must_spill
 from moespresso.verify import verify as verify_folder
 
 quiet_transformers()
+
+# Tokens in a row of evaluation, where nothing else is asked for.
+EVALUATED = 512
 
 
 class Options(TypedDict, total=False):
@@ -80,35 +84,10 @@ def _asked(model: str | Path, request: Request | None, options: Options) -> Requ
     return request or Request.from_options(model=model, **options)
 
 
-def locate(model: str | Path) -> Path:
-    """The folder of a checkpoint; a hub id that is not a folder is downloaded (safetensors and small files only)."""
-    folder = Path(model)
-    name = str(model)
-    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        return folder
-    try:
-        return Path(
-            snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5"])
-        )
-    except Exception as error:  # the hub client raises a dozen kinds of errors
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name} is neither a folder nor can it be fetched from the hub ({first})") from error
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer; raises `UserError` when there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(
-            f"{folder} has no tokenizer that transformers can load, so no text can be read"
-        ) from error
-
-
 def inspect(model: str | Path) -> dict[str, Any]:
     """What a checkpoint is and weighs, from its config and headers, or from a config.json alone."""
-    alone = Path(model).suffix == ".json"
-    view = config_view(Path(model)) if alone else open_view(locate(model))
+    alone = _config_alone(typed(model, "MODEL"))
+    view = config_view(place(model)) if alone else open_view(locate(model))
     blueprint, cost = view.blueprint, view.blueprint.cost()
     notes = [*source_notes(view), *format_notes(view)]
     if alone:
@@ -145,6 +124,16 @@ def inspect(model: str | Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _config_alone(said: str) -> bool:
+    """Whether this names a config.json, and not a folder, a shard's index or a page of the hub."""
+    return (
+        said.endswith(".json")
+        and not said.endswith(".index.json")
+        and "://" not in said
+        and not Path(said).is_dir()
+    )
+
+
 def measure(
     model: str | Path,
     *,
@@ -154,7 +143,7 @@ def measure(
     **options: Unpack[Options],
 ) -> Stats:
     """Measure what the request's steps need and save it to `out`; an interrupted measurement is continued."""
-    runtime, request, out = runtime or Runtime(), _asked(model, request, options), Path(out)
+    runtime, request, out = runtime or Runtime(), _asked(model, request, options), place(out, "--out")
     view = open_view(locate(model))
     _check_file(out, view.checkpoint.folder)
     try:
@@ -163,7 +152,7 @@ def measure(
         raise
     except UserError:  # the target cannot load what comes of it, which is no matter of measuring
         view, request = rehearse(view, replace(request, target="plugin"))
-    batches = _calibration(view, request)
+    request, batches = _calibration(view, request)
     must_spill(view, batches, runtime)
     work_folder = out.parent / f".{out.name}.moespresso"
     with claim(work_folder, view.checkpoint.folder, resume=runtime.resume) as work:
@@ -177,6 +166,8 @@ def _check_file(out: Path, source: Path) -> None:
     """A file to write must not be a folder, nor lie in the source."""
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: give a file name")
+    if under := next((parent for parent in out.parents if parent.exists() and not parent.is_dir()), None):
+        raise UserError(f"--out {out} lies under {under}, which is a file: choose another place")
     if source.resolve() in out.resolve().parents:
         raise UserError(
             f"--out {out} lies in the source folder {source}, which is never written to: choose another"
@@ -195,21 +186,23 @@ def plan(
     """Decide from saved stats (or measure now, where text is given), and save the plan to `out`."""
     runtime, request = runtime or Runtime(), _asked(model, request, options)
     view = open_view(locate(model))
-    if out is not None:
-        _check_file(Path(out), view.checkpoint.folder)
+    file = None if out is None else place(out, "--out")
+    if file is not None:
+        _check_file(file, view.checkpoint.folder)
     view, request = rehearse(view, request)
-    given = _given_stats(Path(stats), view) if stats is not None else None
+    given = _given_stats(place(stats, "--stats"), view) if stats is not None else None
     # A later step that is re-scored needs the text even where the first one's stats are given.
     if given is None:
-        batches = _calibration(view, request)
+        request, batches = _calibration(view, request)
     else:
         batches = _same_text(view, given.calibration, request, "these stats were measured on")
     with tempfile.TemporaryDirectory() as work:
         decided = decide(view, request.steps, batches, given, Path(work), runtime, Clock())
     made = _signed(decided, request, batches).plan
     formed(request.target, replace(view, plan=made))
-    if out is not None:
-        write_text(Path(out), made.to_json() + "\n")
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, made.to_json() + "\n")
     return made
 
 
@@ -246,7 +239,7 @@ def press(
     runtime, clock, request = runtime or Runtime(), Clock(), _asked(model, request, options)
     with clock.phase("open"):
         view, request = rehearse(open_view(locate(model)), request)
-        batches = _calibration(view, request)
+        request, batches = _calibration(view, request)
         must_spill(view, batches, runtime)
     tokens = batches.digest if batches is not None else ""
     settings = json.dumps([dict(describe_step(step)) for step in request.steps], sort_keys=True)
@@ -256,7 +249,7 @@ def press(
     def make(work: Path) -> Decided:
         return _signed(decide(view, request.steps, batches, None, work, runtime, clock), request, batches)
 
-    return produce(view, Path(out), identity, make, request, runtime, clock)
+    return produce(view, place(out, "--out"), identity, make, request, runtime, clock)
 
 
 def build(
@@ -271,7 +264,7 @@ def build(
     runtime, clock, request = runtime or Runtime(), Clock(), request or Request()
     target = request.target
     with clock.phase("open"):
-        made = Plan.load(Path(plan))
+        made = Plan.load(place(plan, "--plan"))
 
         def tried(form: View) -> View:
             made.validated(form.source)
@@ -291,7 +284,7 @@ def build(
         with clock.phase("fit"):
             return _fitted(view, made, batches, work, runtime)
 
-    return produce(view, Path(out), identity, make, request, runtime, clock)
+    return produce(view, place(out, "--out"), identity, make, request, runtime, clock)
 
 
 def _fitted(view: View, made: Plan, batches: Batches | None, work: Path, runtime: Runtime) -> Decided:
@@ -325,21 +318,26 @@ def _same_text(view: View, wanted: Mapping[str, Any], request: Request, where: s
     if not request.texts:
         return None
     found = calibration(request.texts, load_tokenizer(view.checkpoint.folder), int(wanted.get("samples", request.samples)),
-                        int(wanted.get("length", request.length)), int(wanted.get("seed", request.seed)), wanted.get("mode", request.mode))  # fmt: skip
+                        int(wanted.get("length", request.length)), int(wanted.get("seed", request.seed)), wanted.get("mode", request.mode), view.source.vocab)  # fmt: skip
     if found.digest != wanted.get("digest", found.digest):
         raise UserError(f"the text given is not the one {where}: give the same files in the same order")
     return found
 
 
-def _calibration(view: View, request: Request) -> Batches | None:
+def _calibration(view: View, request: Request) -> tuple[Request, Batches | None]:
+    """The text that the steps see, and the request with rows that are no longer than the model's positions."""
     if not all_needs(request.steps) - {"weights"}:
-        return None
+        return request, None
     if not request.texts:
         raise UserError(
             f"these steps see real text: give --text FILE or --dataset NAME{_without_text(request)}"
         )
-    return calibration(request.texts, load_tokenizer(view.checkpoint.folder), request.samples, request.length,
-                       request.seed, request.mode)  # fmt: skip
+    fitted = request.within(num_positions(view))
+    tokenizer = load_tokenizer(view.checkpoint.folder)
+    batches = calibration(fitted.texts, tokenizer, fitted.samples, fitted.length, fitted.seed, fitted.mode,
+                          view.source.vocab)  # fmt: skip
+    say_shorter(fitted.length, request.length)
+    return fitted, batches
 
 
 def _without_text(request: Request) -> str:
@@ -358,7 +356,7 @@ def verify(
     """Check a folder we wrote (and, with `against`, compare it with its original)."""
     runtime = runtime or Runtime()
     source = open_view(locate(against)) if against is not None else None
-    found = verify_folder(Path(folder), source, runtime.progress)
+    found = verify_folder(place(folder, "DIR"), source, runtime.progress)
     return {"ok": all(check.ok for check in found), "checks": [dataclasses.asdict(check) for check in found]}
 
 
@@ -385,7 +383,7 @@ def export(folder: str | Path, *, to: str, out: str | Path, runtime: Runtime | N
                 check_layout(piece.ref.packed.layout, piece.ref.packed.format, *piece.shape)
     request = Request(target=target, recipe={"export": to})
     identity = stats_key("export", VERSION, view.source.digest, to)
-    return produce(view, Path(out), identity, lambda _: Decided(view.plan), request, runtime, clock)
+    return produce(view, place(out, "--out"), identity, lambda _: Decided(view.plan), request, runtime, clock)
 
 
 def evaluate(
@@ -393,11 +391,14 @@ def evaluate(
     *,
     texts: Sequence[Source],
     against: str | Path | None = None,
-    length: int = 512,
+    length: int | None = None,
     limit: int | None = None,
     runtime: Runtime | None = None,
 ) -> dict[str, Any]:
-    """Perplexity with its 95% interval and, against the original, mean token KL and top-1 agreement."""
+    """Perplexity with its 95% interval and, against the original, mean token KL and top-1 agreement.
+
+    `length` is 512, or the model's positions where these are fewer.
+    """
     runtime = runtime or Runtime()
     if not texts:
         raise UserError("evaluate needs text that was not used for calibration: give --text FILE")
@@ -407,7 +408,12 @@ def evaluate(
         raise UserError(
             f"{model} has {view.source.vocab} token ids, {against} {other.source.vocab}: they cannot be compared"
         )
-    batches = sequences(texts, load_tokenizer((other or view).checkpoint.folder), length, limit)
+    reach = [count for count in map(num_positions, filter(None, (view, other))) if count is not None]
+    rows = row_length(length, EVALUATED, min(reach, default=None))
+    batches = sequences(
+        texts, load_tokenizer((other or view).checkpoint.folder), rows, limit, view.source.vocab
+    )
+    say_shorter(rows, length or EVALUATED)
     with Reader(view.checkpoint.folder, allow_nonfinite=True) as reader:
         skeleton = make_skeleton(view, reader, runtime)
         if other is None:
@@ -424,7 +430,7 @@ def methods(kind: str | None = None) -> list[dict[str, Any]]:
 def demo(*, out: str | Path | None = None, runtime: Runtime | None = None) -> dict[str, Any]:
     """Press a bundled model by a quarter of its experts, verify and evaluate it: no network, a minute or two."""
     runtime = runtime or Runtime()
-    folder = Path(out or "moespresso-demo") / "mixtral-quarter"
+    folder = place("moespresso-demo" if out is None else out, "--out") / "mixtral-quarter"
     request = Request.from_options(
         model=str(MODELS["mixtral"].name), texts=[str(TEXT / "calibration")], samples=64, length=512,
         steps=[parse_step("expert_drop:ratio=0.25")],
@@ -444,7 +450,7 @@ def load(folder: str | Path) -> PreTrainedModel:
     are decoded by ours."""
     view = open_view(locate(folder))
     if not own_packing(view) and not other_layout(view):
-        return AutoModelForCausalLM.from_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(view.checkpoint.folder)
     with Reader(view.checkpoint.folder, allow_nonfinite=True) as reader:
         device = pick_device("cpu")
         return view.skeleton(reader, pick_dtype("auto", view, device), device).whole()

@@ -25,6 +25,7 @@ import typer
 
 from moespresso import __version__
 from moespresso.core.errors import MoespressoError, UserError, did_you_mean
+from moespresso.core.place import place
 
 if TYPE_CHECKING:
     from moespresso.core.progress import Progress
@@ -45,30 +46,25 @@ MENDABLE = {
     errno.EACCES: "choose another place or change its permissions",
     errno.EPERM: "choose another place or change its permissions",
     errno.EROFS: "choose another place",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "give a path that is no circle of links",
 }
 REQUEST = ("model", "samples", "length", "mode", "seed", "target", "size")
 
 Model = Annotated[str, typer.Argument(help="A checkpoint folder or a hub id.", metavar="MODEL")]
-ModelOrRecipe = Annotated[
-    str | None,
-    typer.Argument(help="A checkpoint folder or a hub id (may stand in the recipe).", metavar="MODEL"),
-]
+ModelOrRecipe = Annotated[str | None, typer.Argument(
+    help="A checkpoint folder or a hub id (may stand in the recipe).", metavar="MODEL")]  # fmt: skip
 
 _WHAT, _TEXT, _HOW = "What to do", "Text", "How to do it"
 RecipeFile = Annotated[
     Path | None,
-    typer.Option("--recipe", metavar="FILE", help="YAML recipe; options override it.", rich_help_panel=_WHAT),
-]
-Step = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--step", metavar="KIND[:key=value,...]", help="A step; repeat for several.", rich_help_panel=_WHAT
-    ),
-]
-Size = Annotated[
-    str | None,
-    typer.Option("--size", metavar="SIZE", help="What may remain: 20GiB or 25%.", rich_help_panel=_WHAT),
-]
+    typer.Option("--recipe", parser=place, metavar="FILE", help="YAML recipe; options override it.",
+                 rich_help_panel=_WHAT),
+]  # fmt: skip
+Step = Annotated[list[str] | None, typer.Option(
+    "--step", metavar="KIND[:key=value,...]", help="A step; repeat for several.", rich_help_panel=_WHAT)]  # fmt: skip
+Size = Annotated[str | None, typer.Option(
+    "--size", metavar="SIZE", help="What may remain: 20GiB or 25%.", rich_help_panel=_WHAT)]  # fmt: skip
 Target = Annotated[str | None, typer.Option(
     "--target", help="Where it must load: transformers, vllm, llama.cpp, plugin.", rich_help_panel=_WHAT)]  # fmt: skip
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every draw (0).", rich_help_panel=_WHAT)]
@@ -82,12 +78,10 @@ Dataset = Annotated[
     typer.Option("--dataset", metavar="NAME", help="A hub dataset: c4, wikitext2, alpaca, ... or owner/name.",
                  rich_help_panel=_TEXT),
 ]  # fmt: skip
-Samples = Annotated[
-    int | None, typer.Option("--samples", help="Rows of text to measure on (128).", rich_help_panel=_TEXT)
-]
-Length = Annotated[
-    int | None, typer.Option("--length", help="Tokens in a row (2048).", rich_help_panel=_TEXT)
-]
+Samples = Annotated[int | None, typer.Option(
+    "--samples", help="Rows of text to measure on (128).", rich_help_panel=_TEXT)]  # fmt: skip
+Length = Annotated[int | None, typer.Option(
+    "--length", help="Tokens in a row (2048).", rich_help_panel=_TEXT)]  # fmt: skip
 Mode = Annotated[str | None, typer.Option("--mode", help="auto, pack or chat (auto).", rich_help_panel=_TEXT)]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=_HOW)]
 Dtype = Annotated[str, typer.Option(
@@ -104,7 +98,8 @@ Json = Annotated[bool, typer.Option(
 Against = Annotated[
     str | None, typer.Option("--against", metavar="MODEL", help="The original to compare with.")
 ]
-OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")]
+Pressed = Annotated[Path, typer.Argument(parser=place, help="A folder that press wrote.", metavar="DIR")]
+OutFolder = Annotated[Path, typer.Option("--out", parser=place, metavar="DIR", help="The folder to write.")]
 
 app = typer.Typer(
     name="moespresso",
@@ -308,7 +303,7 @@ def press(
 @app.command()
 def measure(
     ctx: typer.Context,
-    out: Annotated[Path, typer.Option("--out", metavar="STATS", help="The stats file to write.")],
+    out: Annotated[Path, typer.Option("--out", parser=place, metavar="STATS", help="The file to write.")],
     model: ModelOrRecipe = None,
     recipe: RecipeFile = None,
     step: Step = None,
@@ -337,11 +332,13 @@ def measure(
 @app.command()
 def plan(
     ctx: typer.Context,
-    out: Annotated[Path, typer.Option("--out", metavar="PLAN", help="The plan file to write.")],
+    out: Annotated[Path, typer.Option("--out", parser=place, metavar="PLAN", help="The plan file to write.")],
     model: ModelOrRecipe = None,
     stats: Annotated[
         Path | None,
-        typer.Option("--stats", metavar="STATS", help="What `measure` wrote (not for steps without data)."),
+        typer.Option(
+            "--stats", parser=place, metavar="STATS", help="What `measure` wrote (not without data)."
+        ),
     ] = None,
     recipe: RecipeFile = None,
     step: Step = None,
@@ -378,7 +375,7 @@ def build(
     ctx: typer.Context,
     model: Model,
     out: OutFolder,
-    plan: Annotated[Path, typer.Option("--plan", metavar="PLAN", help="The plan to follow to the letter.")],
+    plan: Annotated[Path, typer.Option("--plan", parser=place, metavar="PLAN", help="The plan to follow.")],
     text: Texts = None,
     dataset: Dataset = None,
     target: Target = None,
@@ -400,7 +397,7 @@ def build(
 @app.command()
 def verify(
     ctx: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="A folder that press or build wrote.", metavar="DIR")],
+    folder: Pressed,
     against: Against = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -420,7 +417,7 @@ def verify(
 @app.command()
 def export(
     ctx: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="A packed folder that press or build wrote.", metavar="DIR")],
+    folder: Pressed,
     out: OutFolder,
     to: Annotated[str, typer.Option("--to", metavar="LAYOUT", help="gptq, awq or compressed-tensors.")],
     no_resume: NoResume = False,
@@ -440,7 +437,9 @@ def evaluate(
     against: Against = None,
     text: Texts = None,
     dataset: Dataset = None,
-    length: Annotated[int, typer.Option("--length", help="Tokens in a window.", rich_help_panel=_TEXT)] = 512,
+    length: Annotated[
+        int | None, typer.Option("--length", help="Tokens in a window (512).", rich_help_panel=_TEXT)
+    ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", help="Windows at most.", rich_help_panel=_TEXT)
     ] = None,
@@ -477,7 +476,7 @@ def methods(
 def demo(
     ctx: typer.Context,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Keep the pressed models here.")
+        Path | None, typer.Option("--out", parser=place, metavar="DIR", help="Keep the pressed models here.")
     ] = None,
     json: Json = False,
 ) -> None:

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -31,6 +31,7 @@ from pydantic import (
 
 import moespresso.methods  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers the step kinds)
 from moespresso.core.errors import UserError, did_you_mean
+from moespresso.core.place import place, typed
 from moespresso.core.registry import opened, parse_step
 from moespresso.data import Mode, Source
 
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 Target = Literal["transformers", "vllm", "llama.cpp", "plugin"]
 Place = tuple[int | str, ...]
 
+LENGTH = 2048
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|[A-Za-z]*)")
@@ -61,7 +63,7 @@ def parse_size(text: str | int, of: int) -> int:
         return math.floor(of * float(number) / 100)
     if number.isdigit() and not unit and int(number) > 0:
         return int(number)
-    if unit in UNITS and float(number) > 0:
+    if unit in UNITS and 0 < float(number) < math.inf:
         return round(float(number) * UNITS[unit])
     raise UserError(
         f"size {str(text)!r} is not understood: say bytes (123456), a unit (1.5GB, 20GiB) or a share (25%)"
@@ -77,13 +79,42 @@ def _size(value: Any) -> Any:
 
 
 def _anchor(value: object, info: ValidationInfo) -> object:
-    """A path in a recipe file is relative to that file."""
-    return str(info.context["folder"] / value) if info.context and isinstance(value, str) else value
+    """A path in a recipe file is relative to that file, unless it begins with `~` or at the root."""
+    if not isinstance(value, str):
+        return value
+    meant = _told(typed)(value)
+    return str(info.context["folder"] / meant) if info.context else meant
 
 
 def _anchor_model(value: object, info: ValidationInfo) -> object:
     """Only what is clearly a path: `owner/name` is a hub id, or a folder as seen from where the run starts."""
-    return _anchor(value, info) if isinstance(value, str) and value.startswith(("./", "../")) else value
+    if not isinstance(value, str):
+        return value
+    meant = _told(typed)(value)
+    return _anchor(value, info) if meant.startswith(("./", "../")) else meant
+
+
+def row_length(asked: int | None, usual: int, positions: int | None) -> int:
+    """How many tokens a row has, for a model with so many positions (None: as many as one likes).
+
+    Raises `UserError` where more were asked for; where nobody asked for a number, `say_shorter` is to tell.
+    """
+    length = usual if asked is None else asked
+    if positions is None or length <= positions:
+        return length
+    if asked is not None:
+        raise UserError(
+            f"--length {asked} is more than the {positions} positions that the model was made for: say --length {positions}"
+        )
+    return positions
+
+
+def say_shorter(length: int, usual: int) -> None:
+    """Say that rows are shorter than usual, once it is sure that there are any."""
+    if length < usual:
+        logger.warning(
+            "rows have %d tokens and not %d: the model was made for no more positions", length, usual
+        )
 
 
 def _told(read: Callable[..., Any]) -> Callable[..., Any]:
@@ -175,7 +206,7 @@ class Calibration(_Section):
 
     texts: tuple[Text, ...] = ()
     samples: Count = 128
-    length: Annotated[int, Field(strict=True, ge=2)] = 2048
+    length: Annotated[int, Field(strict=True, ge=2)] = LENGTH
     seed: Annotated[int, Field(strict=True, ge=0)] | None = None
     mode: Mode = "auto"
 
@@ -212,8 +243,9 @@ class Recipe(_Section):
         return self.seed if self.calibration.seed is None else self.calibration.seed
 
     @classmethod
-    def load(cls, path: Path) -> Recipe:
+    def load(cls, path: str | Path) -> Recipe:
         """Read a recipe file; raises `UserError` in one sentence with file, line and field."""
+        path = place(path, "--recipe")
         node, body = _read_yaml(path)
         try:
             return cls.model_validate(body, context={"folder": path.parent})
@@ -239,13 +271,26 @@ class Request:
     steps: tuple[Any, ...] = ()
     texts: tuple[Source, ...] = ()
     samples: int = 128
-    length: int = 2048
+    length: int = LENGTH
     mode: Mode = "auto"
     seed: int = 0
     target: Target = "transformers"
     size: int | str | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
     model: str | None = None
+    # Whether somebody asked for this length, which is not followed in silence then.
+    length_asked: bool = field(default=False, compare=False)
+
+    def within(self, positions: int | None) -> Request:
+        """The same for a model with so many positions (see `row_length`)."""
+        asked = self.length if self.length_asked or self.length != LENGTH else None
+        length = row_length(asked, LENGTH, positions)
+        if length == self.length:
+            return self
+        recipe = dict(self.recipe)
+        if "calibration" in recipe:
+            recipe["calibration"] = {**recipe["calibration"], "length": length}
+        return replace(self, length=length, recipe=recipe)
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Request:
@@ -262,6 +307,7 @@ class Request:
             size=recipe.budget.size,
             recipe=recipe.resolved(),
             model=recipe.model,
+            length_asked="length" in calibration.model_fields_set,
         )
 
     @classmethod
@@ -289,7 +335,9 @@ class Request:
         calibration = _said(
             texts=tuple(map(Text.of, sources)), samples=samples, length=length, mode=mode, seed=seed
         )
-        general = _said(model=model and str(model), steps=tuple(steps), target=target, seed=seed)
+        general = _said(
+            model=None if model is None else str(model), steps=tuple(steps), target=target, seed=seed
+        )
         budget = _said(size=size)
         base = recipe or Recipe()
         body = {

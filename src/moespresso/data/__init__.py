@@ -10,5 +10,6 @@ from __future__ import annotations
 from moespresso.data.hub import READY
 from moespresso.data.pack import Batches, Mode, calibration, sequences
 from moespresso.data.text import Source
+from moespresso.data.tokenizer import load_tokenizer
 
-__all__ = ["READY", "Batches", "Mode", "Source", "calibration", "sequences"]
+__all__ = ["READY", "Batches", "Mode", "Source", "calibration", "load_tokenizer", "sequences"]

@@ -7,6 +7,7 @@ the network.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,10 +41,24 @@ READY = {
 }
 
 
+_URL = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/([^/]+/[^/?#]+).*|hf://datasets/([^/]+/[^/]+)"
+)
+
+
+def repo_of(name: str) -> str:
+    """``owner/name`` of a dataset whose page's address was given; anything else as it is."""
+    found = _URL.fullmatch(name.strip().rstrip("/"))
+    return name.strip() if found is None else found[1] or found[2]
+
+
 def hub_dataset(name: str) -> HubDataset:
     """Look up a ready name; ``owner/name`` is any dataset of the hub, its default configuration."""
+    name = repo_of(name)
     if name in READY:
         return READY[name]
+    if name.startswith(("/", "./", "../", "~")):
+        raise UserError(f"{name} is a path, not a hub dataset: say --text {name}")
     if "/" in name:
         return HubDataset(name, streaming=True)
     raise UserError(

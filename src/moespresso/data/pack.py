@@ -9,6 +9,9 @@ characters per token needed and at least 4 Mi characters, are the *pool*; the po
 (seed, source number, document number), and rows are made from it until there are enough; if it runs dry, the
 documents behind it follow in file order. So the order is the same on every machine, and no more than the pool
 is held of a source of any size. A text longer than 16 Ki characters takes part as several documents.
+
+What cannot be measured on is looked for in the whole pool, whichever rows are drawn: a conversation that the chat template
+refuses, a text among conversations, a token that the model has no row for. So another seed meets no other faults.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import itertools
 import logging
 import math
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +32,8 @@ import torch
 from torch import Tensor
 
 from moespresso.core.errors import UserError
-from moespresso.data.chat import encode
+from moespresso.data.border import Border
+from moespresso.data.template import Template
 from moespresso.data.text import Document, Source, documents
 
 if TYPE_CHECKING:
@@ -102,16 +107,18 @@ def calibration(
     length: int = 2048,
     seed: int = 0,
     mode: Mode = "auto",
+    vocab: int | None = None,
 ) -> Batches:
     """Draw `samples` rows of `length` tokens from weighted sources, the same on every machine.
 
     `mode`: "pack" joins and cuts (conversations as plain text), "chat" gives every row one conversation, and
-    "auto" decides for each source by its first document. Raises `UserError` where a source is missing,
-    malformed or too short.
+    "auto" decides for each source by its first document. `vocab` is how many tokens the model has a row for. Raises
+    `UserError` where a source is missing, malformed, too short or beyond the model.
     """
     _check_request(sources, samples=samples, length=length)
+    border = Border(tokenizer, vocab)
     draws = [
-        _draw(source, number, tokenizer, rows, length, seed, mode)
+        _draw(source, number, border, rows, length, seed, mode)
         for number, (source, rows) in enumerate(zip(sources, _share(sources, samples), strict=True))
     ]
     made = {
@@ -125,24 +132,31 @@ def calibration(
 
 
 def sequences(
-    sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    limit: int | None = None,
+    vocab: int | None = None,
 ) -> Batches:
     """Cut the sources into packed windows of `length` tokens, in file order, for evaluation; at most `limit`
     of them.
 
     The remainder behind the last whole window is dropped; a text that fills no window gives one, padded.
-    Conversations are read as plain text. Raises `UserError` for weights (everything is read) and for fewer
-    than two tokens.
+    Conversations are read as plain text. Raises `UserError` for weights (everything is read), for fewer
+    than two tokens and for a token beyond the model's `vocab`.
     """
     _check_request(sources, samples=1 if limit is None else limit, length=length)
     if any(source.weight != 1 for source in sources):
         raise UserError("evaluation reads every source whole, in order: leave the weights out")
+    border = Border(tokenizer, vocab)
     readings = [_Reading(documents(source, EVALUATION_PIECE)) for source in sources]
-    pieces = _tokens(itertools.chain.from_iterable(readings), tokenizer, eos="ends")
+    pieces = _tokens(itertools.chain.from_iterable(readings), border, eos="ends")
     windows, found = pack_windows(pieces, length, limit)
     if found < 2:
-        raise UserError(f"{_names(sources)}: evaluation needs at least 2 tokens, but there are {found}")
-    ids, mask = _one_window(windows, length, tokenizer)
+        raise UserError(
+            f"{_names(sources)}: evaluation needs at least 2 tokens, but there are {found}: give more text"
+        )
+    ids, mask = _one_window(windows, length, border)
     described = [_described(source, reading) for source, reading in zip(sources, readings, strict=True)]
     made = {"sources": described, "samples": len(ids), "length": length, "seed": None, "mode": "sequences"}
     return Batches(ids, mask, made)
@@ -176,17 +190,21 @@ class _Draw:
 
 
 class _Reading:
-    """Documents as they are read, counted and digested on the way: the plan records what was really seen."""
+    """Documents as they are read, counted and digested on the way: the plan records what was really seen.
 
-    def __init__(self, found: Iterator[Document]) -> None:
+    Of conversations in a `template`, that is also whatever else the template asks for.
+    """
+
+    def __init__(self, found: Iterator[Document], template: Template | None = None) -> None:
         self._found = found
+        self._seen = ((), ()) if template is None else (template.words, template.fields)
         self._digest = hashlib.sha256()
         self._inside = False
         self.documents = 0
 
     def __iter__(self) -> Iterator[Document]:
         for document in self._found:
-            self._digest.update(document.digest())
+            self._digest.update(document.digest(*self._seen))
             self.documents += not self._inside
             self._inside = not document.ends
             yield document
@@ -199,66 +217,115 @@ class _Reading:
 def _draw(
     source: Source,
     number: int,
-    tokenizer: PreTrainedTokenizerBase,
+    border: Border,
     rows: int,
     length: int,
     seed: int,
     mode: Mode,
 ) -> _Draw:
     """Take one source's rows by the rule at the top of this module."""
-    reading = _Reading(documents(source, CALIBRATION_PIECE))
-    stream = iter(reading)
-    first = next(stream, None)
+    found = documents(source, CALIBRATION_PIECE)
+    first = next(found, None)
     if first is None:
-        raise UserError(f"{source.name}: holds no text")
-    drawn = _shuffled(itertools.chain([first], stream), rows * length, f"{seed}:{number}")
-    as_chat = _as_chat(mode, first, tokenizer)
-    take = _chat_rows if as_chat else _packed_rows
-    ids, mask = take(drawn, source, tokenizer, rows, length)
-    described = {**_described(source, reading), "samples": rows, "mode": "chat" if as_chat else "pack"}
+        raise UserError(f"{source.name}: holds no text: give a file that does")
+    template = _template(mode, first, border.tokenizer)
+    reading = _Reading(itertools.chain([first], found), template)
+    stream = iter(reading)
+    pool = _pool(stream, rows * length)
+    _check_pool(pool, border, template, mode)
+    drawn = itertools.chain(_shuffled(pool, f"{seed}:{number}"), stream)
+    if template is None:
+        ids, mask = _packed_rows(drawn, source, border, rows, length)
+    else:
+        ids, mask = _chat_rows(drawn, source, border, template, rows, length)
+    described = {
+        **_described(source, reading),
+        "samples": rows,
+        "mode": "pack" if template is None else "chat",
+    }
     return _Draw(ids, mask, described)
 
 
-def _shuffled(found: Iterator[Document], tokens: int, key: str) -> Iterator[Document]:
-    """Yield the pool in the order of its keyed hashes, then whatever is behind it."""
+def _pool(found: Iterator[Document], tokens: int) -> list[Document]:
+    """The first documents of a source, which rows are drawn from."""
     pool: list[Document] = []
     room = max(POOL_CHARACTERS, POOL_CHARACTERS_PER_TOKEN * tokens)
     while room > 0 and (document := next(found, None)) is not None:
         pool.append(document)
         room -= len(document.text)
+    return pool
+
+
+def _shuffled(pool: Sequence[Document], key: str) -> Iterator[Document]:
+    """Yield the pool in the order of its keyed hashes."""
     order = sorted(range(len(pool)), key=lambda index: hashlib.sha256(f"{key}:{index}".encode()).digest())
-    yield from (pool[index] for index in order)
-    yield from found
+    return (pool[index] for index in order)
+
+
+def _check_pool(pool: Sequence[Document], border: Border, template: Template | None, mode: Mode) -> None:
+    """Refuse what any draw could meet. A tokenizer within the embedding need not be asked about every text."""
+    if template is None:
+        chat = next((document.place for document in pool if document.chat), None)
+        if mode == "auto" and chat is not None and not pool[0].chat:
+            logger.warning("%s: a conversation among texts, which are all packed as plain text", chat)
+        for document in pool if border.wide else ():
+            border.encode(document.text, document)
+        return
+    for document in pool:
+        rendered = _rendered(document, template)
+        if border.wide:
+            border.encode(rendered, document, own=False)
+
+
+def _rendered(document: Document, template: Template) -> str:
+    if document.chat is None:
+        raise UserError(
+            f"{document.place}: chat mode needs conversations, but this is plain text; use mode pack"
+        )
+    return template.render(document.chat, document.place)[1]
 
 
 def _packed_rows(
-    drawn: Iterator[Document], source: Source, tokenizer: PreTrainedTokenizerBase, rows: int, length: int
+    drawn: Iterator[Document], source: Source, border: Border, rows: int, length: int
 ) -> tuple[Tensor, Tensor]:
-    windows, found = pack_windows(_tokens(drawn, tokenizer, eos="always"), length, rows)
+    windows, found = pack_windows(_tokens(drawn, border, eos="always"), length, rows)
     if found < rows * length:
+        fewer = f"at most {found // length} samples or shorter ones" if found >= length else "shorter ones"
         raise UserError(
             f"{source.name}: {rows} samples of {length} tokens need {rows * length:,} tokens, "
             f"but there are {found:,}; "
-            f"give more text, or ask for at most {found // length} samples or shorter ones"
+            f"give more text, or ask for {fewer}"
         )
     return windows, torch.ones_like(windows, dtype=torch.bool)
 
 
 def _chat_rows(
-    drawn: Iterator[Document], source: Source, tokenizer: PreTrainedTokenizerBase, rows: int, length: int
+    drawn: Iterator[Document], source: Source, border: Border, template: Template, rows: int, length: int
 ) -> tuple[Tensor, Tensor]:
     taken = list(itertools.islice(drawn, rows))
-    if plain := next((document for document in taken if not document.chat), None):
-        raise UserError(
-            f"{plain.place}: chat mode needs conversations, but this is plain text; use mode pack"
-        )
+    texts = [_rendered(document, template) for document in taken]
     if len(taken) < rows:
         raise UserError(
             f"{source.name}: {rows} samples need {rows} conversations, but there are {len(taken)}; "
             f"give more, or ask for at most {len(taken)} samples"
         )
-    encoded = [encode(document.chat, tokenizer, document.place)[:length] for document in taken]
-    return _padded(encoded, length, _pad_token(tokenizer))
+    _say_unseen(taken, template, source)
+    pairs = zip(taken, texts, strict=True)
+    encoded = [border.encode(text, document, own=False)[:length] for document, text in pairs]
+    return _padded(encoded, length, border.pad)
+
+
+def _say_unseen(taken: Sequence[Document], template: Template, source: Source) -> None:
+    """Say how many conversations hold something that the template does not show."""
+    unseen: Counter[str] = Counter()
+    for document in taken:
+        assert document.chat is not None
+        unseen.update(template.unseen(*template.render(document.chat, document.place)))
+    for name, count in unseen.items():
+        logger.warning(
+            "%s: %d of %d conversations hold %s, of which the tokenizer's chat template shows nothing", source.name, count,
+            len(taken), name,
+        )  # fmt: skip
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[Tensor, Tensor]:
@@ -271,31 +338,22 @@ def _padded(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[Tenso
     return ids, mask
 
 
-def _one_window(windows: Tensor, length: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+def _one_window(windows: Tensor, length: int, border: Border) -> tuple[Tensor, Tensor]:
     """Pad the single short window of a text that fills none; whole windows pass untouched."""
     if windows.shape[1] == length:
         return windows, torch.ones_like(windows, dtype=torch.bool)
-    return _padded(windows.tolist(), length, _pad_token(tokenizer))
+    return _padded(windows.tolist(), length, border.pad)
 
 
-def _tokens(
-    found: Iterable[Document], tokenizer: PreTrainedTokenizerBase, eos: Literal["always", "ends"]
-) -> Iterator[list[int]]:
+def _tokens(found: Iterable[Document], border: Border, eos: Literal["always", "ends"]) -> Iterator[list[int]]:
     """Tokenize without BOS; EOS ends a document, or "always" every piece (shuffled ones have no next)."""
-    stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for document in found:
-        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-        yield ids + stop if eos == "always" or document.ends else ids
+        ids = border.encode(document.text, document)
+        yield ids + border.stop if eos == "always" or document.ends else ids
 
 
-def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(token, int):
-            return token
-    return 0
-
-
-def _as_chat(mode: Mode, first: Document, tokenizer: PreTrainedTokenizerBase) -> bool:
+def _template(mode: Mode, first: Document, tokenizer: PreTrainedTokenizerBase) -> Template | None:
+    """The chat template, where a source is to be read in it; None where it is packed."""
     has_template = bool(tokenizer.chat_template)
     if mode == "chat" and not has_template:
         raise UserError("chat mode needs a chat template, which this tokenizer does not have; use mode pack")
@@ -303,7 +361,8 @@ def _as_chat(mode: Mode, first: Document, tokenizer: PreTrainedTokenizerBase) ->
         logger.warning(
             "%s: the tokenizer has no chat template; conversations are packed as plain text", first.place
         )
-    return mode == "chat" or (mode == "auto" and bool(first.chat) and has_template)
+    wanted = mode == "chat" or (mode == "auto" and first.chat is not None and has_template)
+    return Template(tokenizer) if wanted else None
 
 
 def _share(sources: Sequence[Source], samples: int) -> list[int]:

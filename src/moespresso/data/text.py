@@ -4,29 +4,35 @@ A plain text file is one document. In JSON lines (also `.gz`), a JSON array and 
 told from its fields (`chat` lists the conversations; otherwise `text`, or the field that the source names). A
 folder is its files in the order of their names. Nothing reads further than its caller asks, so a source may
 be larger than memory: long texts come in pieces, cut after a blank line where there is one.
+
+What is not what it seems (half a character, a record without a text, a table) is refused with its place and a cure, or
+said aloud where it can be read in one way only.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
+import logging
 import math
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from moespresso.core.errors import UserError, did_you_mean
-from moespresso.data.chat import Chat, conversation, plain
-from moespresso.data.hub import READY, hub_dataset, load_records
+from moespresso.core.place import typed
+from moespresso.data.chat import TURNS, Chat, conversation, is_turn, opened, plain
+from moespresso.data.files import JSON, json_records, kind_of, open_text, parquet_records, readable, seems
+from moespresso.data.hub import READY, hub_dataset, load_records, repo_of
+
+logger = logging.getLogger(__name__)
 
 OPTIONS = ("weight", "field", "split", "join")
-SYNTAX = re.compile(r"(?P<name>.+?)(?::(?P<options>\w+=[^,]*(?:,\w+=[^,]*)*))?", re.DOTALL)
+SYNTAX = re.compile(r"(?P<name>.+?)(?::\s*(?P<options>\w+\s*=[^,]*(?:,\s*\w+\s*=[^,]*)*))?", re.DOTALL)
+TABLES = (".csv", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,9 @@ class Source:
     hub: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a weight that is no share."""
+        """Read the name as it is meant, and refuse a weight that is no share."""
+        if not self.hub:
+            object.__setattr__(self, "name", typed(self.name, "a text source's path"))
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise UserError(f"{self.name}: a weight must be a positive number, got {self.weight}")
 
@@ -66,17 +74,25 @@ class Source:
 
 @dataclass(frozen=True)
 class Document:
-    """A text (or a piece of one; `ends` tells the last) or a conversation, and its place (``file:line``)."""
+    """A text (or a piece of one; `ends` tells the last) or a conversation, and its place (``file:line``).
+
+    `line` is the first line of a piece of a text file, whose place is the file alone.
+    """
 
     place: str
     text: str
-    chat: Chat = ()
+    chat: Chat | None = None
     ends: bool = True
+    line: int = 0
 
-    def digest(self) -> bytes:
-        """Return the SHA-256 of what it says; where it stood does not matter."""
-        said = [[message.role, message.content] for message in self.chat] or [self.text, self.ends]
-        return hashlib.sha256(json.dumps(said).encode()).digest()
+    def digest(self, keys: Iterable[str] = (), fields: Iterable[str] = ()) -> bytes:
+        """Return the SHA-256 of what it says (see `Chat.said`); where it stood does not matter."""
+        said = [self.text, self.ends] if self.chat is None else self.chat.said(keys, fields)
+        return hashlib.sha256(json.dumps(said, default=str).encode()).digest()
+
+    def at(self, offset: int) -> str:
+        """The place of a character of its text."""
+        return f"{self.place}:{self.line + self.text.count(chr(10), 0, offset)}" if self.line else self.place
 
 
 def documents(source: Source, piece: int) -> Iterator[Document]:
@@ -123,7 +139,7 @@ def _boundary(text: str) -> int:
 
 
 def _option(pair: str, text: str) -> tuple[str, Any]:
-    key, _, value = pair.partition("=")
+    key, _, value = (part.strip() for part in pair.partition("="))
     if key not in OPTIONS:
         raise UserError(f"{text}: unknown option {key!r}{did_you_mean(key, OPTIONS)}")
     if key == "weight":
@@ -149,16 +165,42 @@ def _hub_documents(source: Source, piece: int) -> Iterator[Document]:
 
 def _path_documents(source: Source, piece: int) -> Iterator[Document]:
     path = Path(source.name)
-    if not path.exists():
-        hint = f" (for the hub dataset say --dataset {source.name})" if source.name in READY else ""
-        raise UserError(f"{source.name}: no such file or folder{hint}")
+    if not _exists(path):
+        raise UserError(f"{source.name}: no such file or folder{_hint(source.name)}")
+    if not (path.is_file() or path.is_dir()):
+        raise UserError(f"{source.name}: neither a file nor a folder: write what it gives into a file")
     if source.split:
         raise UserError(
             f"{source.name}: split={source.split} is for hub datasets; give the file of that split"
         )
     for file in _files(path):
-        with _readable(file):
+        with readable(file):
             yield from _file_documents(file, source, piece)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long for a name, or in a folder that may not be looked into
+        return False
+
+
+def _hint(name: str) -> str:
+    """What somebody who typed this probably meant."""
+    file, _, option = name.rpartition(":")
+    if name in READY:
+        return f" (for the hub dataset say --dataset {name})"
+    if (repo := repo_of(name)) != name:
+        return f" (for the hub dataset say --dataset {repo})"
+    if "://" in name:
+        return " (download it first, and give the file)"
+    if "," in name and all(_exists(Path(part.strip())) for part in name.split(",")):
+        return " (say --text for each of them)"
+    if file and _exists(Path(file)):
+        return f" (behind the file stand options such as weight=2, not {option!r})"
+    if any(letter in name for letter in "*?["):
+        return " (a pattern is opened by the shell where it is not quoted; a folder stands for its files)"
+    return ": give the path of a text file, JSON lines, Parquet or a folder of such"
 
 
 def _files(path: Path) -> list[Path]:
@@ -173,94 +215,44 @@ def _files(path: Path) -> list[Path]:
 
 
 def _file_documents(file: Path, source: Source, piece: int) -> Iterator[Document]:
-    kind = Path(file.name.removesuffix(".gz")).suffix.lower()
+    kind = kind_of(file)
     if kind == ".parquet":
-        return _from_records(_parquet_records(file), source, piece, join=source.join)
-    if kind in (".jsonl", ".ndjson", ".json"):
-        return _from_records(_json_records(file, kind), source, piece, join=source.join)
+        return _from_records(parquet_records(file), source, piece, join=source.join)
+    if kind in JSON:
+        return _from_records(json_records(file, kind), source, piece, join=source.join)
     if source.field or source.join:
         raise UserError(f"{file}: field and join are for records; a plain text file has none")
     return _text_pieces(file, piece)
 
 
 def _text_pieces(file: Path, piece: int) -> Iterator[Document]:
-    with _open(file) as stream:
+    line = 1
+    with open_text(file) as stream:
         for text, last in cut(stream, piece):
             if "\0" in text:
-                raise UserError(f"{file}: not text but binary; give text, JSON lines or Parquet")
-            yield Document(str(file), text, ends=last)
+                number = line + text.count("\n", 0, text.index("\0"))
+                raise UserError(f"{file}:{number}: not text but binary; {seems(file)}")
+            if line == 1:
+                _say_records(file, text)
+            yield Document(str(file), text, ends=last, line=line)
+            line += text.count("\n")
 
 
-def _open(file: Path) -> TextIO:
-    # utf-8-sig drops the byte order mark that some editors write.
-    if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8-sig")
-    return file.open(encoding="utf-8-sig")
-
-
-@contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise UserError(
-            f"{file}: not UTF-8 text (byte 0x{byte:02x}); give text, JSON lines or Parquet"
-        ) from None
-    except (EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from None
-
-
-def _json_records(file: Path, kind: str) -> Iterator[tuple[str, Any]]:
-    """Yield (place, record) of JSON lines, or of the one array that a `.json` may hold."""
-    with _open(file) as stream:
-        if kind == ".json" and _first_character(stream) == "[":
-            for number, record in enumerate(_json(stream.read(), str(file)), start=1):
-                yield f"{file}[{number}]", record
-            return
-        for number, line in enumerate(stream, start=1):
-            if not line.isspace():
-                yield f"{file}:{number}", _json(line, f"{file}:{number}")
-
-
-def _first_character(stream: TextIO) -> str:
-    """Return the first visible character, and go back to the start."""
-    while (character := stream.read(1)).isspace():
-        pass
-    stream.seek(0)
-    return character
-
-
-def _json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not valid JSON ({error.msg} at column {error.colno})") from None
-
-
-def _parquet_records(file: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(
-            f'{file}: Parquet needs one more package: pip install "moespresso[parquet]"'
-        ) from None
-    number = 0
-    try:
-        with parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{file}:{number}", record
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{file}: not a Parquet file ({error})") from None
+def _say_records(file: Path, text: str) -> None:
+    """Say that a file is read as plain text, where it seems to hold records."""
+    first = opened(text.lstrip().partition("\n")[0])
+    if isinstance(first, Mapping) or kind_of(file) in TABLES:
+        logger.warning(
+            "%s: read as plain text, though it seems to hold records: for these, %s", file,
+            "write its rows as JSON lines" if kind_of(file) in TABLES else "give its name the ending .jsonl",
+        )  # fmt: skip
 
 
 def _from_records(
     records: Iterable[tuple[str, Any]], source: Source, piece: int, *, join: bool
 ) -> Iterator[Document]:
-    whole = (_document(place, record, source.field) for place, record in records)
+    told: set[str] = set()
+    whole = (_document(place, record, source.field, told) for place, record in records)
     if join:
         return _joined(whole, piece)
     return (part for document in whole for part in _pieces(document, piece))
@@ -289,24 +281,83 @@ def _joined(lines: Iterable[Document], piece: int) -> Iterator[Document]:
     yield Document(place, "\n\n".join(held))
 
 
-def _document(place: str, record: Any, field: str | None) -> Document:
+def _document(place: str, record: Any, field: str | None, told: set[str]) -> Document:
     """Tell what a record is from its fields: a conversation, or a text."""
     if isinstance(record, str):
-        return Document(place, record)
+        return Document(place, _whole(record, place))
+    if isinstance(record, list) and record and all(map(is_turn, record)):
+        record = {TURNS[0]: record}
     if not isinstance(record, Mapping):
         raise UserError(
-            f"{place}: a record must be an object with fields or a text, got {type(record).__name__}"
+            f"{place}: a record must be an object with fields or a text, got {_kind(record)}: mend it or take it out"
         )
     chat = conversation(record, place) if field is None else None
-    if chat:
-        return Document(place, plain(chat), chat)
+    if chat is not None:
+        _say_unread(place, record, told)
+        return Document(place, _whole(plain(chat), place, chat), chat)
     text = record.get(field or "text")
     if not isinstance(text, str):
         raise UserError(f"{place}: {_missing(record, field)}")
-    return Document(place, text)
+    return Document(place, _whole(text, place))
+
+
+def _whole(text: str, place: str, chat: Chat | None = None) -> str:
+    """The text, refused where it (or what else a conversation says) holds half a character, which no tokenizer takes."""
+    said = (
+        text
+        if chat is None
+        else text + json.dumps([chat.turns, chat.beside], ensure_ascii=False, default=str)
+    )
+    try:
+        said.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(said[error.start]):04x}"
+        raise UserError(
+            f"{place}: holds half a character ({half}, a surrogate without its other half), which no tokenizer takes: take it out"
+        ) from None
+    return text
+
+
+def _say_unread(place: str, record: Mapping[str, Any], told: set[str]) -> None:
+    """Say once a source that of two things a record holds one is read."""
+    if isinstance(record.get("text"), str) and any(name in record for name in TURNS) and "text" not in told:
+        logger.info(
+            "%s: holds a conversation and a text: the conversation is read (field=text reads the text)", place
+        )
+        told.add("text")
+    if "chosen" in record and "rejected" in record and "rejected" not in told:
+        logger.info("%s: of two answers the chosen one is read", place)
+        told.add("rejected")
 
 
 def _missing(record: Mapping[str, Any], field: str | None) -> str:
-    if field is not None:
+    """Say why a record is neither a conversation nor a text, and what to do about it."""
+    name = field or "text"
+    if field is not None and field not in record:
         return f"no text in field {field!r}{did_you_mean(field, map(str, record))}"
+    if name in record:
+        return f"no text in field {name!r}, but {_kind(record[name])}: mend it, take the record out or say another field=NAME"
+    for key, value in record.items():
+        inside = opened(value)
+        if isinstance(inside, list) and inside and all(map(is_turn, inside)):
+            return f"the field {key!r} seems to hold a conversation: call it {TURNS[0]}"
+        if isinstance(inside, list | Mapping) and _nested(inside):
+            return f"the records seem to stand in the field {key!r}: write each of them as a line of its own (JSON lines)"
+    empty = [key for key in TURNS if key in record]
+    if empty:
+        return f"{empty[0]!r} holds no turn: take the record out"
     return f"neither a text nor a known conversation (fields: {', '.join(map(str, record))}); say field=NAME"
+
+
+def _nested(inside: Sequence[Any] | Mapping[str, Any]) -> bool:
+    """Whether this is a record or a list of records by itself."""
+    records = [inside] if isinstance(inside, Mapping) else inside
+    return bool(records) and all(isinstance(record, Mapping) and {*record} & {"text", "instruction", "question", *TURNS}
+                                 for record in records)  # fmt: skip
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in JSON's words."""
+    kinds: dict[type, str] = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list",
+                              dict: "an object", bytes: "bytes"}  # fmt: skip
+    return kinds.get(type(value), type(value).__name__)

@@ -13,24 +13,14 @@ from moespresso.model.opening import (
     pick_dtype,
     rehoused_views,
 )
+from moespresso.model.reach import num_positions
 from moespresso.model.rehouse import adopt, is_apart, is_rehoused, tokenizer_config
 from moespresso.model.skeleton import Skeleton, quiet_transformers, read_config
 from moespresso.model.view import View, half_packed, in_order, one_format, other_layout, own_packing
 
 __all__ = [
-    "Skeleton",
-    "View",
-    "Waiting",
-    "adopt",
-    "apart_view",
-    "config_view",
-    "half_packed",
-    "in_order",
-    "is_apart",
-    "is_rehoused",
-    "is_unequal",
-    "make_skeleton",
-    "one_format",
-    "open_view", "other_layout", "own_packing", "pick_device", "pick_dtype",
-    "quiet_transformers", "read_blueprint", "read_config", "rehoused_views", "skipping", "start", "tokenizer_config", "without",
+    "Skeleton", "View", "Waiting", "adopt", "apart_view", "config_view", "half_packed", "in_order",
+    "is_apart", "is_rehoused", "is_unequal", "make_skeleton", "num_positions", "one_format", "open_view",
+    "other_layout", "own_packing", "pick_device", "pick_dtype", "quiet_transformers", "read_blueprint",
+    "read_config", "rehoused_views", "skipping", "start", "tokenizer_config", "without",
 ]  # fmt: skip

@@ -1,0 +1,61 @@
+"""The tokenizer of a checkpoint, or the reason why there is none in the library's own words.
+
+A checkpoint's code is never run, so a tokenizer that is nothing but code is refused like one that is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moespresso.core.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What one of these holds, `transformers` can read; the others beside it say how.
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "tiktoken.model",
+         "qwen.tiktoken", "vocab.tiktoken", "sentencepiece.bpe.model", "merges.txt", "spm.model", "tokenizer_config.json")  # fmt: skip
+PACKAGES = ("sentencepiece", "tiktoken", "protobuf", "mistral-common", "blobfile")
+LONGEST = 300
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer; raises `UserError` with the library's reason when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the library's own, whatever it raises
+        raise UserError(
+            f"{folder} has no tokenizer that transformers can load, so no text can be read ({_reason(error)}): "
+            f"{_cure(folder, error)}"
+        ) from error
+    if len(found) < 2 or set(found.get_vocab()) <= {*found.all_special_tokens}:
+        raise UserError(
+            f"{folder} has a tokenizer without any tokens, so no text can be read: copy {FILES[0]} from the original model into it"
+        )
+    return found
+
+
+def _reason(error: Exception) -> str:
+    said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return said if len(said) <= LONGEST else f"{said[:LONGEST].rpartition(' ')[0]} ..."
+
+
+def _cure(folder: Path, error: Exception) -> str:
+    here = [name for name in FILES if (folder / name).is_file()]
+    wanted = [name for name in PACKAGES if any(name in str(each) for each in _chain(error))]
+    if here and here != [FILES[-1]] and wanted:
+        return f"pip install {' '.join(wanted)}, or copy {FILES[0]} from the original model into the folder"
+    if here and "trust_remote_code" in str(error):
+        return f"its own code is never run, so put a {FILES[0]} beside it"
+    return f"copy {FILES[0]} and {FILES[-1]} from the original model into the folder"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those it came of: the library tries one reader after the other, and says what the last one lacked."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
