@@ -15,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
+import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import moespresso.methods  # noqa: F401  (registers them)
 from moespresso._versions import VERSION
@@ -39,13 +40,10 @@ from moespresso.model import (
     config_view,
     is_rehoused,
     is_unequal,
+    load_model,
     make_skeleton,
     one_format,
     open_view,
-    other_layout,
-    own_packing,
-    pick_device,
-    pick_dtype,
     quiet_transformers,
 )
 from moespresso.pipeline import Clock, Decided, all_needs, decide, describe_step
@@ -434,12 +432,12 @@ def demo(*, out: str | Path | None = None, runtime: Runtime | None = None) -> di
     }
 
 
-def load(folder: str | Path) -> PreTrainedModel:
-    """The model in any folder we write, stock or with layers that differ; packed matrices that stock code would read wrongly
-    are decoded by ours."""
-    view = open_view(locate(folder))
-    if not own_packing(view) and not other_layout(view):
-        return AutoModelForCausalLM.from_pretrained(folder)
-    with Reader(view.checkpoint.folder, allow_nonfinite=True) as reader:
-        device = pick_device("cpu")
-        return view.skeleton(reader, pick_dtype("auto", view, device), device).whole()
+def load(
+    folder: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """The model in any folder we write, or any original: one that can be used, trained and saved as every other.
+
+    `dtype` is the checkpoint's own unless another is named, `device` a name or `auto` (a GPU where there is one). Packed
+    matrices are decoded; what such a model is saved as is a plain checkpoint.
+    """
+    return load_model(open_view(locate(folder)), dtype, device)
