@@ -25,7 +25,7 @@ from moespresso.bundled import MODELS, TEXT
 from moespresso.checkpoint import Reader, claim, write_text
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.fits import needs_fit
-from moespresso.core.format import LAYOUT_BITS, Layout, check_layout
+from moespresso.core.format import LAYOUT_BITS, Form, check_layout
 from moespresso.core.plan import Plan
 from moespresso.core.registry import parse_step
 from moespresso.core.runtime import Runtime
@@ -356,20 +356,21 @@ def verify(
 
 
 def export(folder: str | Path, *, to: str, out: str | Path, runtime: Runtime | None = None) -> Report:
-    """Write a packed folder again in the layout of another engine: `gptq`, `awq` or `compressed-tensors`."""
+    """Write a packed folder again in the layout of another engine, `gptq`, `awq` or `compressed-tensors`, or as what its
+    matrices decode to: `plain`."""
     runtime, clock = runtime or Runtime(), Clock()
-    if to not in LAYOUT_BITS:
-        planned = (
-            " (gguf is not available in this version)" if to == "gguf" else did_you_mean(to, LAYOUT_BITS)
-        )
+    layouts = [*LAYOUT_BITS, "plain"]
+    if to not in layouts:
+        planned = " (gguf is not available in this version)" if to == "gguf" else did_you_mean(to, layouts)
         raise UserError(f"export knows no layout {to!r}{planned}")
     with clock.phase("open"):
-        view = replace(open_view(locate(folder)), layout=cast("Layout", to))
+        view = open_view(locate(folder))
         if not view.formats:
-            raise UserError(
-                f"{folder} holds no packed matrices, so there is nothing to lay out: press it with gptq or another step that "
-                "rounds weights first"
-            )
+            cure = "it is plain already, so use it as it is" if to == "plain" else (
+                "there is nothing to lay out, so press it with gptq or another step that rounds weights first"
+            )  # fmt: skip
+            raise UserError(f"{folder} holds no packed matrices: {cure}")
+        view = replace(view, layout=cast("Form", to))
         target = "plugin" if is_unequal(view.checkpoint.config) or not one_format(view) else "transformers"
         formed(target, view).check_fits()
         check_even(view, to)

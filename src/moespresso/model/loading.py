@@ -9,7 +9,7 @@ moved, trained and saved; what it is saved as is a plain checkpoint.
 from __future__ import annotations
 
 from threading import Lock
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,8 +37,9 @@ def load_model(
     """
     chosen, place = _asked_dtype(dtype, view), _asked_device(device)
     if view.formats or is_rehoused(view.checkpoint):
-        return cast("PreTrainedModel", _decoded(view, chosen).to(place))  # pyright: ignore[reportArgumentType]
-    model = AutoModelForCausalLM.from_pretrained(view.checkpoint.folder, dtype=chosen)
+        model: Any = _decoded(view, chosen)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(view.checkpoint.folder, dtype=chosen)
     return model.to(place)
 
 
@@ -70,7 +71,7 @@ def _asked_device(device: str | torch.device | None) -> torch.device:
 
 def _decoded(view: View, dtype: torch.dtype) -> PreTrainedModel:
     config = read_config(view.config, view.source.source)
-    folder, kind = view.checkpoint.folder, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    folder, kind = view.checkpoint.folder, cast("Any", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     with Reader(folder, allow_nonfinite=True) as reader:
         lock = Lock()
         tensors = {piece.name: _Own(reader, piece, lock) for piece in view.pieces}

@@ -35,8 +35,8 @@ def _saving(original: Callable[..., None]) -> Callable[..., None]:
             original(self, *args, **kwargs)
             return
         warnings.warn(
-            f"the packed matrices of this {type(self).__name__} were decoded to {str(self.dtype).removeprefix('torch.')}: it is "
-            "saved as a plain checkpoint, without quantization_config; press it again with moespresso to pack it",
+            f"the packed matrices of this {type(self).__name__} were decoded when it was loaded: it is saved as a plain checkpoint, "
+            "without quantization_config; press it with moespresso to pack it again",
             stacklevel=2,
         )
         become_plain(self)
@@ -60,9 +60,11 @@ def become_plain(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "quantization_scheme"):
             QuantizationMetadata.clear_quantization(module)
+        if isinstance(module, PreTrainedModel):  # some families compute in another order where this stands
+            module.config.__dict__.pop("_is_quantized", None)
     quantizer.remove_quantization_config(model)
     suffixes = tuple(f".{name}" for names in quantizer.serialized_names.values() for name in names if name not in quantizer.serialized_names)  # fmt: skip
-    model._weight_conversions = [
+    model.__dict__["_weight_conversions"] = [
         plain for each in _conversions(model) if (plain := _as_plain(each, suffixes))
     ]
 
