@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+import torch
+from transformers import PreTrainedModel
 
 import moespresso.methods  # noqa: F401  (registers them)
 from moespresso._versions import VERSION
@@ -23,7 +24,7 @@ from moespresso.bundled import MODELS, TEXT
 from moespresso.checkpoint import Reader, claim, locate, write_text
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.fits import needs_fit
-from moespresso.core.format import LAYOUT_BITS, Layout, check_layout
+from moespresso.core.format import LAYOUT_BITS, Form, check_layout
 from moespresso.core.place import place, typed
 from moespresso.core.plan import Plan
 from moespresso.core.registry import parse_step
@@ -39,14 +40,11 @@ from moespresso.model import (
     config_view,
     is_rehoused,
     is_unequal,
+    load_model,
     make_skeleton,
     num_positions,
     one_format,
     open_view,
-    other_layout,
-    own_packing,
-    pick_device,
-    pick_dtype,
     quiet_transformers,
 )
 from moespresso.pipeline import Clock, Decided, all_needs, decide, describe_step
@@ -361,20 +359,21 @@ def verify(
 
 
 def export(folder: str | Path, *, to: str, out: str | Path, runtime: Runtime | None = None) -> Report:
-    """Write a packed folder again in the layout of another engine: `gptq`, `awq` or `compressed-tensors`."""
+    """Write a packed folder again in the layout of another engine, `gptq`, `awq` or `compressed-tensors`, or as what its
+    matrices decode to: `plain`."""
     runtime, clock = runtime or Runtime(), Clock()
-    if to not in LAYOUT_BITS:
-        planned = (
-            " (gguf is not available in this version)" if to == "gguf" else did_you_mean(to, LAYOUT_BITS)
-        )
+    layouts = [*LAYOUT_BITS, "plain"]
+    if to not in layouts:
+        planned = " (gguf is not available in this version)" if to == "gguf" else did_you_mean(to, layouts)
         raise UserError(f"export knows no layout {to!r}{planned}")
     with clock.phase("open"):
-        view = replace(open_view(locate(folder)), layout=cast("Layout", to))
+        view = open_view(locate(folder))
         if not view.formats:
-            raise UserError(
-                f"{folder} holds no packed matrices, so there is nothing to lay out: press it with gptq or another step that "
-                "rounds weights first"
-            )
+            cure = "it is plain already, so use it as it is" if to == "plain" else (
+                "there is nothing to lay out, so press it with gptq or another step that rounds weights first"
+            )  # fmt: skip
+            raise UserError(f"{folder} holds no packed matrices: {cure}")
+        view = replace(view, layout=cast("Form", to))
         target = "plugin" if is_unequal(view.checkpoint.config) or not one_format(view) else "transformers"
         formed(target, view).check_fits()
         check_even(view, to)
@@ -445,12 +444,12 @@ def demo(*, out: str | Path | None = None, runtime: Runtime | None = None) -> di
     }
 
 
-def load(folder: str | Path) -> PreTrainedModel:
-    """The model in any folder we write, stock or with layers that differ; packed matrices that stock code would read wrongly
-    are decoded by ours."""
-    view = open_view(locate(folder))
-    if not own_packing(view) and not other_layout(view):
-        return AutoModelForCausalLM.from_pretrained(view.checkpoint.folder)
-    with Reader(view.checkpoint.folder, allow_nonfinite=True) as reader:
-        device = pick_device("cpu")
-        return view.skeleton(reader, pick_dtype("auto", view, device), device).whole()
+def load(
+    folder: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """The model in any folder we write, or any original: one that can be used, trained and saved as every other.
+
+    `dtype` is the checkpoint's own unless another is named, `device` a name or `auto` (a GPU where there is one). Packed
+    matrices are decoded; what such a model is saved as is a plain checkpoint.
+    """
+    return load_model(open_view(locate(folder)), dtype, device)

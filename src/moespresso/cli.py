@@ -419,11 +419,11 @@ def export(
     ctx: typer.Context,
     folder: Pressed,
     out: OutFolder,
-    to: Annotated[str, typer.Option("--to", metavar="LAYOUT", help="gptq, awq or compressed-tensors.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORM", help="gptq, awq, compressed-tensors or plain.")],
     no_resume: NoResume = False,
     json: Json = False,
 ) -> None:
-    """Write the packed weights of DIR in the layout of another engine."""
+    """Write the packed weights of DIR in the layout of another engine, or decoded (plain)."""
     from moespresso.report import render_report
 
     report = _run(ctx, lambda api, _, how: api.export(folder, to=to, out=out, runtime=how))

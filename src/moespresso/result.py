@@ -214,7 +214,9 @@ def form_notes(view: View) -> list[str]:
             f"{again} matrices that were packed have new values, and were rounded to nearest in their old format"
         )
     plain = sum(piece.plain for piece in view.pieces)
-    if plain:
+    if plain and view.layout == "plain":
+        notes.append(f"{plain} matrices that were packed are stored as what they decode to")
+    elif plain:
         notes.append(
             f"{plain} matrices that were stored with a mask, as factors or in part have new values, and are stored plainly"
         )

@@ -15,6 +15,8 @@ from typing import Literal
 from moespresso.core.errors import UserError
 
 Layout = Literal["compressed-tensors", "gptq", "awq", "bitmask", "factors", "bases", "slices"]
+# What packed matrices can be laid out as when they are written again: not packed at all, too.
+Form = Layout | Literal["plain"]
 # Layouts of matrices that are no integers, which only moespresso reads.
 OWN_LAYOUTS: frozenset[Layout] = frozenset({"bitmask", "factors", "bases", "slices"})
 # Parts that the matrices of a layer's experts share: one of them stores such a part, and all are decoded with it.

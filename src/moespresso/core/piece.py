@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moespresso.core.blueprint import Entry, Packed, TensorRef
 from moespresso.core.fits import Repair
-from moespresso.core.format import Format, Layout
+from moespresso.core.format import Form, Format
 from moespresso.core.unit import Unit
 
 
@@ -176,10 +176,13 @@ def led(piece: Piece, *, leads: bool) -> Piece:
     )
 
 
-def laid_out(piece: Piece, layout: Layout | None) -> Piece:
-    """The piece, if it is packed, in another layout."""
+def laid_out(piece: Piece, layout: Form | None) -> Piece:
+    """The piece, if it is packed, in another layout, or as what it decodes to."""
     packed = piece.ref.packed
     if packed is None or layout is None or packed.layout == layout:
         return piece
+    if layout == "plain":
+        assert piece.code is None, "only what is stored is laid out plainly"
+        return replace(piece, plain=True)
     code = piece.code or Code(packed)
     return replace(piece, code=replace(code, packed=Packed(packed.format, layout)))

@@ -176,7 +176,7 @@ def _check_widths(target: Target, view: View) -> None:
 
 def check_even(view: View, layout: str) -> None:
     """Raise `UserError` where experts of a layer differ in width, which no engine of another layout than ours can load."""
-    for layer in view.blueprint.layers if layout != "compressed-tensors" else ():
+    for layer in view.blueprint.layers if layout not in ("compressed-tensors", "plain") else ():
         if layer.widths:
             raise UserError(
                 f"the experts of L{layer.index} have {min(layer.widths)} to {max(layer.widths)} channels, which no engine that reads "

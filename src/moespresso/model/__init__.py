@@ -3,6 +3,7 @@
 from moespresso.model.blueprint import read_blueprint
 from moespresso.model.counts import is_unequal, skipping
 from moespresso.model.halves import without
+from moespresso.model.loading import load_model
 from moespresso.model.lockstep import Waiting, start
 from moespresso.model.opening import (
     apart_view,
@@ -20,7 +21,7 @@ from moespresso.model.view import View, half_packed, in_order, one_format, other
 
 __all__ = [
     "Skeleton", "View", "Waiting", "adopt", "apart_view", "config_view", "half_packed", "in_order",
-    "is_apart", "is_rehoused", "is_unequal", "make_skeleton", "num_positions", "one_format", "open_view",
-    "other_layout", "own_packing", "pick_device", "pick_dtype", "quiet_transformers", "read_blueprint",
-    "read_config", "rehoused_views", "skipping", "start", "tokenizer_config", "without",
+    "is_apart", "is_rehoused", "is_unequal", "load_model", "make_skeleton", "num_positions", "one_format",
+    "open_view", "other_layout", "own_packing", "pick_device", "pick_dtype", "quiet_transformers",
+    "read_blueprint", "read_config", "rehoused_views", "skipping", "start", "tokenizer_config", "without",
 ]  # fmt: skip

@@ -84,7 +84,9 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device {name!r} is not to be had here ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"device {name!r} is not to be had here ({str(error).splitlines()[0]}): use cpu, cuda or auto"
+        ) from error
 
 
 def pick_dtype(name: str, view: View, device: torch.device) -> torch.dtype:

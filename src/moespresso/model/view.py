@@ -23,7 +23,7 @@ from moespresso.checkpoint.section import OWN_KIND, SECTION
 from moespresso.core.blueprint import Blueprint, Entry, LayerSpec, TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.fits import Fits
-from moespresso.core.format import OWN_LAYOUTS, Format, Layout
+from moespresso.core.format import OWN_LAYOUTS, Form, Format
 from moespresso.core.piece import Piece, laid_out, stored
 from moespresso.core.plan import Plan
 from moespresso.core.remains import Remains, remains
@@ -46,8 +46,8 @@ class View:
     plan: Plan = field(default=Plan(""))
     fits: Fits = field(default_factory=dict[str, torch.Tensor], repr=False)
     stock: bool = False
-    # How packed matrices are laid out; None: as the source has them.
-    layout: Layout | None = None
+    # How packed matrices are laid out, if they stay packed; None: as the source has them.
+    layout: Form | None = None
     # The blueprint under its own family's name, where the checkpoint is presented as one of another.
     origin: Blueprint | None = None
 

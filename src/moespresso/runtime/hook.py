@@ -1,4 +1,4 @@
-"""How transformers is taught about layers that differ without being imported for it.
+"""How transformers is taught about layers that differ, and to save what it decoded, without being imported for it.
 
 `import moespresso` stays light: `watch` puts a finder in front of the import system that waits for the one module that
 is changed, lets the real finders find it, and calls `install` right after it has run. Whoever imported transformers
@@ -25,9 +25,10 @@ def watch() -> None:
 
 
 def _install() -> None:
-    from moespresso.runtime.unequal import install
+    from moespresso.runtime import saving, unequal
 
-    install()
+    unequal.install()
+    saving.install()
 
 
 class Watcher(MetaPathFinder):

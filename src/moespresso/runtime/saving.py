@@ -1,0 +1,93 @@
+"""Models whose packed experts transformers decoded while it loaded them, saved as what they are by then: plain.
+
+transformers 5.23 stacks the experts that it decodes and knows no way back ("Undefined Operation encountered!"), so that such a
+model could be trained and not be saved. `install` puts that right at the moment of saving: what is still packed is decoded too,
+the quantizer and its section of the config go, and the weights are written under the names that they have in a plain checkpoint.
+It also helps a model that was there before `import moespresso`. Models that transformers can save on its own are left to it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from transformers.core_model_loading import WeightConverter
+from transformers.modeling_utils import PreTrainedModel
+
+# Marks our method.
+_DONE = "_moespresso_plain"
+
+
+def install() -> None:
+    """Teach transformers to save models whose experts it decoded; called again, it does nothing."""
+    if not hasattr(PreTrainedModel.save_pretrained, _DONE):
+        PreTrainedModel.save_pretrained = _saving(PreTrainedModel.save_pretrained)
+
+
+def _saving(original: Callable[..., None]) -> Callable[..., None]:
+    @wraps(original)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        # Of a model with adapters only these are written.
+        if getattr(self, "_hf_peft_config_loaded", False) or not any(map(_decoding, _conversions(self))):
+            original(self, *args, **kwargs)
+            return
+        warnings.warn(
+            f"the packed matrices of this {type(self).__name__} were decoded when it was loaded: it is saved as a plain checkpoint, "
+            "without quantization_config; press it with moespresso to pack it again",
+            stacklevel=2,
+        )
+        become_plain(self)
+        given = inspect.signature(original).bind(self, *args, **kwargs)
+        given.arguments["state_dict"] = (
+            None  # may hold packed parts; transformers ignores it for packed models too
+        )
+        original(*given.args, **given.kwargs)
+
+    save_pretrained.__dict__[_DONE] = True
+    return save_pretrained
+
+
+def become_plain(model: PreTrainedModel) -> None:
+    """Decode what is still packed, and take away whatever says that the model is quantized."""
+    quantizer: Any = next(op.hf_quantizer for each in _conversions(model) for op in _decoding(each))
+    if hasattr(model, "ct_decompress_hook"):  # waits for the first forward
+        quantizer.compressor.decompress_model(model)
+    from compressed_tensors.quantization import QuantizationMetadata
+
+    for module in model.modules():
+        if hasattr(module, "quantization_scheme"):
+            QuantizationMetadata.clear_quantization(module)
+        if isinstance(module, PreTrainedModel):  # some families compute in another order where this stands
+            module.config.__dict__.pop("_is_quantized", None)
+    quantizer.remove_quantization_config(model)
+    suffixes = tuple(f".{name}" for names in quantizer.serialized_names.values() for name in names if name not in quantizer.serialized_names)  # fmt: skip
+    model.__dict__["_weight_conversions"] = [
+        plain for each in _conversions(model) if (plain := _as_plain(each, suffixes))
+    ]
+
+
+def _conversions(model: PreTrainedModel) -> list[Any]:
+    """How the names of what was loaded were changed."""
+    return getattr(model, "_weight_conversions", None) or []
+
+
+def _decoding(conversion: Any) -> list[Any]:
+    """The operations of a conversion that decode, which have no way back."""
+    return [
+        op
+        for op in getattr(conversion, "operations", ())
+        if type(op).__name__ == "CompressedTensorsDequantize"
+    ]
+
+
+def _as_plain(conversion: Any, suffixes: tuple[str, ...]) -> Any:
+    """The conversion that a plain checkpoint is loaded with; None for one that does nothing but decode."""
+    if not _decoding(conversion):
+        return conversion
+    assert isinstance(conversion, WeightConverter)
+    left = [op for op in conversion.operations if op not in _decoding(conversion)]
+    sources = [source for source in conversion._original_source_patterns if not source.endswith(suffixes)]
+    return conversion.copy(sources, conversion._original_target_patterns, operations=left) if left else None
