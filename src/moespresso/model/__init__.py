@@ -10,6 +10,7 @@ from moespresso.model.opening import (
     open_view,
     pick_device,
     pick_dtype,
+    precision,
     rehoused_views,
 )
 from moespresso.model.rehouse import adopt, is_rehoused, tokenizer_config
@@ -18,6 +19,6 @@ from moespresso.model.view import View, half_packed, one_format, other_layout, o
 
 __all__ = [
     "Skeleton", "View", "Waiting", "adopt", "config_view", "half_packed", "is_rehoused", "is_unequal", "make_skeleton", "one_format",
-    "open_view", "other_layout", "own_packing", "pick_device", "pick_dtype",
+    "open_view", "other_layout", "own_packing", "pick_device", "pick_dtype", "precision",
     "quiet_transformers", "read_blueprint", "read_config", "rehoused_views", "skipping", "start", "tokenizer_config", "without",
 ]  # fmt: skip
