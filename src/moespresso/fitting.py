@@ -28,7 +28,7 @@ from moespresso.core.stats import stats_key
 from moespresso.core.unit import Unit
 from moespresso.data import Batches
 from moespresso.measure import Folds, MeanAnswers, channel_order
-from moespresso.model import Skeleton, View, make_skeleton
+from moespresso.model import Skeleton, View, make_skeleton, precision
 from moespresso.stream import sweep
 
 # Raise when the same plan and text would give other values.
@@ -46,7 +46,9 @@ def fit(view: View, plan: Plan, batches: Batches | None, work: Path, runtime: Ru
             "this plan is fitted on real text: give --text FILE or --dataset NAME, as it was made with"
         )
     tokens = batches.digest if batches is not None and "text" in needs else ""
-    name = stats_key("fit", view.source.digest, plan.digest_of_stages, tokens, runtime.dtype, _FIT_VERSION)
+    name = stats_key(
+        "fit", view.source.digest, plan.digest_of_stages, tokens, precision(view, runtime), _FIT_VERSION
+    )
     path = work / f"fit-{name[:16]}.safetensors"
     if path.is_file():
         return load_file(path)

@@ -45,6 +45,7 @@ from moespresso.model import (
     View,
     is_rehoused,
     make_skeleton,
+    precision,
     tokenizer_config,
 )
 from moespresso.sequence import decide_in_sequence, in_source, numbered
@@ -122,7 +123,12 @@ def measure(
         _needed(batches)
     tokens = batches.digest if batches is not None and text else ""
     key = stats_key(
-        view.source.digest, view.plan.digest, tokens, *sorted(needs), runtime.dtype, _STATS_VERSION
+        view.source.digest,
+        view.plan.digest,
+        tokens,
+        *sorted(needs),
+        precision(view, runtime) if text else "",
+        _STATS_VERSION,
     )
     saved = work / f"stats-{key[:16]}.json"
     if saved.is_file():

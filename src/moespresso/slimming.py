@@ -3,13 +3,19 @@
 A layer is loaded as the stages before leave it; its batches run as far as the experts; the step answers with codes; these
 are put in place and the batches go on. Every layer's codes go to a file of their own in the work folder, in the form that
 they are written in at last, so a killed run goes on with the next layer and nothing is held for longer than a layer.
+
+Batches run in the precision of the run, but the weights that a step is shown are the stored ones, to the last bit: what it leaves
+alone, or rounds, must not have been rounded before. Where that precision does not hold them (experts in float32, a run in
+bfloat16) the experts of the layer are loaded once more, as they are stored.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +48,7 @@ from moespresso.fitting import fit
 from moespresso.formats import Codes, decode, encode_parts, encode_plain
 from moespresso.measure import RoutedExperts
 from moespresso.methods import Answer, Shown
-from moespresso.model import Skeleton, View, make_skeleton
+from moespresso.model import Skeleton, View, make_skeleton, precision
 from moespresso.stream import Memento, must_spill, stiffness, sweep
 
 # Raise when the same plan and text would give other codes.
@@ -75,14 +81,14 @@ def slim(view: View, plan: Plan, batches: Batches, work: Path, runtime: Runtime)
     stage = len(plan.stages) - 1
     step: Any = step_of(plan.stages[stage])
     name = stats_key(
-        "slim", view.source.digest, plan.digest_of_stages, batches.digest, runtime.dtype, _VERSION
+        "slim", view.source.digest, plan.digest_of_stages, batches.digest, precision(view, runtime), _VERSION
     )[:16]
     files = [work / f"slim-{name}-{index:05d}.safetensors" for index in range(len(view.blueprint.layers))]
     memento = Memento(work / f"sweep-{name}.safetensors", dict, lambda _: None)
     if not all(file.is_file() for file in files):
         with Reader(view.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as reader:
             skeleton = make_skeleton(view, reader, runtime)
-            visitor = _Visitor(view, plan, step, skeleton, files)
+            visitor = _Visitor(view, plan, step, skeleton, files, reader)
             if getattr(step, "by_original", False) and view.plan.stages:
                 original = replace(view, plan=replace(view.plan, stages=()), fits={})
                 visitor.original = make_skeleton(original, reader, runtime)
@@ -129,6 +135,7 @@ class _Visitor:
     step: Any
     skeleton: Skeleton
     files: list[Path]
+    reader: Reader
     curvature: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     original: Skeleton | None = None
 
@@ -151,13 +158,43 @@ class _Visitor:
         if not pieces:
             self._save(target, {}, Answer(), {})
             return None
-        shown = self._shown(layer, taps, pieces)
-        answer: Answer = self.step.slim(shown)
+        with self._stored(layer, pieces) as stored:
+            shown = self._shown(layer, taps, pieces, stored)
+            answer: Answer = self.step.slim(shown)
         self._check_finite(answer, at)
         self._save(target, self._tensors(pieces, answer, layer), answer, _coverage(shown, answer))
         return self._weights(layer, answer, shown)
 
-    def _shown(self, layer: Layer, taps: Taps, pieces: list[Piece]) -> Shown:
+    @cached_property
+    def named(self) -> dict[tuple[int | None, str], Piece]:
+        """What is stored of every layer, by its number and the name in it."""
+        found: dict[tuple[int | None, str], Piece] = {}
+        for piece in self.view.pieces:
+            prefix = f"{self.skeleton.layers_name}.{piece.unit.layer}."
+            found[piece.unit.layer, self.skeleton.in_memory(piece.name).removeprefix(prefix)] = piece
+        return found
+
+    @contextmanager
+    def _stored(self, layer: Layer, pieces: list[Piece]) -> Iterator[Layer]:
+        """The layer with its experts in a precision that holds them as they are stored: itself, if it does."""
+        own, device = self.skeleton.dtype, self.skeleton.device
+        kinds = {TORCH_DTYPES[piece.ref.dtype] for piece in pieces if piece.unit.part == "experts"}
+        holds = reduce(torch.promote_types, kinds, own)
+        if holds == own:
+            yield layer
+            return
+        exact = self.view.skeleton(self.reader, reduce(torch.promote_types, kinds), device)
+        with exact.layer(layer.spec.index) as found:
+            yield found
+
+    def _parameter(self, layer: Layer, name: str) -> Tensor:
+        """A parameter by its name in the layer, as it is stored where it is stored by itself."""
+        loaded, piece = layer.module.get_parameter(name), self.named.get((layer.spec.index, name))
+        if piece is None or piece.shape != tuple(loaded.shape):
+            return loaded
+        return self.reader.piece(piece).to(loaded.device)
+
+    def _shown(self, layer: Layer, taps: Taps, pieces: list[Piece], stored: Layer) -> Shown:
         """The layer as the step sees it, with the second moments of what reaches its linear modules."""
         singles = {self._module(piece, layer): piece for piece in pieces if piece.unit.part != "experts"}
         sums = {name: _Moment() for name in singles}
@@ -174,7 +211,7 @@ class _Visitor:
             experts = self.dtypes.get(piece.source.unit.layer, "") if piece.unit.part == "experts" else ""
             dtypes[name] = TORCH_DTYPES[experts or piece.ref.dtype]
         everyone = bool(getattr(self.step, "calibrate_all_experts", False))
-        experts = RoutedExperts.of(layer.experts, fed, everyone=everyone) if "up" in formats else None
+        experts = RoutedExperts.of(stored.experts, fed, everyone=everyone) if "up" in formats else None
         linears: dict[str, tuple[Tensor, Tensor]] = {}
         for name, total in sums.items():
             if total.mean is None:
@@ -182,12 +219,13 @@ class _Visitor:
                     f"L{layer.spec.index}.{name} is never run as a module of its own, so what it is given cannot be seen: round "
                     "it by rtn, or leave it out with exclude"
                 )
-            linears[name] = layer.module.get_parameter(f"{name}.weight").float(), total.mean
+            linears[name] = self._parameter(layer, f"{name}.weight").float(), total.mean
         widths = self.after.widths.get(self.view.left.layers[layer.spec.index], {})
         curvature = self.curvature.get(layer.spec.index)
         means = {name: total.center for name, total in sums.items()}
-        return Shown(layer.spec.index, layer.module, formats, dtypes, experts, linears, tuple(widths.values()) or None,
-                     curvature, self._missing(layer, taps), means, layer.spec.heads)  # fmt: skip
+        return Shown(layer.spec.index, stored.module, formats, dtypes, experts, linears, tuple(widths.values()) or None,
+                     curvature, self._missing(layer, taps), means, layer.spec.heads,
+                     partial(self._parameter, layer))  # fmt: skip
 
     def _missing(self, layer: Layer, taps: Taps) -> Tensor | None:
         """What the layer's answer to every token that is no padding lacks of the original layer's on the same input."""
@@ -244,13 +282,9 @@ class _Visitor:
             for unit, piece in leaders.items()
             if unit.matrix in answer.based
         }
-        prefix = f"{self.skeleton.layers_name}.{layer.spec.index}."
-        names = {
-            self.skeleton.in_memory(piece.name).removeprefix(prefix): piece.source.ref.name
-            for piece in self.view.pieces
-        }
         for name, tensor in answer.replaced.items():
-            found[found_key(self.stage, names[name], "dense")] = tensor
+            ref = self.named[layer.spec.index, name].source.ref
+            found[found_key(self.stage, ref.name, "dense")] = tensor
         return found
 
     def _small(self, piece: Piece, whole: Tensor, answer: Answer, name: str) -> dict[str, Tensor]:

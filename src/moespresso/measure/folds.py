@@ -144,7 +144,8 @@ def _pairs(passed: _Open) -> Iterator[tuple[Tensor, Tensor]]:
     for old, added, wanted, mask in zip(
         passed.before, passed.added, passed.wanted, passed.valid, strict=True
     ):
-        yield added[mask].double(), (wanted - old)[mask].double()
+        # Streams in 16 bits are told apart in float32.
+        yield added[mask].double(), (wanted[mask].float() - old[mask].float()).double()
 
 
 def _repaired(repair: str, before: Tensor, added: Tensor, value: Tensor) -> Tensor:

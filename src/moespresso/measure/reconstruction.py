@@ -2,7 +2,7 @@
 
 After a drop the router picks the next-best experts, so what counts is ||F(X; C) - F(X)|| with the router cut to C
 (NAEE, arXiv 2402.14800). Every expert's answer to a sample of tokens is computed once; each candidate set then costs
-one router call and a weighted sum. Sets of one size are all tried when they are few (`EXHAUSTIVE`), else experts are
+one router call and a weighted sum, both in float32 (`_only`). Sets of one size are all tried when they are few (`EXHAUSTIVE`), else experts are
 removed greedily, one (per router group) at a time, which gives a nested order for every ratio.
 """
 
@@ -71,27 +71,35 @@ def _only(
     router: nn.Module, kept: tuple[int, ...], experts: int, hidden: Tensor, extra: tuple[Tensor, ...]
 ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
     """Make the router blind to all but `kept`, by a constant input feature whose weight is -1e30 for the others and,
-    where selection adds a bias to the scores, a bias of -inf. Exact: what is not picked has no share in any sum."""
+    where selection adds a bias to the scores, a bias of -inf. Exact: what is not picked has no share in any sum.
+
+    It is asked in float32, whatever the model is computed in: float16 ends long before -1e30, and nothing nearer is sure to be below
+    what a router says. It is small, and so is the sample.
+    """
     gone = torch.ones(experts, dtype=torch.bool, device=hidden.device)
     gone[list(kept)] = False
     saved: list[tuple[nn.Module, str, Tensor]] = []
     for module in router.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             saved.append((module, name, tensor))
-            _assign(module, name, _blinded(tensor.data, gone, name))
+            _assign(module, name, _blinded(_wide(tensor.data), gone, name))
     width = getattr(router, "hidden_dim", None)
     if width is not None:
         router.hidden_dim = width + 1
     try:
         yield (
-            torch.cat([hidden, hidden.new_ones(*hidden.shape[:-1], 1)], -1),
-            tuple(_blinded(e, gone, "bias") for e in extra),
+            torch.cat([hidden.float(), hidden.new_ones(*hidden.shape[:-1], 1, dtype=torch.float32)], -1),
+            tuple(_blinded(_wide(e), gone, "bias") for e in extra),
         )
     finally:
         if width is not None:
             router.hidden_dim = width
         for module, name, tensor in saved:
             _assign(module, name, tensor)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _blinded(tensor: Tensor, gone: Tensor, name: str) -> Tensor:

@@ -3,6 +3,10 @@
 Second moments are means over what an expert is really given: H = sum c^2 x x^T / sum c^2, with c = 1, or the gate for what
 reaches the down projection, since its output is multiplied with that. All are computed from the tokens on demand, for as
 many experts at once as the caller's memory allows; nothing is kept.
+
+An expert is computed in the precision of the tokens it is given, whatever that of its weights: the products of a run in 16
+bits stay in 16 bits, and who asks in float32 is answered in float32. Squares, products and sums of what comes out are float32:
+float16 ends at 65504, and a few hundred squared are beyond it.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moespresso.core.errors import UserError
 from moespresso.core.layer import Fed
 
 # Second moments that are held at once.
@@ -23,8 +28,8 @@ MOMENT_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class RoutedExperts:
-    """E experts: `up` [E, R, H] (R = 2 I with the gate in the first half, or I without one) and `down` [E, H, I], in the
-    compute precision; the tokens `hidden` [T, H] of which each goes to the experts `index` [T, k] by `weights` [T, k].
+    """E experts: `up` [E, R, H] (R = 2 I with the gate in the first half, or I without one) and `down` [E, H, I]; the tokens
+    `hidden` [T, H], in the compute precision, of which each goes to the experts `index` [T, k] by `weights` [T, k] (float32).
 
     `module` is the experts' own, for its activation. With `everyone` every expert counts as given every token.
     """
@@ -79,8 +84,20 @@ class RoutedExperts:
         return slots // self.index.shape[1], self.weights.flatten()[slots]
 
     def inner(self, expert: int, hidden: Tensor, up: Tensor) -> Tensor:
-        """What the down projection of an expert is given [n, I] for tokens [n, H], with `up` [R, H] as its weights."""
-        return self._act(hidden @ up.T)
+        """What the down projection of an expert is given [n, I] for tokens [n, H], with `up` [R, H] as its weights; in the
+        precision of the tokens."""
+        return self._within(self._act(self._mixed(hidden, up)))
+
+    def _mixed(self, hidden: Tensor, up: Tensor) -> Tensor:
+        # Here alone tokens meet weights, which may be codes that were decoded, or fitted in float32.
+        return hidden @ up.to(hidden.dtype).T
+
+    def _within(self, inner: Tensor) -> Tensor:
+        if inner.dtype is torch.float16 and not bool(inner.isfinite().all()):
+            raise UserError(
+                "what the experts of a layer hold is more than float16 does: use --dtype bfloat16 or float32"
+            )
+        return inner
 
     def _act(self, mixed: Tensor) -> Tensor:
         return self.module._apply_gate(mixed) if self.module.has_gate else self.module.act_fn(mixed)
@@ -136,11 +153,10 @@ class RoutedExperts:
         for weights, expert in zip(up, experts, strict=True):
             tokens, gates = self.rows(expert)
             with torch.inference_mode(False), torch.enable_grad():
-                mixed = (self.hidden[tokens] @ weights.T).clone().requires_grad_()
+                # Slopes are float32: they are products of what a token holds, summed up as squares.
+                mixed = self._mixed(self.hidden[tokens], weights).float().clone().requires_grad_()
                 (slopes,) = torch.autograd.grad(self._act(mixed).sum(), mixed)
-            found.append(
-                (slopes.float() * gates.float().unsqueeze(1)).square().sum(0) / max(len(self.hidden), 1)
-            )
+            found.append((slopes * gates.float().unsqueeze(1)).square().sum(0) / max(len(self.hidden), 1))
         return torch.stack(found)
 
     def pooled(self) -> Tensor:

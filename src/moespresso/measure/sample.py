@@ -2,6 +2,9 @@
 
 Some questions need experts on tokens that the router did not send them: what would the others say? All answers to all
 tokens would not fit, so evenly spaced tokens are taken, as many as a bound allows.
+
+Nothing keeps these answers within what float16 holds, as training does with those that the router asks for: they are computed in
+float32, one expert at a time.
 """
 
 from __future__ import annotations
@@ -63,5 +66,5 @@ class Sample:
         experts = layer.experts
         assert experts is not None
         return torch.stack(
-            [expert_forward(experts, e, self.hidden) for e in range(layer.spec.experts)], 1
-        ).float()
+            [expert_forward(experts, e, self.hidden.float()) for e in range(layer.spec.experts)], 1
+        )

@@ -4,7 +4,7 @@
 
 Nothing is known of families by name. The feed-forward part is run on a few random tokens with its experts silent; whatever
 is given the very tensor that the part was given, and has a matrix as wide, is taken for a reader. Then all of them are
-scaled by random powers of two, which floating point does exactly: where the scaled part does not say exactly the same, it
+scaled by random powers of two, which floating point does exactly (in float32, that is: float16 rounds what is below 6e-5): where the scaled part does not say exactly the same, it
 reads its input in some other way, and `Untold` says so. The same trial tells a norm that multiplies by its weight from one
 that multiplies by 1 + w, and a plain product of gate and up from one that is cut off.
 
@@ -68,7 +68,7 @@ def is_product(experts: Any, width: int) -> bool:
     """Whether what reaches down, `width` wide, is the answer to the gate times up, each in its half, and nothing else."""
     if not experts.has_gate or experts.has_bias:
         return False
-    like = experts.down_proj
+    like = experts.down_proj[:0].float()
     gate, up = (_random(_TOKENS, width, like=like, seed=seed) for seed in (0, 1))
     factors = _powers(width, like)
     plain = experts._apply_gate(torch.cat([gate, _FAR * up], 1))
@@ -76,21 +76,23 @@ def is_product(experts: Any, width: int) -> bool:
 
 
 def _multiplies(norm: nn.Module, name: str) -> bool:
-    weight = norm.get_parameter(name)
+    weight = norm.get_parameter(name).float()
     if weight.ndim != 1:
         return False
     hidden, factors = _random(1, _TOKENS, len(weight), like=weight), _powers(len(weight), weight)
-    scaled = functional_call(norm, {name: weight * factors}, (hidden,))
-    return torch.equal(scaled, norm(hidden) * factors)
+    plain, scaled = (functional_call(norm, {name: each}, (hidden,)) for each in (weight, weight * factors))
+    return torch.equal(scaled, plain * factors)
 
 
 def _readers(layer: nn.Module, branch: Branch, experts: Any, norm: Tensor) -> tuple[str, ...]:
     bodies = [branch.body, *(name for name, _ in branch.beside)]
+    norm = norm.float()
     hidden, factors = _random(1, _TOKENS, len(norm), like=norm), _powers(len(norm), norm)
+    values = _in_float32(layer, bodies, experts)
     try:
         with _silent(experts) as told, _watched(layer, bodies, experts, hidden) as found:
-            plain = [layer.get_submodule(name)(hidden) for name in bodies]
-        scaled = {name: layer.get_parameter(name) * factors for name in found}
+            plain = [_with(layer, name, values)(hidden) for name in bodies]
+        scaled = values | {name: values[name] * factors for name in found}
         with _silent(experts) as again:
             answers = [_with(layer, name, scaled)(hidden / factors) for name in bodies]
     except Exception as error:  # whatever a module raises that is given less than it is used to
@@ -99,6 +101,14 @@ def _readers(layer: nn.Module, branch: Branch, experts: Any, norm: Tensor) -> tu
     if not alone or not _equal([told[0] / factors, *told[1:], *plain], [*again, *answers]):
         raise Untold(f"something in {' and '.join(bodies)} reads its input in a way of its own")
     return tuple(dict.fromkeys(found))
+
+
+def _in_float32(layer: nn.Module, bodies: list[str], experts: nn.Module) -> dict[str, Tensor]:
+    """What belongs to the bodies and not to the experts, which are silent, by its name in the layer."""
+    silent = {id(tensor) for tensor in (*experts.parameters(), *experts.buffers())}
+    return {name: tensor.float() for name, tensor in (*layer.named_parameters(), *layer.named_buffers())
+            if tensor.is_floating_point() and id(tensor) not in silent
+            and any(name.startswith(f"{body}.") for body in bodies)}  # fmt: skip
 
 
 def _with(layer: nn.Module, name: str, values: dict[str, Tensor]) -> Callable[[Tensor], Any]:

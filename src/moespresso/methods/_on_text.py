@@ -6,7 +6,7 @@ moments of their inputs. The answer is codes by name, tensors that are replaced 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +26,8 @@ class Shown:
     each token that reaches its experts lacks of the original layer's, where that may be something.
 
     `linears` maps a module's name to its weight [out, in] and the mean of x x^T [in, in] of its inputs, `means` to the mean of
-    x [in]. `module` is the layer itself, `layer` its number, `heads` those of its attention.
+    x [in]. `module` is the layer itself, `layer` its number, `heads` those of its attention. `stored` gives its parameters as they
+    are stored: those of `module` may be in the precision of the run.
     """
 
     layer: int
@@ -40,6 +41,11 @@ class Shown:
     missing: Tensor | None = None
     means: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     heads: Heads | None = None
+    stored: Callable[[str], Tensor] | None = None
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter of the layer by its name, to the last bit as it is stored."""
+        return self.module.get_parameter(name) if self.stored is None else self.stored(name)
 
 
 @dataclass(slots=True)
@@ -75,7 +81,7 @@ def joined(parts: Sequence[Codes]) -> Codes:
 
 def patched(codes: Codes, places: Sequence[int], others: Codes) -> Codes:
     """`codes` with the matrices at `places` replaced by `others`."""
-    index = torch.tensor(places)
+    index = torch.tensor(places, device=codes.values.device)
     made = {
         name: getattr(codes, name).index_copy(0, index, getattr(others, name))
         for name in ("values", "scale", "zero")

@@ -211,4 +211,4 @@ class PruningOnText(Pruning):
             assert isinstance(others, Codes)
             return patched(found, empty, others)
         assert isinstance(others, Tensor)
-        return found.index_copy(0, torch.tensor(empty), others)
+        return found.index_copy(0, torch.tensor(empty, device=found.device), others)

@@ -329,7 +329,8 @@ def _dims(shown: Shown, name: str, matrix: str) -> int:
 
 
 def _bias(shown: Shown, name: str) -> Tensor | None:
-    return getattr(shown.module.get_submodule(name), "bias", None)
+    there = getattr(shown.module.get_submodule(name), "bias", None)
+    return None if there is None else shown.parameter(f"{name}.bias")
 
 
 def _with_biases(shown: Shown, *names: str) -> tuple[Tensor, ...]:

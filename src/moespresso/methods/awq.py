@@ -124,7 +124,7 @@ class Awq(Slimming):
         except Untold as reason:
             answer.trouble.append(f"L{shown.layer}: the inputs of its experts are not scaled: {reason}")
             return None
-        norm = shown.module.get_parameter(entrance.norm)
+        norm = shown.parameter(entrance.norm)
         scales = candidates(experts.hidden.float().square().sum(0), self.alphas())
         weights, factors = zip(*(divided(norm, scale) for scale in scales), strict=True)
         best = int(self._errors(shown, experts, list(factors)).argmin())
@@ -203,4 +203,4 @@ def divided(norm: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 def scaled(shown: Shown, entrance: Entrance, factors: Tensor) -> dict[str, Tensor]:
     """All readers of the norm but the experts, with their inputs times `factors`."""
-    return {name: shown.module.get_parameter(name).float() * factors for name in entrance.readers}
+    return {name: shown.parameter(name).float() * factors for name in entrance.readers}

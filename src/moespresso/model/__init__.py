@@ -12,6 +12,7 @@ from moespresso.model.opening import (
     open_view,
     pick_device,
     pick_dtype,
+    precision,
     rehoused_views,
 )
 from moespresso.model.reach import num_positions
@@ -22,6 +23,7 @@ from moespresso.model.view import View, half_packed, in_order, one_format, other
 __all__ = [
     "Skeleton", "View", "Waiting", "adopt", "apart_view", "config_view", "half_packed", "in_order",
     "is_apart", "is_rehoused", "is_unequal", "load_model", "make_skeleton", "num_positions", "one_format",
-    "open_view", "other_layout", "own_packing", "pick_device", "pick_dtype", "quiet_transformers",
-    "read_blueprint", "read_config", "rehoused_views", "skipping", "start", "tokenizer_config", "without",
+    "open_view", "other_layout", "own_packing", "pick_device", "pick_dtype", "precision",
+    "quiet_transformers", "read_blueprint", "read_config", "rehoused_views", "skipping", "start",
+    "tokenizer_config", "without",
 ]  # fmt: skip

@@ -53,7 +53,7 @@ def expert_outputs(experts: Any, hidden: Tensor, index: Tensor) -> Tensor:
 
 
 def expert_forward(experts: Any, expert: int, hidden: Tensor) -> Tensor:
-    """One expert on tokens [N, H]: down(act(gate) * up), as the module's flags say."""
+    """One expert on tokens [N, H]: down(act(gate) * up), as the module's flags say; in the precision of the tokens."""
     inner = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", expert, hidden)
     inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
     output = _linear(experts, "down_proj", expert, inner)
@@ -61,9 +61,9 @@ def expert_forward(experts: Any, expert: int, hidden: Tensor) -> Tensor:
 
 
 def _linear(experts: Any, name: str, expert: int, inputs: Tensor) -> Tensor:
-    weight = getattr(experts, name)[expert]
+    weight = getattr(experts, name)[expert].to(inputs.dtype)
     output = inputs @ (weight if experts.is_transposed else weight.T)
-    return output + getattr(experts, f"{name}_bias")[expert] if experts.has_bias else output
+    return output + getattr(experts, f"{name}_bias")[expert].to(inputs.dtype) if experts.has_bias else output
 
 
 def is_experts(module: nn.Module) -> bool:

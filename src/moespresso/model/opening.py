@@ -77,6 +77,12 @@ def make_skeleton(view: View, reader: Reader, runtime: Runtime) -> Skeleton:
     return view.skeleton(reader, pick_dtype(runtime.dtype, view, device), device)
 
 
+def precision(view: View, runtime: Runtime) -> str:
+    """What the model is computed in, for the names of files that keep what was found: what was begun in one precision (by `auto`,
+    on a machine with another device) must not be gone on with in another."""
+    return str(pick_dtype(runtime.dtype, view, pick_device(runtime.device)))
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` is a GPU where there is one."""
     if name == "auto":

@@ -9,14 +9,18 @@ through the layer again, this time remembered by autograd, and the gradient goes
 It passes the routed experts on its way, where the visitor hears it. Held are one layer, the graph of one batch and, on the way
 forth, what the embedding answered; on the disk, hidden states once for every layer. No weight gets a gradient. L is the sum over
 all predicted tokens, not their mean, so that gradients do not shrink with the length of the text (see `measure.curvature`).
+
+Gradients have the precision of the layers. float16 knows nothing below 6e-8 and little below 6e-5, so there each batch's is
+multiplied with a power of two before every layer, which brings its largest value to about 1; what is heard is freed of it again.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from itertools import accumulate
 from pathlib import Path
@@ -32,7 +36,7 @@ from moespresso.core.progress import Progress, Silent
 from moespresso.measure.curvature import Pulled, Stiffness
 from moespresso.model import Skeleton, Waiting, quirks
 from moespresso.model.experts import expert_forward
-from moespresso.stream.sweep import begin, reserve, rows_at_once
+from moespresso.stream.sweep import begin, reserve, rows_at_once, within
 
 BackVisitor = Callable[[Layer, Iterator[Pulled]], None]
 # Logits computed at once: 64 MiB in float32 (their gradient and a few copies beside them).
@@ -64,11 +68,11 @@ def sweep_back(
     waiting = begin(skeleton, ids.split(rows), masks)
     watch.stage(label, 2 * count)
     with _shelf(work, [batch.hidden for batch in waiting], count + 1) as shelf:
-        stops, last = _forth(skeleton, waiting, shelf, watch)
-        loss = _head(skeleton, waiting, last, ids.split(rows), masks)
+        stops, last = _forth(skeleton, waiting, masks, shelf, watch)
+        loss, powers = _head(skeleton, waiting, last, ids.split(rows), masks)
         for index in reversed(range(count)):
             with skeleton.layer(index) as layer:
-                batches = _back(layer, stops.pop(), masks, last, skeleton.device)
+                batches = _back(layer, stops.pop(), masks, last, powers, skeleton.device)
                 if layer.experts is not None:
                     visit(layer, batches)
                 for _ in batches:  # what nobody asked for has to be gone through all the same
@@ -98,7 +102,7 @@ def stiffness(
 
 
 def _forth(
-    skeleton: Skeleton, waiting: list[Waiting], shelf: _Shelf, watch: Progress
+    skeleton: Skeleton, waiting: list[Waiting], masks: Sequence[Tensor], shelf: _Shelf, watch: Progress
 ) -> tuple[list[list[Waiting]], list[Tensor]]:
     """Take all batches through the layers: how each waited before each layer, and what the last layer answers."""
     hidden = [shelf.put(0, number, batch.hidden) for number, batch in enumerate(waiting)]
@@ -110,8 +114,8 @@ def _forth(
         stops.append([_stop(batch, states) for batch, states in zip(waiting, hidden, strict=True)])
         with skeleton.layer(index) as layer:
             hidden = [
-                shelf.put(index + 1, number, _answer(skeleton, layer.module, stop))
-                for number, stop in enumerate(stops[-1])
+                shelf.put(index + 1, number, within(_answer(skeleton, layer.module, stop), valid, index))
+                for number, (stop, valid) in enumerate(zip(stops[-1], masks, strict=True))
             ]
         watch.advance()
     return stops, hidden
@@ -156,9 +160,10 @@ def _head(
     last: list[Tensor],
     ids: Sequence[Tensor],
     masks: Sequence[Tensor],
-) -> float:
-    """The mean loss from what the last layer answers; puts the summed loss's gradient in its place."""
-    total, predicted = 0.0, 0
+) -> tuple[float, list[int]]:
+    """The mean loss from what the last layer answers; puts the summed loss's gradient in its place, and says by which power of two
+    each batch's is multiplied."""
+    total, predicted, powers = 0.0, 0, list[int]()
     with skeleton.outer():
         skeleton.model.requires_grad_(False)
         for batch, hidden, tokens, valid in zip(waiting, last, ids, masks, strict=True):
@@ -167,10 +172,13 @@ def _head(
             with torch.enable_grad():
                 batch.go_on(leaf)  # through whatever the family has behind its layers
             loss, pull = _loss(skeleton, batch.hidden.detach(), tokens.to(skeleton.device), at)
-            hidden.copy_(torch.autograd.grad(batch.hidden, leaf, pull)[0])
+            pull, own = _centred(pull)
+            pull, more = _centred(torch.autograd.grad(batch.hidden, leaf, pull)[0])
+            hidden.copy_(pull)
             batch.hidden = hidden
+            powers.append(own + more)
             total, predicted = total + loss, predicted + len(at)
-    return total / predicted
+    return total / predicted, powers
 
 
 def _loss(skeleton: Skeleton, hidden: Tensor, ids: Tensor, at: Tensor) -> tuple[float, Tensor]:
@@ -189,29 +197,53 @@ def _loss(skeleton: Skeleton, hidden: Tensor, ids: Tensor, at: Tensor) -> tuple[
     return total, pull
 
 
+def _centred(pull: Tensor) -> tuple[Tensor, int]:
+    """A gradient times the power of two that suits its precision, and the power; raises `UserError` where it is beyond that."""
+    if pull.dtype is not torch.float16:  # the others reach as far as float32
+        return pull, 0
+    largest = float(pull.abs().max())
+    if not math.isfinite(largest):
+        raise UserError(
+            "the gradients of the loss are beyond what float16 holds: use --dtype bfloat16 or float32"
+        )
+    power = -math.frexp(largest)[1]
+    return (pull.float() * 2.0**power).to(pull.dtype), power
+
+
 def _back(
-    layer: Layer, stops: list[Waiting], masks: Sequence[Tensor], pulls: list[Tensor], device: torch.device
+    layer: Layer,
+    stops: list[Waiting],
+    masks: Sequence[Tensor],
+    pulls: list[Tensor],
+    powers: list[int],
+    device: torch.device,
 ) -> Iterator[Pulled]:
-    """What the experts of the layer hear, batch by batch; takes each of `pulls` from the layer's output to its input."""
+    """What the experts of the layer hear, batch by batch; takes each of `pulls`, which are multiplied by `powers` of two, from
+    the layer's output to its input."""
     layer.module.requires_grad_(False)
-    for stop, valid, pull in zip(stops, masks, pulls, strict=True):
+    for number, (stop, valid, pull) in enumerate(zip(stops, masks, pulls, strict=True)):
         found: list[Pulled] = []
-        pull.copy_(_pull_back(layer, stop, valid.to(device), pull.to(device), found))
+        hearing = _overheard(layer.experts, valid.to(device), found, 2.0 ** -powers[number])
+        new, more = _centred(_pull_back(layer, stop, pull.to(device), hearing))
+        pull.copy_(new)
+        powers[number] += more
         yield from found
 
 
-def _pull_back(layer: Layer, stop: Waiting, valid: Tensor, pull: Tensor, found: list[Pulled]) -> Tensor:
+def _pull_back(layer: Layer, stop: Waiting, pull: Tensor, hearing: AbstractContextManager[None]) -> Tensor:
     """The gradient with respect to what one batch brought to the layer."""
     leaf = stop.hidden.to(pull.device).detach().requires_grad_()
-    with torch.enable_grad(), _overheard(layer.experts, valid, found):
+    with torch.enable_grad(), hearing:
         output = stop.run(layer.module, leaf)
     return torch.autograd.grad(output, leaf, pull)[0]
 
 
 @contextmanager
-def _overheard(experts: nn.Module | None, valid: Tensor, found: list[Pulled]) -> Generator[None]:
+def _overheard(
+    experts: nn.Module | None, valid: Tensor, found: list[Pulled], scale: float
+) -> Generator[None]:
     """While the layer runs once on a batch with the mask `valid` [B, L]: as soon as the gradient with respect to the experts'
-    answer is known, it is added to `found`, with what they were given."""
+    answer is known, it is added to `found` in float32, times `scale`, with what they were given."""
     if experts is None:
         yield
         return
@@ -221,7 +253,7 @@ def _overheard(experts: nn.Module | None, valid: Tensor, found: list[Pulled]) ->
         answer = _weighted_sum(experts, hidden, index, weights)
         given = (hidden.detach()[tokens], index[tokens], weights.detach()[tokens].float())
         # A hook, since the family may go on to change the answer in place.
-        answer.register_hook(lambda grad: found.append(Pulled(*given, grad[tokens])))
+        answer.register_hook(lambda grad: found.append(Pulled(*given, grad[tokens].float() * scale)))
         return answer
 
     experts.__dict__["moespresso_ear"] = on_experts

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from moespresso.checkpoint import TORCH_DTYPES, as_bytes, disk_full_is_told, header, write_file
 from moespresso.core.blueprint import BRANCHES, Branch, LayerSpec, TensorRef
+from moespresso.core.errors import UserError
 from moespresso.core.layer import Call, Fed, Layer, LayerWeights, Taps
 from moespresso.core.progress import Progress, Silent
 from moespresso.model import Skeleton, Waiting, start, without
@@ -144,8 +145,20 @@ def _pass(
             experts = set() if layer.experts is None else set(layer.experts.parameters())
             taps.forget(whole=not experts.issuperset(changed))
         outputs = taps.outputs(parked)
-    for batch, output in zip(waiting, outputs, strict=True):
-        batch.go_on(output)
+    for batch, output, valid in zip(waiting, outputs, masks, strict=True):
+        batch.go_on(within(output, valid, index))
+
+
+def within(output: Tensor, valid: Tensor, layer: int) -> Tensor:
+    """What a layer answers to a batch with the mask `valid` [B, L]; raises `UserError` where float16 cannot hold it.
+
+    It would go on as infinities, which soon are no numbers, and every score after it would be made of these.
+    """
+    if output.dtype is torch.float16:
+        rows = output.reshape(valid.numel(), -1)[valid.reshape(-1).to(output.device)]
+        if not bool(rows.isfinite().all()):
+            raise UserError(f"L{layer} answers with more than float16 holds: use --dtype bfloat16 or float32")
+    return output
 
 
 class _LayerTaps:

@@ -22,7 +22,7 @@ from moespresso.core.errors import UserError
 from moespresso.core.layer import Layer
 from moespresso.core.progress import Progress, Silent
 from moespresso.model import Skeleton, Waiting, quirks, without
-from moespresso.stream.sweep import begin, parking, rows_at_once
+from moespresso.stream.sweep import begin, parking, rows_at_once, within
 
 # Bytes of hidden states of all candidates together that are held in memory, whatever there is of it.
 LANE_BYTES = 1 << 30
@@ -82,12 +82,12 @@ def sweep_variants(
             f"candidates cannot be compared on {skeleton.place}: its layers hand on more than hidden states; use score=cosine"
         )
     watch = progress or Silent()
-    lanes = _start(skeleton, ids, mask, variants)
+    lanes, masks = _start(skeleton, ids, mask, variants), mask.split(_rows(skeleton, ids))
     with parking(spill) as parked:
         watch.stage(label, len(skeleton.layers))
         for index in range(len(skeleton.layers)):
             with skeleton.layer(index) as layer:
-                answers = _pass(layer, index, lanes, skeleton.device, parked)
+                answers = _pass(layer, index, lanes, masks, skeleton.device, parked)
             _go_on(lanes, answers, skeleton.device, parked if index == len(skeleton.layers) - 1 else None)
             del answers
             watch.advance()
@@ -98,16 +98,21 @@ def _start(
     skeleton: Skeleton, ids: Tensor, mask: Tensor, variants: Sequence[Collection[tuple[int, Branch]]]
 ) -> list[_Lane]:
     """All candidates at the first layer, where they hold the same hidden states."""
-    rows = rows_at_once(ids.shape[1], skeleton.specs, skeleton.config.get_text_config().hidden_size)
+    rows = _rows(skeleton, ids)
     started = begin(skeleton, ids.split(rows) * len(variants), mask.split(rows) * len(variants))
     each = len(started) // len(variants)
     return [_Lane(frozenset(cuts), started[at * each : (at + 1) * each]) for at, cuts in enumerate(variants)]
+
+
+def _rows(skeleton: Skeleton, ids: Tensor) -> int:
+    return rows_at_once(ids.shape[1], skeleton.specs, skeleton.config.get_text_config().hidden_size)
 
 
 def _pass(
     layer: Layer,
     index: int,
     lanes: list[_Lane],
+    masks: Sequence[Tensor],
     device: torch.device,
     parked: Callable[[int, Tensor], Tensor],
 ) -> dict[Cuts, list[Tensor]]:
@@ -121,20 +126,23 @@ def _pass(
             # parked anew: it lies in a file of the beginning it parts from, which writes there again two layers on.
             first = number * len(lane.waiting)
             answers[lane.begun] = [
-                parked(first + at, output) for at, output in enumerate(_run(layer, index, lane, device))
+                parked(first + at, output)
+                for at, output in enumerate(_run(layer, index, lane, masks, device))
             ]
     return answers
 
 
-def _run(layer: Layer, index: int, lane: _Lane, device: torch.device) -> Iterator[Tensor]:
+def _run(
+    layer: Layer, index: int, lane: _Lane, masks: Sequence[Tensor], device: torch.device
+) -> Iterator[Tensor]:
     """A lane's batches behind the layer, one after the other, so that each can be parked before the next."""
     gone: list[Branch] = [branch for branch in BRANCHES if (index, branch) in lane.begun]
     if len(gone) == len(BRANCHES) or (layer.spec.bodies and layer.spec.bodies.keys() <= set(gone)):
         yield from (batch.hidden for batch in lane.waiting)
         return
     with without(layer.module, layer.anatomy, gone):
-        for batch in lane.waiting:
-            yield batch.run(layer.module, batch.hidden.to(device))
+        for batch, valid in zip(lane.waiting, masks, strict=True):
+            yield within(batch.run(layer.module, batch.hidden.to(device)), valid, index)
 
 
 def _go_on(
