@@ -10,22 +10,20 @@ The build takes SHA-256 of what it writes as it goes; the scoring read and the d
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import subprocess
 import time
-from datetime import date
 from pathlib import Path
 from statistics import median
 
 import torch
+from harness import save, saving
 from safetensors.torch import save_file
 from transformers import OlmoeConfig
 
 from moespresso import api
-from moespresso.report import machine, versions
 
 HIDDEN, WIDTH, EXPERTS, VOCAB = 2048, 1024, 64, 50304
 
@@ -112,37 +110,34 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
+def alternating(source: Path, plan: Path, work: Path, state: str, rounds: int) -> dict[str, list[float]]:
+    """MB per second of copies and builds in turn, each from the same cache state."""
+    rows: dict[str, list[float]] = {"cp": [], "build": []}
+    for _ in range(rounds):
+        cache_state(source, state)
+        rows["cp"].append(copy_rate(source, work / "copied") / 1e6)
+        shutil.rmtree(work / "copied")
+        cache_state(source, state)
+        rows["build"].append(build_rate(source, plan, work / "pressed") / 1e6)
+    return rows
+
+
 def main() -> None:
     """Run, print and save the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
-    source, copied, pressed = (
-        asked.work / f"olmoe-{asked.layers}",
-        asked.work / "copied",
-        asked.work / "pressed",
-    )
+    asking = saving(__doc__)
+    asking.add_argument("--work", type=Path, required=True)
+    asking.add_argument("--layers", type=int, default=4)
+    asking.add_argument("--rounds", type=int, default=3)
+    asked = asking.parse_args()
+    source, pressed = asked.work / f"olmoe-{asked.layers}", asked.work / "pressed"
     make_checkpoint(source, asked.layers)
     shutil.rmtree(pressed, ignore_errors=True)
     cache_state(source, "warm")
     report = api.press(source, out=pressed, steps=["expert_drop:ratio=0.25,score=aimer"])
     plan = asked.work / "plan.json"
     report.plan.save(plan)
-    rates: dict[str, dict[str, list[float]]] = {}
-    for state in ("warm", "cold"):
-        rows: dict[str, list[float]] = {"cp": [], "build": []}
-        for _ in range(asked.rounds):
-            cache_state(source, state)
-            rows["cp"].append(copy_rate(source, copied) / 1e6)
-            shutil.rmtree(copied)
-            cache_state(source, state)
-            rows["build"].append(build_rate(source, plan, pressed) / 1e6)
-        rates[state] = rows
+    rates = {state: alternating(source, plan, asked.work, state, asked.rounds) for state in ("warm", "cold")}
     result = {
-        "date": date.today().isoformat(),
         "source_bytes": folder_bytes(source),
         "pressed_bytes": folder_bytes(pressed),
         "press_seconds": {name: round(value, 2) for name, value in report.seconds.items()},
@@ -151,12 +146,9 @@ def main() -> None:
                           for state, rows in rates.items()},
         "build_over_cp": {state: round(median(b / c for b, c in zip(rows["build"], rows["cp"], strict=True)), 2)
                           for state, rows in rates.items()},
-        "machine": machine(),
-        "versions": versions(),
     }  # fmt: skip
     print(json.dumps(result, indent=1))
-    if asked.out:
-        asked.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(asked.out, result)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Experts, layers or blocks? What each costs at equal bytes: the table and the figure of the README.
+"""Experts, layers or blocks? What each costs at equal bytes: the tables of docs/results/depth.md.
 
 For each bundled model and for 10, 25 and 40% of the tensor bytes removed: Expert Drop, Layer Drop and Block Drop with the
 amount that comes nearest, one-shot (easy_ep; cosine) and greedy (in re-scored steps; true KL with swaps), without and with
@@ -6,41 +6,30 @@ repair. KL is the mean token KL to the original on a third of the held-out text,
 `--dense FOLDER` a dense twin is dropped by layers and blocks beside the Mixtral form (the paper's Table 2). Nothing is
 written: a plan is evaluated as a view of the checkpoint.
 
-    python benchmarks/depth.py [--models mixtral deepseek_v2] [--dense FOLDER] [--out FILE.json] [--figure FILE.png]
+    python benchmarks/depth.py [--models mixtral deepseek_v2] [--dense FOLDER] [--out FILE.json]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
-from scores import Bench
+import tables
+from harness import Bench, Pressed, save, saving, side_by_side, sizes
 
-import moespresso.methods
-from moespresso.bundled import MODELS
 from moespresso.core.errors import UserError
 from moespresso.core.registry import parse_step
 from moespresso.core.remains import dropped_units
-from moespresso.core.runtime import Runtime
 from moespresso.core.unit import Unit
-from moespresso.fitting import fit
 from moespresso.model import View
-from moespresso.pipeline import Clock, decide
-from moespresso.report import machine, versions
 
 SHARES = (0.10, 0.25, 0.40)
 STRIDE = 3  # every third row of the held-out text: all domains, a third of the time
 ROWS = 16  # of the calibration text, for what is chosen by true KL
 Recipe = tuple[str, ...]
+Job = tuple[str, str, tuple[float, ...], int, int]
 
 
 def ways(view: View, share: float) -> Iterator[tuple[str, str, Recipe]]:
@@ -82,13 +71,13 @@ def nearest(view: View, share: float, steps: list[str]) -> str:
     return min(priced)[1]
 
 
-def run(name: str, folder: str) -> dict[str, Any]:
+def run(job: Job) -> dict[str, Any]:
     """All ways on one model."""
-    torch.set_num_threads(1)
-    bench = Bench(Path(folder), STRIDE)
+    name, folder, shares, stride, samples = job
+    bench = Bench(folder, stride, samples)
     whole = bench.view.source.cost()
     rows: list[dict[str, Any]] = []
-    for share in SHARES:
+    for share in shares:
         for what, how, steps in ways(bench.view, share):
             for repair, view, order in results_of(bench, steps):
                 cost, figures = view.blueprint.cost(), bench.compare(view)
@@ -97,111 +86,47 @@ def run(name: str, folder: str) -> dict[str, Any]:
                     "removed": 1 - cost.bytes / whole.bytes, "flops": 1 - cost.flops / whole.flops,
                     "kl": figures["kl"], "perplexity_ratio": figures["perplexity_ratio"], "order": order,
                 })  # fmt: skip
-                print(
-                    f"{name:12} {share:.0%} {what:8} {rows[-1]['how']:22} KL {figures['kl']['mean']:.4f}",
-                    flush=True,
-                )
+                told = f"{what:8} {rows[-1]['how']:22} KL {figures['kl']['mean']:.4f}"
+                print(f"{name:12} {share:.0%} {told}", flush=True)
     return {"bytes": whole.bytes, "flops": whole.flops, "rows": rows}
 
 
 def results_of(bench: Bench, steps: Recipe) -> Iterator[tuple[str, View, list[str]]]:
     """The repair, the view, and the units that go in order: chosen once, then repaired in every way."""
-    with tempfile.TemporaryDirectory() as work:
-        settings = [parse_step(step) for step in steps]
-        decided = decide(bench.view, settings, bench.calibration, None, Path(work), Runtime(), Clock())
-        order = [
-            str(unit) for unit in decided.scores if Unit(unit.layer, unit.part) in dropped_units(decided.plan)
-        ]
-        yield "", replace(bench.view, plan=decided.plan, fits=decided.fits), order
-        if not order or getattr(settings[0], "contiguous", False):
-            return
+    chosen = bench.press(steps)
+    dropped = dropped_units(chosen.decided.plan)
+    order = [str(unit) for unit in chosen.decided.scores if Unit(unit.layer, unit.part) in dropped]
+    yield "", chosen.view, order
+    if order and not getattr(parse_step(steps[0]), "contiguous", False):
         for repair in ("scale", "linear"):
-            [stage] = decided.plan.stages
-            treatments = {
-                unit: replace(treatment, repair=repair) for unit, treatment in stage.treatments.items()
-            }
-            plan = replace(decided.plan, stages=(replace(stage, treatments=treatments),))
-            fits = fit(bench.view, plan, bench.calibration, Path(work), Runtime())
-            yield repair, replace(bench.view, plan=plan, fits=fits), order
+            yield repair, repaired(bench, chosen, repair), order
 
 
-def table(results: dict[str, Any]) -> str:
-    """One table: rows are ways, columns KL (95% CI) at each share, per model."""
-    lines: list[str] = []
-    for name, result in results.items():
-        shares = [f"{share:.0%} of the bytes" for share in SHARES]
-        lines += [f"| {name} | | {' | '.join(shares)} |", "|---|---|" + "---|" * len(SHARES)]
-        kinds = list(dict.fromkeys((row["what"], row["how"]) for row in result["rows"]))
-        for kind in kinds:
-            cells = [cell(row) for row in result["rows"] if (row["what"], row["how"]) == kind]
-            lines.append(f"| {kind[0]} | {kind[1]} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def cell(row: dict[str, Any]) -> str:
-    """KL with its interval, the perplexity ratio, what was really removed of bytes and FLOPs."""
-    low, high = row["kl"]["ci95"]
-    return (
-        f"{row['kl']['mean']:.3f} ({low:.3f} to {high:.3f}), ppl x{row['perplexity_ratio']:.2f} "
-        f"(-{row['removed']:.0%} bytes, -{row['flops']:.0%} FLOPs)"
-    )
-
-
-def figure(results: dict[str, Any], path: Path) -> None:
-    """KL over bytes removed: one panel per model, one line per way."""
-    import matplotlib.pyplot as plt
-
-    shown = {
-        ("experts", "one-shot"): ("Expert Drop", "#1b6ca8", "-"),
-        ("layers", "one-shot"): ("Layer Drop, cosine", "#c1121f", ":"),
-        ("layers", "greedy KL"): ("Layer Drop, greedy KL", "#c1121f", "--"),
-        ("layers", "greedy KL, linear"): ("Layer Drop, greedy KL, repaired", "#c1121f", "-"),
-        ("blocks", "one-shot"): ("Block Drop, cosine", "#2a7f3f", ":"),
-        ("blocks", "greedy KL"): ("Block Drop, greedy KL", "#2a7f3f", "--"),
-        ("blocks", "greedy KL, linear"): ("Block Drop, greedy KL, repaired", "#2a7f3f", "-"),
-    }
-    panels, axes = plt.subplots(1, len(results), figsize=(5.2 * len(results), 4), sharey=True, squeeze=False)
-    for axis, (name, result) in zip(axes[0], results.items(), strict=True):
-        for key, (label, colour, style) in shown.items():
-            rows = [row for row in result["rows"] if (row["what"], row["how"]) == key]
-            if rows:
-                axis.plot([100 * r["removed"] for r in rows], [r["kl"]["mean"] for r in rows], style, color=colour,
-                          marker="o", markersize=4, label=label)  # fmt: skip
-        axis.set(title=name, xlabel="tensor bytes removed, %", yscale="log")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("mean token KL to the original")
-    axes[0][0].legend(fontsize=8)
-    panels.tight_layout()
-    panels.savefig(path, dpi=130)
+def repaired(bench: Bench, chosen: Pressed, repair: str) -> View:
+    """The same cuts with a repair before each."""
+    [stage] = chosen.decided.plan.stages
+    treatments = {unit: replace(treatment, repair=repair) for unit, treatment in stage.treatments.items()}
+    return bench.fitted(replace(chosen.decided.plan, stages=(replace(stage, treatments=treatments),)))
 
 
 def main() -> None:
     """Run, print and save."""
-    assert moespresso.methods
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=list(MODELS))
-    parser.add_argument(
+    asking = saving(__doc__, "--models")
+    asking.add_argument(
         "--dense", type=Path, help="a dense twin of the Mixtral form (tools/train_demo.py --form mistral)"
     )
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--figure", type=Path)
-    asked = parser.parse_args()
-    folders = {name: str(MODELS[name]) for name in asked.models}
-    folders |= {"dense twin": str(asked.dense)} if asked.dense else {}
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        results = dict(zip(folders, pool.map(run, folders, folders.values()), strict=True))
-    print(table(results))
-    if asked.figure:
-        figure(results, asked.figure)
-    if asked.out:
-        body = {
-            "date": date.today().isoformat(),
-            "models": results,
-            "machine": machine(),
-            "versions": versions(),
-        }
-        asked.out.write_text(json.dumps(body, indent=1) + "\n")
+    asking.add_argument("--shares", nargs="*", type=float, default=SHARES)
+    asked = asking.parse_args()
+    folders = {name: name for name in asked.models} | (
+        {"dense twin": str(asked.dense)} if asked.dense else {}
+    )
+    jobs = [
+        (name, folder, tuple(asked.shares), *sizes(asked, STRIDE, 64)) for name, folder in folders.items()
+    ]
+    results = {job[0]: found for job, found in side_by_side(run, jobs)}
+    for name, result in results.items():
+        print(tables.title(name), tables.depth(result), "", sep="\n")
+    save(asked.out, {"models": results})
 
 
 if __name__ == "__main__":

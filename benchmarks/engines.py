@@ -1,6 +1,6 @@
 """Does an engine compute the same with our GPTQ and AWQ folders as we do?
 
-Rounds the bundled models (or MODEL) in several formats, exports them, and lets GPTQModel, in an environment of its own
+Quantizes the bundled models (or MODEL) in several formats, exports them, and lets GPTQModel, in an environment of its own
 (`rivals/gptqmodel_logits.py`), compute the logits of 256 held-out tokens. Prints their mean token KL from ours in float32:
 float16 arithmetic, which now and then sends a token to another expert, stays under 0.001, a misread matrix does not. Exits
 with 1 where one is above that.
@@ -10,25 +10,20 @@ with 1 where one is above that.
 
 from __future__ import annotations
 
-import argparse
 import json
-import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
+from harness import calibration_rows, folder_of, rival, save, save_tokens, saving
 
 import moespresso
-from moespresso.api import export, load_tokenizer, press
-from moespresso.bundled import MODELS, TEXT
-from moespresso.data import Source, calibration
-from moespresso.report import machine, versions
+from moespresso.api import export, press
+from moespresso.bundled import MODELS
 
 LENGTH, MOST = 256, 1e-3
-RIVAL = Path(__file__).parent / "rivals" / "gptqmodel_logits.py"
 FORMATS = [
     ("gptq", "rtn:bits=8,group_size=32"),
     ("gptq", "rtn:bits=4,group_size=32"),
@@ -54,49 +49,47 @@ def kl(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
+def exported(model: Path, work: Path) -> dict[str, tuple[str, Path]]:
+    """Layout and folder of every format, by its label."""
+    made: dict[str, tuple[str, Path]] = {}
+    for index, (layout, step) in enumerate(FORMATS):
+        press(model, out=work / f"packed{index}", steps=[step], target="plugin")
+        export(work / f"packed{index}", out=work / f"{layout}{index}", to=layout)
+        made[f"{layout} {step}"] = layout, work / f"{layout}{index}"
+    return made
+
+
 def checked(python: Path, model: Path, work: Path) -> dict[str, float | str]:
     """KL by layout and step, of one model."""
-    rows = calibration([Source(str(TEXT / "heldout"))], load_tokenizer(model), 1, LENGTH, 0)
-    np.save(work / "tokens.npy", rows.ids.numpy())
-    found: dict[str, float | str] = {}
-    command, ours = [str(python), str(RIVAL), "--tokens", str(work / "tokens.npy")], {}
-    for number, (layout, step) in enumerate(FORMATS):
-        press(model, out=work / f"packed{number}", steps=[step], target="plugin")
-        folder = work / f"{layout}{number}"
-        export(work / f"packed{number}", out=folder, to=layout)
-        ours[f"{layout} {step}"] = number, logits(folder, rows.ids)
-        command += ["--folder", str(folder), layout, str(work / f"{number}.npy")]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    said = json.loads(done.stdout.splitlines()[-1])
-    found["engine"] = said["engine"]
-    for label, (number, mine) in ours.items():
-        layout = label.partition(" ")[0]
-        error = said["failed"].get(str(work / f"{layout}{number}"))
-        found[label] = error or kl(mine, torch.from_numpy(np.load(work / f"{number}.npy"))[0])
+    rows = calibration_rows(model, 1, LENGTH, split="heldout")
+    folders = exported(model, work)
+    asked = [
+        part for layout, folder in folders.values() for part in ("--folder", folder, layout, f"{folder}.npy")
+    ]
+    printed = rival(python, "gptqmodel_logits.py", "--tokens", save_tokens(rows, work), *asked)
+    said = json.loads(printed.splitlines()[-1])
+    found: dict[str, float | str] = {"engine": said["engine"]}
+    for label, (_, folder) in folders.items():
+        error = said["failed"].get(str(folder))
+        found[label] = error or kl(logits(folder, rows.ids), torch.from_numpy(np.load(f"{folder}.npy"))[0])
         print(f"{model.name:14} {label:60} {error or f'KL {found[label]:.1e}'}", flush=True)
     return found
 
 
 def main() -> int:
     """Run, print and save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", type=Path, nargs="*", default=list(MODELS.values()))
-    parser.add_argument("--gptqmodel", type=Path, required=True, help="python of GPTQModel's environment")
-    parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
-    results = {}
-    for model in asked.models:
+    asking = saving(__doc__)
+    asking.add_argument("models", type=Path, nargs="*", default=list(MODELS.values()))
+    asking.add_argument("--gptqmodel", type=Path, required=True, help="python of GPTQModel's environment")
+    asked = asking.parse_args()
+    results: dict[str, dict[str, float | str]] = {}
+    for model in map(folder_of, asked.models):
         with tempfile.TemporaryDirectory() as work:
             results[model.name] = checked(asked.gptqmodel, model, Path(work))
-    if asked.out:
-        body = {"date": date.today().isoformat(), "machine": machine(), "versions": versions(), "results": results}  # fmt: skip
-        asked.out.write_text(json.dumps(body, indent=1) + "\n")
+    save(asked.out, {"results": results})
+    figures = [value for row in results.values() for value in row.values() if isinstance(value, float)]
     # NaN is no agreement, wherever it stands.
-    return int(
-        not all(
-            value <= MOST for row in results.values() for value in row.values() if isinstance(value, float)
-        )
-    )
+    return int(not all(value <= MOST for value in figures))
 
 
 if __name__ == "__main__":

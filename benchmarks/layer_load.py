@@ -8,9 +8,10 @@ in sizes of the layer, per precision.
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
+
+from harness import parser
 
 from moespresso.checkpoint import Reader
 from moespresso.core.runtime import Runtime
@@ -20,10 +21,10 @@ from moespresso.stream import PeakMemory
 
 def main() -> None:
     """Load the first two layers in each precision and print what it took (the first one warms up)."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=4)
-    asked = parser.parse_args()
+    asking = parser(__doc__)
+    asking.add_argument("--work", type=Path, required=True)
+    asking.add_argument("--layers", type=int, default=4)
+    asked = asking.parse_args()
     view = open_view(asked.work / f"olmoe-{asked.layers}")
     for dtype in ("float32", "bfloat16"):
         with Reader(view.checkpoint.folder) as reader:

@@ -11,18 +11,17 @@ arXiv 2406.02500, Table 3, and the FLOPs of a forward over 2,048 tokens. The pap
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import moespresso.methods
+from harness import HERE, parser
+
 from moespresso.core.cost import Cost
 from moespresso.core.registry import parse_step
 from moespresso.model import View
 from moespresso.model.opening import config_view
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = HERE / "configs"
 GIB = 1 << 30
 
 
@@ -65,10 +64,9 @@ def price(view: View, step: str | None) -> Cost:
 
 def main() -> int:
     """Print the table; with `--check`, return 1 when it is not as it must be."""
-    assert moespresso.methods
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true")
-    wrong = 0
+    asking = parser(__doc__)
+    asking.add_argument("--check", action="store_true")
+    asked, wrong = asking.parse_args(), 0
     print("| model | | weights, GiB | must be | paper's memory, measured | TFLOPs | paper |")
     print("|---|---|---:|---:|---:|---:|---:|")
     for model, rows in MODELS.items():
@@ -80,7 +78,7 @@ def main() -> int:
             print(
                 f"| {model} | {row.name} | {gib:.2f} | {row.gib:.2f} | {row.memory} | {tflops:.1f} | {row.tflops} |"
             )
-    return 1 if parser.parse_args().check and wrong else 0
+    return 1 if asked.check and wrong else 0
 
 
 if __name__ == "__main__":

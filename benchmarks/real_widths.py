@@ -9,20 +9,16 @@ memory for second moments is 1 GiB, and so takes eight times as long as one.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness import save, saving
 from torch import Tensor
 
 from moespresso.core.format import Format
 from moespresso.methods import Gptq, Hqq, Rtn
-from moespresso.report import machine, versions
 from moespresso.stream import PeakMemory
 
 HIDDEN, WIDTH, TOKENS = 4096, 14336, 4096
@@ -57,12 +53,11 @@ def moments(count: int, width: int, device: str) -> Tensor:
 
 def main() -> None:
     """Run, print and save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--experts", type=int, default=1)
-    parser.add_argument("--no-gptq", action="store_true", help="only what needs no text")
-    parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
+    asking = saving(__doc__)
+    asking.add_argument("--device", default="cpu")
+    asking.add_argument("--experts", type=int, default=1)
+    asking.add_argument("--no-gptq", action="store_true", help="only what needs no text")
+    asked = asking.parse_args()
     shapes = [(WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)]
     total, found = asked.experts * sum(out * width for out, width in shapes), {}
     with torch.inference_mode():
@@ -86,10 +81,7 @@ def main() -> None:
             found[label] = timed(
                 label, lambda w=weights, h=seen: Gptq().solved(w, h, FORMAT, torch.bfloat16), weights.numel()
             )
-    if asked.out:
-        body = {"date": date.today().isoformat(), "device": asked.device, "machine": machine(), "versions": versions(),
-                "results": found}  # fmt: skip
-        asked.out.write_text(json.dumps(body, indent=1) + "\n")
+    save(asked.out, {"device": asked.device, "results": found})
 
 
 if __name__ == "__main__":

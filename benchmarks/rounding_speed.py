@@ -9,26 +9,22 @@ needs an environment of its own (see `rivals/llm_compressor.py`). Both get the s
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from harness import HELDOUT, LENGTH, SAMPLES, calibration_rows, folder_of, rival, save, save_tokens, saving
 
-from moespresso.api import evaluate, load_tokenizer
+from moespresso.api import evaluate
 from moespresso.bundled import TEXT
-from moespresso.data import Source, calibration
-from moespresso.report import machine, versions
 
-SAMPLES, LENGTH, WINDOWS = 48, 512, 80
-RIVAL = Path(__file__).parent / "rivals" / "llm_compressor.py"
+WINDOWS = 80
+RIVALS = {"llm-compressor": (), "llm-compressor, routed tokens only": ("--no-all-experts",)}
 
 
 def ours(model: Path, folder: Path, threads: int) -> dict[str, Any]:
@@ -45,55 +41,43 @@ def ours(model: Path, folder: Path, threads: int) -> dict[str, Any]:
             "phases": said["phases"]}  # fmt: skip
 
 
-def theirs(python: Path, model: Path, tokens: Path, folder: Path, threads: int, *more: str) -> dict[str, Any]:
+def theirs(python: Path, *arguments: object, out: Path) -> dict[str, Any]:
     """The same by llm-compressor."""
-    told = folder.with_suffix(".json")
-    command = [str(python), str(RIVAL), "--model", str(model), "--tokens", str(tokens), "--out", str(folder),
-               "--json", str(told), "--threads", str(threads), *more]  # fmt: skip
+    told = out.with_suffix(".json")
     start = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    rival(python, "llm_compressor.py", *arguments, "--out", out, "--json", told)
     return {"process": time.perf_counter() - start, "said": json.loads(told.read_text())}
 
 
 def kl(folder: Path, model: Path) -> dict[str, Any]:
     """Held-out figures of a folder."""
-    return evaluate(
-        folder, against=model, texts=[Source(str(TEXT / "heldout"))], length=LENGTH, limit=WINDOWS
-    )
+    return evaluate(folder, against=model, texts=[HELDOUT], length=LENGTH, limit=WINDOWS)
+
+
+def compared(model: Path, python: Path | None, threads: int, work: Path) -> dict[str, Any]:
+    """Every tool's time, memory and held-out figures."""
+    tokens = save_tokens(calibration_rows(model), work)
+    results = {"moespresso": ours(model, work / "ours", threads)}
+    results["moespresso"]["heldout"] = kl(work / "ours", model)
+    for index, (label, more) in enumerate(RIVALS.items() if python else ()):
+        given = ("--model", model, "--tokens", tokens, "--threads", threads, *more)
+        results[label] = theirs(python, *given, out=work / f"theirs{index}")
+        results[label]["heldout"] = kl(work / f"theirs{index}", model)
+    return results
 
 
 def main() -> None:
     """Run, print and save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--rival", type=Path, help="python of llm-compressor's environment")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
+    asking = saving(__doc__)
+    asking.add_argument("model")
+    asking.add_argument("--rival", type=Path, help="python of llm-compressor's environment")
+    asking.add_argument("--threads", type=int, default=1)
+    asked = asking.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        rows = calibration(
-            [Source(str(TEXT / "calibration"))], load_tokenizer(asked.model), SAMPLES, LENGTH, 0
-        )
-        np.save(work / "tokens.npy", rows.ids.numpy())
-        results = {"moespresso": ours(asked.model, work / "ours", asked.threads)}
-        results["moespresso"]["heldout"] = kl(work / "ours", asked.model)
-        for label, more in (
-            ("llm-compressor", ()),
-            ("llm-compressor, routed tokens only", ("--no-all-experts",)),
-        ):
-            if asked.rival:
-                out = work / f"theirs{len(more)}"
-                results[label] = theirs(
-                    asked.rival, asked.model, work / "tokens.npy", out, asked.threads, *more
-                )
-                results[label]["heldout"] = kl(out, asked.model)
-    body = {"date": date.today().isoformat(), "machine": machine(), "versions": versions(), "threads": asked.threads,
-            "load": os.getloadavg(), "results": results}  # fmt: skip
+        results = compared(folder_of(asked.model), asked.rival, asked.threads, Path(name))
     for label, row in results.items():
         print(f"{label:36} process {row['process']:.1f} s  KL {row['heldout']['kl']['mean']:.5f}")
-    if asked.out:
-        asked.out.write_text(json.dumps(body, indent=1) + "\n")
+    save(asked.out, {"threads": asked.threads, "load": os.getloadavg(), "results": results})
 
 
 if __name__ == "__main__":

@@ -13,28 +13,24 @@ the held-out text, with a 95% bootstrap over sequences. Beside them channels alo
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import torch
+from harness import Bench, folder_of, save, saving, sizes
 from scipy.optimize import linear_sum_assignment
-from scores import LENGTH, Bench
 from torch import Tensor
 from torch.nn import functional as F
 
-from moespresso.api import load_tokenizer
-from moespresso.bundled import MODELS, TEXT
 from moespresso.checkpoint import Reader
 from moespresso.core.runtime import Runtime
-from moespresso.data import Batches, Source, calibration
+from moespresso.data import Batches
 from moespresso.evaluate import score_tokens
 from moespresso.evaluate.compare import summary
 from moespresso.measure import RoutedExperts, factored
@@ -43,10 +39,9 @@ from moespresso.methods._channels import TURNS, last, portions
 from moespresso.methods._joint import joint_refit
 from moespresso.methods._low_rank import truncated
 from moespresso.model import make_skeleton
-from moespresso.report import machine, versions
 from moespresso.stream import sweep
 
-STRIDE, SAMPLES, DAMPING = 10, 48, 0.003
+DAMPING = 0.003
 # The joint menu: channels in steps, and factors that take these shares of a dense matrix's bytes (1: dense); it is chosen
 # from by so many tokens of an expert, and checked on as many others.
 STEP, SHARES, TOKENS = 8, (0.25, 0.5, 0.75, 0.875, 1.0), 1024
@@ -409,38 +404,39 @@ def ways(part: str, lefts: list[float]) -> Iterator[tuple[str, Way]]:
             yield label, partial(blocks, groups=groups, learned=learned)
 
 
-def main() -> None:
-    """Run, print and save."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("models", nargs="*", default=[str(folder) for folder in MODELS.values()])
-    parser.add_argument("--parts", nargs="*", default=["joint", "blocks", "time"])
-    parser.add_argument("--left", nargs="*", type=float, default=[0.875, 0.75, 0.5])
-    parser.add_argument("--out", type=Path, help="saved here; what it holds already is not run again")
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    body: dict[str, Any] = json.loads(asked.out.read_text()) if asked.out and asked.out.is_file() else {}
-    body |= {"date": date.today().isoformat(), "machine": machine(), "versions": versions()}
+class Saved:
+    """What is found, kept in the file that was asked for as it comes; what is there already is not run again."""
 
-    def save(section: str, label: str, row: dict[str, Any]) -> None:
-        body.setdefault(section, {})[label] = row
+    def __init__(self, out: Path | None) -> None:
+        self.out = out
+        self.body: dict[str, Any] = json.loads(out.read_text()) if out and out.is_file() else {}
+
+    def add(self, section: str, label: str, row: dict[str, Any]) -> None:
+        """One row, printed and saved with the date, machine and versions of now."""
+        self.body.setdefault(section, {})[label] = row
         told = {key: round(value, 4) for key, value in row.items() if key != "ci95"}
         print(f"{section:12} {label:62}", told, flush=True)
-        if asked.out:
-            asked.out.write_text(json.dumps(body, indent=1) + "\n")
+        save(self.out, {k: v for k, v in self.body.items() if k not in ("date", "machine", "versions")})
 
+
+def main() -> None:
+    """Run, print and save."""
+    asking = saving(__doc__, "models")
+    asking.add_argument("--parts", nargs="*", default=["joint", "blocks", "time"])
+    asking.add_argument("--left", nargs="*", type=float, default=[0.875, 0.75, 0.5])
+    asked = asking.parse_args()
+    saved = Saved(asked.out)
     if "blocks" in asked.parts:
         for groups, noise in ((2, 0.0), (4, 0.0), (2, 0.1), (4, 0.1)):
-            save("planted", f"{groups} blocks, noise {noise}", planted(groups, noise))
+            saved.add("planted", f"{groups} blocks, noise {noise}", planted(groups, noise))
     for tokens in (1, 16, 256) if "time" in asked.parts else ():
-        save("milliseconds", f"{tokens} tokens", timed(tokens))
-    for folder in asked.models:
-        bench, source = Bench(Path(folder), STRIDE), [Source(str(TEXT / "calibration"))]
-        text = calibration(source, load_tokenizer(Path(folder)), SAMPLES, LENGTH, 0)
-        for part in asked.parts:
-            for label, way in ways(part, asked.left):
-                if label in body.get(Path(folder).name, {}):
-                    continue
-                save(Path(folder).name, label, measured(bench, text, way))
+        saved.add("milliseconds", f"{tokens} tokens", timed(tokens))
+    for model in asked.models if {"joint", "blocks"} & {*asked.parts} else ():
+        bench, name = Bench(model, *sizes(asked)), folder_of(model).name
+        tried = [each for part in asked.parts for each in ways(part, asked.left)]
+        for label, way in tried:
+            if label not in saved.body.get(name, {}):
+                saved.add(name, label, measured(bench, bench.text(), way))
 
 
 if __name__ == "__main__":
