@@ -13,6 +13,7 @@ Our own mistakes are `AssertionError`s and leave by exit code 1 with a traceback
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -45,3 +46,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if close:
         return f" (did you mean {close[0]!r}?)"
     return f" (choose from {', '.join(choices)})"
+
+
+def reason(error: BaseException, longest: int = 300) -> str:
+    """What another library's error says, to stand inside one sentence of ours: one line, no full stop, not too long."""
+    said = (
+        re.sub(r"[.!?]\s+(?=[A-Z])", "; ", " ".join(str(error).split())).rstrip(".") or type(error).__name__
+    )
+    return said if len(said) <= longest else f"{said[:longest].rpartition(' ')[0]} ..."

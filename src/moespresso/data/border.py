@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from moespresso.core.errors import UserError
+from moespresso.core.errors import UserError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,9 +66,8 @@ class Border:
         try:
             ids: list[Any] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         except Exception as error:  # whatever a tokenizer raises on a text it was not made for
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"{document.place}: the tokenizer does not take this text ({reason}): mend or take it out"
+                f"{document.place}: the tokenizer does not take this text ({reason(error)}): mend or take it out"
             ) from error
         if None in ids:
             raise UserError(

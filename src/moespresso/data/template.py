@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from moespresso.core.errors import UserError
+from moespresso.core.errors import UserError, reason
 from moespresso.data.chat import REASONING, Chat, Turn, opened, part_text
 
 if TYPE_CHECKING:
@@ -72,9 +72,9 @@ class Template:
             try:
                 return form, self._apply(form)
             except Exception as error:  # whatever the template's own code raises
-                reasons.append(" ".join(str(error).split()) or type(error).__name__)
+                reasons.append(reason(error))
         raise UserError(
-            f"{place}: the tokenizer's chat template refuses this conversation: {reasons[0].rstrip('.')}; mend or take out "
+            f"{place}: the tokenizer's chat template refuses this conversation: {reasons[0]}; mend or take out "
             "the record, or use mode pack, which reads conversations as plain text"
         )
 

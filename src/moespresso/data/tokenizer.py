@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moespresso.core.errors import UserError
+from moespresso.core.errors import UserError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "tiktoken.model",
          "qwen.tiktoken", "vocab.tiktoken", "sentencepiece.bpe.model", "merges.txt", "spm.model", "tokenizer_config.json")  # fmt: skip
 PACKAGES = ("sentencepiece", "tiktoken", "protobuf", "mistral-common", "blobfile")
-LONGEST = 300
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -29,7 +28,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the library's own, whatever it raises
         raise UserError(
-            f"{folder} has no tokenizer that transformers can load, so no text can be read ({_reason(error)}): "
+            f"{folder} has no tokenizer that transformers can load, so no text can be read ({reason(error)}): "
             f"{_cure(folder, error)}"
         ) from error
     if len(found) < 2 or set(found.get_vocab()) <= {*found.all_special_tokens}:
@@ -37,11 +36,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder} has a tokenizer without any tokens, so no text can be read: copy {FILES[0]} from the original model into it"
         )
     return found
-
-
-def _reason(error: Exception) -> str:
-    said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return said if len(said) <= LONGEST else f"{said[:LONGEST].rpartition(' ')[0]} ..."
 
 
 def _cure(folder: Path, error: Exception) -> str:
