@@ -38,7 +38,7 @@ FORMATS = [
 
 def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     """Ours, in float32 [L, V]."""
-    model = moespresso.load(folder).float()
+    model = moespresso.load(folder, dtype="float32")
     with torch.inference_mode():
         return model(input_ids=ids).logits[0]
 

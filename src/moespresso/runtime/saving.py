@@ -41,9 +41,8 @@ def _saving(original: Callable[..., None]) -> Callable[..., None]:
         )
         become_plain(self)
         given = inspect.signature(original).bind(self, *args, **kwargs)
-        given.arguments["state_dict"] = (
-            None  # may hold packed parts; transformers ignores it for packed models too
-        )
+        # It may hold packed parts; transformers does not look at it for packed models either.
+        given.arguments["state_dict"] = None
         original(*given.args, **given.kwargs)
 
     save_pretrained.__dict__[_DONE] = True
@@ -63,7 +62,8 @@ def become_plain(model: PreTrainedModel) -> None:
         if isinstance(module, PreTrainedModel):  # some families compute in another order where this stands
             module.config.__dict__.pop("_is_quantized", None)
     quantizer.remove_quantization_config(model)
-    suffixes = tuple(f".{name}" for names in quantizer.serialized_names.values() for name in names if name not in quantizer.serialized_names)  # fmt: skip
+    parts: dict[str, list[str]] = quantizer.serialized_names
+    suffixes = tuple(f".{name}" for names in parts.values() for name in names if name not in parts)
     model.__dict__["_weight_conversions"] = [
         plain for each in _conversions(model) if (plain := _as_plain(each, suffixes))
     ]

@@ -34,6 +34,7 @@ from moespresso.model import (
     View,
     apart_view,
     is_unequal,
+    load_model,
     other_layout,
     own_packing,
     read_blueprint,
@@ -192,7 +193,7 @@ def _stock(folder: Path, view: View, nonfinite: dict[str, int]) -> str:
         if other_layout(view):
             return "not run: GPTQ and AWQ layouts need an engine of their own; names, shapes and codes were checked"
         if own_packing(view):
-            whole = view.skeleton(reader, torch.float32, torch.device("cpu")).whole()
+            whole = load_model(view, torch.float32, "cpu")
             return f"stock loaders stop at its format; {_same_logits(whole, skeleton, view.blueprint.vocab)}"
         model, info = _loaded(folder, view)
         outside = {skeleton.in_memory(entry.ref.name) for entry in view.blueprint.outside}
