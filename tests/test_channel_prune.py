@@ -138,7 +138,7 @@ def test_the_plugin_loads_and_generates_with_layers_of_their_own_width(zoo: Zoo,
 def test_channels_go_where_they_cost_least(zoo: Zoo, text: Path, tmp_path: Path):
     step = "channel_prune:ratio=0.4,scope=global"
     with pytest.raises(
-        UserError, match=r"scope=global leaves unequal layers.*scope=layer,width=24, or say --target plugin"
+        UserError, match=r"scope=global leaves unequal layers.*scope=layer,ratio=0.4, or say --target plugin"
     ):
         press(zoo("mixtral"), tmp_path / "stock", step, text=text)
     out = press(zoo("mixtral"), tmp_path / "out", step, text=text, target="plugin")

@@ -234,7 +234,7 @@ def test_widths_of_their_own_are_multiples_and_what_that_takes_is_said(
 def test_the_share_is_met_and_stock_engines_are_refused(zoo: Zoo, text: Path, tmp_path: Path):
     with pytest.raises(
         UserError,
-        match=r"per_expert=true leaves experts of unequal width.*per_expert=false,width=24, or say --target plugin",
+        match=r"per_expert=true leaves experts of unequal width.*per_expert=false,ratio=0.4, or say --target plugin",
     ):
         press(zoo("mixtral"), tmp_path / "stock", OWN.replace("0.5", "0.4"), text=text)
     whole = open_view(zoo("mixtral")).source.moe_layers
