@@ -27,7 +27,7 @@ from test_slim import disk, press
         ("rtn:layers=one", r"layers 'one' are not LAYER:BITS"),
         ("rtn:parts=router", r"parts='router' is unknown"),
         ("rtn:parts=shared", r"has no matrices in its shared to round"),
-        ("rtn:group_size=128", r"has 64 inputs, which groups of 128 do not divide: use group_size=64"),
+        ("rtn:group_size=128", r"has 64 inputs, which groups of 128 do not divide: use group_size=32"),
         ("rtn:bits=4+attention:8", r"bits=4\+attention:8 names attention, but parts=experts leaves it alone"),
         ("rtn:bits=down:4+attention:8,parts=attention", r"names down, but parts=attention leaves it alone"),
         ("rtn:exclude=L9.*", r"exclude='L9.\*' matches no part of .* that is rounded"),
