@@ -97,6 +97,7 @@ class Targets:
 
     @classmethod
     def of(cls, targets: Iterable[str], where: str) -> Targets:
+        """Sort them; raises `UserError` for a pattern that is none."""
         ordered = sorted(targets)
         try:
             patterns = tuple((each, re.compile(each[3:])) for each in ordered if each.startswith("re:"))

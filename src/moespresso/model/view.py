@@ -212,9 +212,9 @@ def _as_stub(layer: LayerSpec, bodies: dict[int, str], width: int) -> LayerSpec:
 
 
 def own_packing(view: View) -> bool:
-    """Whether a checkpoint has packed matrices that transformers stops at."""
+    """Whether a checkpoint has packed matrices that transformers stops at, or (in folders of others) reads wrongly."""
     said = (view.checkpoint.config.get(SECTION) or {}).get("format")
-    return said == OWN_KIND or half_packed(view) or in_order(view)
+    return said == OWN_KIND or half_packed(view) or not (one_format(view) or other_layout(view))
 
 
 def half_packed(view: View) -> bool:

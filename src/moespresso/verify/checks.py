@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from moespresso.checkpoint import (
     MANIFEST,
     TORCH_DTYPES,
+    Checkpoint,
     Reader,
     count_nonfinite,
     open_checkpoint,
@@ -41,7 +42,6 @@ from moespresso.model import (
     rehoused_views,
 )
 from moespresso.stream import sweep
-from moespresso.verify.library import decoded_alike
 
 _CHUNK = 16 << 20
 # Stock loading holds the whole model in float32; larger ones are checked by streaming and by digests.
@@ -166,7 +166,13 @@ def _decodes(view: View) -> str:
             _require(bool((scale != 0).all()), f"{piece.name} has scales that are zero")
             counts[f"{packed.format.bits} bits"] += 1
     counted = [f"{count} matrices of {bits}" for bits, count in sorted(counts.items())]
-    return ", ".join([*counted, *filter(None, [decoded_alike(view.checkpoint)])])
+    return ", ".join([*counted, *filter(None, [_by_library(view.checkpoint)])])
+
+
+def _by_library(checkpoint: Checkpoint) -> str:
+    from moespresso.verify.library import decoded_alike  # which takes a while to import
+
+    return decoded_alike(checkpoint)
 
 
 def _planned_counts(blueprint: Blueprint, manifest: dict[str, Any]) -> str:
@@ -247,7 +253,7 @@ def _same_logits(model: nn.Module, skeleton: Skeleton, vocab: int) -> str:
 
 
 def _against(view: View, source: View, manifest: dict[str, Any], progress: Progress) -> str:
-    decoded_alike(source.checkpoint)  # what was misread there would be wrong here in the same way
+    _by_library(source.checkpoint)  # what was misread there would be wrong here in the same way
     wanted_view = _as_planned(view, source, manifest)
     config = wanted_view.config
     changed = [
