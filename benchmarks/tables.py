@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import mean
 from typing import Any
 
 Results = Mapping[str, Any]
@@ -41,16 +41,16 @@ def number(value: float, like: float | None = None) -> str:
 
 def spread(values: Sequence[float]) -> str:
     """The mean of several samples with their range, or the one value."""
-    middle = mean(values)
+    middle = statistics.mean(values)
     if len(set(values)) == 1:
         return number(middle)
     return f"{number(middle)} ({number(min(values), middle)} to {number(max(values), middle)})"
 
 
-def interval(kl: Results) -> str:
+def interval(mean: float, ci95: Sequence[float]) -> str:
     """A KL with its 95% interval."""
-    low, high = kl["ci95"]
-    return f"{kl['mean']:.3f} ({low:.3f} to {high:.3f})"
+    low, high = (number(end, mean) for end in ci95)
+    return f"{number(mean)} ({low} to {high})"
 
 
 # Which score
@@ -71,14 +71,14 @@ def scores(models: Results) -> str:
 
 
 def _score(row: Results) -> list[str]:
-    return [interval(row["kl"]), f"{row['perplexity_ratio']:.3f}"]
+    return [interval(**row["kl"]), f"{row['perplexity_ratio']:.3f}"]
 
 
 def _random(rows: Results) -> list[str]:
     drawn = [row for label, row in rows.items() if label.startswith("random")]
     kl = [row["kl"]["mean"] for row in drawn]
-    ratio = mean(row["perplexity_ratio"] for row in drawn)
-    return [f"{mean(kl):.3f} ({min(kl):.3f} to {max(kl):.3f})", f"{ratio:.3f}"]
+    ratio = statistics.mean(row["perplexity_ratio"] for row in drawn)
+    return [spread(kl), f"{ratio:.3f}"]
 
 
 # Experts, layers or blocks
@@ -106,7 +106,7 @@ def depth(model: Results) -> str:
     shares = list(dict.fromkeys(row["share"] for row in rows))
     ways = dict.fromkeys((row["what"], row["how"]) for row in rows)
     body = [
-        [way(what, how), *(interval(_way(rows, share, what, how)["kl"]) for share in shares)]
+        [way(what, how), *(interval(**_way(rows, share, what, how)["kl"]) for share in shares)]
         for what, how in ways
     ]
     for what in dict.fromkeys(what for what, _ in ways):
@@ -193,10 +193,14 @@ def _kept(found: Mapping[tuple[str, tuple[str, str]], Results], model: str, amou
 def sized(rows: Results) -> str:
     """One model: every step with the share of bytes kept, the most first (attention, other structures)."""
     body = [
-        [f"`{step}`", f"{row['left']:.1%}", spread(row["kl"] if isinstance(row["kl"], list) else [row["kl"]])]
+        [f"`{step}`", f"{row['left']:.1%}", _cost(row)]
         for step, row in sorted(rows.items(), key=lambda item: -round(item[1]["left"], 3))
     ]
     return markdown(["step", "bytes kept", "KL to the original"], body)
+
+
+def _cost(row: Results) -> str:
+    return spread(row["kl"]) if isinstance(row["kl"], list) else interval(row["kl"], row["ci95"])
 
 
 # Speed

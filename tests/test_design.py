@@ -172,6 +172,10 @@ def test_functions_stay_short():
     assert lengths[int(0.95 * len(lengths))] < 50
 
 
+def test_the_readme_stays_short():
+    assert len((SOURCE.parents[1] / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
+
+
 def test_only_the_command_line_prints():
     printing = [
         path.name
