@@ -33,6 +33,7 @@ from moespresso.core.errors import UserError
 from moespresso.runtime.anatomy import Branch, NotResidual, find_anatomy
 from moespresso.runtime.guard import COUNT_KEYS, OWN_WIDTHS, reads_the_key, zero_means_nothing
 from moespresso.runtime.guard import install as install_guard
+from moespresso.runtime.losses import balance_by_count
 from moespresso.runtime.parts import NoNorm, Silent, SilentMixer, thin_out
 from moespresso.runtime.widths import differ
 from moespresso.runtime.widths import install as install_widths
@@ -163,6 +164,7 @@ def _reshape(model: PreTrainedModel) -> None:
             raise UserError(
                 f"{type(model).__name__}: layer {index} cannot be changed as per_layer_config says: {error}"
             ) from error
+    balance_by_count(type(model))
     model.__dict__[_DONE] = True
 
 
