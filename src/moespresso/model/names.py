@@ -78,6 +78,12 @@ class Names:
             return key, None
         return name, pattern
 
+    def is_linear(self, key: str) -> bool:
+        """Whether a key is the weight of a linear layer of the model, in whose place loaders put one that is packed. A router may be
+        a class of its own instead."""
+        module, _, _ = self.in_memory(key)[0].rpartition(".")
+        return isinstance(self._model.get_submodule(module), nn.Linear)
+
     def only_stacks(self, pattern: str) -> bool:
         """Whether the converter behind a source pattern stacks experts and joins gate and up, and nothing else."""
         operations = self._converter(pattern).operations
