@@ -105,7 +105,9 @@ class View:
         config = {key: value for key, value in self._config[0].items() if key != SECTION}
         if not self.formats:
             return config
-        layout = next(piece.ref.packed.layout for piece in self.pieces if piece.ref.packed is not None)
+        layout: Layout = next(
+            piece.ref.packed.layout for piece in self.pieces if piece.ref.packed is not None
+        )
         packed, plain = self._modules(config)
         section = packing_config(packed, plain, layout=layout, stock=one_format(self))
         if layout in ("gptq", "awq"):  # their engines compute in the dtype of the scales
