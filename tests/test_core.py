@@ -593,10 +593,11 @@ def test_a_number_of_experts_is_never_rounded_in_silence(value: Any):
 OWN_METHOD = '''"""Drop nothing at all."""
 from dataclasses import dataclass
 from typing import ClassVar
+from moespresso.core.method import Selects
 from moespresso.core.registry import method
 @method
 @dataclass(frozen=True)
-class DropNothing:
+class DropNothing(Selects):
     """share: of nothing."""
     kind: ClassVar[str] = "drop_nothing"
     share: float = 0.0

@@ -43,7 +43,7 @@ class NotOnThisModel(UserError):
 def in_some_form(view: View, steps: Iterable[Any], do: Callable[[View], T]) -> T:
     """What `do` makes of the view or, where experts lie in stacks that can be taken apart, of the same checkpoint with its experts
     apart: if it raises `UserError` for the stacks, or a step would make something else of them."""
-    if any(getattr(step, "by_matrix", False) for step in steps):
+    if any(step.by_matrix for step in steps):
         return do(apart_view(view) or view)
     try:
         return do(view)
@@ -91,7 +91,7 @@ def _walk(view: View, request: Request) -> None:
                 f"{step.kind}: {_why_uneven(step)}, which {target.name} cannot load; the nearest plan "
                 f"that it can is scope=layer,{step.even(now.blueprint)}, or say --target plugin"
             )
-        if ragged is not None or (step.uneven and hasattr(step, "ragged")):
+        if ragged is not None or step.uneven:
             ragged = _ragged(step, view, ragged or made)
         made = replace(made, stages=(*made.stages, step.outline(view.source, made))).validated(view.source)
     formed(request.target, replace(view, plan=made)).check_fits()
@@ -99,7 +99,7 @@ def _walk(view: View, request: Request) -> None:
 
 def _ragged(step: Any, view: View, before: Plan) -> Plan:
     """The plan with a stage of a step as uneven as that may make it."""
-    make = step.ragged if step.uneven and hasattr(step, "ragged") else step.outline
+    make = step.uneven_outline if step.uneven else step.outline
     return replace(before, stages=(*before.stages, make(view.source, before)))
 
 
