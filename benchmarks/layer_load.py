@@ -29,7 +29,7 @@ def main() -> None:
     for dtype in ("float32", "bfloat16"):
         with Reader(view.checkpoint.folder) as reader:
             skeleton = make_skeleton(view, reader, Runtime(dtype=dtype))
-            for index in (0, 1):
+            for index in range(min(2, asked.layers)):
                 start = time.perf_counter()
                 with PeakMemory() as memory, skeleton.layer(index) as layer:
                     size = sum(parameter.nbytes for parameter in layer.module.parameters())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from moespresso.cli import app
 from moespresso.core.registry import parse_step
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +124,7 @@ def test_steps_of_the_readmes_tables_can_be_asked_for():
 
 def test_the_first_sentences_say_what_it_does():
     assert "compresses" in README.split("\n\n")[1].partition(".")[0]
+    assert "compresses" in (app.info.help or "").partition(".")[0]
 
 
 @pytest.mark.parametrize(("steps", "parted"), [

@@ -103,8 +103,7 @@ OutFolder = Annotated[Path, typer.Option("--out", parser=place, metavar="DIR", h
 
 app = typer.Typer(
     name="moespresso",
-    help="moespresso compresses Mixture-of-Experts checkpoints: it removes, narrows, prunes and quantizes what they can do "
-    "without, one layer at a time. A smaller cup of the same coffee.",
+    help="moespresso compresses Mixture-of-Experts models, one layer at a time. Into a smaller cup.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -44,7 +44,7 @@ class ChannelSums:
         """Take in one batch."""
         experts = RoutedExperts.of(layer.experts, [fed_of(call)])
         sums, _ = experts.sums_and_peaks(range(experts.count), experts.up)
-        sums = sums * experts.down.float().square().sum(1)
+        sums = sums * experts.column_squares
         self._sums = sums if self._sums is None else self._sums + sums
         self._stream += _energy(call)
 

@@ -64,6 +64,12 @@ class RoutedExperts:
             yield range(first, min(first + size, self.count))
 
     @cached_property
+    def column_squares(self) -> Tensor:
+        """The squared lengths [E, I] of the columns of all down projections: expert by expert, since a layer in 16 bits is not to be
+        held in float32."""
+        return torch.cat([each.float().square().sum(1) for each in self.down.split(1)])
+
+    @cached_property
     def tokens(self) -> Tensor:
         """How many tokens reach each expert [E], by the router's own choice."""
         return torch.bincount(self.index.flatten(), minlength=self.count)[: self.count]

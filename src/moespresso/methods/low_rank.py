@@ -210,7 +210,7 @@ class LowRank(OnMatrices, OnText):
         this text makes of them. Experts without a token count as others do on average."""
         squares = experts.steepness(range(experts.count), experts.up)
         halves = squares.shape[1] // experts.down.shape[2]
-        found = (squares * experts.down.float().square().sum(1).repeat(1, halves)).sqrt().sqrt()
+        found = (squares * experts.column_squares.repeat(1, halves)).sqrt().sqrt()
         seen = experts.tokens > 0
         found[~seen] = found[seen].mean() if bool(seen.any()) else 1.0
         return found

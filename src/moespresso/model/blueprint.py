@@ -469,12 +469,10 @@ def _expert_axes_of(matrix: str, experts: Any) -> dict[str, Any]:
 
 
 def _tied_pairs(model: PreTrainedModel) -> dict[str, set[str]]:
-    """The parameters that each is tied to, by the model's class and its config: which of them are stored does not matter."""
+    """The parameters that each is tied to by class and config, whichever of them are stored."""
     found: dict[str, set[str]] = defaultdict(set)
     for one, other in model.all_tied_weights_keys.items():
-        group = {one, other} | found[one] | found[other]
-        for name in group:
-            found[name] = group
+        found |= dict.fromkeys(group := {one, other} | found[one] | found[other], group)
     return found
 
 

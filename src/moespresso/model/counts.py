@@ -19,7 +19,7 @@ from moespresso.core.errors import UserError
 from moespresso.model import quirks
 from moespresso.model.experts import is_experts
 from moespresso.model.skeleton import build_meta, read_config
-from moespresso.runtime.unequal import OWN_WIDTHS
+from moespresso.runtime.guard import OWN_WIDTHS
 
 
 def with_count(config: Mapping[str, Any], family: str, count: int) -> dict[str, Any]:
@@ -55,13 +55,20 @@ def evened(config: Mapping[str, Any]) -> dict[str, Any]:
     for part in (edited, edited.get("text_config")):
         if isinstance(part, dict) and part.pop(OWN_WIDTHS, None) is not None:
             own: dict[str, dict[str, Any]] = part.pop("per_layer_config", {})
-            said = {at: {key: each[key] for key in each if key != OWN_WIDTHS} for at, each in own.items()}
+            said = {at: _without_widths(each) for at, each in own.items()}
             part |= (
                 {"per_layer_config": rest}
                 if (rest := {at: each for at, each in said.items() if each})
                 else {}
             )
     return edited
+
+
+def _without_widths(said: Mapping[str, Any]) -> dict[str, Any]:
+    """What else a layer says; a count of zero guards widths or what is skipped, and goes with the last of them."""
+    guards = OWN_WIDTHS in said and "skip" not in said
+    return {key: value for key, value in said.items()
+            if key != OWN_WIDTHS and not (guards and key in quirks.COUNT_KEYS and value == 0)}  # fmt: skip
 
 
 def is_unequal(config: Mapping[str, Any]) -> bool:

@@ -2,17 +2,18 @@
 
 Where all layers stay alike it is an ordinary config with other numbers. Where they do not, transformers' own key
 `per_layer_config` says what each has of its own, in the words that `moespresso.runtime.unequal` understands: another
-count of experts, branches and experts to skip. Beside a skipped branch stands a zero that makes transformers without
-moespresso stop instead of filling what is missing with random weights.
+count of experts, branches and experts to skip. Where nothing else would stop an engine that does not know moespresso, a zero
+beside it does, and `architectures` names a class that no engine has (`moespresso.runtime.guard`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moespresso.core.blueprint import Blueprint, Branch, LayerSpec
 from moespresso.core.errors import UserError
@@ -23,7 +24,7 @@ from moespresso.model import quirks
 from moespresso.model.counts import evened, with_count
 from moespresso.model.depth import with_layers
 from moespresso.model.widths import width_key, with_width
-from moespresso.runtime.unequal import OWN_WIDTHS
+from moespresso.runtime.guard import OWN_WIDTHS, guarded, stock, zero_means_nothing
 
 Config = dict[str, Any]
 
@@ -55,9 +56,35 @@ def pressed_config(
         skip = [*said_before, *_skipped(specs[layer], left, biased)]
         if skip:
             said |= {"skip": sorted(set(skip))} | _zeros(specs[layer], left, source.family)
-    _text(config)["per_layer_config"] = {str(position): said for position, said in own.items() if said}
-    if not _text(config)["per_layer_config"]:
-        del _text(config)["per_layer_config"]
+    return _guarded(config, {position: said for position, said in own.items() if said}, source.family)
+
+
+def _guarded(config: Config, own: Mapping[int, Config], family: str) -> Config:
+    """The config with what layers have of their `own`, and what makes others stop at it."""
+    text = _text(config)
+    text.pop("per_layer_config", None)
+    if not own:
+        return _named(config, stock)
+    for said in own.values():
+        if zero_means_nothing(said) and not any(
+            key != OWN_WIDTHS and _stops(text, key, said[key]) for key in said
+        ):
+            said[_count_key(family)] = 0
+    text["per_layer_config"] = {str(position): said for position, said in own.items()}
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return _named({"architectures": [known[family]]} | config, guarded)
+
+
+def _stops(text: Config, key: str, value: Any) -> bool:
+    """Whether transformers stops at a key, as it does where one layer says another number than all."""
+    return isinstance(value, int) and (value == 0 or text.get(key, value) != value)
+
+
+def _named(config: Config, names: Callable[[list[str]], list[str]]) -> Config:
+    """The config with other `names` of classes, wherever it has any."""
+    for part in (config, _text(config)):
+        if part.get("architectures"):
+            part["architectures"] = names(part["architectures"])
     return config
 
 

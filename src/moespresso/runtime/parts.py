@@ -8,7 +8,6 @@ stack while the router goes on selecting them: their terms are lost, or a consta
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from moespresso.runtime.mixed import Mixed, mixed
 from moespresso.runtime.widths import Ragged
 
 
@@ -89,7 +89,7 @@ def thin_out(experts: Any, gone: Mapping[int, bool]) -> None:
     novices = [expert for expert in sorted(gone) if gone[expert]]
     experts.places = _places(experts.num_experts, kept)
     experts.novice_places = _places(experts.num_experts, novices)
-    experts.__class__ = _thinned(type(experts))
+    experts.__class__ = mixed(_Thinned, type(experts))
     _cut(experts, len(kept))
     experts.register_parameter("novices", _vectors(experts, len(novices)) if novices else None)
     # transformers' functions skip experts with a number past the last only where others may lie on another device.
@@ -117,7 +117,7 @@ def _vectors(experts: Any, count: int) -> nn.Parameter:
     return nn.Parameter(experts.down_proj.new_zeros(count, width))
 
 
-class _Thinned(nn.Module):
+class _Thinned(Mixed):
     """Mixed into a family's class of experts: what it is called with are the router's numbers, of all experts."""
 
     num_experts: int
@@ -142,9 +142,3 @@ class _Thinned(nn.Module):
         place = index.new_tensor(self.novice_places)[index]
         gates = weights.new_zeros(len(weights), len(novices) + 1).scatter_add(1, place, weights)
         return gates[:, :-1] @ novices.to(weights.dtype)
-
-
-@cache
-def _thinned(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of thinned experts of a family; whatever recognises the family's own recognises it too."""
-    return type(kind.__name__, (_Thinned, kind), {"__module__": __name__})

@@ -11,18 +11,18 @@ loses single experts, by general code that knows no family. What a layer may say
 * experts that are gone while the router still selects them: `{"skip": ["expert.1", "expert.5+novice"]}`, where a
   novice is a constant vector that answers in the expert's place.
 
-A zero beside a skipped branch (`"num_key_value_heads": 0`) says nothing more. It is there for transformers on its own,
-which then stops with an error instead of filling what is missing with random weights.
+A zero beside what is skipped, or beside widths (`"num_key_value_heads": 0`, `"num_local_experts": 0`), says nothing more. It is
+there for engines that do not know moespresso, which then stop with an error instead of filling what is missing with random weights
+(`moespresso.runtime.guard`).
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import wraps
 from typing import Any
 
 from torch import nn
@@ -31,16 +31,15 @@ from transformers.modeling_utils import PreTrainedModel
 
 from moespresso.core.errors import UserError
 from moespresso.runtime.anatomy import Branch, NotResidual, find_anatomy
+from moespresso.runtime.guard import COUNT_KEYS, OWN_WIDTHS, reads_the_key, zero_means_nothing
+from moespresso.runtime.guard import install as install_guard
+from moespresso.runtime.losses import balance_by_count
 from moespresso.runtime.parts import NoNorm, Silent, SilentMixer, thin_out
 from moespresso.runtime.widths import differ
 from moespresso.runtime.widths import install as install_widths
 
-# Keys of a config that count routed experts.
-COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Keys of a config that set the width of experts.
 WIDTH_KEYS = ("moe_intermediate_size", "intermediate_size")
-# Our own, for the widths of all experts of a layer in which they differ.
-OWN_WIDTHS = "expert_widths"
 
 _BRANCH = re.compile(r"(attention|mlp)(\+bias)?")
 _EXPERT = re.compile(r"expert\.(\d+)(\+novice)?")
@@ -66,6 +65,7 @@ def install() -> None:
         PreTrainedModel.__init__ = _admitting(PreTrainedModel.__init__)
         PreTrainedModel.post_init = _reshaping(PreTrainedModel.post_init)
         install_widths()
+        install_guard(_is_plugin)
 
 
 def _admitting(original: Callable[..., None]) -> Callable[..., None]:
@@ -94,17 +94,19 @@ def _is_ours(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
     """Whether layers differ in a way that is ours, and the family's own code does not look after it."""
     return (
         getattr(config, "is_heterogeneous", False)
-        and not any(map(_looks_after_itself, type(model).__mro__))
+        and not any(map(reads_the_key, type(model).__mro__))
         and bool(changes(config))
     )
 
 
-@cache
-def _looks_after_itself(kind: type) -> bool:
-    """Whether a family's own code reads the key."""
-    if not kind.__module__.startswith(("transformers.models.", "transformers_modules.")):
+def _is_plugin(config: PreTrainedConfig) -> bool:
+    """Whether a config says what only we act on."""
+    if not config.is_heterogeneous or any(map(reads_the_key, type(config).__mro__)):
         return False
-    return "per_layer_config" in inspect.getsource(sys.modules[kind.__module__])
+    try:
+        return bool(changes(config))
+    except UserError:  # somebody else's words, and no reason not to write them
+        return False
 
 
 def changes(config: PreTrainedConfig) -> dict[int, Change]:
@@ -130,6 +132,8 @@ def _change(layer: int, said: Mapping[str, Any]) -> Change:
         None if "mlp" in silent else next((said[key] for key in keys if key in said), None)
         for keys in (COUNT_KEYS, WIDTH_KEYS)
     )
+    if count == 0 and zero_means_nothing(said):
+        count = None
     gone = {int(found[1]): found[2] is not None for found in experts}
     return Change(count, silent, gone, width, () if "mlp" in silent else tuple(said.get(OWN_WIDTHS, ())))
 
@@ -160,6 +164,7 @@ def _reshape(model: PreTrainedModel) -> None:
             raise UserError(
                 f"{type(model).__name__}: layer {index} cannot be changed as per_layer_config says: {error}"
             ) from error
+    balance_by_count(type(model))
     model.__dict__[_DONE] = True
 
 
@@ -236,7 +241,11 @@ def _as_said(block: nn.Module, index: int, config: PreTrainedConfig) -> nn.Modul
     """The same kind of block as the layer's own config makes it."""
     kind = type(block)
     numbered = {"layer_idx": index} if "layer_idx" in inspect.signature(kind).parameters else {}
-    made = kind(config.per_layer_config[index], **numbered)
+    said = config.per_layer_config[index]
+    for key in COUNT_KEYS:
+        if getattr(said, key, None) == 0:  # a guard
+            setattr(said, key, getattr(config, key))
+    made = kind(said, **numbered)
     # Which function computes experts is switched in the model's config.
     experts: Any = made.get_submodule("experts")
     experts.config = config

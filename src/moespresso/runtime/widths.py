@@ -5,7 +5,8 @@ Each is stored with the channels it has. A model that is used has them so in mem
 it does to stacks: there (`stacked`) experts are as wide as the widest of their layer, the others ending in channels of
 zeros, which add nothing.
 
-transformers makes stacks of what it reads with `MergeModulelist`, which `install` teaches both.
+transformers makes stacks of what it reads with `MergeModulelist`, which `install` teaches both, and takes them apart for
+saving with `revert_weight_conversion`.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, wraps
+from functools import wraps
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers import modeling_utils
 from transformers.core_model_loading import MergeModulelist
 from transformers.modeling_utils import PreTrainedModel
 
 from moespresso.core.errors import UserError
+from moespresso.runtime.mixed import Mixed, mixed
 
 # Marks our functions.
 _DONE = "_moespresso"
@@ -82,7 +85,7 @@ def laid_end_to_end(experts: Any) -> None:
 
 
 def _become(experts: Any, up: Tensor, down: Tensor) -> None:
-    experts.__class__ = _ragged(type(experts))
+    experts.__class__ = mixed(Ragged, type(experts))
     for name, tensor in zip(_names(experts), (up, down), strict=True):
         setattr(experts, name, nn.Parameter(tensor, requires_grad=experts.down_proj.requires_grad))
 
@@ -91,7 +94,7 @@ def _names(experts: Any) -> tuple[str, str]:
     return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
 
 
-class Ragged(nn.Module):
+class Ragged(Mixed):
     """Mixed into a family's class of experts: each is a run of channels of matrices that hold all of them."""
 
     num_experts: int
@@ -123,17 +126,12 @@ class Ragged(nn.Module):
         return us.post_expert_norm(output) if us.has_post_expert_norm else output
 
 
-@cache
-def _ragged(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of a family's experts with widths of their own; whatever recognises the family's own recognises it too."""
-    return type(kind.__name__, (Ragged, kind), {"__module__": __name__})
-
-
 def install() -> None:
-    """Teach transformers to read experts of different widths; called again, it does nothing."""
+    """Teach transformers to read experts of different widths, and to save them; called again, it does nothing."""
     if not hasattr(MergeModulelist.convert, _DONE):
         MergeModulelist.convert = _merging(MergeModulelist.convert)
-        PreTrainedModel.save_pretrained = _saving(PreTrainedModel.save_pretrained)
+        saving: Any = modeling_utils  # which calls by this name what it imports
+        saving.revert_weight_conversion = _reverting(saving.revert_weight_conversion)
 
 
 def _merging(original: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
@@ -170,14 +168,39 @@ def _even(tensors: list[Tensor]) -> list[Tensor]:
     return [widened(tensor, largest) for tensor in tensors]
 
 
-def _saving(original: Callable[..., None]) -> Callable[..., None]:
+def _reverting(original: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
     @wraps(original)
-    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        if any(isinstance(module, Ragged) for module in self.modules()):
-            raise UserError(
-                "transformers cannot write experts of different widths: copy the folder that this model was loaded from, or keep "
-                "its state_dict"
-            )
-        original(self, *args, **kwargs)
+    def revert_weight_conversion(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        rest, apart = dict(state_dict), dict[str, Tensor]()
+        for name, experts in model.named_modules():
+            if not isinstance(experts, Ragged):
+                continue
+            for key in [f"{name}.{matrix}" for matrix in _names(experts)]:
+                if key in rest:  # and not in another shard
+                    apart |= _one_by_one(lambda state: original(model, state), experts, key, rest.pop(key))
+        return original(model, rest) | apart
 
-    return save_pretrained
+    return revert_weight_conversion
+
+
+def _one_by_one(
+    reverted: Callable[[dict[str, Tensor]], dict[str, Tensor]], experts: Ragged, key: str, whole: Tensor
+) -> dict[str, Tensor]:
+    """Experts as they are stored, each in the form that its family gives to the one of a stack of one."""
+    found: dict[str, Tensor] = {}
+    for number, stack in enumerate(_stacks_of_one(experts, key.rpartition(".")[2], whole)):
+        for name, tensor in reverted({key: stack}).items():
+            if "experts.0." not in name:  # read as one matrix, which it stays
+                return {name: whole}
+            found[name.replace("experts.0.", f"experts.{number}.")] = tensor.clone()
+    return found
+
+
+def _stacks_of_one(experts: Ragged, matrix: str, whole: Tensor) -> Iterator[Tensor]:
+    """Every expert's own run of a matrix, as transformers has it in memory where there is no other expert."""
+    if matrix == "down_proj":
+        yield from (run.unsqueeze(0) for run in whole.split(experts.widths, 1))
+        return
+    halves = 2 if experts.has_gate else 1
+    for run in whole.split(experts.widths):
+        yield run.unflatten(1, (halves, -1)).transpose(0, 1).flatten(0, 1).unsqueeze(0)
