@@ -61,6 +61,11 @@ class Step(ABC):
         return False
 
     @property
+    def why_uneven(self) -> str:
+        """The setting that lets them differ, and what comes of it."""
+        return "scope=global leaves unequal layers"
+
+    @property
     def without_text(self) -> str:
         """What would do instead and needs no text; nothing where that is not known."""
         return ""

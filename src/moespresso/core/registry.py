@@ -21,7 +21,11 @@ T = TypeVar("T", bound=Step)
 
 
 def method(cls: type[T]) -> type[T]:
-    """Register a frozen settings class under its `kind`."""
+    """Register a frozen settings class under its `kind`; raises `UserError` where it leaves out what its role asks for."""
+    if lacking := sorted(cls.__abstractmethods__):
+        raise UserError(
+            f"{cls.kind}: {cls.__name__} does not say {' and '.join(lacking)}, which its role asks for: add them"
+        )
     known = _METHODS.setdefault(cls.kind, cls)
     assert known.__qualname__ == cls.__qualname__, f"two methods named {cls.kind}"
     _METHODS[cls.kind] = cls

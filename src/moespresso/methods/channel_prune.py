@@ -130,6 +130,13 @@ class ChannelPrune(OnText):
         """Whether layers or experts may come to differ."""
         return self.scope == "global" or self.per_expert
 
+    @property
+    def why_uneven(self) -> str:
+        """The setting that lets them differ, and what comes of it."""
+        if self.scope == "global":
+            return "scope=global leaves unequal layers"
+        return "per_expert=true leaves experts of unequal width"
+
     def even(self, blueprint: Blueprint) -> str:
         """The settings of the nearest plan with equal layers."""
         widths = [self._width(layer.width) for layer in blueprint.moe_layers]
