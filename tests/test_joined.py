@@ -1,5 +1,6 @@
 """What transformers joins as it reads is stored joined beside packed matrices, where it could not join it any more."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from moespresso.model.names import Names
 
 COMMON = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 128,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 128,
     "shared_expert_intermediate_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
 }  # fmt: skip
 LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 KINDS = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
 # Three short convolutions a layer; the same under shorter names; shards of a table.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "kimi_linear": LATENT | {"q_lora_rank": None, "linear_head_dim": 16, "linear_num_heads": 4, "layer_types": KINDS},
-    "bailing_hybrid": LATENT | {"head_dim": 16, "layer_group_size": 2, "num_mtp_layers": 0, "first_k_dense_replace": 1},
+    "kimi_linear": LATENT | {"num_local_experts": 4, "q_lora_rank": None, "linear_head_dim": 16, "linear_num_heads": 4, "layer_types": KINDS},
+    "bailing_hybrid": LATENT | {"num_local_experts": 4, "n_group": 1, "topk_group": 1, "head_dim": 16, "layer_group_size": 2, "num_mtp_layers": 0, "first_k_dense_replace": 1},
     "qwen4_exp_text": {"num_key_value_heads": 2, "head_dim": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
                        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "layer_types": KINDS, "hc_count": 2,
                        "hc_lowrank": 16, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
@@ -35,19 +36,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
 PART = {"kimi_linear": "q_conv1d", "bailing_hybrid": "q_conv1d", "qwen4_exp_text": "shard_"}
 
 
+def written(family: str, folder: Path) -> Path:
+    """A tiny checkpoint of one of them."""
+    kind = CONFIG_MAPPING[family]
+    known = {each.name for each in dataclasses.fields(kind)} | kind.attribute_map.keys()
+    instantiate(
+        kind(**{key: value for key, value in (COMMON | FAMILIES[family]).items() if key in known})
+    ).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("joined")
-    for name, own in FAMILIES.items():
-        kind = CONFIG_MAPPING[name]
-        fields = {
-            key: value
-            for key, value in (COMMON | own).items()
-            if key in kind.__annotations__ or key in kind.attribute_map
-        }
-        instantiate(kind(**fields)).save_pretrained(root / name)
-        tiny_tokenizer().save_pretrained(root / name)
-    return {name: root / name for name in FAMILIES}
+    return {name: written(name, root / name) for name in FAMILIES}
 
 
 def checks(folder: Path, model: Path) -> list[str]:

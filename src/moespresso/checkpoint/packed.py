@@ -244,7 +244,10 @@ def packing_config(
     regular expression each. Without `stock` the format's name is one that only moespresso reads. Raises `UserError` where
     another layout cannot say it.
     """
-    formats = list(dict.fromkeys(packed.values()))
+    # transformers takes the first group whose pattern speaks of experts for that of the routed ones.
+    formats = list(
+        dict.fromkeys(packed[name] for name in sorted(packed, key=lambda name: _alike(name) == name))
+    )
     one = len(formats) == 1
     if layout in ("gptq", "awq"):
         if not one:

@@ -9,7 +9,16 @@ from moespresso.core.blueprint import LayerSpec
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import OWN_LAYOUTS
 from moespresso.core.rewrite import biased_stubs
-from moespresso.model import View, half_packed, in_order, is_unequal, one_format, skipping
+from moespresso.model import (
+    View,
+    half_packed,
+    in_order,
+    is_unequal,
+    one_format,
+    skipping,
+    tied_head,
+    zeros_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +127,17 @@ def _check_formats(target: Target, view: View) -> None:
         raise UserError(
             f"this plan packs matrices beside {_some(view.unreadable)}, which {target.name} converts as it reads, but cannot beside "
             "packed ones: drop the rounding step, or say --target plugin (moespresso.load reads it)"
+        )
+    if tied_head(view):
+        raise UserError(
+            f"this plan packs the head, which config.json ties to the embedding, so that {target.name} stops; the nearest plan that it "
+            "can is to leave the head out of parts, or say --target plugin (moespresso.load reads it)"
+        )
+    zeros = zeros_of(view)
+    if zeros and zeros != "experts":
+        raise UserError(
+            f"this plan leaves {zeros} with zeros of its own (symmetric=false), at which {target.name} stops; the nearest plan that it "
+            "can is symmetric=true, or say --target plugin (moespresso.load reads it)"
         )
     experts = {piece.ref.packed and piece.ref.packed.format for piece in view.pieces
                if piece.unit.part == "experts" and len(piece.shape) == 2}  # fmt: skip

@@ -18,12 +18,21 @@ from moespresso.model.opening import (
 from moespresso.model.reach import num_positions
 from moespresso.model.rehouse import adopt, is_apart, is_rehoused, tokenizer_config
 from moespresso.model.skeleton import Skeleton, quiet_transformers, read_config
-from moespresso.model.view import View, half_packed, in_order, one_format, other_layout, own_packing
+from moespresso.model.view import (
+    View,
+    half_packed,
+    in_order,
+    one_format,
+    other_layout,
+    own_packing,
+    tied_head,
+    zeros_of,
+)
 
 __all__ = [
     "Skeleton", "View", "Waiting", "adopt", "apart_view", "config_view", "half_packed", "in_order",
     "is_apart", "is_rehoused", "is_unequal", "load_model", "make_skeleton", "num_positions", "one_format",
     "open_view", "other_layout", "own_packing", "pick_device", "pick_dtype", "precision",
-    "quiet_transformers", "read_blueprint", "read_config", "rehoused_views", "skipping", "start",
-    "tokenizer_config", "without",
+    "quiet_transformers", "read_blueprint", "read_config", "rehoused_views", "skipping", "start", "tied_head",
+    "tokenizer_config", "without", "zeros_of",
 ]  # fmt: skip

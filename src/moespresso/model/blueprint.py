@@ -25,6 +25,7 @@ from moespresso.core.errors import UserError
 from moespresso.core.remains import SILENT_KV
 from moespresso.core.unit import Part, Unit
 from moespresso.model import quirks
+from moespresso.model.axes import axes_of_expert, matrix_of_expert
 from moespresso.model.counts import expert_axes, is_unequal
 from moespresso.model.depth import period
 from moespresso.model.experts import is_experts
@@ -265,6 +266,7 @@ class _Classifier:
         self._names = Names(model)
         self._layers_name = layers_name
         self._blocks = [moe_block(layer) for layer in layers]
+        self._tables = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
         self.anatomies = [_anatomy(layer) for layer in layers]
         self._embedding = _module_name(model, model.get_input_embeddings())
         self._head = _module_name(model, model.get_output_embeddings())
@@ -341,7 +343,7 @@ class _Classifier:
             return {"out_axis": 0} if ends and kind in ("weight", "bias") else {}
         block = self._blocks[layer]
         assert block is not None
-        return _expert_axes_of(entry.unit.matrix or "", block[1].get_submodule("experts"))
+        return axes_of_expert(entry.unit.matrix or "", block[1].get_submodule("experts"))
 
     def _expert_axis(self, ref: TensorRef, name: str, layer: int) -> int | None:
         """The axis of a stored tensor that counts experts, where it is laid out as in memory."""
@@ -361,6 +363,8 @@ class _Classifier:
         child = inner.split(".", 1)[0]
         if block is not None and inner.startswith(block[0] + "."):
             return self._in_block(ref, layer, inner[len(block[0]) + 1 :], pattern, axis)
+        if f"{self._layers_name}.{layer}.{inner}".removesuffix(".weight") in self._tables:
+            return Entry(ref, Unit(layer, "embedding"))
         if child in MIXERS:
             return Entry(
                 ref,
@@ -375,7 +379,7 @@ class _Classifier:
     ) -> Entry:
         if inner.startswith("experts."):
             number = _EXPERT.search(ref.name)
-            matrix = _matrix(inner, pattern)
+            matrix = matrix_of_expert(inner, pattern)
             if number is not None:
                 self._numbers[layer, matrix].append(int(number[1]))
                 return Entry(ref, Unit(layer, "experts", int(number[1]), matrix))
@@ -445,27 +449,12 @@ class _Classifier:
             return ref.shape
         experts = block[1].get_submodule("experts")
         widths: tuple[int, ...] = getattr(experts, "widths", ())
-        axis = _expert_axes_of(name.rpartition(".")[2], experts).get("channel_axis")
+        axis = axes_of_expert(name.rpartition(".")[2], experts).get("channel_axis")
         if not widths or axis is None or ref.shape[axis] != widths[int(number[1])]:
             return ref.shape
         shape = list(ref.shape)
         shape[axis] = max(widths)
         return tuple(shape)
-
-
-def _expert_axes_of(matrix: str, experts: Any) -> dict[str, Any]:
-    """Of an expert's tensor: both axes counted from the last, as some are stored one by one and some in a stack."""
-    rows, columns = (-1, -2) if experts.is_transposed else (-2, -1)
-    if matrix == "novices":
-        return {"out_axis": -1}
-    if matrix.startswith("down"):
-        return {"out_axis": -1} if matrix.endswith("_bias") else {"out_axis": rows, "channel_axis": columns}
-    joined = (
-        ("halves" if getattr(experts, "is_concatenated", True) else "interleaved")
-        if matrix.startswith("gate_up")
-        else ""
-    )
-    return {"channel_axis": -1 if matrix.endswith("_bias") else rows, "joined": joined}
 
 
 def _tied_pairs(model: PreTrainedModel) -> dict[str, set[str]]:
@@ -482,17 +471,6 @@ def _anatomy(layer: nn.Module) -> Anatomy | str:
         return find_anatomy(layer)
     except NotResidual as error:
         return str(error)
-
-
-def _matrix(inner: str, pattern: str | None) -> str:
-    """`gate`, `up`, `down`, or `gate_up` where both are stored as one; biases end in `_bias`."""
-    stem = inner.removeprefix("experts.").removesuffix("_bias")
-    bias = "_bias" if inner.endswith("_bias") else ""
-    if stem == "gate_up_proj" and pattern is not None:
-        for role, words in (("gate", ("gate_proj", "w1")), ("up", ("up_proj", "w3"))):
-            if any(re.search(rf"\b{word}\b", pattern) for word in words):
-                return role + bias
-    return stem.removesuffix("_proj") + bias
 
 
 def _module_name(model: PreTrainedModel, wanted: nn.Module | None) -> str:

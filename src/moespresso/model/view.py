@@ -100,21 +100,26 @@ class View:
         config = {key: value for key, value in self._config[0].items() if key != SECTION}
         if not self.formats:
             return config
-        packed = [piece.ref.packed for piece in self.pieces if piece.ref.packed is not None]
-        layout = packed[0].layout
-        section = packing_config(self.formats, self._plain(config), layout=layout, stock=one_format(self))
+        layout = next(piece.ref.packed.layout for piece in self.pieces if piece.ref.packed is not None)
+        packed, plain = self._modules(config)
+        section = packing_config(packed, plain, layout=layout, stock=one_format(self))
         if layout in ("gptq", "awq"):  # their engines compute in the dtype of the scales
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = "float16"
         return config | {SECTION: section}
 
-    def _plain(self, config: dict[str, Any]) -> set[str]:
-        """Names, in memory and on disk, of modules with a matrix that is not packed."""
+    def _modules(self, config: dict[str, Any]) -> tuple[dict[str, Format], set[str]]:
+        """The formats of packed modules, and the other modules with a matrix; by their names on disk and in memory, since loaders look
+        them up by either."""
         place = self.source.source
         model = build_meta(read_config(config, place), torch.bfloat16, place)
+        names, formats = Names(model), dict(self.formats)
+        for piece in self.pieces:
+            if piece.ref.packed is not None and piece.unit.expert is None:
+                formats[names.in_memory(piece.name)[0].removesuffix(".weight")] = piece.ref.packed.format
         linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         pieces = {piece.name.removesuffix(".weight") for piece in self.pieces
                   if len(piece.shape) == 2 and piece.name.endswith(".weight") and piece.unit.part != "embedding"}  # fmt: skip
-        return (linears | pieces) - self.formats.keys()
+        return formats, (linears | pieces) - formats.keys()
 
     @cached_property
     def _config(self) -> tuple[dict[str, Any], int]:
@@ -242,12 +247,27 @@ def in_order(view: View) -> bool:
 def one_format(view: View) -> bool:
     """Whether stock loaders read a packed view rightly: all experts in one format, which in compressed-tensors must be symmetric
     and count groups off, and beside them nothing that they cannot read there."""
-    experts = [piece.ref.packed for piece in view.pieces if piece.unit.part == "experts"]
-    others = [piece.ref.packed for piece in view.pieces if piece.ref.packed is not None]
+    experts = {
+        piece.ref.packed and piece.ref.packed.format for piece in view.pieces if piece.unit.part == "experts"
+    }
+    packed = [piece.ref.packed for piece in view.pieces if piece.ref.packed is not None]
     ragged = any(layer.widths for layer in view.blueprint.layers) and any(experts)
-    if ragged or view.unreadable or in_order(view) or any(packed.layout in OWN_LAYOUTS for packed in others):
+    if ragged or view.unreadable or in_order(view) or tied_head(view) or zeros_of(view):
         return False
-    return len({packed and packed.format for packed in experts}) <= 1 and all(
-        packed is None or packed.format.symmetric or packed.layout != "compressed-tensors"
-        for packed in experts
+    return len(experts) <= 1 and not any(each.layout in OWN_LAYOUTS for each in packed)
+
+
+def zeros_of(view: View) -> str:
+    """A part of a view whose packed matrices have zeros of their own, which transformers 5.23 does not read; nothing where there is none."""
+    packed = ((piece.unit.part, piece.ref.packed) for piece in view.pieces)
+    return next((part for part, each in packed
+                 if each is not None and not each.format.symmetric and each.layout == "compressed-tensors"), "")  # fmt: skip
+
+
+def tied_head(view: View) -> bool:
+    """Whether the head or the embedding is packed though the config ties the two: transformers then ties matrices that it has
+    packed, and stops."""
+    tied = view.source.tied or view.source.both_stored
+    return tied and any(
+        piece.unit.part in ("embedding", "head") and piece.ref.packed is not None for piece in view.pieces
     )

@@ -201,7 +201,7 @@ def _stock(folder: Path, view: View, nonfinite: dict[str, int]) -> str:
         if own_packing(view):
             whole = load_model(view, torch.float32, "cpu")
             return f"stock loaders stop at its format; {_same_logits(whole, skeleton, view.blueprint.vocab)}"
-        model, info = _loaded(folder, view)
+        model, info = _loaded(folder, view, skeleton)
         outside = {skeleton.in_memory(entry.ref.name) for entry in view.blueprint.outside}
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             wrong = {str(key) for key in info[kind]} - outside
@@ -211,7 +211,7 @@ def _stock(folder: Path, view: View, nonfinite: dict[str, int]) -> str:
         return f"no key missing, unexpected or mismatched; {_same_logits(model.eval(), skeleton, view.blueprint.vocab)}"
 
 
-def _loaded(folder: Path, view: View) -> tuple[nn.Module, dict[str, Any]]:
+def _loaded(folder: Path, view: View, skeleton: Skeleton) -> tuple[nn.Module, dict[str, Any]]:
     """What stock transformers loads, in float32, and what it says about the tensors."""
     with redirect_stderr(StringIO()):  # unpacking shows progress bars of its own
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -219,16 +219,16 @@ def _loaded(folder: Path, view: View) -> tuple[nn.Module, dict[str, Any]]:
         )
         model, info = loaded
         if view.formats:
-            _unpack(model, view)
+            _unpack(model, view, skeleton)
     return model, info
 
 
-def _unpack(model: Any, view: View) -> None:
+def _unpack(model: Any, view: View, skeleton: Skeleton) -> None:
     """Unpack the matrices that the loader left packed (it would at the first forward), and compute in float32.
 
     Scales must have the dtype they are stored in again, since weights are rounded to that.
     """
-    packed = {piece.name.removesuffix("weight") + "weight_scale": piece.ref.dtype for piece in view.pieces
+    packed = {skeleton.in_memory(piece.name).removesuffix("weight") + "weight_scale": piece.ref.dtype for piece in view.pieces
               if piece.ref.packed is not None}  # fmt: skip
     for name, parameter in model.named_parameters():
         if name in packed:
