@@ -11,21 +11,19 @@ where a folder that is as it was written is loaded or converted.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
 import torch
+from harness import save, saving
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from moespresso.api import load_tokenizer, press
 from moespresso.bundled import MODELS, TEXT
-from moespresso.report import machine, versions
 
 RIVALS = Path(__file__).parent / "rivals"
 TAKEN = "taken"
@@ -112,10 +110,9 @@ def said_by(command: list[str], shown: dict[str, Path]) -> tuple[str, dict[str, 
 
 def main() -> int:
     """Run, print and save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = saving(__doc__)
     parser.add_argument("--vllm", metavar="PYTHON", help="python of vLLM's environment")
     parser.add_argument("--llama-cpp", nargs=2, metavar=("PYTHON", "FOLDER"), help="a copy of llama.cpp")
-    parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     commands = [[asked.vllm, str(RIVALS / "vllm_guards.py")]] if asked.vllm else []
     if asked.llama_cpp:
@@ -127,9 +124,7 @@ def main() -> int:
             results[engine] = said
             for label, words in said.items():
                 print(f"{engine:20} {label:50} {words.splitlines()[0][:110]}", flush=True)
-    if asked.out:
-        body = {"date": date.today().isoformat(), "machine": machine(), "versions": versions(), "results": results}  # fmt: skip
-        asked.out.write_text(json.dumps(body, indent=1) + "\n")
+    save(asked.out, {"results": results})
     taken = [label for said in results.values() for label, words in said.items()
              if words == TAKEN and "plain" not in label and "alone" not in label]  # fmt: skip
     return int(bool(taken))

@@ -130,6 +130,20 @@ def bits(found: Results) -> Iterator[tuple[str, str]]:
     yield "autoround_time", span(times, ".1f")
 
 
+def engines(found: Results) -> Iterator[tuple[str, str]]:
+    """Guards of plugin folders."""
+    results = found["engine_guards"]
+    rows = [tables.guarded(said) for said in results.values()]
+    forms = [form for form in rows[0] if form != "plain"]
+    assert not any(any(each[form]["as written"]) for each in rows for form in forms), (
+        "a plugin folder was taken"
+    )
+    yield "guards", tables.guards(results)
+    yield "forms", str(len(forms))
+    taken = [sum(sum(each[form]["numbers alone"]) for form in forms) for each in rows]
+    yield "taken", f"{max(taken)} of the {sum(len(rows[0][form]['numbers alone']) for form in forms)}"
+
+
 def pruning(found: Results) -> Iterator[tuple[str, str]]:
     """Narrower and sparser experts."""
     yield "cuts", tables.pruning(found["pruning"], ["0.15", "0.25", "0.5"], *tables.CUTS)
@@ -291,7 +305,7 @@ def half(found: Results) -> str:
     return tables.markdown(["half of the routed experts' bytes", *map(tables.title, BOTH_MODELS)], rows)
 
 
-PAGES = (experts, depth, bits, pruning, speed)
+PAGES = (experts, depth, bits, engines, pruning, speed)
 BLOCKS = (facts, choices, half)
 
 

@@ -256,6 +256,36 @@ def engines(results: Results) -> str:
     return markdown(["layout and step", *(f"{title(n)}, {r['engine']}" for n, r in results.items())], body)
 
 
+def guarded(said: Results) -> dict[str, dict[str, list[bool]]]:
+    """By form and guard, whether an engine took the folders of each model."""
+    found: dict[str, dict[str, list[bool]]] = {}
+    for label, words in said.items():
+        form = label.partition(", ")[2]
+        guard = next((each for each in ("numbers alone", "name alone") if form.endswith(each)), "as written")
+        form = form.removesuffix(f", {guard}")
+        found.setdefault(form, {}).setdefault(guard, []).append(words == "taken")
+    return found
+
+
+def guards(results: Results) -> str:
+    """Whether engines stop at each form as it is written, and with either guard alone."""
+    engines = {engine: guarded(said) for engine, said in results.items()}
+    columns = [
+        (engine, guard) for engine in engines for guard in ("as written", "numbers alone", "name alone")
+    ]
+    forms = dict.fromkeys(form for found in engines.values() for form in found)
+    body = [
+        [form, *(_stops(engines[engine][form].get(guard)) for engine, guard in columns)] for form in forms
+    ]
+    return markdown(["form", *(f"{engine}, {guard}" for engine, guard in columns)], body)
+
+
+def _stops(taken: list[bool] | None) -> str:
+    if taken is None:
+        return ""
+    return "**taken**" if all(taken) else "stops" if not any(taken) else "takes some"
+
+
 def _agreement(value: float | str) -> str:
     if isinstance(value, str):
         return f"fails: {value.partition(':')[0]}"

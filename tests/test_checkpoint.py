@@ -409,7 +409,6 @@ class TestSidecars:
                   "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"]  # fmt: skip
         left = [
             "modeling_own.py",
-            "pytorch_model.bin",
             "tokenization_own.py",
             "tokenizer.py",
             "training_args.bin",
@@ -420,6 +419,7 @@ class TestSidecars:
             "model.safetensors",
             "model.safetensors.index.json",
             ".gitattributes",
+            "pytorch_model.bin",  # named with the source
         ]
         for name in [*travel, *left, *ours]:
             (tmp_path / name).write_text(name)

@@ -1,6 +1,8 @@
 """Every folder is a model like any other: it loads in the dtype that is asked for, trains, casts, and saves as a plain checkpoint."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,17 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors.model_compressors import model_compressor
+from compressed_tensors.quantization import QuantizationArgs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 import families
 import moespresso
@@ -19,7 +29,7 @@ from families import expert_on_disk
 from moespresso import api
 from moespresso.checkpoint import Reader
 from moespresso.core.errors import UserError
-from moespresso.model import open_view
+from moespresso.model import open_view, pick_dtype
 from moespresso.runtime import saving
 from test_rehouse import TINY, write_deepseek
 
@@ -265,7 +275,147 @@ def test_an_original_loads_as_transformers_loads_it(tmp_path: Path):
     folder = write_model("qwen3_moe", tmp_path / "model")
     mine, stock = moespresso.load(folder, dtype=torch.float16), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)  # fmt: skip
     assert all(torch.equal(mine.state_dict()[name], tensor) for name, tensor in stock.state_dict().items())
-    assert moespresso.load(folder, dtype="torch.float64").dtype == torch.float64
+    assert moespresso.load(folder, dtype="torch.float32").dtype == torch.float32
+
+
+def edited(source: Path, folder: Path, **changes: Any) -> Path:
+    """A copy with another config.json; what is None goes."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    kept = {key: value for key, value in config.items() if value is not None or key not in changes}
+    (folder / "config.json").write_text(json.dumps(kept))
+    return folder
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_the_dtype_that_no_config_names_is_the_one_stock_takes(family: str, shards: int, tmp_path: Path):
+    """Its files begin with floats of another dtype: order in a file is by size, and stock goes by name."""
+    written = write_model(family, tmp_path / "written", shards=shards)
+    folder = edited(written, tmp_path / "model", dtype=None)
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    assert stock.dtype == torch.bfloat16
+    assert moespresso.load(folder).dtype == stock.dtype
+    view = open_view(folder)
+    assert pick_dtype("auto", view, torch.device("cuda")) == stock.dtype
+    assert pick_dtype("auto", view, torch.device("cpu")) == torch.float32
+    if family not in ("mixtral", "jamba", "granitemoe", "deepseek_v3"):
+        return
+    packed, parts = tmp_path / "packed", "attention" if family == "granitemoe" else "experts"
+    api.press(folder, out=packed, steps=[f"rtn:group_size=0,parts={parts}"], target="plugin")
+    assert "dtype" not in json.loads((packed / "config.json").read_text())
+    assert moespresso.load(packed).dtype == stock.dtype
+
+
+def test_an_index_can_name_the_dtype(tmp_path: Path):
+    folder = edited(write_model("mixtral", tmp_path / "written"), tmp_path / "model", dtype=None)
+    index = folder / "model.safetensors.index.json"
+    said = json.loads(index.read_text())
+    for name, wanted in (("float16", torch.float16), ("float", torch.float32)):
+        index.write_text(json.dumps(said | {"metadata": {"dtype": name}}))
+        assert AutoModelForCausalLM.from_pretrained(folder).dtype == wanted
+        assert moespresso.load(folder).dtype == wanted
+    for name in ("int8", "nonsense"):
+        index.write_text(json.dumps(said | {"metadata": {"dtype": name}}))
+        with pytest.raises(UserError, match=f"config.json names no dtype, and that of its files is {name}"):
+            moespresso.load(folder)
+        assert moespresso.load(folder, dtype="bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("said", [{"dtype": "half"}, {"dtype": None, "torch_dtype": "half"}])
+def test_dtypes_have_torchs_own_names(
+    said: dict[str, Any], half: Path, form: Callable[[str], Path], tmp_path: Path
+):
+    for number, source in enumerate((half, form("4 bits"))):
+        folder = edited(source, tmp_path / str(number), **said)
+        assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.float16
+        assert moespresso.load(folder).dtype == torch.float16
+        assert moespresso.load(folder, dtype="float").dtype == torch.float32
+    assert moespresso.load(half, dtype="half").dtype == torch.float16
+    shutil.copy(tmp_path / "0" / "config.json", tmp_path / "config.json")
+    for place in (tmp_path / "config.json", half):  # it is priced in that, too
+        assert api.inspect(place)["bytes"]["total"] == api.inspect(half)["bytes"]["total"]
+
+
+@pytest.mark.parametrize("name", ["double", "float64", "int8", "float8_e4m3fn"])
+def test_a_dtype_of_the_config_that_cannot_be_used_is_named(
+    name: str, half: Path, form: Callable[[str], Path], tmp_path: Path
+):
+    for number, source in enumerate((half, form("zeros of their own"))):
+        folder = edited(source, tmp_path / str(number), dtype=name)
+        known = str(getattr(torch, name)).removeprefix("torch.")
+        with pytest.raises(UserError, match=f"config.json names dtype '{known}', which no model is computed in: write bfloat16") as told:  # fmt: skip
+            moespresso.load(folder)
+        assert "\n" not in str(told.value)
+        assert moespresso.load(folder, dtype="bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["bf16", "torch.bfloat16", "sum", "", 5])
+def test_a_dtype_that_torch_lacks_is_named(name: Any, half: Path, tmp_path: Path):
+    folder = edited(half, tmp_path / "model", dtype=name)
+    words = re.escape(f"{folder}/config.json names dtype {name!r}, which torch does not have: write bfloat16")
+    for verb in (moespresso.load, api.inspect):
+        with pytest.raises(UserError, match=words):
+            verb(folder)
+
+
+@pytest.mark.parametrize("kept", [{}, {"metadata": None}, {"metadata": []}])
+def test_an_index_that_says_nothing_of_the_shards_loads(kept: dict[str, Any], half: Path, tmp_path: Path):
+    truth, folder = AutoModelForCausalLM.from_pretrained(half), tmp_path / "model"
+    truth.save_pretrained(folder, max_shard_size="100KB")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]} | kept))
+    model = moespresso.load(folder)
+    assert model.dtype == truth.dtype
+    assert torch.equal(logits(model), logits(truth))
+    model.save_pretrained(tmp_path / "saved")
+    check_saved(model, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("section", [{}, [], False, "", 0])
+def test_an_empty_section_is_none(section: Any, half: Path, tmp_path: Path):
+    model = moespresso.load(edited(half, tmp_path / "model", quantization_config=section))
+    assert torch.equal(logits(model), logits(moespresso.load(half)))
+    model.save_pretrained(tmp_path / "saved")
+    check_saved(model, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("body", ["", "{", "no JSON", "[]", None])
+@pytest.mark.parametrize("name", ["plain", "zeros of their own"])
+def test_a_broken_generation_config_is_as_for_transformers(
+    name: str, body: str | None, form: Callable[[str], Path], tmp_path: Path
+):
+    folder = edited(form(name), tmp_path / "model", eos_token_id=[2, 5])
+    file = folder / "generation_config.json"
+    file.unlink() if body is None else file.write_text(body)
+    if body == "[]":
+        with pytest.raises(
+            UserError, match=f"{folder} cannot be loaded by transformers .*: mend what that names"
+        ):
+            moespresso.load(folder)
+        return
+    model = moespresso.load(folder)
+    found = model.generation_config
+    assert (found.max_new_tokens, found.eos_token_id) == (None, [2, 5])
+    if name == "plain":
+        assert found.to_dict() == reloaded(folder).generation_config.to_dict()
+
+
+@pytest.mark.parametrize("name", ["plain", "zeros of their own"])
+@pytest.mark.parametrize(
+    "error", [ValueError("it is wrong.\nAnd more"), KeyError("metadata"), RuntimeError()]
+)
+def test_what_transformers_raises_is_one_sentence(
+    error: Exception, name: str, form: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+):
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", fails)
+    with pytest.raises(UserError, match=r"cannot be loaded by transformers \(.+\): mend") as told:
+        moespresso.load(form(name))
+    assert "\n" not in str(told.value)
+    assert (str(error).splitlines() or ["RuntimeError"])[0].rstrip(".") in str(told.value)
 
 
 @pytest.mark.parametrize(
@@ -275,6 +425,9 @@ def test_an_original_loads_as_transformers_loads_it(tmp_path: Path):
         ({"dtype": "int8"}, "dtype 'int8' is none that a model computes in"),
         ({"dtype": torch.float8_e4m3fn}, "dtype 'float8_e4m3fn' is none"),
         ({"dtype": torch.int64}, "dtype 'int64' is none"),
+        ({"dtype": "float64"}, "dtype 'float64' is none that a model computes in"),
+        ({"dtype": torch.double}, "dtype 'float64' is none that a model computes in"),
+        ({"dtype": "nn"}, "dtype 'nn' is none that a model computes in"),
         ({"device": "gpu"}, "device 'gpu' is not to be had here .*: use cpu, cuda or auto"),
         ({"device": "cuda:77"}, "device 'cuda:77' is not to be had here"),
         ({"device": "meta"}, "device 'meta' holds no values: use cpu, cuda or auto"),
@@ -365,6 +518,44 @@ def test_a_saved_model_computes_as_it_did(tmp_path: Path):
         model.save_pretrained(tmp_path / "saved")
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", experts_implementation="eager")
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize(("family", "parts"), [("granitemoe", "attention"), ("llama", "attention+dense")])
+def test_what_is_packed_and_no_expert_is_saved_plainly(family: str, parts: str, used: bool, tmp_path: Path):
+    if family == "llama":
+        shape = families.COMMON | {"hidden_size": 64, "num_attention_heads": 4}
+        LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(tmp_path / "model")
+        tiny_tokenizer().save_pretrained(tmp_path / "model")
+    else:
+        write_wide(tmp_path / "model", family)
+    api.press(tmp_path / "model", out=tmp_path / "packed", steps=[f"rtn:group_size=0,parts={parts}"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    if used:
+        logits(model)
+    with pytest.warns(UserWarning, match="saved as a plain checkpoint"):
+        model.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    truth, saved = decoded(tmp_path / "packed"), load_file(tmp_path / "saved" / "model.safetensors")
+    assert truth.keys() == saved.keys()
+    assert all(torch.equal(saved[key], value) for key, value in truth.items())
+    torch.testing.assert_close(logits(reloaded(tmp_path / "saved")), logits(model))
+    model.save_pretrained(tmp_path / "again")  # it is plain from then on, and nothing is said
+
+
+@pytest.mark.usefixtures("quiet")
+def test_models_whose_activations_are_quantized_are_left_to_transformers(
+    form: Callable[[str], Path], tmp_path: Path
+):
+    """Plain weights would not compute what they do."""
+    write_wide(tmp_path / "model", "granitemoe")
+    api.press(tmp_path / "model", out=tmp_path / "packed", steps=["rtn:group_size=0,parts=attention"])
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    for scheme in model.hf_quantizer.compressor.quantization_config.config_groups.values():
+        scheme.input_activations = QuantizationArgs(num_bits=8)
+    model.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" in json.loads((tmp_path / "saved" / "config.json").read_text())
 
 
 @pytest.mark.usefixtures("quiet", "alone")

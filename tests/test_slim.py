@@ -91,10 +91,7 @@ def test_experts_in_memory_are_what_our_reader_decodes(packed: Path):
 @pytest.mark.parametrize("step", ["rtn", "hqq", "gptq"])
 def test_more_bits_come_closer(step: str, bits: int, source: Path, text: Path, tmp_path: Path):
     out = press(source, tmp_path / "out", f"{step}:bits={bits},group_size=32", text=text)
-    whole, pressed = families.reference(source), families.reference(source)
-    with Reader(out) as reader:
-        view = open_view(out)
-        pressed = view.skeleton(reader, torch.float32, torch.device("cpu")).whole()
+    whole, pressed = families.reference(source), api.load(out, dtype="float32")
     ids = families.random_ids(whole.config, 2, 20)
     logits = families.logits_of(whole, ids)
     error = float((families.logits_of(pressed, ids) - logits).norm() / logits.norm())
@@ -289,10 +286,10 @@ def test_what_engines_would_read_wrongly_is_refused_and_loads_by_us(step: str, s
     assert "moespresso.load loads it and agrees" in proven(out, source)
     with pytest.raises(Exception, match=r"issues during automatic conversion|moespresso-packed"):
         AutoModelForCausalLM.from_pretrained(out)  # stock loaders stop instead
-    model, view = api.load(out), open_view(out)
+    model, plain = api.load(out), tmp_path / "plain"
     ids = families.random_ids(model.config, 2, 12)
-    with Reader(out) as reader:
-        whole = view.skeleton(reader, torch.float32, torch.device("cpu")).whole()
+    api.export(out, to="plain", out=plain)
+    whole = AutoModelForCausalLM.from_pretrained(plain)
     torch.testing.assert_close(
         families.logits_of(model, ids), families.logits_of(whole, ids), rtol=1e-5, atol=1e-5
     )

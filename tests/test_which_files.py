@@ -162,6 +162,33 @@ def test_other_weights_beside_the_model_are_named(old: Path, made: Path):
     assert open_checkpoint(made / "old").notes == open_checkpoint(made / "new").notes == ()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_model.bin",
+        "model.gguf",
+        "tf_model.h5",
+        "flax_model.msgpack",
+        "model.pt",
+        "consolidated.00.pth",
+    ],
+)
+def test_weights_in_other_forms_are_named_once(name: str, old: Path, made: Path, tmp_path: Path):
+    (old / name).write_bytes(b"weights")
+    (note,) = proven(old, tmp_path / "out", head_of(made / "old"))
+    assert f"left over in the folder: {name}, which" in note
+    notes = api.press(old, out=tmp_path / "again", steps=[STEP]).notes
+    assert sum(name in said for said in notes) == 1
+
+
+def test_what_a_trainer_leaves_is_no_weights(old: Path, tmp_path: Path):
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"):
+        (old / name).write_bytes(b"state")
+    assert open_checkpoint(old).notes == ()
+    report = api.press(old, out=tmp_path / "out", steps=[STEP])
+    assert [note for note in report.notes if "training_args.bin" in note and "left behind" in note]
+
+
 def renamed(old: Path) -> None:
     next(iter(old.glob("model-*"))).rename(old / "renamed.safetensors")
 

@@ -29,7 +29,7 @@ from moespresso.core.blueprint import LayerSpec
 from moespresso.core.cost import Cost
 from moespresso.core.errors import UserError
 from moespresso.core.fits import PARTS
-from moespresso.core.format import Format
+from moespresso.core.format import OWN_LAYOUTS, Format
 from moespresso.core.plan import Plan
 from moespresso.core.remains import dropped_units, merged_into, remains
 from moespresso.core.runtime import Runtime
@@ -213,13 +213,7 @@ def form_notes(view: View) -> list[str]:
         notes.append(
             f"{again} matrices that were packed have new values, and were rounded to nearest in their old format"
         )
-    plain = sum(piece.plain for piece in view.pieces)
-    if plain and view.layout == "plain":
-        notes.append(f"{plain} matrices that were packed are stored as what they decode to")
-    elif plain:
-        notes.append(
-            f"{plain} matrices that were stored with a mask, as factors or in part have new values, and are stored plainly"
-        )
+    notes += _plain_notes(view)
     if _packing(view) in ("gptq", "awq"):
         notes.append(
             "GPTQModel 7.7 read this layout right for DeepSeek-V2 and Qwen3-MoE; with others it was not tried"
@@ -233,6 +227,20 @@ def form_notes(view: View) -> list[str]:
             "layers differ: transformers loads it where moespresso is imported (`import moespresso`)"
         )
     return notes
+
+
+def _plain_notes(view: View) -> list[str]:
+    """Say what was stored as less than it is, and why it no longer is."""
+    before = [piece.source.ref.packed for piece in view.pieces if piece.plain]
+    if before and view.layout == "plain":
+        return [f"{len(before)} matrices that were packed are stored as what they decode to"]
+    small = sum(packed is not None and packed.layout in OWN_LAYOUTS for packed in before)
+    notes = [
+        f"{small} matrices that were stored with a mask, as factors or in part have new values, and are stored plainly"
+    ]
+    rows = len(before) - small
+    cut = [f"{rows} matrices that were packed lose rows (routers), and what is left is stored plainly"]
+    return (notes if small else []) + (cut if rows else [])
 
 
 def _coverage_notes(coverage: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -22,6 +22,22 @@ SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
 # The key of config.json that names the file to load.
 EXPLICIT = "transformers_weights"
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+# Weights in forms that are not read, and their indexes.
+_OTHERS = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".bin.index.json",
+    ".h5.index.json",
+    ".msgpack.index.json",
+)
+# What trainers leave behind under the same endings.
+_TRAINERS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +147,13 @@ def _left_over(folder: Path, used: set[str]) -> list[str]:
 
 def _weights(folder: Path, inner: str) -> Iterator[str]:
     for path in (folder / inner).iterdir():
-        if path.name.endswith((".safetensors", ".safetensors.index.json")):
+        if path.name.endswith(_WEIGHTS) or (is_other_weights(path.name) and path.is_file()):
             yield path.relative_to(folder).as_posix()
+
+
+def is_other_weights(name: str) -> bool:
+    """Whether a file holds weights, by its name, in a form that is not read."""
+    return name.endswith(_OTHERS) and not name.startswith(_TRAINERS)
 
 
 def _weight_map(path: Path) -> dict[str, str]:

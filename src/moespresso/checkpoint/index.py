@@ -35,13 +35,19 @@ _MAX_HEADER = 100 << 20
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder's config (as its JSON says it) and tensors, in shard order and then by place in the shard; a packed matrix is
-    one of them. `notes` say which of its files are not the model."""
+    one of them. `notes` say which of its files are not the model, `index` which file names the others (empty: none does)."""
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorRef] = field(repr=False)
     files: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    index: str = ""
+
+    @cached_property
+    def metadata(self) -> object:
+        """What the index says of the shards as a whole: an object, if anything; without an index an empty one."""
+        return read_json(self.folder / self.index).get("metadata") if self.index else {}
 
     @cached_property
     def digest(self) -> str:
@@ -81,7 +87,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     notes = chosen.notes(folder, tensors)
     whole = joined(config, tensors, folder)
     _check_some(whole, folder)
-    return Checkpoint(folder, config, whole, chosen.files, notes)
+    return Checkpoint(folder, config, whole, chosen.files, notes, chosen.index)
 
 
 def _check_some(tensors: Mapping[str, TensorRef], folder: Path) -> None:

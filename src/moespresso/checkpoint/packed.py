@@ -9,6 +9,7 @@ reference with the shape and dtype of what it decodes to, and refuses tensors be
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moespresso.checkpoint.section import KIND, METHOD, OWN_KIND, SECTION, read_section
+from moespresso.checkpoint.files import read_json
+from moespresso.checkpoint.section import AUTOAWQ, KIND, METHOD, OWN_KIND, SECTION, read_section
 from moespresso.core.blueprint import Packed, TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.format import OWN_LAYOUTS, SHARED_PARTS, Format, Layout, layout_of
@@ -38,6 +40,8 @@ _PARTS: dict[Layout, tuple[str, ...]] = {
     "slices": ("weight_kept", "weight_index", "weight_shape"),
 }
 
+# Where AutoGPTQ and AutoAWQ keep what they did.
+_TOOLS_OWN = ("quantize_config.json", "quant_config.json")
 # The end of the name of what the experts of a layer share.
 _SHARED = ".weight_bases"
 
@@ -56,7 +60,7 @@ def joined(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: 
     place = str(folder)
     section = read_section(config, place)
     if section is None:
-        _check_plain(tensors, place)
+        _check_plain(tensors, folder)
         return dict(tensors)
     layouts: list[Layout] = [section.layout, *OWN_LAYOUTS] if section.own else [section.layout]
     firsts: dict[str, Layout] = {_PARTS[layout][0]: layout for layout in layouts}
@@ -88,14 +92,36 @@ def joined(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: 
     return found
 
 
-def _check_plain(tensors: Mapping[str, TensorRef], place: str) -> None:
+def _check_plain(tensors: Mapping[str, TensorRef], folder: Path) -> None:
     """A config that says nothing of packed matrices must have none."""
     odd = next((name for name in tensors if name.endswith((".weight_packed", ".qweight"))), None)
     if odd is not None:
         raise UserError(
-            f"{place}: {odd} is packed, but config.json has no {SECTION} that says how: add it (tools keep it in "
-            "quantize_config.json or quant_config.json too), or give the unquantized checkpoint"
+            f"{folder}: {odd} is packed, but config.json has no {SECTION} that says how: {_to_add(odd, tensors, folder)}, or give "
+            "the unquantized checkpoint"
         )
+
+
+def _to_add(odd: str, tensors: Mapping[str, TensorRef], folder: Path) -> str:
+    """How a config gets its section: of the tool's own file where that is there, with the names that config.json uses."""
+    if odd.endswith(".weight_packed"):
+        return "download its config.json again"
+    method = "gptq" if any(name.endswith(".g_idx") for name in tensors) else "awq"
+    file = next((name for name in _TOOLS_OWN if (folder / name).is_file()), None)
+    if file is None:
+        more = (
+            '"sym": SYM, "desc_act": DESC_ACT'
+            if method == "gptq"
+            else '"zero_point": ZERO_POINT, "version": "gemm"'
+        )
+        return (
+            f'add "{SECTION}": {{"quant_method": "{method}", "bits": BITS, "group_size": SIZE, {more}}} with the values that its '
+            "tool was given"
+        )
+    said = {
+        AUTOAWQ.get(key, key): value for key, value in read_json(folder / file).items() if value is not None
+    }
+    return f'add "{SECTION}": {json.dumps({"quant_method": method} | said)} (what {file} says, in the names of config.json)'
 
 
 def _check_beside(name: str, stems: Mapping[str, Layout], place: str) -> None:

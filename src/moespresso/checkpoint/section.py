@@ -85,6 +85,8 @@ _AWQ = _keys(
 )
 # What `dynamic` may change for single modules: only what is the same for all is read, so that the section can say it again.
 _OVERRIDES = _keys("bits group_size sym desc_act", _MADE_BY, _UNREAD)
+# Names in AutoAWQ's own file, and in config.json: transformers passes over the first and takes what it has by default.
+AUTOAWQ = {"w_bit": "bits", "q_group_size": "group_size"}
 _FLOATS = ("float16", "bfloat16", "float32")
 
 
@@ -205,6 +207,11 @@ def read_section(config: Mapping[str, Any], place: str) -> Section | None:
 
 def _layout(said: Said, section: object, place: str) -> Layout:
     method, kind = said.get("quant_method"), said.get("format")
+    if method is None and said.keys() & {"bits", *AUTOAWQ}:
+        raise UserError(
+            f'{place}: the {SECTION} of config.json lacks its quant_method: add "quant_method": "gptq" where the tensors have a g_idx, '
+            'else "quant_method": "awq"'
+        )
     if (method, kind) in ((METHOD, KIND), (METHOD, OWN_KIND)):
         return "compressed-tensors"
     kinds = [said.get(key) for key in ("checkpoint_format", "version", "format")]
@@ -295,6 +302,11 @@ def _weights(said: Said, where: str) -> Format:
 
 def _one_for_all(said: Said, layout: Layout, place: str) -> Section:
     where = f"{place}: {SECTION}."
+    foreign = next((key for key in AUTOAWQ if key in said), None)
+    if foreign is not None:
+        raise UserError(
+            f"{where}{foreign} is AutoAWQ's own name, which transformers does not know: call it {AUTOAWQ[foreign]}"
+        )
     (_GPTQ if layout == "gptq" else _AWQ).check(said, where)
     _be(said.get("pack_dtype"), (None, "int32", "torch.int32"), where + "pack_dtype")
     _be(said.get("method"), (None, layout), where + "method")

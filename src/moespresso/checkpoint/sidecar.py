@@ -6,13 +6,14 @@ import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
+from moespresso.checkpoint.files import is_other_weights
 from moespresso.checkpoint.writer import Written, write_file
 
 _TRAVEL = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
            "chat_template*", "*.tiktoken", "spiece.model", "sentencepiece*.model", "preprocessor_config.json",
            "processor_config.json", "video_preprocessor_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*",
            "USE_POLICY*")  # fmt: skip
-# Written anew, or what the tensors came from: not worth a word.
+# Written anew, or what the tensors came from: not worth a word. Weights in other forms are named with the source.
 _OURS = ("config.json", "*.safetensors", "*.safetensors.index.json", "README.md", "moespresso.json", ".*")
 _NEVER = ("*.py", "*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors")
 
@@ -22,7 +23,8 @@ def sidecars(folder: Path) -> tuple[list[str], list[str]]:
     names = sorted(path.name for path in folder.iterdir())
     travel = [name for name in names if _matches(name, _TRAVEL) and not _matches(name, _NEVER)
               and (folder / name).is_file()]  # fmt: skip
-    left = [name for name in names if name not in travel and not _matches(name, _OURS)]
+    left = [name for name in names if name not in travel and not _matches(name, _OURS)
+            and not (is_other_weights(name) and (folder / name).is_file())]  # named with the source  # fmt: skip
     return travel, left
 
 

@@ -69,7 +69,7 @@ class Piece:
     of one expert's tensors, or along `axis` one average per kept expert. `folds` come last, in order. `filled`: with zeros,
     up to its shape, which is that of something wider. `given` is what stands in its place, where that was fitted (`refit`:
     whether or not it is known yet); with `code` all of that is encoded, and what was stored as less than it is becomes
-    `plain` again where its values change. `unit` is its address in the result. `part` of the matrix `whole` is one of the
+    `plain` again where its values change, as does a packed matrix that loses rows. `unit` is its address in the result. `part` of the matrix `whole` is one of the
     tensors that it is stored as. Where it `joins` others, these are laid end to end, and `source` is that of the first.
     """
 

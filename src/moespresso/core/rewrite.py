@@ -161,7 +161,8 @@ class _Rewriter:
         return given.index_select(piece.axis or 0, torch.tensor([there.index(row) for row in piece.take]))
 
     def _encoded(self, piece: Piece, entry: Entry) -> Piece:
-        """With the last format that a stage gives it; what was packed already stays so."""
+        """With the last format that a stage gives it; what was packed already stays so, as long as it keeps its rows: words and
+        zeros may hold several of them."""
         for number, stage in reversed([*enumerate(self._plan.stages)]):
             format = format_of(entry, stage)
             if replaces(entry, stage):
@@ -171,6 +172,8 @@ class _Rewriter:
         packed = entry.ref.packed
         if packed is not None and packed.layout in OWN_LAYOUTS:
             return replace(piece, plain=True) if piece.changed or entry.ref.factor != 1 else piece
+        if packed is not None and piece.take is not None:
+            return replace(piece, plain=True)
         if packed is None or not (piece.changed or entry.ref.factor != 1):
             return piece
         again = Packed(packed.format, packed.layout)

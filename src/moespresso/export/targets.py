@@ -110,6 +110,12 @@ def _check_formats(target: Target, view: View) -> None:
             f"this plan packs integers, which {target.name} does not read (it has a file format of its own, not available in "
             "this version): drop the rounding step, or choose --target transformers"
         )
+    if view.packed_alone:
+        raise UserError(
+            f"this plan keeps packed routers ({_some(view.packed_alone)}), which {target.name} does not look for, so that it would take "
+            "random ones; write the model plainly first (moespresso export DIR --to plain) and press that, or say --target plugin "
+            "(moespresso.load reads it)"
+        )
     if target.name == "transformers" and half_packed(view) and one_format(view):
         raise UserError(
             "this plan packs other parts and leaves experts plain, at which transformers stops; the nearest plan that it can is to "
@@ -195,7 +201,13 @@ def _check_widths(target: Target, view: View) -> None:
 
 
 def check_even(view: View, layout: str) -> None:
-    """Raise `UserError` where experts of a layer differ in width, which no engine of another layout than ours can load."""
+    """Raise `UserError` where experts of a layer differ in width, or a router is packed, which no engine of another layout than
+    ours can load."""
+    if layout not in ("compressed-tensors", "plain") and view.packed_alone:
+        raise UserError(
+            f"routers are packed here ({_some(view.packed_alone)}), for which engines that read {layout} have no place: export it as "
+            "plain, and press that"
+        )
     for layer in view.blueprint.layers if layout not in ("compressed-tensors", "plain") else ():
         if layer.widths:
             raise UserError(

@@ -3,7 +3,8 @@
 Beside packed matrices transformers 5.23 unpacks before it converts: every conversion whose sources end in `.weight` (the
 short convolutions of queries, keys and values; the shards of an n-gram table) is then given packed parts only, finds none,
 and stops. Names that are the model's own need no conversion, so what would only be laid end to end is written laid end to
-end. What would be converted in another way is `unreadable`.
+end. What would be converted in another way is `unreadable`; what is packed where the model has no
+linear layer is `packed_alone`.
 """
 
 from __future__ import annotations
@@ -46,6 +47,19 @@ def unreadable(pieces: Sequence[Piece], config: Config, place: str) -> list[str]
         return []
     groups = _converted(pieces, _names_of(config, place))
     return [piece.name for together in groups.values() for piece in together]
+
+
+def packed_alone(pieces: Sequence[Piece], config: Config, place: str) -> list[str]:
+    """Names of packed matrices for which the model has no linear layer, so that transformers leaves what it has there random:
+    most routers. Experts aside, which it knows as such, and what it converts."""
+    asked = [piece for piece in pieces
+             if piece.ref.packed is not None and piece.unit.part != "experts" and piece.source.in_graph]  # fmt: skip
+    if not asked:
+        return []
+    names = _names_of(config, place)
+    converted = {piece.name for piece in asked if names.in_memory(piece.source.ref.name)[1] is not None}
+    return [piece.name for piece in asked
+            if piece.name not in converted and not names.is_linear(piece.source.ref.name)]  # fmt: skip
 
 
 def _beside_packed(pieces: Sequence[Piece]) -> bool:

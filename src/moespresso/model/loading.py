@@ -1,13 +1,15 @@
 """A checkpoint as a model to use: whole, in memory, decoded, and from then on like any other.
 
-What is stored plainly is left to transformers. Packed matrices, of whatever layout, and families that transformers has under
-another name are handed to its own loader as tensors that decode when they are asked for. So what comes out is a plain model of
-the family, in the dtype that was asked for: its config has no quantization section and nothing quantizes it, so it can be cast,
-moved, trained and saved; what it is saved as is a plain checkpoint.
+What is stored plainly is left to transformers. Packed matrices, of whatever layout, families that transformers has under
+another name, and folders with an index or a config whose gaps it stumbles over are handed to its own loader as tensors that
+are read, and decoded, when they are asked for. So what comes out is a plain model of the family, in the dtype that was asked
+for: its config has no quantization section and nothing quantizes it, so it can be cast, moved, trained and saved; what it is
+saved as is a plain checkpoint.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from threading import Lock
 from typing import Any, cast
 
@@ -16,16 +18,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from moespresso.checkpoint import TORCH_DTYPES, Lazy, Reader
-from moespresso.core.errors import UserError, did_you_mean
+from moespresso.checkpoint import SECTION, Lazy, Reader
+from moespresso.core.errors import UserError, did_you_mean, reason
 from moespresso.core.piece import Piece
-from moespresso.model.opening import pick_device
+from moespresso.model.opening import FLOATS, own_dtype, pick_device
 from moespresso.model.rehouse import is_rehoused
 from moespresso.model.skeleton import read_config
 from moespresso.model.view import View
-
-# What a model can compute in.
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}  # fmt: skip
 
 
 def load_model(
@@ -33,33 +32,52 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of a checkpoint with all its weights, in `dtype` (`auto`: its own) on `device` (`auto`: a GPU where there is one).
 
-    Raises `UserError` for a dtype that no model computes in and for a device that is not there.
+    Raises `UserError` for a dtype that no model computes in, for a device that is not there, and for what transformers
+    does not load.
     """
     chosen, place = _asked_dtype(dtype, view), _asked_device(device)
-    if view.formats or is_rehoused(view.checkpoint):
-        model: Any = _decoded(view, chosen)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(view.checkpoint.folder, dtype=chosen)
+    try:
+        model: Any = _as_it_is(view, chosen) if _plain_to_transformers(view) else _decoded(view, chosen)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # whatever a family or a file makes it raise
+        raise UserError(
+            f"{view.checkpoint.folder} cannot be loaded by transformers ({_first_line(error)}): mend what that names, or "
+            "download the checkpoint again"
+        ) from error
     return model.to(place)
 
 
 def _asked_dtype(dtype: str | torch.dtype | None, view: View) -> torch.dtype:
-    """`auto` is what stock loaders take: the config's, else that of the first tensor of floats."""
+    """Names are torch's, short ones (`half`) too."""
     name = str(dtype or "auto").removeprefix("torch.")
     if name == "auto":
-        said = view.config.get("dtype") or view.config.get("torch_dtype")
-        name = str(said or next(kind for kind in _stored(view) if kind.is_floating_point)).removeprefix(
-            "torch."
-        )
-    if name not in DTYPES:
+        return own_dtype(view)
+    found = getattr(torch, name, None)
+    if found not in FLOATS:
+        known = [str(each).removeprefix("torch.") for each in FLOATS]
         raise UserError(
-            f"dtype {name!r} is none that a model computes in{did_you_mean(name, [*DTYPES, 'auto'])}"
+            f"dtype {name!r} is none that a model computes in{did_you_mean(name, [*known, 'auto'])}"
         )
-    return DTYPES[name]
+    return found
 
 
-def _stored(view: View) -> list[torch.dtype]:
-    return [TORCH_DTYPES[piece.ref.dtype] for piece in view.pieces if piece.ref.dtype in TORCH_DTYPES]
+def _plain_to_transformers(view: View) -> bool:
+    """Whether transformers reads the folder on its own. It does not where an index says nothing of the shards as a whole, and
+    where the section of packed matrices is there and empty."""
+    checkpoint = view.checkpoint
+    if view.formats or is_rehoused(checkpoint) or checkpoint.config.get(SECTION) is not None:
+        return False
+    return isinstance(checkpoint.metadata, dict)
+
+
+def _as_it_is(view: View, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(view.checkpoint.folder, dtype=dtype)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return reason(Exception(lines[0]))
 
 
 def _asked_device(device: str | torch.device | None) -> torch.device:
@@ -78,9 +96,17 @@ def _decoded(view: View, dtype: torch.dtype) -> PreTrainedModel:
         # Without a name the loader reads no files: all it loads is here.
         model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
     model.name_or_path = model.config.name_or_path = str(folder)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if model.can_generate():
+        model.generation_config = _generation(folder)
     return model
+
+
+def _generation(folder: Path) -> GenerationConfig:
+    """As the loader does it: what is not there, or cannot be read, is made of the config."""
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:
+        return GenerationConfig.from_pretrained(folder, "config.json", _from_model_config=True)
 
 
 class _Own(Lazy):

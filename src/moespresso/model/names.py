@@ -3,20 +3,20 @@
 On disk an expert is `block_sparse_moe.experts.3.w1.weight`; in memory it is rows of `mlp.experts.gate_up_proj`. The
 library knows the way for every family (`WeightConverter`s), and this file asks it: `Names.in_memory` renames a
 key, `Names.load` loads the tensors of one layer into a model on `meta` (plain stacks of experts are filled in place,
-everything else goes through the library's loader), `Names.to_disk` turns a layer's state back.
+everything else goes through the library's loader), `Names.to_disk` turns a layer's state back. `stock_dtype` asks it what a model is loaded in.
 Pinned to transformers 5.23; the family tests fail loudly when a release moves any of this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -29,7 +29,10 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers.modeling_utils import (
+    LoadStateDictConfig,
+    _get_dtype,  # pyright: ignore[reportPrivateUsage]
+)
 from transformers.utils import logging as transformers_logging
 
 from moespresso.core.errors import UserError
@@ -74,6 +77,12 @@ class Names:
         if name not in self.state and key in self.state:
             return key, None
         return name, pattern
+
+    def is_linear(self, key: str) -> bool:
+        """Whether a key is the weight of a linear layer of the model, in whose place loaders put one that is packed. A router may be
+        a class of its own instead."""
+        module, _, _ = self.in_memory(key)[0].rpartition(".")
+        return isinstance(self._model.get_submodule(module), nn.Linear)
 
     def only_stacks(self, pattern: str) -> bool:
         """Whether the converter behind a source pattern stacks experts and joins gate and up, and nothing else."""
@@ -189,6 +198,12 @@ class Names:
         return renamed, {
             name: parts for name, parts in slices.items() if whole[name] == probes[name].shape[0]
         }
+
+
+def stock_dtype(config: PreTrainedConfig, files: Sequence[str], metadata: Mapping[str, Any]) -> Any:
+    """What the library loads a model in that no dtype was asked for: the config's, else that of its index, else of the first
+    floats, by name, of the first file. Raises `AttributeError` where the index names something that torch does not have."""
+    return _get_dtype("auto", list(files), config, dict(metadata), None, weights_only=True)[1]
 
 
 def _run_of_rows(name: str, tensor: Tensor) -> Slice:

@@ -15,10 +15,15 @@ from moespresso.core.plan import Plan
 from moespresso.core.runtime import Runtime
 from moespresso.model.blueprint import read_blueprint
 from moespresso.model.counts import is_unequal
+from moespresso.model.names import stock_dtype
 from moespresso.model.rehouse import adopt, houses_of, obstacle, rehoused
 from moespresso.model.skeleton import Skeleton, build_meta, read_config
 from moespresso.model.unstack import unstacked
 from moespresso.model.view import View
+
+# What models are computed in: torch multiplies the matrices of experts together in these only.
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_SOME = "bfloat16, float16 or float32"
 
 
 def open_view(folder: Path) -> View:
@@ -41,8 +46,8 @@ def config_view(path: Path) -> View:
         )
     bare = adopt(Checkpoint(path, raw, {}))
     model = build_meta(read_config(bare.config, str(path)), torch.bfloat16, str(path))
-    stored = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
-    dtype = next((name for name, kind in TORCH_DTYPES.items() if str(kind) == f"torch.{stored}"), "BF16")
+    stored = read_config(bare.config, str(path)).dtype
+    dtype = next((name for name, kind in TORCH_DTYPES.items() if kind == stored), "BF16")
     tied = set(model.all_tied_weights_keys)
     refs = {name: TensorRef(name, tuple(tensor.shape), dtype, "")
             for name, tensor in model.state_dict().items() if name not in tied}  # fmt: skip
@@ -95,12 +100,30 @@ def pick_device(name: str) -> torch.device:
         ) from error
 
 
+def own_dtype(view: View) -> torch.dtype:
+    """The dtype that stock loaders give the checkpoint in its folder; raises `UserError` where no model computes in that."""
+    checkpoint = view.checkpoint
+    files = [str(checkpoint.folder / file) for file in checkpoint.files]
+    metadata = checkpoint.metadata if isinstance(checkpoint.metadata, dict) else {}
+    config = read_config(checkpoint.config, view.source.source)
+    said = config.dtype
+    try:
+        found = stock_dtype(config, files, metadata)
+    except AttributeError:  # torch has none of this name
+        found = metadata.get("dtype", said)
+    if found in FLOATS:
+        return found
+    name = str(found).removeprefix("torch.")
+    what = f"names dtype {name!r}" if said else f"names no dtype, and that of its files is {name}"
+    raise UserError(
+        f"{checkpoint.folder}/config.json {what}, which no model is computed in: write {_SOME} there, or ask for one of these"
+    )
+
+
 def pick_dtype(name: str, view: View, device: torch.device) -> torch.dtype:
     """`auto` is float32 on a CPU (statistics should not carry rounding) and the checkpoint's own elsewhere."""
     if name == "auto":
-        config = view.checkpoint.config
-        stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-        name = "float32" if device.type == "cpu" else str(stored)
+        return torch.float32 if device.type == "cpu" else own_dtype(view)
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
         raise UserError(f"dtype {name!r} is unknown: use float32, bfloat16 or float16")

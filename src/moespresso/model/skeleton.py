@@ -31,7 +31,7 @@ from moespresso.model import experts as experts_function
 from moespresso.model import quirks
 from moespresso.model.names import Names
 from moespresso.runtime.anatomy import Anatomy, NotResidual, find_anatomy
-from moespresso.runtime.widths import laid_end_to_end, stacked
+from moespresso.runtime.widths import stacked
 
 
 def read_config(raw: Mapping[str, Any], place: str) -> PreTrainedConfig:
@@ -51,6 +51,7 @@ def read_config(raw: Mapping[str, Any], place: str) -> PreTrainedConfig:
             else did_you_mean(family, CONFIG_MAPPING)
         )
         raise UserError(f"{place}: model_type {family!r} is unknown to transformers{custom}")
+    _check_dtype(raw, place)
     try:
         # JSON has no infinity; transformers writes it as a tagged object and undoes that only when reading files.
         plain = PreTrainedConfig._decode_special_floats(dict(raw))  # pyright: ignore[reportPrivateUsage]
@@ -59,6 +60,16 @@ def read_config(raw: Mapping[str, Any], place: str) -> PreTrainedConfig:
         raise UserError(
             f"{place}/config.json is not a valid {family} config ({_first_line(error)})"
         ) from error
+
+
+def _check_dtype(raw: Mapping[str, Any], place: str) -> None:
+    said = raw.get("torch_dtype") if raw.get("dtype") is None else raw["dtype"]
+    # One of several, by the names of inner models, is left to the family.
+    if said is None or isinstance(said, dict) or isinstance(getattr(torch, str(said), None), torch.dtype):
+        return
+    raise UserError(
+        f"{place}/config.json names dtype {said!r}, which torch does not have: write bfloat16, float16 or float32 there"
+    )
 
 
 def build_meta(config: PreTrainedConfig, dtype: torch.dtype, place: str) -> PreTrainedModel:
@@ -254,17 +265,6 @@ class Skeleton:
         assert index is None or not any(p.is_meta for p in module.parameters()), (
             f"layer {index} is incomplete"
         )
-
-    def whole(self) -> PreTrainedModel:
-        """The model with all its weights in memory, ready to be used without the skeleton."""
-        self._load(None, self.model)
-        for index, module in enumerate(self.layers):
-            self._load(index, module)
-            found = moe_block(module)
-            if found is not None and getattr(experts := found[1].get_submodule("experts"), "widths", ()):
-                laid_end_to_end(experts)
-        self._tie()
-        return self.model.eval()
 
     def _tie(self) -> None:
         """Tie what the loader ties: of a pair that the config ties, the one that no file holds is the other; where files hold

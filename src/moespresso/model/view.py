@@ -31,7 +31,7 @@ from moespresso.core.rewrite import pieces, pressed_blueprint
 from moespresso.core.unit import Unit
 from moespresso.model.blueprint import check_tensors
 from moespresso.model.depth import with_dense
-from moespresso.model.joined import joined, unreadable
+from moespresso.model.joined import joined, packed_alone, unreadable
 from moespresso.model.names import Names
 from moespresso.model.skeleton import Skeleton, build_meta, read_config
 from moespresso.model.unequal import pressed_config
@@ -82,6 +82,11 @@ class View:
     def unreadable(self) -> list[str]:
         """Names of plain tensors that stock transformers cannot read beside the packed ones."""
         return unreadable(self.pieces, self.checkpoint.config, self.source.source)
+
+    @cached_property
+    def packed_alone(self) -> list[str]:
+        """Names of packed matrices that stock transformers would leave random: it has no linear layer there."""
+        return packed_alone(self.pieces, self.checkpoint.config, self.source.source)
 
     @cached_property
     def stored(self) -> list[Piece]:
@@ -246,13 +251,13 @@ def in_order(view: View) -> bool:
 
 def one_format(view: View) -> bool:
     """Whether stock loaders read a packed view rightly: all experts in one format, which in compressed-tensors must be symmetric
-    and count groups off, and beside them nothing that they cannot read there."""
+    and count groups off, and beside them nothing that they cannot read there, packed or not."""
     experts = {
         piece.ref.packed and piece.ref.packed.format for piece in view.pieces if piece.unit.part == "experts"
     }
     packed = [piece.ref.packed for piece in view.pieces if piece.ref.packed is not None]
     ragged = any(layer.widths for layer in view.blueprint.layers) and any(experts)
-    if ragged or view.unreadable or in_order(view) or tied_head(view) or zeros_of(view):
+    if ragged or view.unreadable or view.packed_alone or in_order(view) or tied_head(view) or zeros_of(view):
         return False
     return len(experts) <= 1 and not any(each.layout in OWN_LAYOUTS for each in packed)
 

@@ -1,9 +1,12 @@
-"""Models whose packed experts transformers decoded while it loaded them, saved as what they are by then: plain.
+"""Models with packed matrices that transformers decoded, saved as what they are by then: plain.
 
 transformers 5.23 stacks the experts that it decodes and knows no way back ("Undefined Operation encountered!"), so that such a
-model could be trained and not be saved. `install` puts that right at the moment of saving: what is still packed is decoded too,
-the quantizer and its section of the config go, and the weights are written under the names that they have in a plain checkpoint.
-It also helps a model that was there before `import moespresso`. Models that transformers can save on its own are left to it.
+model could be trained and not be saved. Where no expert is packed it saves, but after the first forward, which decodes, plain
+weights under a config that calls them quantized, beside scales and shapes that nothing reads. `install` puts that right at the
+moment of saving: what is still packed is decoded too, the quantizer and its section of the config go, and the weights are
+written under the names that they have in a plain checkpoint. It also helps a model that was there before `import moespresso`.
+Left to transformers are plain models, those of other quantizers, and those with no packed expert that quantize activations too,
+which a plain checkpoint would not.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 
 from transformers.core_model_loading import WeightConverter
 from transformers.modeling_utils import PreTrainedModel
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 # Marks our method.
 _DONE = "_moespresso_plain"
@@ -31,7 +35,7 @@ def _saving(original: Callable[..., None]) -> Callable[..., None]:
     @wraps(original)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         # Of a model with adapters only these are written.
-        if getattr(self, "_hf_peft_config_loaded", False) or not any(map(_decoding, _conversions(self))):
+        if getattr(self, "_hf_peft_config_loaded", False) or _quantizer(self) is None:
             original(self, *args, **kwargs)
             return
         warnings.warn(
@@ -51,7 +55,7 @@ def _saving(original: Callable[..., None]) -> Callable[..., None]:
 
 def become_plain(model: PreTrainedModel) -> None:
     """Decode what is still packed, and take away whatever says that the model is quantized."""
-    quantizer: Any = next(op.hf_quantizer for each in _conversions(model) for op in _decoding(each))
+    quantizer = _quantizer(model)
     if hasattr(model, "ct_decompress_hook"):  # waits for the first forward
         quantizer.compressor.decompress_model(model)
     from compressed_tensors.quantization import QuantizationMetadata
@@ -67,6 +71,21 @@ def become_plain(model: PreTrainedModel) -> None:
     model.__dict__["_weight_conversions"] = [
         plain for each in _conversions(model) if (plain := _as_plain(each, suffixes))
     ]
+
+
+def _quantizer(model: PreTrainedModel) -> Any:
+    """What decodes, or decoded, the model's packed matrices; None where it has none, or computes with them as they are."""
+    decoding = [op for each in _conversions(model) for op in _decoding(each)]
+    if decoding:
+        return decoding[0].hf_quantizer
+    found = getattr(model, "hf_quantizer", None)
+    if not isinstance(found, CompressedTensorsHfQuantizer) or found.use_fp8_kernel:
+        return None
+    compressor: Any = found.compressor
+    asked = compressor.quantization_config
+    if asked is None or any(scheme.input_activations for scheme in asked.config_groups.values()):
+        return None  # sparse at most, or more than its weights
+    return found
 
 
 def _conversions(model: PreTrainedModel) -> list[Any]:

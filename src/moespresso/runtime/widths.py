@@ -74,16 +74,6 @@ def differ(experts: Any, widths: tuple[int, ...], gone: int) -> None:
         )
 
 
-def laid_end_to_end(experts: Any) -> None:
-    """Let go of the zeros that experts in a stack end with, once they are loaded."""
-    halves = experts.up_proj[:, None] if not experts.has_gate else experts.gate_up_proj.unflatten(1, (2, -1))
-    up = [
-        each[:, :width].transpose(0, 1).flatten(1) for each, width in zip(halves, experts.widths, strict=True)
-    ]
-    down = [each[:, :width] for each, width in zip(experts.down_proj, experts.widths, strict=True)]
-    _become(experts, torch.cat(up), torch.cat(down, 1))
-
-
 def _become(experts: Any, up: Tensor, down: Tensor) -> None:
     experts.__class__ = mixed(Ragged, type(experts))
     for name, tensor in zip(_names(experts), (up, down), strict=True):
