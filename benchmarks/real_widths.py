@@ -70,7 +70,7 @@ def main() -> None:
             def all_experts(step: Any = step, layer: list[Tensor] = layer) -> None:
                 for _ in range(asked.experts):  # expert by expert, as the build does
                     for weights in layer:
-                        step.round(weights, FORMAT, torch.bfloat16)
+                        step.quantize(weights, FORMAT, torch.bfloat16)
 
             found[label] = timed(label, all_experts, total)
         solved = {} if asked.no_gptq else {"gate and up": (2 * WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}

@@ -19,7 +19,7 @@ from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.formats import decode, round_nearest, searched
 from moespresso.measure import RoutedExperts
-from moespresso.methods import Answer, AutoRound, Shown
+from moespresso.methods import AutoRound, LayerContext, LayerResult
 from moespresso.methods._autoround import Learned, routed_sum, slopes
 from moespresso.methods._hqq import half_quadratic
 
@@ -33,7 +33,7 @@ def gated(mixed: Tensor) -> Tensor:
 
 def shown_layer(
     *, experts: int = 4, used: int | None = None, symmetric: bool = True, gate: bool = True, tokens: int = 400
-) -> Shown:
+) -> LayerContext:
     """Random experts of which the first `used` get correlated tokens."""
     generator = torch.Generator().manual_seed(0)
 
@@ -46,10 +46,10 @@ def shown_layer(
     up, down = random(experts, 48 if gate else 24, 16) / 4, random(experts, 16, 24) / 5
     routed = RoutedExperts(up, down, module, hidden, index, torch.rand(tokens, 2, generator=generator))
     formats = dict.fromkeys(("up", "down"), Format("integer", 2, 8, symmetric))
-    return Shown(3, nn.Identity(), formats, dict.fromkeys(formats, DTYPE), routed)
+    return LayerContext(3, nn.Identity(), formats, dict.fromkeys(formats, DTYPE), routed)
 
 
-def error(shown: Shown, up: Tensor, down: Tensor) -> float:
+def error(shown: LayerContext, up: Tensor, down: Tensor) -> float:
     """Mean squared error of the routed sum over all tokens."""
     experts = shown.experts
     assert experts is not None
@@ -59,7 +59,7 @@ def error(shown: Shown, up: Tensor, down: Tensor) -> float:
     return float((found - right).square().mean())
 
 
-def error_of(shown: Shown, answer: Answer) -> float:
+def error_of(shown: LayerContext, answer: LayerResult) -> float:
     assert answer.up is not None
     assert answer.down is not None
     return error(shown, decode(answer.up), decode(answer.down))
@@ -83,7 +83,7 @@ def test_the_routed_sum_is_that_of_all_experts_token_by_token():
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_without_steps_it_is_rounding_to_nearest(symmetric: bool):
     shown = shown_layer(symmetric=symmetric)
-    answer = quick(iterations=0).slim(shown)
+    answer = quick(iterations=0).solve(shown)
     for name in ("up", "down"):
         found, wanted = (
             getattr(answer, name),
@@ -97,8 +97,8 @@ def test_without_steps_it_is_rounding_to_nearest(symmetric: bool):
 @pytest.mark.parametrize("gate", [True, False])
 def test_the_error_falls_well_below_that_of_its_start(symmetric: bool, gate: bool):
     shown = shown_layer(symmetric=symmetric, gate=gate)
-    start = error_of(shown, quick(iterations=0).slim(shown))
-    assert error_of(shown, quick().slim(shown)) < 0.6 * start
+    start = error_of(shown, quick(iterations=0).solve(shown))
+    assert error_of(shown, quick().solve(shown)) < 0.6 * start
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,8 @@ def test_the_error_falls_well_below_that_of_its_start(symmetric: bool, gate: boo
 )
 def test_it_never_ends_worse_than_it_starts(settings: dict[str, Any]):
     shown = shown_layer(tokens=64)  # so few that all of them are what it is judged on
-    start = error_of(shown, quick(iterations=0).slim(shown))
-    assert error_of(shown, quick(**settings).slim(shown)) <= start
+    start = error_of(shown, quick(iterations=0).solve(shown))
+    assert error_of(shown, quick(**settings).solve(shown)) <= start
 
 
 def test_the_answer_is_as_long_as_it_was_in_the_direction_of_what_it_was():
@@ -116,7 +116,7 @@ def test_the_answer_is_as_long_as_it_was_in_the_direction_of_what_it_was():
     wanted = routed_sum(experts, experts.up.unbind(), experts.down.unbind(), tokens)
     lengths = []
     for unbiased in (False, True):
-        answer = quick(unbiased=unbiased).slim(shown)
+        answer = quick(unbiased=unbiased).solve(shown)
         found = routed_sum(
             experts, *(decode(codes).float().unbind() for codes in (answer.up, answer.down)), tokens
         )
@@ -126,7 +126,7 @@ def test_the_answer_is_as_long_as_it_was_in_the_direction_of_what_it_was():
 
 
 def test_the_same_layer_is_always_rounded_alike():
-    one, other = quick().slim(shown_layer()), quick().slim(shown_layer())
+    one, other = quick().solve(shown_layer()), quick().solve(shown_layer())
     assert torch.equal(one.up.values, other.up.values)
     assert torch.equal(one.down.scale, other.down.scale)
 
@@ -187,8 +187,8 @@ def test_slopes_are_found_in_a_run_that_wants_none():
         experts = shown.experts
         held = RoutedExperts(*(x.clone() for x in (experts.up, experts.down)), experts.module,
                              experts.hidden.clone(), experts.index.clone(), experts.weights.clone())  # fmt: skip
-        made = quick().slim(Shown(3, shown.module, shown.formats, shown.dtypes, held))
-    assert torch.equal(made.up.values, quick().slim(shown).up.values)
+        made = quick().solve(LayerContext(3, shown.module, shown.formats, shown.dtypes, held))
+    assert torch.equal(made.up.values, quick().solve(shown).up.values)
     up, down = slopes(experts, experts.up, experts.down, torch.arange(9), torch.zeros(9, 16))
     assert up.shape == experts.up.shape
     assert down.shape == experts.down.shape
@@ -196,7 +196,7 @@ def test_slopes_are_found_in_a_run_that_wants_none():
 
 def test_an_expert_that_no_token_reaches_is_helped():
     shown = shown_layer(experts=5, used=3)
-    answer = quick().slim(shown)
+    answer = quick().solve(shown)
     assert answer.remedies == {3: "hqq", 4: "hqq"}
     wanted = half_quadratic(shown.experts.down[3:], shown.formats["down"], DTYPE)
     assert torch.equal(answer.down.values[3:], wanted.values)

@@ -21,7 +21,7 @@ from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.formats import Codes, decode, round_nearest
 from moespresso.measure import RoutedExperts
-from moespresso.methods import Awq, Shown
+from moespresso.methods import Awq, LayerContext
 from moespresso.methods._awq import Untold, find_entrance, is_product
 from moespresso.methods.awq import candidates, divided
 from moespresso.model import experts as experts_function
@@ -51,7 +51,7 @@ def uneven(*shape: int, seed: int) -> Tensor:
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 1.5).exp()
 
 
-def shown_layer(family: str = "mixtral", *, tokens: int = 200, layer: int = 0, seed: int = 1) -> Shown:
+def shown_layer(family: str = "mixtral", *, tokens: int = 200, layer: int = 0, seed: int = 1) -> LayerContext:
     """A layer of a random model, with tokens of which a few channels carry most."""
     module, experts = moe_layers(built(family))[layer]
     width, generator = experts.down_proj.shape[1], torch.Generator().manual_seed(seed)
@@ -61,10 +61,10 @@ def shown_layer(family: str = "mixtral", *, tokens: int = 200, layer: int = 0, s
     weights = experts.gate_up_proj.detach(), experts.down_proj.detach()
     routed = RoutedExperts(*weights, experts, hidden, index, torch.rand(tokens, 2, generator=generator))
     formats = dict.fromkeys(("up", "down"), Format("integer", 3))
-    return Shown(0, module, formats, dict.fromkeys(formats, torch.bfloat16), routed)
+    return LayerContext(0, module, formats, dict.fromkeys(formats, torch.bfloat16), routed)
 
 
-def output_error(shown: Shown, up: Tensor, down: Tensor, hidden: Tensor | None = None) -> float:
+def output_error(shown: LayerContext, up: Tensor, down: Tensor, hidden: Tensor | None = None) -> float:
     """Mean squared error of the routed sum with other weights, on inputs that may be scaled."""
     experts = shown.experts
     assert experts is not None
@@ -127,7 +127,7 @@ def test_what_lets_no_factor_through_is_told():
 
 @torch.no_grad()
 def test_a_layer_that_takes_no_factors_is_rounded_without_and_says_so():
-    answer = Awq().slim(shown_layer("phimoe"))
+    answer = Awq().solve(shown_layer("phimoe"))
     assert not answer.replaced
     assert answer.trouble == [
         "L0: the inputs of its experts are not scaled: post_attention_layernorm does more than multiply by its weight"
@@ -137,7 +137,7 @@ def test_a_layer_that_takes_no_factors_is_rounded_without_and_says_so():
 @torch.no_grad()
 def test_without_factors_and_weights_it_is_rounding_to_nearest():
     shown = shown_layer()
-    answer = Awq(inputs=False, inner=False, clip=False, unbiased=False).slim(shown)
+    answer = Awq(inputs=False, inner=False, clip=False, unbiased=False).solve(shown)
     for name in ("up", "down"):
         found: Codes = getattr(answer, name)
         wanted = round_nearest(
@@ -155,7 +155,7 @@ def test_the_alpha_that_is_taken_is_the_best_of_all_and_so_never_worse_than_none
     shown, step, errors = shown_layer(), Awq(clip=clip), []
     measured = Awq._errors
     monkeypatch.setattr(Awq, "_errors", lambda *args: errors.append(measured(*args)) or errors[0])
-    answer = step.slim(shown)
+    answer = step.solve(shown)
     assert len(errors[0]) == 21
     assert errors[0].min() <= errors[0][0]
     best = int(errors[0].argmin())
@@ -171,9 +171,9 @@ def test_the_alpha_that_is_taken_is_the_best_of_all_and_so_never_worse_than_none
 @torch.no_grad()
 def test_on_inputs_with_outliers_the_output_is_nearer_than_with_rounding_to_nearest(clip: bool):
     shown = shown_layer()
-    plain = Awq(inputs=False, inner=False, clip=False, unbiased=False).slim(shown)
+    plain = Awq(inputs=False, inner=False, clip=False, unbiased=False).solve(shown)
     nearest = output_error(shown, decode(plain.up), decode(plain.down))
-    answer = Awq(clip=clip).slim(shown)
+    answer = Awq(clip=clip).solve(shown)
     norm = shown.module.post_attention_layernorm.weight
     factors = norm / answer.replaced.get("post_attention_layernorm.weight", norm)
     assert torch.equal(

@@ -24,6 +24,7 @@ from moespresso.core.blueprint import Blueprint, Entry, LayerSpec, TensorRef
 from moespresso.core.cost import Cost
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import Format
+from moespresso.core.method import Selects
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.registry import methods, parse_step
 from moespresso.core.rewrite import pieces, pressed_blueprint
@@ -593,13 +594,19 @@ def test_a_number_of_experts_is_never_rounded_in_silence(value: Any):
 OWN_METHOD = '''"""Drop nothing at all."""
 from dataclasses import dataclass
 from typing import ClassVar
+from moespresso.core.method import Selects
+from moespresso.core.plan import Decision, Stage
 from moespresso.core.registry import method
 @method
 @dataclass(frozen=True)
-class DropNothing:
+class DropNothing(Selects):
     """share: of nothing."""
     kind: ClassVar[str] = "drop_nothing"
     share: float = 0.0
+    def outline(self, source, before):
+        return Stage(self.describe(), {})
+    def decide(self, stats, blueprint):
+        return Decision({})
 '''
 
 
@@ -622,6 +629,16 @@ def test_use_imports_a_users_own_method(tmp_path: Path, monkeypatch: pytest.Monk
         parse_step("drop_nothing:shore=1")
 
 
+@pytest.mark.usefixtures("own_registry")
+def test_an_own_method_that_leaves_out_what_its_role_asks_for_is_told(tmp_path: Path, monkeypatch):
+    (tmp_path / "half_methods.py").write_text(OWN_METHOD.partition("    def decide")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        UserError, match="drop_nothing: DropNothing does not say decide, which its role asks for"
+    ):
+        parse_step({"use": "half_methods", "kind": "drop_nothing"})
+
+
 def test_use_of_what_is_not_there_is_the_users_mistake():
     with pytest.raises(UserError, match="`use: no_such_methods` cannot be imported"):
         parse_step({"use": "no_such_methods", "kind": "x"})
@@ -631,8 +648,9 @@ def test_two_methods_of_one_name_are_our_mistake():
     with pytest.raises(AssertionError, match="two methods named expert_drop"):
 
         @registry.method
-        class Other:
+        class Other(Selects):
             kind = "expert_drop"
+            outline = decide = None
 
 
 def test_a_close_word_is_offered_and_a_far_one_gets_the_choices():

@@ -25,6 +25,7 @@ from conftest import Zoo, tiny_tokenizer
 from depth_by_hand import Cut, body, mean_cosine, overhear, silenced
 from moespresso import api
 from moespresso.core.errors import UserError
+from moespresso.core.method import Selects
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.runtime import Runtime
 from moespresso.core.unit import Unit
@@ -233,20 +234,14 @@ def test_a_rescored_second_step_sees_what_the_first_left(step: str, zoo: Zoo, te
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Chosen(Selects):
     """A step that lets one unit go, numbered as in the model that it is shown."""
 
     unit: Unit
     kind: ClassVar[str] = "chosen"
-    rescore: bool = True
-    searches: bool = False
-    uneven: bool = False
 
-    def needs(self) -> frozenset[str]:
-        return frozenset()
-
-    def check(self, _: Any) -> None:
-        pass
+    def outline(self, _: Any, __: Any) -> Stage:
+        raise NotImplementedError
 
     def decide(self, _: Any, __: Any) -> Decision:
         return Decision({self.unit: GONE})

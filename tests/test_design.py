@@ -18,6 +18,7 @@ import pytest
 
 import moespresso
 import moespresso.methods
+from moespresso.core.method import Prunes, Quantizes, Refits, Selects
 from moespresso.core.registry import methods
 
 SOURCE = Path(moespresso.__file__).parent
@@ -199,10 +200,26 @@ def test_a_methods_settings_are_a_frozen_dataclass_of_typed_defaults(kind: str):
     assert "kind" not in {field.name for field in dataclasses.fields(cls)}
     step: Any = cls()
     assert isinstance(hash(step), int)
-    for call in ("needs", "check", "decide", "outline"):
-        assert callable(getattr(step, call))
-    assert isinstance(step.rescore, bool)
-    assert isinstance(step.uneven, bool)
+    roles = [role for role in (Selects, Quantizes, Prunes, Refits) if isinstance(step, role)]
+    assert len(roles) == 1, roles
+    assert (isinstance(step.rescore, bool), isinstance(step.uneven, bool)) == (True, True)
+    assert step.describe() == {"kind": kind} | dataclasses.asdict(step)
+
+
+def test_nobody_probes_a_step_for_members():
+    """What a step may be asked for stands in the contract."""
+    probing = [
+        f"{module_name(path)}:{node.lineno}"
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("getattr", "hasattr")
+        and isinstance(node.args[0], ast.Name | ast.Attribute)
+        and ast.unparse(node.args[0]).rpartition(".")[2] == "step"
+        and isinstance(node.args[1], ast.Constant)
+    ]
+    assert probing == []
 
 
 @every_method

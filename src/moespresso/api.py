@@ -47,7 +47,7 @@ from moespresso.model import (
     open_view,
     quiet_transformers,
 )
-from moespresso.pipeline import Clock, Decided, all_needs, decide, describe_step
+from moespresso.pipeline import Clock, Decided, all_needs, decide
 from moespresso.pipeline import measure as measure_view
 from moespresso.recipe import Recipe, Request, row_length, say_shorter
 from moespresso.rehearsal import NotOnThisModel, housed, in_some_form, rehearse
@@ -240,7 +240,7 @@ def press(
         request, batches = _calibration(view, request)
         must_spill(view, batches, runtime)
     tokens = batches.digest if batches is not None else ""
-    settings = json.dumps([dict(describe_step(step)) for step in request.steps], sort_keys=True)
+    settings = json.dumps([step.describe() for step in request.steps], sort_keys=True)
     identity = stats_key("press", VERSION, view.source.digest, settings, tokens, request.target, str(request.seed),
                          runtime.dtype)  # fmt: skip
 
@@ -340,11 +340,7 @@ def _calibration(view: View, request: Request) -> tuple[Request, Batches | None]
 
 def _without_text(request: Request) -> str:
     """Which settings would need no text, for the steps that have such."""
-    hints = {
-        step.without_text
-        for step in request.steps
-        if step.needs() - {"weights"} and hasattr(step, "without_text")
-    }
+    hints = {step.without_text for step in request.steps if step.needs() - {"weights"} and step.without_text}
     return f" (or use {' and '.join(sorted(hints))}, which needs none)" if hints else ""
 
 

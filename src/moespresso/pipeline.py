@@ -11,11 +11,11 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -31,8 +31,8 @@ from moespresso.checkpoint import (
     write_shard,
     write_text,
 )
-from moespresso.core.blueprint import Blueprint
 from moespresso.core.errors import UserError
+from moespresso.core.method import Cuts, Searches, Selects, Step
 from moespresso.core.plan import Decision, Plan, Stage
 from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats, stats_key
@@ -51,7 +51,6 @@ from moespresso.model import (
 from moespresso.sequence import decide_in_sequence, in_source, numbered
 from moespresso.slimming import Slimmed, found
 from moespresso.stream import (
-    Cuts,
     Memento,
     lanes_at_once,
     layer_bytes,
@@ -65,32 +64,6 @@ logger = logging.getLogger(__name__)
 
 # Formats of what is measured: raise when the same needs would give other numbers.
 _STATS_VERSION = "2"
-
-
-class Step(Protocol):
-    """What the conductor asks of a method's settings."""
-
-    kind: str
-    rescore: bool
-
-    @property
-    def uneven(self) -> bool: ...
-
-    def needs(self) -> frozenset[str]: ...
-
-    def check(self, blueprint: Blueprint) -> None: ...
-
-    def decide(self, stats: Stats, blueprint: Blueprint) -> Decision: ...
-
-    def outline(self, source: Blueprint, before: Plan) -> Stage: ...
-
-
-class SearchingStep(Step, Protocol):
-    """A step that compares candidates by the whole model's KL, on so many rows of text."""
-
-    rows: int
-
-    def search(self, blueprint: Blueprint, judge: Callable[[Sequence[Cuts]], list[float]]) -> Decision: ...
 
 
 @dataclass
@@ -223,16 +196,16 @@ def decide(
     for step in steps:
         now = replace(view, plan=done.plan, fits=done.fits)
         step.check(now.blueprint)
-        # A user's own step need not say that it does neither.
-        if getattr(step, "sequential", False) and not hasattr(step, "slim"):
-            with clock.phase("measure"):
-                decision, trouble = decide_in_sequence(step, now, _needed(batches), runtime)
-            done.more_trouble += trouble
-        elif getattr(step, "searches", False):
-            with clock.phase("search"):
-                decision = _searched(cast("SearchingStep", step), now, view, batches, work, runtime)
-        else:
-            decision = _measured(step, steps, now, view, batches, given, work, runtime, clock, done)
+        match step:
+            case Searches(searches=True):
+                with clock.phase("search"):
+                    decision = _searched(step, now, view, batches, work, runtime)
+            case Selects(sequential=True):
+                with clock.phase("measure"):
+                    decision, trouble = decide_in_sequence(step, now, _needed(batches), runtime)
+                done.more_trouble += trouble
+            case _:
+                decision = _measured(step, steps, now, view, batches, given, work, runtime, clock, done)
         _take(step, decision, now, done)
         with clock.phase("fit"):
             done.add(found(now, done.plan, batches, work, runtime))
@@ -264,7 +237,7 @@ def _measured(
 
 
 def _searched(
-    step: SearchingStep, now: View, view: View, batches: Batches | None, work: Path, runtime: Runtime
+    step: Searches, now: View, view: View, batches: Batches | None, work: Path, runtime: Runtime
 ) -> Decision:
     """Let a step try candidates on the model as it is now, against the original."""
     batches = _needed(batches)
@@ -308,15 +281,9 @@ def _take(step: Step, decision: Decision, now: View, done: Decided) -> None:
     done.notes += decision.notes
     done.scores |= {in_source(unit, now): score for unit, score in decision.scores.items()}
     done.protected |= {in_source(unit, now) for unit in decision.protected}
-    stage = Stage(describe_step(step), treatments)
+    stage = Stage(step.describe(), treatments)
     done.plan = replace(done.plan, stages=(*done.plan.stages, stage)).validated(now.source)
     done.notes += unrepaired(done.plan, now)
-
-
-def describe_step(step: Step) -> Mapping[str, Any]:
-    """A step as data: its kind and every setting."""
-    names = [each.name for each in fields(cast("Any", step))]
-    return {"kind": step.kind} | {name: getattr(step, name) for name in names}
 
 
 def _restricted(stats: Stats, now: View) -> Stats:

@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 import moespresso.methods  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers the step kinds)
+from moespresso.core import method
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.place import place, typed
 from moespresso.core.registry import opened, parse_step
@@ -133,7 +134,7 @@ def _settings(step: Any) -> Any:
     """Read a step; settings objects (from Python) are already read."""
     if isinstance(step, str | Mapping):
         return parse_step(step)  # pyright: ignore[reportUnknownArgumentType]
-    if not hasattr(step, "kind"):
+    if not isinstance(step, method.Step):
         raise UserError(f"step {step!r} is neither text (kind:key=value,...) nor a mapping with `kind`")
     return step
 

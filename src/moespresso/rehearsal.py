@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from moespresso.core.errors import UserError
+from moespresso.core.method import Step
 from moespresso.core.plan import Plan
 from moespresso.export import find_target, formed
 from moespresso.model import View, apart_view, rehoused_views
@@ -40,10 +41,10 @@ class NotOnThisModel(UserError):
     """A step cannot be done, which another family's name for the same model does not change: what that adds is not there."""
 
 
-def in_some_form(view: View, steps: Iterable[Any], do: Callable[[View], T]) -> T:
+def in_some_form(view: View, steps: Iterable[Step], do: Callable[[View], T]) -> T:
     """What `do` makes of the view or, where experts lie in stacks that can be taken apart, of the same checkpoint with its experts
     apart: if it raises `UserError` for the stacks, or a step would make something else of them."""
-    if any(getattr(step, "by_matrix", False) for step in steps):
+    if any(step.by_matrix for step in steps):
         return do(apart_view(view) or view)
     try:
         return do(view)
@@ -70,11 +71,6 @@ def housed(view: View, try_out: Callable[[View], None]) -> View:
     return view
 
 
-def _why_uneven(step: Any) -> str:
-    wide = getattr(step, "scope", "") == "global"
-    return "scope=global leaves unequal layers" if wide else "per_expert=true leaves experts of unequal width"
-
-
 def _walk(view: View, request: Request) -> None:
     target, made = find_target(request.target), view.plan
     ragged: Plan | None = None  # the same with widths that an uneven step may come to
@@ -88,18 +84,18 @@ def _walk(view: View, request: Request) -> None:
             raise NotOnThisModel(str(error)) from error
         if step.uneven and not target.plugin:
             raise UserError(
-                f"{step.kind}: {_why_uneven(step)}, which {target.name} cannot load; the nearest plan "
+                f"{step.kind}: {step.why_uneven}, which {target.name} cannot load; the nearest plan "
                 f"that it can is scope=layer,{step.even(now.blueprint)}, or say --target plugin"
             )
-        if ragged is not None or (step.uneven and hasattr(step, "ragged")):
+        if ragged is not None or step.uneven:
             ragged = _ragged(step, view, ragged or made)
         made = replace(made, stages=(*made.stages, step.outline(view.source, made))).validated(view.source)
     formed(request.target, replace(view, plan=made)).check_fits()
 
 
-def _ragged(step: Any, view: View, before: Plan) -> Plan:
+def _ragged(step: Step, view: View, before: Plan) -> Plan:
     """The plan with a stage of a step as uneven as that may make it."""
-    make = step.ragged if step.uneven and hasattr(step, "ragged") else step.outline
+    make = step.uneven_outline if step.uneven else step.outline
     return replace(before, stages=(*before.stages, make(view.source, before)))
 
 

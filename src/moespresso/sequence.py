@@ -7,13 +7,12 @@ really arrives there: the layer is measured, decided on, loaded again as it will
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
 
 from torch import Tensor
 
 from moespresso.checkpoint import Reader
-from moespresso.core.blueprint import Blueprint
 from moespresso.core.layer import Layer, Taps
+from moespresso.core.method import Selects
 from moespresso.core.plan import Decision, Stage, Treatment
 from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats
@@ -25,19 +24,11 @@ from moespresso.model import View, make_skeleton
 from moespresso.stream import sweep
 
 
-class SequentialStep(Protocol):
-    """A step that decides on one layer at a time."""
-
-    def needs(self) -> frozenset[str]: ...
-
-    def decide(self, stats: Stats, blueprint: Blueprint) -> Decision: ...
-
-
 @dataclass
 class _Sequence:
     """Visits the layers of a sweep, and changes each before the batches pass it."""
 
-    step: SequentialStep
+    step: Selects
     now: View
     measurer: Measurer
     reader: Reader
@@ -70,7 +61,7 @@ class _Sequence:
 
 
 def decide_in_sequence(
-    step: Any, now: View, batches: Batches, runtime: Runtime
+    step: Selects, now: View, batches: Batches, runtime: Runtime
 ) -> tuple[Decision, list[str]]:
     """What a step decides on the model `now`, layer after layer; and what went wrong while measuring."""
     with Reader(now.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as reader:

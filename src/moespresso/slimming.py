@@ -47,7 +47,7 @@ from moespresso.data import Batches
 from moespresso.fitting import fit
 from moespresso.formats import Codes, decode, encode_parts, encode_plain
 from moespresso.measure import RoutedExperts
-from moespresso.methods import Answer, Shown
+from moespresso.methods import LayerContext, LayerResult
 from moespresso.model import Skeleton, View, make_skeleton, precision
 from moespresso.stream import Memento, must_spill, stiffness, sweep
 
@@ -89,14 +89,14 @@ def slim(view: View, plan: Plan, batches: Batches, work: Path, runtime: Runtime)
         with Reader(view.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as reader:
             skeleton = make_skeleton(view, reader, runtime)
             visitor = _Visitor(view, plan, step, skeleton, files, reader)
-            if getattr(step, "by_original", False) and view.plan.stages:
+            if "original" in step.shows and view.plan.stages:
                 original = replace(view, plan=replace(view.plan, stages=()), fits={})
                 visitor.original = make_skeleton(original, reader, runtime)
-            if getattr(step, "by_gradient", False):
+            if "gradient" in step.shows:
                 visitor.curvature = _curvature(
                     skeleton, batches, work / f"curvature-{name}.safetensors", runtime
                 )
-            carry = "rebuilt" if getattr(step, "sequential", True) else "original"
+            carry = "rebuilt" if step.sequential else "original"
             spill = work if must_spill(view, batches, runtime) else None
             sweep(skeleton, batches.ids, batches.mask, visitor, carry=carry, memento=memento, spill=spill, progress=runtime.progress,
                   label=f"{step.kind}, layers")  # fmt: skip
@@ -156,14 +156,14 @@ class _Visitor:
         pieces = self.pieces.get(at, [])
         target = self.files[at]
         if not pieces:
-            self._save(target, {}, Answer(), {})
+            self._save(target, {}, LayerResult(), {})
             return None
         with self._stored(layer, pieces) as stored:
-            shown = self._shown(layer, taps, pieces, stored)
-            answer: Answer = self.step.slim(shown)
-        self._check_finite(answer, at)
-        self._save(target, self._tensors(pieces, answer, layer), answer, _coverage(shown, answer))
-        return self._weights(layer, answer, shown)
+            context = self._shown(layer, taps, pieces, stored)
+            result: LayerResult = self.step.solve(context)
+        self._check_finite(result, at)
+        self._save(target, self._tensors(pieces, result, layer), result, _coverage(context, result))
+        return self._weights(layer, result, context)
 
     @cached_property
     def named(self) -> dict[tuple[int | None, str], Piece]:
@@ -194,7 +194,7 @@ class _Visitor:
             return loaded
         return self.reader.piece(piece).to(loaded.device)
 
-    def _shown(self, layer: Layer, taps: Taps, pieces: list[Piece], stored: Layer) -> Shown:
+    def _shown(self, layer: Layer, taps: Taps, pieces: list[Piece], stored: Layer) -> LayerContext:
         """The layer as the step sees it, with the second moments of what reaches its linear modules."""
         singles = {self._module(piece, layer): piece for piece in pieces if piece.unit.part != "experts"}
         sums = {name: _Moment() for name in singles}
@@ -210,7 +210,7 @@ class _Visitor:
                 )
             experts = self.dtypes.get(piece.source.unit.layer, "") if piece.unit.part == "experts" else ""
             dtypes[name] = TORCH_DTYPES[experts or piece.ref.dtype]
-        everyone = bool(getattr(self.step, "calibrate_all_experts", False))
+        everyone = "all_tokens" in self.step.shows
         experts = RoutedExperts.of(stored.experts, fed, everyone=everyone) if "up" in formats else None
         linears: dict[str, tuple[Tensor, Tensor]] = {}
         for name, total in sums.items():
@@ -223,7 +223,7 @@ class _Visitor:
         widths = self.after.widths.get(self.view.left.layers[layer.spec.index], {})
         curvature = self.curvature.get(layer.spec.index)
         means = {name: total.center for name, total in sums.items()}
-        return Shown(layer.spec.index, stored.module, formats, dtypes, experts, linears, tuple(widths.values()) or None,
+        return LayerContext(layer.spec.index, stored.module, formats, dtypes, experts, linears, tuple(widths.values()) or None,
                      curvature, self._missing(layer, taps), means, layer.spec.heads,
                      partial(self._parameter, layer))  # fmt: skip
 
@@ -251,11 +251,11 @@ class _Visitor:
             )
         return name
 
-    def _tensors(self, pieces: list[Piece], answer: Answer, layer: Layer) -> dict[str, Tensor]:
+    def _tensors(self, pieces: list[Piece], result: LayerResult, layer: Layer) -> dict[str, Tensor]:
         """What is kept, by the names of fits."""
         found: dict[str, Tensor] = {}
-        stacks = _Stacks(_by_projection(answer, layer))
-        plain = _plain(answer, layer)
+        stacks = _Stacks(_by_projection(result, layer))
+        plain = _plain(result, layer)
         for piece in pieces:
             name = piece.unit.matrix or "" if piece.unit.part == "experts" else self._module(piece, layer)
             if name in plain:
@@ -263,12 +263,12 @@ class _Visitor:
                 if piece.unit.expert is not None:  # not all are as wide as the widest
                     rows, columns = narrowed(piece.source, self.after)
                     whole = whole[:rows, :columns]
-                parts = self._small(piece, whole.to(TORCH_DTYPES[piece.ref.dtype]), answer, name)
+                parts = self._small(piece, whole.to(TORCH_DTYPES[piece.ref.dtype]), result, name)
             elif piece.unit.part == "experts":
                 assert piece.unit.expert is not None
                 parts = stacks.parts(name, piece.unit.expert, piece.shape)
             else:
-                stored = encode_parts("compressed-tensors", answer.linears[name])
+                stored = encode_parts("compressed-tensors", result.linears[name])
                 parts = {suffix: tensor[0] for suffix, tensor in stored.items()}
             found |= {
                 found_key(self.stage, piece.source.ref.name, suffix): tensor
@@ -276,18 +276,18 @@ class _Visitor:
             }
         leaders = {replace(piece.source.unit, expert=None): piece for piece in reversed(pieces)}
         found |= {
-            key(self.stage, unit, "weight_bases"): answer.based[unit.matrix or ""][2].to(
+            key(self.stage, unit, "weight_bases"): result.based[unit.matrix or ""][2].to(
                 TORCH_DTYPES[piece.ref.dtype]
             )
             for unit, piece in leaders.items()
-            if unit.matrix in answer.based
+            if unit.matrix in result.based
         }
-        for name, tensor in answer.replaced.items():
+        for name, tensor in result.replaced.items():
             ref = self.named[layer.spec.index, name].source.ref
             found[found_key(self.stage, ref.name, "dense")] = tensor
         return found
 
-    def _small(self, piece: Piece, whole: Tensor, answer: Answer, name: str) -> dict[str, Tensor]:
+    def _small(self, piece: Piece, whole: Tensor, result: LayerResult, name: str) -> dict[str, Tensor]:
         """A plain matrix in the form that the plan stores it in."""
         format = format_of(piece.source, self.plan.stages[self.stage]) or Format()
         if layout_of(format) in ("bitmask", "slices"):
@@ -296,40 +296,40 @@ class _Visitor:
                 for suffix, tensor in encode_plain(whole.unsqueeze(0), format).items()
             }
         if format.kind == "factors":
-            left, right = answer.factors[name]
+            left, right = result.factors[name]
             at = 0 if piece.unit.expert is None else piece.unit.expert
             return {"weight_left": left[at].to(whole.dtype), "weight_right": right[at].to(whole.dtype)}
         if format.kind == "bases":
             assert piece.unit.expert is not None
-            own, shares, _ = answer.based[name]
+            own, shares, _ = result.based[name]
             rows = own[piece.unit.expert, : len(whole)]
             return {"weight_own": rows.to(whole.dtype), "weight_shares": shares[piece.unit.expert]}
         return {"dense": whole}
 
     def _save(
-        self, path: Path, tensors: Mapping[str, Tensor], answer: Answer, coverage: dict[str, Any]
+        self, path: Path, tensors: Mapping[str, Tensor], result: LayerResult, coverage: dict[str, Any]
     ) -> None:
-        _write(path, tensors, {"notes": json.dumps({"trouble": answer.trouble, "coverage": coverage})})
+        _write(path, tensors, {"notes": json.dumps({"trouble": result.trouble, "coverage": coverage})})
 
-    def _check_finite(self, answer: Answer, layer: int) -> None:
-        broken = [name for name, tensor in answer.weights.items() if not bool(tensor.isfinite().all())]
+    def _check_finite(self, result: LayerResult, layer: int) -> None:
+        broken = [name for name, tensor in result.weights.items() if not bool(tensor.isfinite().all())]
         if broken:
             raise UserError(
                 f"L{layer}.{broken[0]}: fitting it gave values that are not finite: give more text, or a larger damping"
             )
 
-    def _weights(self, layer: Layer, answer: Answer, shown: Shown) -> dict[str, Tensor]:
+    def _weights(self, layer: Layer, result: LayerResult, context: LayerContext) -> dict[str, Tensor]:
         """The layer's parameters as they will be loaded."""
-        found = dict(answer.replaced)
-        plain = {name: tensor.to(shown.dtypes[name]) for name, tensor in answer.weights.items()}
+        found = dict(result.replaced)
+        plain = {name: tensor.to(context.dtypes[name]) for name, tensor in result.weights.items()}
         up, down = plain.pop("up", None), plain.pop("down", None)
-        if answer.up is not None and answer.down is not None:
-            up, down = decode(answer.up), decode(answer.down)
+        if result.up is not None and result.down is not None:
+            up, down = decode(result.up), decode(result.down)
         if up is not None and down is not None:
             prefix = next(name for name, module in layer.module.named_modules() if module is layer.experts)
             name = "gate_up_proj" if getattr(layer.experts, "has_gate", True) else "up_proj"
             found |= {f"{prefix}.{name}": up, f"{prefix}.down_proj": down}
-        found |= {f"{name}.weight": decode(codes)[0] for name, codes in answer.linears.items()}
+        found |= {f"{name}.weight": decode(codes)[0] for name, codes in result.linears.items()}
         found |= {f"{name}.weight": tensor for name, tensor in plain.items()}
         return {name: tensor.to(layer.module.get_parameter(name)) for name, tensor in found.items()}
 
@@ -390,24 +390,24 @@ def _projection(piece: Piece) -> str:
     return "down" if (piece.unit.matrix or "").startswith("down") else "up"
 
 
-def _by_projection(answer: Answer, layer: Layer) -> dict[str, Codes]:
+def _by_projection(result: LayerResult, layer: Layer) -> dict[str, Codes]:
     """Codes of all experts by the name of their stored matrix: gate and up are solved as one."""
-    if answer.up is None or answer.down is None:
+    if result.up is None or result.down is None:
         return {}
     if not getattr(layer.experts, "has_gate", True):
-        return {"up": answer.up, "down": answer.down}
+        return {"up": result.up, "down": result.down}
     gate, up = (
-        Codes(answer.up.format, *parts)
+        Codes(result.up.format, *parts)
         for parts in zip(
-            *(getattr(answer.up, name).chunk(2, dim=1) for name in ("values", "scale", "zero")), strict=True
+            *(getattr(result.up, name).chunk(2, dim=1) for name in ("values", "scale", "zero")), strict=True
         )
     )
-    return {"gate": gate, "up": up, "down": answer.down}
+    return {"gate": gate, "up": up, "down": result.down}
 
 
-def _plain(answer: Answer, layer: Layer) -> dict[str, Tensor]:
+def _plain(result: LayerResult, layer: Layer) -> dict[str, Tensor]:
     """Matrices that stay plain, by the name of their stored form."""
-    found = dict(answer.weights)
+    found = dict(result.weights)
     if "up" in found:
         found["gate_up"] = found["up"]
     if "up" in found and getattr(layer.experts, "has_gate", True):
@@ -415,8 +415,8 @@ def _plain(answer: Answer, layer: Layer) -> dict[str, Tensor]:
     return found
 
 
-def _coverage(shown: Shown, answer: Answer) -> dict[str, Any]:
-    if shown.experts is None:
+def _coverage(context: LayerContext, result: LayerResult) -> dict[str, Any]:
+    if context.experts is None:
         return {}
-    remedies = {str(expert): word for expert, word in sorted(answer.remedies.items())}
-    return {f"L{shown.layer}": {"tokens": shown.experts.tokens.tolist(), "remedies": remedies}}
+    remedies = {str(expert): word for expert, word in sorted(result.remedies.items())}
+    return {f"L{context.layer}": {"tokens": context.experts.tokens.tolist(), "remedies": remedies}}

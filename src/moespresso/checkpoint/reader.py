@@ -171,7 +171,9 @@ class Reader:
             dtype, format = TORCH_DTYPES[piece.ref.dtype], code.packed.format
             step = code.step
             codes = (
-                round_nearest(weights, format, dtype) if step is None else step.round(weights, format, dtype)
+                round_nearest(weights, format, dtype)
+                if step is None
+                else step.quantize(weights, format, dtype)
             )
         elif code.on_text:
             assert code.found, f"{piece.name} was never fitted"
@@ -256,7 +258,7 @@ class Reader:
         """The piece with what its steps prune as zeros."""
         values = self.piece(replace(piece, pruned=()))
         for step, format in piece.pruned:
-            values = step.pruned(values.reshape(-1, *values.shape[-2:]), format).view(values.shape)
+            values = step.prune(values.reshape(-1, *values.shape[-2:]), format).view(values.shape)
         return values
 
     def _computed(self, piece: Piece) -> Iterator[torch.Tensor]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 from torch import Tensor
 
 from moespresso.core.blueprint import Entry, Packed, TensorRef
 from moespresso.core.fits import Repair
 from moespresso.core.format import Form, Format
+from moespresso.core.method import Prunes, Quantizes
 from moespresso.core.unit import Unit
 
 
@@ -42,7 +42,7 @@ class Code:
 
     packed: Packed
     dtype: str = ""
-    step: Any = None
+    step: Quantizes | None = None
     again: bool = False
     on_text: bool = False
     found: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -83,7 +83,7 @@ class Piece:
     folds: tuple[Fold, ...] = ()
     plain: bool = False
     place: Unit | None = None
-    pruned: tuple[tuple[Any, Format], ...] = ()
+    pruned: tuple[tuple[Prunes, Format], ...] = ()
     filled: bool = False
     refit: bool = False
     given: Tensor | None = None

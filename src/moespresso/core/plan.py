@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from reprlib import repr as short
@@ -22,6 +23,8 @@ from moespresso.core.blueprint import Blueprint
 from moespresso.core.cost import Cost
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import Format
+from moespresso.core.method import Step
+from moespresso.core.registry import parse_step
 from moespresso.core.stats import MALFORMED, at_least, described, each, given, of_kind, read_object, units_of
 from moespresso.core.unit import Unit
 
@@ -122,12 +125,17 @@ def _ascending(numbers: list[Any], place: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Stage:
     """One step of the recipe as decided: the method with its settings, and the treatments it chose."""
 
     method: Mapping[str, Any]
     treatments: Mapping[Unit, Treatment]
+
+    @cached_property
+    def step(self) -> Step:
+        """The step, read once; raises `UserError` where the method is none that is known."""
+        return parse_step(self.method)
 
 
 @dataclass(frozen=True, slots=True)

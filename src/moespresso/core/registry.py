@@ -11,30 +11,33 @@ import dataclasses
 import importlib
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from moespresso.core.errors import UserError, did_you_mean
+from moespresso.core.method import Step
 
-_METHODS: dict[str, type[Any]] = {}
-T = TypeVar("T")
+_METHODS: dict[str, type[Step]] = {}
+T = TypeVar("T", bound=Step)
 
 
 def method(cls: type[T]) -> type[T]:
-    """Register a frozen settings class under its `kind`."""
-    kind = cls.kind  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
-    assert kind not in _METHODS or _METHODS[kind].__qualname__ == cls.__qualname__, (
-        f"two methods named {kind}"
-    )
-    _METHODS[kind] = cls
+    """Register a frozen settings class under its `kind`; raises `UserError` where it leaves out what its role asks for."""
+    if lacking := sorted(cls.__abstractmethods__):
+        raise UserError(
+            f"{cls.kind}: {cls.__name__} does not say {' and '.join(lacking)}, which its role asks for: add them"
+        )
+    known = _METHODS.setdefault(cls.kind, cls)
+    assert known.__qualname__ == cls.__qualname__, f"two methods named {cls.kind}"
+    _METHODS[cls.kind] = cls
     return cls
 
 
-def methods() -> dict[str, type[Any]]:
+def methods() -> dict[str, type[Step]]:
     """All registered settings classes by kind."""
     return dict(sorted(_METHODS.items()))
 
 
-def parse_step(step: str | Mapping[str, Any]) -> Any:
+def parse_step(step: str | Mapping[str, Any]) -> Step:
     """Read one step into its settings object; raises `UserError` for an unknown kind, setting or value."""
     body = _split(step) if isinstance(step, str) else dict(step)
     if "use" in body:
@@ -45,10 +48,9 @@ def parse_step(step: str | Mapping[str, Any]) -> Any:
     return _construct(_METHODS[kind], kind, body)
 
 
-def opened(step: Any) -> tuple[Any, ...]:
+def opened(step: Step) -> tuple[Step, ...]:
     """The steps that a step `stands_for`, where it is short for others; else itself alone."""
-    others = step.stands_for() if hasattr(step, "stands_for") else ()
-    return tuple(map(parse_step, others)) or (step,)
+    return tuple(map(parse_step, step.stands_for())) or (step,)
 
 
 def _split(text: str) -> dict[str, Any]:
@@ -71,9 +73,9 @@ def _import(name: str) -> None:
         raise UserError(f"`use: {name}` cannot be imported ({error}): install it or mend its name") from error
 
 
-def _construct(cls: type[Any], kind: str, body: Mapping[str, Any]) -> Any:
+def _construct(cls: type[Step], kind: str, body: Mapping[str, Any]) -> Step:
     hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]
+    known = [f.name for f in dataclasses.fields(cast("Any", cls))]
     for name in body:
         if name not in known:
             raise UserError(f"{kind} has no setting {name!r}{did_you_mean(name, known)}")

@@ -19,6 +19,7 @@ from torch import Tensor
 from moespresso.core.blueprint import Blueprint, Branch, Entry, Packed, TensorRef
 from moespresso.core.fits import PARTS, Fits, Repair, cuts, found_key, key
 from moespresso.core.format import OWN_LAYOUTS, SHARED_PARTS, layout_of
+from moespresso.core.method import Prunes, Quantizes, Refits
 from moespresso.core.piece import Code, Fold, Member, Piece, led
 from moespresso.core.plan import Plan, Treatment
 from moespresso.core.remains import pressed_layers, remains
@@ -124,7 +125,7 @@ class _Rewriter:
     def _pruned(self, piece: Piece, entry: Entry) -> Piece:
         """With the steps that prune it without text."""
         found = [(self._steps[number], format) for number, stage in enumerate(self._plan.stages)
-                 if (format := format_of(entry, stage)) is not None and prunes(format) and not self._steps[number].on_text]  # fmt: skip
+                 if (format := format_of(entry, stage)) is not None and prunes(format) and isinstance(self._steps[number], Prunes)]  # fmt: skip
         return replace(piece, pruned=tuple(found)) if found else piece
 
     def _refitted(self, piece: Piece, entry: Entry) -> Piece:
@@ -188,8 +189,9 @@ class _Rewriter:
         factor = piece.scale / scale
         shared = entry.unit.part == "experts" and packed.layout not in OWN_LAYOUTS
         dtype = self._scale_dtypes.get(entry.unit.layer, "") if shared else ""
-        if not step.on_text:
-            return replace(piece, scale=scale, code=Code(packed, dtype, step, factor=factor))
+        if not isinstance(step, Refits):
+            encoder = step if isinstance(step, Quantizes) else None
+            return replace(piece, scale=scale, code=Code(packed, dtype, encoder, factor=factor))
         found = {suffix: self._fits[name] for suffix in PARTS
                  if (name := found_key(number, entry.ref.name, suffix)) in self._fits}  # fmt: skip
         found |= {suffix: self._fits[name] for suffix in SHARED_PARTS

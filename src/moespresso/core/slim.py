@@ -22,8 +22,8 @@ from moespresso.core.format import (
     check_pattern,
     layout_of,
 )
+from moespresso.core.method import Refits, Treats
 from moespresso.core.plan import Plan, Stage, Treatment
-from moespresso.core.registry import parse_step
 from moespresso.core.remains import Remains, channels_left, remains
 from moespresso.core.unit import Part, Unit
 
@@ -90,7 +90,7 @@ def replaces(entry: Entry, stage: Stage) -> bool:
     if _loses_rows(entry, stage):
         return True
     format = format_of(entry, stage)
-    return format is not None and format.kind == "source" and bool(step_of(stage).on_text)
+    return format is not None and format.kind == "source" and isinstance(step_of(stage), Refits)
 
 
 def _loses_rows(entry: Entry, stage: Stage) -> bool:
@@ -131,14 +131,14 @@ def slims(stage: Stage) -> bool:
 
 def rounds_on_text(stage: Stage) -> bool:
     """Whether a stage encodes by a step that takes calibration text."""
-    return slims(stage) and bool(step_of(stage).on_text)
+    return slims(stage) and isinstance(step_of(stage), Refits)
 
 
-def step_of(stage: Stage) -> Any:
+def step_of(stage: Stage) -> Treats:
     """The settings of the step that encodes in `stage`; raises `UserError` where that is none that can."""
     method: Mapping[str, Any] = stage.method
-    step = parse_step(method)
-    if not hasattr(step, "on_text"):
+    step = stage.step
+    if not isinstance(step, Treats):
         raise UserError(
             f"the plan gives formats or channels by {method.get('kind')!r}, which is no step that slims weights"
         )
@@ -200,14 +200,14 @@ def _check_kinds(stage: Stage, blueprint: Blueprint) -> None:
     """Raise `UserError` where a stage's step cannot make the formats it is said to give, or on text would be shown some matrices
     of experts and not the others, which it solves together."""
     step = step_of(stage)
-    kinds = getattr(step, "kinds", None)
+    kinds = step.kinds
     for unit, treatment in stage.treatments.items():
-        if kinds is not None and treatment.format is not None and treatment.format.kind not in kinds:
+        if treatment.format is not None and treatment.format.kind not in kinds:
             raise UserError(
                 f"the plan gives {unit} the format {treatment.format.kind}, which {step.kind} as it is set does not make: it makes "
                 f"{' or '.join(sorted(kinds)) or 'none'}"
             )
-    if not step.on_text:
+    if not isinstance(step, Refits):
         return
     for layer, entries in blueprint.by_layer.items():
         experts = [e for e in entries if e.unit.part == "experts" and (is_matrix(e) or is_stack(e))]

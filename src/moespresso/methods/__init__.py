@@ -3,7 +3,7 @@
 Importing this package registers all of them (`moespresso.core.registry`).
 """
 
-from moespresso.methods._on_text import Answer, Shown
+from moespresso.methods._on_text import LayerContext, LayerResult
 from moespresso.methods.attention_rank import AttentionRank
 from moespresso.methods.autoround import AutoRound
 from moespresso.methods.awq import Awq
@@ -22,6 +22,22 @@ from moespresso.methods.sparsegpt import SparseGpt
 from moespresso.methods.wanda import Wanda
 
 __all__ = [
-    "Answer", "AttentionRank", "AutoRound", "Awq", "BlockDrop", "ChannelPrune", "ExpertDrop", "ExpertMerge", "Gptq", "Hqq", "LayerDrop", "LowRank", "Magnitude", "Refit", "Rtn", "Shown",
-    "SparseGpt", "Wanda",
+    "AttentionRank",
+    "AutoRound",
+    "Awq",
+    "BlockDrop",
+    "ChannelPrune",
+    "ExpertDrop",
+    "ExpertMerge",
+    "Gptq",
+    "Hqq",
+    "LayerContext",
+    "LayerDrop",
+    "LayerResult",
+    "LowRank",
+    "Magnitude",
+    "Refit",
+    "Rtn",
+    "SparseGpt",
+    "Wanda",
 ]  # fmt: skip

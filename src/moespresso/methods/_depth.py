@@ -8,18 +8,16 @@ for all candidates of a round at once, with one pass over the layers (`stream.sw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal, TypeVar
 
-from moespresso.core.blueprint import BRANCHES, Blueprint, Branch
+from moespresso.core.blueprint import BRANCHES, Blueprint
 from moespresso.core.errors import UserError
+from moespresso.core.method import Cuts, Judge
 from moespresso.core.plan import Treatment
 from moespresso.core.unit import Unit
 from moespresso.model import quirks
 
-Cuts = frozenset[tuple[int, Branch]]
-# Mean token KL to the original, of the model without each of these.
-Judge = Callable[[Sequence[Cuts]], list[float]]
 Repair = Literal["none", "bias", "scale", "linear"]
 T = TypeVar("T", bound=Hashable)
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import ClassVar
 
 from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import Format
+from moespresso.core.method import Refits, Treats
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.remains import remains
 from moespresso.core.slim import SLIM_PARTS, check_all_storable, is_matrix, is_stack
@@ -44,7 +45,7 @@ EXPERTS, NOTHING = Words("experts"), Words("")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OnMatrices:
+class OnMatrices(Treats):
     """Settings of every step that treats single matrices.
 
     parts: what is treated, joined by +: experts, shared, attention, dense, head.
@@ -54,12 +55,6 @@ class OnMatrices:
     kind: ClassVar[str] = ""
     # What the step does to a matrix, and what that then is.
     verb: ClassVar[tuple[str, str]] = ("round", "rounded")
-    on_text: ClassVar[bool] = False
-    without_text: ClassVar[str] = "rtn or hqq"
-    searches: ClassVar[bool] = False
-    uneven: ClassVar[bool] = False
-    # What is treated is always what the steps before leave.
-    rescore: ClassVar[bool] = True
     # Parts that the method can treat.
     able: ClassVar[tuple[str, ...]] = SLIM_PARTS
 
@@ -81,6 +76,11 @@ class OnMatrices:
             raise UserError(f"{self.kind}: parts is empty: say what is to be {self.verb[1]}, such as experts")
 
     @property
+    def without_text(self) -> str:
+        """Steps that see weights alone."""
+        return "rtn or hqq"
+
+    @property
     def kinds(self) -> frozenset[str]:
         """The kinds of formats that it makes."""
         return frozenset({"integer"})
@@ -89,10 +89,6 @@ class OnMatrices:
     def instead_of_stacks(self) -> str:
         """What to do where a layer has one tensor of all experts; nothing where that can be treated, since it stays plain."""
         return _OTHERWISE
-
-    def needs(self) -> frozenset[str]:
-        """What must be measured for this step: nothing but text to see."""
-        return frozenset({"text"} if self.on_text else ())
 
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
@@ -120,7 +116,7 @@ class OnMatrices:
                 )
                 raise UserError(f"{self.kind}: {why} its {part} to {self.verb[0]}: change parts")
         check_all_storable([(entry, format, entry.ref.shape) for entry, format in self._formats(blueprint)])
-        if self.on_text:
+        if isinstance(self, Refits):
             self._check_whole(chosen, blueprint)
 
     def _check_exclude(self, blueprint: Blueprint) -> None:
@@ -168,9 +164,7 @@ class OnMatrices:
             ).items()
             if (unit.layer is None or unit.layer in left.layers) and replace(unit, matrix=None) not in gone
         }
-        return Stage(
-            {"kind": self.kind} | {each.name: getattr(self, each.name) for each in fields(self)}, made
-        )
+        return Stage(self.describe(), made)
 
     def decide(self, stats: Stats, blueprint: Blueprint) -> Decision:
         """Give every part its format."""

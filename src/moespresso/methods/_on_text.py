@@ -1,6 +1,6 @@
 """What a step that rounds on text is shown of a layer, and what it answers.
 
-`Shown.experts` are the routed experts with their tokens (`measure.routed`), `linears` single matrices with the second
+`LayerContext.experts` are the routed experts with their tokens (`measure.routed`), `linears` single matrices with the second
 moments of their inputs. The answer is codes by name, tensors that are replaced as a whole, and what went wrong.
 """
 
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from moespresso.core.blueprint import Heads
 from moespresso.core.format import Format
+from moespresso.core.method import Refits
 from moespresso.formats import Codes
 from moespresso.measure import RoutedExperts
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class LayerContext:
     """One layer: `formats` of `up` and `down` of its experts and of every linear; `dtypes` that their scales (or what is left
     of them) are stored in; `channels` that each of its experts keeps, where some go or they differ; `curvature` [E, I] of the model's loss along the
     output of every channel, for steps that go by gradients (`measure.Stiffness`); `missing` [T, H], what the layer's answer to
@@ -49,7 +50,7 @@ class Shown:
 
 
 @dataclass(slots=True)
-class Answer:
+class LayerResult:
     """What a step found. `up` and `down` are codes of all experts, in order; `linears` by module.
 
     `weights` are matrices that stay plain, under the same names (`up` [E, R, H], `down` [E, H, I], a linear [out, in]); where
@@ -69,6 +70,12 @@ class Answer:
     replaced: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     trouble: list[str] = field(default_factory=list[str])
     remedies: dict[int, str] = field(default_factory=dict[int, str])
+
+
+class OnText(Refits[LayerContext, LayerResult]):
+    """What every step extends that treats a layer on text."""
+
+    __slots__ = ()
 
 
 def joined(parts: Sequence[Codes]) -> Codes:

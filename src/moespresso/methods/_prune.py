@@ -22,7 +22,7 @@ from moespresso.formats import Codes, decode
 from moespresso.measure import RoutedExperts
 from moespresso.methods._masks import kept
 from moespresso.methods._matrices import OnMatrices
-from moespresso.methods._on_text import Answer, Shown, joined, patched
+from moespresso.methods._on_text import LayerContext, LayerResult, OnText, joined, patched
 
 
 class Sparsity(str):
@@ -70,8 +70,6 @@ class Pruning(OnMatrices):
     """
 
     verb: ClassVar[tuple[str, str]] = ("prune", "pruned")
-    without_text: ClassVar[str] = "magnitude"
-
     sparsity: Sparsity = HALF
     pack: bool = False
 
@@ -79,6 +77,11 @@ class Pruning(OnMatrices):
         """Read what was given in other forms."""
         object.__setattr__(self, "sparsity", Sparsity(self.sparsity))
         OnMatrices.__post_init__(self)
+
+    @property
+    def without_text(self) -> str:
+        """The one that sees weights alone."""
+        return "magnitude"
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -128,13 +131,12 @@ class Pruning(OnMatrices):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PruningOnText(Pruning):
+class PruningOnText(Pruning, OnText):
     """Settings of steps that see what every matrix is given.
 
     sequential: later layers see what the pruned ones before let through.
     """
 
-    on_text: ClassVar[bool] = True
     able: ClassVar[tuple[str, ...]] = ("experts", "shared", "attention", "dense")
     sequential: bool = True
 
@@ -158,51 +160,59 @@ class PruningOnText(Pruning):
         _ = dtype
         return weights.masked_fill(~kept(weights.abs(), format), 0.0)
 
-    def slim(self, shown: Shown) -> Answer:
+    def solve(self, context: LayerContext) -> LayerResult:
         """What is left of one layer."""
-        answer = Answer()
-        if shown.experts is not None:
-            self._experts(shown, shown.experts, answer)
-        for name, (weight, moment) in shown.linears.items():
+        result = LayerResult()
+        if context.experts is not None:
+            self._experts(context, context.experts, result)
+        for name, (weight, moment) in context.linears.items():
             found, trouble = self.left(
-                weight[None], self.of_moment(moment), shown.formats[name], shown.dtypes[name]
+                weight[None], self.of_moment(moment), context.formats[name], context.dtypes[name]
             )
             if isinstance(found, Codes):
-                answer.linears[name] = found
+                result.linears[name] = found
             else:
-                answer.weights[name] = found[0]
-            answer.trouble += [f"L{shown.layer}.{name}: {what}" for _, what in trouble]
-        return answer
+                result.weights[name] = found[0]
+            result.trouble += [f"L{context.layer}.{name}: {what}" for _, what in trouble]
+        return result
 
-    def _experts(self, shown: Shown, experts: RoutedExperts, answer: Answer) -> None:
+    def _experts(self, context: LayerContext, experts: RoutedExperts, result: LayerResult) -> None:
         ups: list[Tensor | Codes] = []
         downs: list[Tensor | Codes] = []
         for some in experts.groups():
             here = slice(some.start, some.stop)
-            up = self._projection(shown, "up", experts.up[here], self.seen(experts, some, None), some, answer)
+            up = self._projection(
+                context, "up", experts.up[here], self.seen(experts, some, None), some, result
+            )
             weights = decode(up).float() if isinstance(up, Codes) else up
-            seen = self.seen(experts, some, weights.to(shown.dtypes["up"]).to(experts.up.dtype))
-            downs.append(self._projection(shown, "down", experts.down[here], seen, some, answer))
+            seen = self.seen(experts, some, weights.to(context.dtypes["up"]).to(experts.up.dtype))
+            downs.append(self._projection(context, "down", experts.down[here], seen, some, result))
             ups.append(up)
         for name, found in (("up", ups), ("down", downs)):
             codes = [each for each in found if isinstance(each, Codes)]
             if codes:
-                setattr(answer, name, joined(codes))
+                setattr(result, name, joined(codes))
             else:
-                answer.weights[name] = torch.cat([each for each in found if isinstance(each, Tensor)])
+                result.weights[name] = torch.cat([each for each in found if isinstance(each, Tensor)])
 
     def _projection(
-        self, shown: Shown, matrix: str, weights: Tensor, seen: Tensor, some: range, answer: Answer
+        self,
+        context: LayerContext,
+        matrix: str,
+        weights: Tensor,
+        seen: Tensor,
+        some: range,
+        result: LayerResult,
     ) -> Tensor | Codes:
         """One projection of `some` experts; those that no token reaches go by their weights."""
-        assert shown.experts is not None
-        format, dtype, weights = shown.formats[matrix], shown.dtypes[matrix], weights.float()
-        halves = weights.shape[1] // shown.experts.down.shape[2] if matrix == "up" else 1
+        assert context.experts is not None
+        format, dtype, weights = context.formats[matrix], context.dtypes[matrix], weights.float()
+        halves = weights.shape[1] // context.experts.down.shape[2] if matrix == "up" else 1
         found, trouble = self.left(weights, seen, format, dtype, halves)
-        empty = [at for at, expert in enumerate(some) if not len(shown.experts.rows(expert)[0])]
-        answer.remedies |= {some[at]: "magnitude" for at in empty}
-        answer.trouble += [
-            f"L{shown.layer}.E{some[at]}.{matrix}: {what}" for at, what in trouble if at not in empty
+        empty = [at for at, expert in enumerate(some) if not len(context.experts.rows(expert)[0])]
+        result.remedies |= {some[at]: "magnitude" for at in empty}
+        result.trouble += [
+            f"L{context.layer}.E{some[at]}.{matrix}: {what}" for at, what in trouble if at not in empty
         ]
         if not empty:
             return found

@@ -12,7 +12,7 @@ and columns that stay are stored. A norm on queries or keys sees all dims, so th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,7 +30,7 @@ from moespresso.core.unit import Unit
 from moespresso.methods._attention_rank import query_key, value_output
 from moespresso.methods._low_rank import entropy_allocation
 from moespresso.methods._matrices import Words
-from moespresso.methods._on_text import Answer, Shown
+from moespresso.methods._on_text import LayerContext, LayerResult, OnText
 
 Slice = Literal["rows", "columns"]
 # The matrices of each module, and what of them goes.
@@ -99,7 +99,7 @@ class _Part:
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionRank:
+class AttentionRank(OnText):
     """Settings of one cut.
 
     ratio: share of the bytes of the attention matrices treated that goes, at least.
@@ -111,12 +111,6 @@ class AttentionRank:
     """
 
     kind: ClassVar[str] = "attention_rank"
-    on_text: ClassVar[bool] = True
-    searches: ClassVar[bool] = False
-    kinds: ClassVar[frozenset[str]] = frozenset({"rows", "columns", "source"})
-    uneven: ClassVar[bool] = False
-    # What is cut is always what the steps before leave.
-    rescore: ClassVar[bool] = True
 
     ratio: float = 0.25
     modules: Words = BOTH
@@ -137,6 +131,11 @@ class AttentionRank:
             raise UserError(f"attention_rank: ratio={self.ratio} must be at least 0 and below 1")
         if not 0 <= self.damping < float("inf"):
             raise UserError(f"attention_rank: damping={self.damping} must not be negative")
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of formats that it makes."""
+        return frozenset({"rows", "columns", "source"})
 
     def needs(self) -> frozenset[str]:
         """What must be measured for this step: nothing but text to see, and by entropy how much blocks turn the stream."""
@@ -176,10 +175,7 @@ class AttentionRank:
             for layer in _layers(source)
             if layer.index in left.layers and (layer.index, "attention") not in left.cut
         ]
-        settings = {each.name: getattr(self, each.name) for each in fields(self)}
-        return Stage(
-            {"kind": self.kind} | settings, self._treatments(self._even(self._parts(source, layers)))
-        )
+        return Stage(self.describe(), self._treatments(self._even(self._parts(source, layers))))
 
     def decide(self, stats: Stats, blueprint: Blueprint) -> Decision:
         """Say how many dims stay in every layer."""
@@ -253,46 +249,46 @@ class AttentionRank:
         else:
             yield "attention_rank: what goes is stored as zeros, so no bytes are saved and no engine gets faster"
 
-    def slim(self, shown: Shown) -> Answer:
+    def solve(self, context: LayerContext) -> LayerResult:
         """What is left of one layer's attention."""
-        answer = Answer()
-        names = {name.rpartition(".")[2]: name for name in shown.linears}
+        result = LayerResult()
+        names = {name.rpartition(".")[2]: name for name in context.linears}
         for side, matrices in SIDES.items():
             some = names.keys() & set(matrices)
             if not some:
                 continue
-            dims = {_dims(shown, names[matrix], matrix) for matrix in some}
+            dims = {_dims(context, names[matrix], matrix) for matrix in some}
             if len(some) < 2 or len(dims) > 1:
                 raise UserError(
-                    f"the plan does not keep as many dims of {' and '.join(matrices)} in L{shown.layer}: give both the same"
+                    f"the plan does not keep as many dims of {' and '.join(matrices)} in L{context.layer}: give both the same"
                 )
             cut = self._queries if side == "qk" else self._values
             first, second = (names[matrix] for matrix in matrices)
-            cut(shown, first, second, dims.pop(), answer)
-        return answer
+            cut(context, first, second, dims.pop(), result)
+        return result
 
-    def _queries(self, shown: Shown, q: str, k: str, keep: int, answer: Answer) -> None:
+    def _queries(self, context: LayerContext, q: str, k: str, keep: int, result: LayerResult) -> None:
         """Zeros where dims of queries and keys go."""
-        heads = shown.heads
+        heads = context.heads
         assert heads is not None
-        queries, keys, moments = _with_biases(shown, q, k)
+        queries, keys, moments = _with_biases(context, q, k)
         kept = query_key(queries, keys, moments, keep, heads.count, heads.units)
         for name, rows, owners in ((q, queries, heads.count), (k, keys, heads.kv_count)):
             stay = kept.repeat_interleave(owners // heads.kv_count, 0).flatten()
-            _put(shown, name, rows.masked_fill(~stay[:, None], 0), answer)
+            _put(context, name, rows.masked_fill(~stay[:, None], 0), result)
 
-    def _values(self, shown: Shown, v: str, o: str, keep: int, answer: Answer) -> None:
+    def _values(self, context: LayerContext, v: str, o: str, keep: int, result: LayerResult) -> None:
         """Each head's values and outputs in a basis whose first dims hold the most, zeros where the others were."""
-        heads, output = shown.heads, shown.linears[o][0].float()
+        heads, output = context.heads, context.linears[o][0].float()
         assert heads is not None
-        rows, moments = _with_biases(shown, v)
+        rows, moments = _with_biases(context, v)
         narrow = value_output(rows, output, moments, keep, heads.count, heads.kv_count, self.damping)
         values = torch.zeros_like(rows).unflatten(0, (heads.kv_count, -1))
         values[:, :keep] = narrow[0].unflatten(0, (heads.kv_count, -1))
-        _put(shown, v, values.flatten(0, 1), answer)
+        _put(context, v, values.flatten(0, 1), result)
         outputs = torch.zeros_like(output).unflatten(1, (heads.count, -1))
         outputs[..., :keep] = narrow[1].unflatten(1, (heads.count, -1))
-        answer.weights[o] = outputs.flatten(1)
+        result.weights[o] = outputs.flatten(1)
 
 
 def _layers(blueprint: Blueprint) -> list[LayerSpec]:
@@ -317,27 +313,27 @@ def _check_stored(part: _Part, blueprint: Blueprint) -> None:
             )
 
 
-def _dims(shown: Shown, name: str, matrix: str) -> int:
+def _dims(context: LayerContext, name: str, matrix: str) -> int:
     """Dims of each head that the plan keeps of a matrix."""
-    assert shown.heads is not None
-    rank, owners = shown.formats[name].rank, _owners(shown.heads, matrix)
+    assert context.heads is not None
+    rank, owners = context.formats[name].rank, _owners(context.heads, matrix)
     if rank < owners or rank % owners:
         raise UserError(
-            f"the plan keeps {rank} of L{shown.layer}.{name}, which {owners} heads cannot share: say a multiple of {owners}"
+            f"the plan keeps {rank} of L{context.layer}.{name}, which {owners} heads cannot share: say a multiple of {owners}"
         )
     return rank // owners
 
 
-def _bias(shown: Shown, name: str) -> Tensor | None:
-    there = getattr(shown.module.get_submodule(name), "bias", None)
-    return None if there is None else shown.parameter(f"{name}.bias")
+def _bias(context: LayerContext, name: str) -> Tensor | None:
+    there = getattr(context.module.get_submodule(name), "bias", None)
+    return None if there is None else context.parameter(f"{name}.bias")
 
 
-def _with_biases(shown: Shown, *names: str) -> tuple[Tensor, ...]:
+def _with_biases(context: LayerContext, *names: str) -> tuple[Tensor, ...]:
     """Matrices that read the same, and the second moments of that; with biases as columns of one more input that is always 1."""
-    weights = [shown.linears[name][0].float() for name in names]
-    biases = [_bias(shown, name) for name in names]
-    moments, mean = shown.linears[names[0]][1], shown.means[names[0]][:, None]
+    weights = [context.linears[name][0].float() for name in names]
+    biases = [_bias(context, name) for name in names]
+    moments, mean = context.linears[names[0]][1], context.means[names[0]][:, None]
     if all(bias is None for bias in biases):
         return *weights, moments
     columns = [
@@ -349,8 +345,8 @@ def _with_biases(shown: Shown, *names: str) -> tuple[Tensor, ...]:
     return *wide, torch.cat(rows)
 
 
-def _put(shown: Shown, name: str, rows: Tensor, answer: Answer) -> None:
+def _put(context: LayerContext, name: str, rows: Tensor, result: LayerResult) -> None:
     """Take a matrix, and its bias if it has one, into the answer."""
-    answer.weights[name] = rows[:, : shown.linears[name][0].shape[1]]
-    if _bias(shown, name) is not None:
-        answer.replaced[f"{name}.bias"] = rows[:, -1]
+    result.weights[name] = rows[:, : context.linears[name][0].shape[1]]
+    if _bias(context, name) is not None:
+        result.replaced[f"{name}.bias"] = rows[:, -1]

@@ -24,7 +24,7 @@ from moespresso.formats import searched
 from moespresso.measure import RoutedExperts
 from moespresso.methods._autoround import Learned, Offsets, routed_sum, slopes
 from moespresso.methods._hqq import half_quadratic
-from moespresso.methods._on_text import Answer, Shown, patched
+from moespresso.methods._on_text import LayerContext, LayerResult, OnText, patched
 from moespresso.methods._slim import Slimming
 
 # How many tokens parameters are judged on, and how often.
@@ -34,7 +34,7 @@ _LOOKS = 8
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AutoRound(Slimming):
+class AutoRound(Slimming, OnText):
     """Settings of one AutoRound.
 
     iterations: steps of the descent.
@@ -45,7 +45,6 @@ class AutoRound(Slimming):
     """
 
     kind: ClassVar[str] = "autoround"
-    on_text: ClassVar[bool] = True
     able: ClassVar[tuple[str, ...]] = ("experts",)
     iterations: int = 200
     rate: float = 1.0
@@ -64,32 +63,32 @@ class AutoRound(Slimming):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"autoround: {name}={getattr(self, name)} must not be negative")
 
-    def slim(self, shown: Shown) -> Answer:
+    def solve(self, context: LayerContext) -> LayerResult:
         """Codes of all experts of one layer."""
-        experts = shown.experts
+        experts = context.experts
         assert experts is not None
-        answer = Answer()
+        result = LayerResult()
         with torch.inference_mode(False), torch.no_grad():
-            up, down = self._start(shown, "up"), self._start(shown, "down")
+            up, down = self._start(context, "up"), self._start(context, "down")
             if len(experts.hidden):
                 _Descent(self, experts, up, down).run()
-            answer.up, answer.down = up.codes(), down.codes()
-        _help_empty(shown, experts, answer)
-        return answer
+            result.up, result.down = up.codes(), down.codes()
+        _help_empty(context, experts, result)
+        return result
 
-    def _start(self, shown: Shown, name: str) -> Learned:
-        weights, format = getattr(shown.experts, name).float(), shown.formats[name]
-        return Learned(weights, searched(weights, format, shown.dtypes[name]), format)
+    def _start(self, context: LayerContext, name: str) -> Learned:
+        weights, format = getattr(context.experts, name).float(), context.formats[name]
+        return Learned(weights, searched(weights, format, context.dtypes[name]), format)
 
 
-def _help_empty(shown: Shown, experts: RoutedExperts, answer: Answer) -> None:
+def _help_empty(context: LayerContext, experts: RoutedExperts, result: LayerResult) -> None:
     """Experts that no token reaches learn nothing: HQQ needs no text."""
     empty = (experts.tokens == 0).nonzero().flatten().tolist()
     for name in ("up", "down") if empty else ():
         weights = getattr(experts, name)[empty].float()
-        helped = half_quadratic(weights, shown.formats[name], shown.dtypes[name])
-        setattr(answer, name, patched(getattr(answer, name), empty, helped))
-    answer.remedies |= dict.fromkeys(empty, "hqq")
+        helped = half_quadratic(weights, context.formats[name], context.dtypes[name])
+        setattr(result, name, patched(getattr(result, name), empty, helped))
+    result.remedies |= dict.fromkeys(empty, "hqq")
 
 
 class _Descent:

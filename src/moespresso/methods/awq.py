@@ -28,7 +28,7 @@ from moespresso.formats import Codes, decode, encode, searched, unbias
 from moespresso.measure import RoutedExperts
 from moespresso.measure.hessians import usable
 from moespresso.methods._awq import Entrance, Untold, find_entrance, is_product, narrowed
-from moespresso.methods._on_text import Answer, Shown, joined
+from moespresso.methods._on_text import LayerContext, LayerResult, OnText, joined
 from moespresso.methods._slim import Slimming
 
 # Inputs that never fire count as this much of the strongest one.
@@ -37,7 +37,7 @@ _FAINT = 1e-4
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Awq(Slimming):
+class Awq(Slimming, OnText):
     """Settings of one AWQ.
 
     grid: alphas tried beside 0, up to 1.
@@ -48,7 +48,6 @@ class Awq(Slimming):
     """
 
     kind: ClassVar[str] = "awq"
-    on_text: ClassVar[bool] = True
     able: ClassVar[tuple[str, ...]] = ("experts",)
     grid: int = 20
     inputs: bool = True
@@ -90,49 +89,54 @@ class Awq(Slimming):
                   if entry.unit.layer in layers and _is_beside(entry)}  # fmt: skip
         return made | dict.fromkeys(sorted(around), Treatment(repair=REFIT))
 
-    def slim(self, shown: Shown) -> Answer:
+    def solve(self, context: LayerContext) -> LayerResult:
         """Codes of all experts of one layer, and the tensors around them that took the factors."""
-        answer = Answer()
-        experts = shown.experts
+        result = LayerResult()
+        experts = context.experts
         assert experts is not None
-        factors = self._shared(shown, experts, answer) if self.inputs else None
+        factors = self._shared(context, experts, result) if self.inputs else None
         product = self.inner and is_product(experts.module, experts.down.shape[-1])
-        made = [self._some(shown, experts, some, factors, product) for some in experts.groups()]
-        answer.up, answer.down = joined([up for up, _ in made]), joined([down for _, down in made])
-        return answer
+        made = [self._some(context, experts, some, factors, product) for some in experts.groups()]
+        result.up, result.down = joined([up for up, _ in made]), joined([down for _, down in made])
+        return result
 
     def _some(
-        self, shown: Shown, experts: RoutedExperts, some: range, factors: Tensor | None, product: bool
+        self,
+        context: LayerContext,
+        experts: RoutedExperts,
+        some: range,
+        factors: Tensor | None,
+        product: bool,
     ) -> tuple[Codes, Codes]:
         """Codes of gate and up, and of down, of `some` experts."""
         up, down = (matrix[some.start : some.stop].float() for matrix in (experts.up, experts.down))
         given, _ = usable(experts.moments_in(some))
         heard, _ = usable(experts.moments_inner(some, experts.up[some.start : some.stop], by_gate=True))
         if product:
-            own = self._own(down, heard, shown.formats["down"], shown.dtypes["down"])
+            own = self._own(down, heard, context.formats["down"], context.dtypes["down"])
             down, heard = spread(down, heard, own)
             gate, up = up.chunk(2, dim=1)
             up = torch.cat([gate, up / own.unsqueeze(-1)], 1)
         if factors is not None:
             up, given = spread(up, given, factors)
-        return self._last(shown, "up", up, given), self._last(shown, "down", down, heard)
+        return self._last(context, "up", up, given), self._last(context, "down", down, heard)
 
-    def _shared(self, shown: Shown, experts: RoutedExperts, answer: Answer) -> Tensor | None:
+    def _shared(self, context: LayerContext, experts: RoutedExperts, result: LayerResult) -> Tensor | None:
         """The factors [H] of what all experts are given; puts what else takes them into the answer."""
         try:
-            entrance = find_entrance(shown.module, experts.module)
+            entrance = find_entrance(context.module, experts.module)
         except Untold as reason:
-            answer.trouble.append(f"L{shown.layer}: the inputs of its experts are not scaled: {reason}")
+            result.trouble.append(f"L{context.layer}: the inputs of its experts are not scaled: {reason}")
             return None
-        norm = shown.parameter(entrance.norm)
+        norm = context.parameter(entrance.norm)
         scales = candidates(experts.hidden.float().square().sum(0), self.alphas())
         weights, factors = zip(*(divided(norm, scale) for scale in scales), strict=True)
-        best = int(self._errors(shown, experts, list(factors)).argmin())
+        best = int(self._errors(context, experts, list(factors)).argmin())
         if best:
-            answer.replaced |= scaled(shown, entrance, factors[best]) | {entrance.norm: weights[best]}
+            result.replaced |= scaled(context, entrance, factors[best]) | {entrance.norm: weights[best]}
         return factors[best] if best else None
 
-    def _errors(self, shown: Shown, experts: RoutedExperts, factors: list[Tensor]) -> Tensor:
+    def _errors(self, context: LayerContext, experts: RoutedExperts, factors: list[Tensor]) -> Tensor:
         """The error [A] of gate and up of all experts under each of the factors, experts counting by their squared gates."""
         total = torch.zeros(len(factors), dtype=torch.float64)
         for some in experts.groups():
@@ -140,7 +144,7 @@ class Awq(Slimming):
             moments, _ = usable(experts.moments_in(some))
             shares = torch.stack([experts.rows(expert)[1].float().square().sum() for expert in some])
             for number, factor in enumerate(factors):
-                found = self._error(weights, moments, factor, shown.formats["up"], shown.dtypes["up"])
+                found = self._error(weights, moments, factor, context.formats["up"], context.dtypes["up"])
                 total[number] += (found * shares).sum(dtype=torch.float64).cpu()
         return total
 
@@ -162,8 +166,8 @@ class Awq(Slimming):
         grid = narrowed(weights, moments, format, dtype) if self.clip else searched(weights, format, dtype)
         return encode(weights, *grid, format)
 
-    def _last(self, shown: Shown, name: str, weights: Tensor, moments: Tensor) -> Codes:
-        codes = self._rounded(weights, moments, shown.formats[name], shown.dtypes[name])
+    def _last(self, context: LayerContext, name: str, weights: Tensor, moments: Tensor) -> Codes:
+        codes = self._rounded(weights, moments, context.formats[name], context.dtypes[name])
         return unbias(weights, codes, moments) if self.unbiased else codes
 
     def alphas(self) -> list[float]:
@@ -201,6 +205,6 @@ def divided(norm: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return stored, torch.where(stored == 0, 1.0, norm.float() / stored)
 
 
-def scaled(shown: Shown, entrance: Entrance, factors: Tensor) -> dict[str, Tensor]:
+def scaled(context: LayerContext, entrance: Entrance, factors: Tensor) -> dict[str, Tensor]:
     """All readers of the norm but the experts, with their inputs times `factors`."""
-    return {name: shown.parameter(name).float() * factors for name in entrance.readers}
+    return {name: context.parameter(name).float() * factors for name in entrance.readers}

@@ -14,13 +14,13 @@ from typing import ClassVar, Literal
 
 from moespresso.core.blueprint import Blueprint
 from moespresso.core.errors import UserError
+from moespresso.core.method import Judge, Searches
 from moespresso.core.plan import Decision, Plan, Stage
 from moespresso.core.registry import method
 from moespresso.core.remains import remains
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.methods._depth import (
-    Judge,
     Repair,
     check_comparable,
     greedy,
@@ -32,7 +32,7 @@ from moespresso.methods._depth import (
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BlockDrop:
+class BlockDrop(Searches):
     """Settings of one Block Drop.
 
     drop: how many blocks go.
@@ -66,11 +66,6 @@ class BlockDrop:
     def searches(self) -> bool:
         """Whether it asks for the whole model's KL instead of stats."""
         return self.score == "kl"
-
-    @property
-    def uneven(self) -> bool:
-        """Whether layers may end with different numbers of experts."""
-        return False
 
     def needs(self) -> frozenset[str]:
         """What must be measured for this step."""
@@ -111,9 +106,7 @@ class BlockDrop:
     def outline(self, source: Blueprint, before: Plan) -> Stage:
         """A stage of the right size, before anything is measured: the deepest go."""
         there = remains(before, source).layers
-        return Stage(
-            {"kind": self.kind}, {Unit(layer): treatment(self.repair) for layer in there[-self.drop :]}
-        )
+        return Stage(self.describe(), {Unit(layer): treatment(self.repair) for layer in there[-self.drop :]})
 
     def decide(self, stats: Stats, blueprint: Blueprint) -> Decision:
         """Choose the blocks, or the run, that turn the stream least."""

@@ -14,7 +14,7 @@ from those experts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moespresso.core.blueprint import Blueprint, LayerSpec
 from moespresso.core.errors import UserError
+from moespresso.core.method import Sight
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.registry import method
 from moespresso.core.remains import remains
@@ -42,7 +43,7 @@ from moespresso.methods._channels import (
 from moespresso.methods._counts import need_experts
 from moespresso.methods._joint import refitted_layer, thin
 from moespresso.methods._low_rank import leverage
-from moespresso.methods._on_text import Answer, Shown
+from moespresso.methods._on_text import LayerContext, LayerResult, OnText
 from moespresso.methods._widths import Key, Points, allocated
 
 # Channels that engines can multiply with: the grouped products of PyTorch want rows of whole 16 bytes.
@@ -51,7 +52,7 @@ _LEAST = 8
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChannelPrune:
+class ChannelPrune(OnText):
     """Settings of one Channel Pruning.
 
     ratio: share of every expert's channels that goes.
@@ -70,12 +71,6 @@ class ChannelPrune:
     """
 
     kind: ClassVar[str] = "channel_prune"
-    on_text: ClassVar[bool] = True
-    without_text: ClassVar[str] = "another step, magnitude or rtn"
-    searches: ClassVar[bool] = False
-    kinds: ClassVar[frozenset[str]] = frozenset()
-    # What is pruned is always what the steps before leave.
-    rescore: ClassVar[bool] = True
 
     ratio: float | None = None
     width: int | None = None
@@ -120,19 +115,27 @@ class ChannelPrune:
                 )
 
     @property
-    def by_gradient(self) -> bool:
-        """Whether the step wants to know how the model's loss bends."""
-        return self.score == "heapr"
+    def shows(self) -> frozenset[Sight]:
+        """How the model's loss bends, what the original layer answers."""
+        wanted: dict[Sight, bool] = {"gradient": self.score == "heapr", "original": self.refit == "layer"}
+        return frozenset(sight for sight, is_wanted in wanted.items() if is_wanted)
 
     @property
-    def by_original(self) -> bool:
-        """Whether the step wants to know what the original layer answers."""
-        return self.refit == "layer"
+    def without_text(self) -> str:
+        """Steps that see weights alone."""
+        return "another step, magnitude or rtn"
 
     @property
     def uneven(self) -> bool:
         """Whether layers or experts may come to differ."""
         return self.scope == "global" or self.per_expert
+
+    @property
+    def why_uneven(self) -> str:
+        """The setting that lets them differ, and what comes of it."""
+        if self.scope == "global":
+            return "scope=global leaves unequal layers"
+        return "per_expert=true leaves experts of unequal width"
 
     def even(self, blueprint: Blueprint) -> str:
         """The settings of the nearest plan with equal layers."""
@@ -217,11 +220,9 @@ class ChannelPrune:
                 made |= {Unit(at, "experts", each): self._narrowed(width) for each, width in widths.items()}
             else:
                 made |= self._treatments({at: max(widths.values())})
-        return Stage(
-            {"kind": self.kind} | {each.name: getattr(self, each.name) for each in fields(self)}, made
-        )
+        return Stage(self.describe(), made)
 
-    def ragged(self, source: Blueprint, before: Plan) -> Stage:
+    def uneven_outline(self, source: Blueprint, before: Plan) -> Stage:
         """A stage of widths that an uneven one may come to, for steps after it to be tried on: experts, or layers, with one
         multiple of channels less beside whole ones."""
         left = remains(before, source)
@@ -317,50 +318,50 @@ class ChannelPrune:
             if width < widths[layer]
         }
 
-    def slim(self, shown: Shown) -> Answer:
+    def solve(self, context: LayerContext) -> LayerResult:
         """The narrower experts of one layer."""
-        experts, keep = shown.experts, shown.channels
+        experts, keep = context.experts, context.channels
         assert experts is not None
         assert keep is not None
-        answer = Answer()
-        self._check_curvature(shown)
-        answer.trouble += self._few(shown)
+        result = LayerResult()
+        self._check_curvature(context)
+        result.trouble += self._few(context)
         kept: list[Tensor] = []
         up = experts.up.new_zeros(
             experts.count, experts.up.shape[1] // experts.down.shape[2] * max(keep), experts.up.shape[2]
         )
         down = experts.down.new_zeros(*experts.down.shape[:2], max(keep), dtype=torch.float32)
         for some in experts.groups():
-            for expert, (here, new) in zip(some, self._group(shown, some, answer), strict=True):
+            for expert, (here, new) in zip(some, self._group(context, some, result), strict=True):
                 kept.append(here)
                 rows = rows_of(experts.up[expert], here, experts.down.shape[2])
                 up[expert].unflatten(0, (len(rows), -1))[:, : len(here)] = rows
                 down[expert, :, : len(here)] = new
         if self.refit == "layer":
-            shares = self._shares(shown, range(experts.count)).tolist()
+            shares = self._shares(context, range(experts.count)).tolist()
             down, raised = refitted_layer(
-                experts, up, down, kept, damping=shares, sweeps=self.sweeps, missing=shown.missing
+                experts, up, down, kept, damping=shares, sweeps=self.sweeps, missing=context.missing
             )
-            answer.trouble += thin(shown.layer, raised)
-        answer.weights = {"up": up, "down": down}
-        return answer
+            result.trouble += thin(context.layer, raised)
+        result.weights = {"up": up, "down": down}
+        return result
 
-    def _group(self, shown: Shown, some: range, answer: Answer) -> list[tuple[Tensor, Tensor]]:
+    def _group(self, context: LayerContext, some: range, result: LayerResult) -> list[tuple[Tensor, Tensor]]:
         """Kept channels [K] and down projection [H, K] of `some` experts."""
-        experts, keep = shown.experts, shown.channels
+        experts, keep = context.experts, context.channels
         assert experts is not None
         assert keep is not None
         up, down = experts.up[some.start : some.stop], experts.down[some.start : some.stop]
         counts, widths = experts.tokens[some.start : some.stop], keep[some.start : some.stop]
         moments, _ = usable(experts.moments_inner(some, up, by_gate=True))
-        shares = self._shares(shown, some)
+        shares = self._shares(context, some)
         moments = ridged(moments, (shares - self.damping) * moments.diagonal(dim1=1, dim2=2).mean(1))
         if self.score == "surgeon":
             order, raised = removed(down, moments, min(widths), self.damping)
         else:
-            order, raised = ascending(self._scores(shown, some, moments)), {}
+            order, raised = ascending(self._scores(context, some, moments)), {}
         empty = (counts == 0).nonzero().flatten().tolist()
-        answer.remedies |= {some[at]: "magnitude" for at in empty}
+        result.remedies |= {some[at]: "magnitude" for at in empty}
         if empty:
             # Without a token all moments are zero: the weights alone speak.
             order[empty] = ascending(size(up[empty], down[empty]))
@@ -374,57 +375,57 @@ class ChannelPrune:
             raised |= {same[at]: ridge for at, ridge in more.items()}
             for at, here, each in zip(same, kept, new, strict=True):
                 found[at] = here, down[at].float()[:, here] if at in empty else each
-        answer.trouble += thin(
-            shown.layer, {some[at]: ridge for at, ridge in raised.items() if at not in empty}
+        result.trouble += thin(
+            context.layer, {some[at]: ridge for at, ridge in raised.items() if at not in empty}
         )
         return [found[at] for at in range(len(some))]
 
-    def _shares(self, shown: Shown, some: range) -> Tensor:
+    def _shares(self, context: LayerContext, some: range) -> Tensor:
         """Damping of `some` experts [N]: as many times what was asked for as an expert keeps channels for each of its tokens,
         where those are more."""
-        assert shown.experts is not None
-        assert shown.channels is not None
-        tokens = shown.experts.tokens[some.start : some.stop].clamp(min=1).float()
-        if shown.experts.everyone:
-            tokens = torch.full_like(tokens, len(shown.experts.hidden))
-        kept = tokens.new_tensor(shown.channels[some.start : some.stop])
+        assert context.experts is not None
+        assert context.channels is not None
+        tokens = context.experts.tokens[some.start : some.stop].clamp(min=1).float()
+        if context.experts.everyone:
+            tokens = torch.full_like(tokens, len(context.experts.hidden))
+        kept = tokens.new_tensor(context.channels[some.start : some.stop])
         return self.damping * (kept / tokens).clamp(min=1)
 
-    def _few(self, shown: Shown) -> list[str]:
+    def _few(self, context: LayerContext) -> list[str]:
         """Experts whose refit stands on less than one token a channel."""
-        assert shown.experts is not None
-        assert shown.channels is not None
-        shares = self._shares(shown, range(shown.experts.count)).tolist()
-        tokens = shown.experts.tokens.tolist()
-        few = [at for at, kept in enumerate(shown.channels) if 0 < tokens[at] < kept]
+        assert context.experts is not None
+        assert context.channels is not None
+        shares = self._shares(context, range(context.experts.count)).tolist()
+        tokens = context.experts.tokens.tolist()
+        few = [at for at, kept in enumerate(context.channels) if 0 < tokens[at] < kept]
         if not few or self.refit == "none" or not self.damping:
             return []
         names = ", ".join(f"E{at}" for at in few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
-        most = max(shown.channels)
+        most = max(context.channels)
         return [
-            f"L{shown.layer}: {names} saw fewer tokens than they keep channels ({most}): their refit is damped by up to "
+            f"L{context.layer}: {names} saw fewer tokens than they keep channels ({most}): their refit is damped by up to "
             f"{max(shares[at] for at in few):.2g} instead of {self.damping:g}; more text helps"
         ]
 
-    def _check_curvature(self, shown: Shown) -> None:
-        assert shown.experts is not None
-        if self.score == "heapr" and getattr(shown.experts.module, "has_post_expert_norm", False):
+    def _check_curvature(self, context: LayerContext) -> None:
+        assert context.experts is not None
+        if self.score == "heapr" and getattr(context.experts.module, "has_post_expert_norm", False):
             raise UserError(
-                f"channel_prune: the experts of L{shown.layer} end with a norm, for which heapr's formula does not hold: use "
+                f"channel_prune: the experts of L{context.layer} end with a norm, for which heapr's formula does not hold: use "
                 "score=surgeon"
             )
 
-    def _scores(self, shown: Shown, some: range, moments: Tensor) -> Tensor:
+    def _scores(self, context: LayerContext, some: range, moments: Tensor) -> Tensor:
         """Importance of every channel [N, I]."""
-        experts = shown.experts
+        experts = context.experts
         assert experts is not None
         up, down = experts.up[some.start : some.stop], experts.down[some.start : some.stop]
         squares = moments.diagonal(dim1=1, dim2=2)
         if self.score == "magnitude":
             return size(up, down)
         if self.score == "heapr":
-            assert shown.curvature is not None
-            return experts.squares_inner(some, up, by_gate=False) * shown.curvature[some.start : some.stop]
+            assert context.curvature is not None
+            return experts.squares_inner(some, up, by_gate=False) * context.curvature[some.start : some.stop]
         if self.score == "leverage":
             return leverage(moments, self.damping)
         if self.score == "wanda":

@@ -30,6 +30,7 @@ from typing import ClassVar, Literal
 
 from moespresso.core.blueprint import Blueprint, LayerSpec
 from moespresso.core.errors import UserError
+from moespresso.core.method import Selects
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.registry import method
 from moespresso.core.remains import remains
@@ -57,7 +58,7 @@ _PERCENTILE, _SHARE_OF_LARGEST, _TIMES_MEDIAN, _SUPER_DEPTH = 0.995, 0.1, 10.0, 
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertDrop:
+class ExpertDrop(Selects):
     """Settings of one Expert Drop.
 
     keep: experts to keep in every MoE layer (with scope=global: on average).
@@ -142,11 +143,6 @@ class ExpertDrop:
         return "skip" if self.router == "preserve" else None
 
     @property
-    def searches(self) -> bool:
-        """Whether it asks for the whole model's KL instead of stats."""
-        return False
-
-    @property
     def uneven(self) -> bool:
         """Whether layers may end with different numbers of experts."""
         return self.scope == "global"
@@ -172,9 +168,7 @@ class ExpertDrop:
 
     def outline(self, source: Blueprint, before: Plan) -> Stage:
         """A stage of the right size, before anything is measured: the lowest numbers of every group are kept."""
-        return Stage(
-            {"kind": self.kind}, outlined(self, source, remains(before, source), repair=self._repair)
-        )
+        return Stage(self.describe(), outlined(self, source, remains(before, source), repair=self._repair))
 
     def decide(self, stats: Stats, blueprint: Blueprint) -> Decision:
         """Choose what to keep: a treatment per MoE layer, experts by position in `blueprint`."""

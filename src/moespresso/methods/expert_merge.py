@@ -25,6 +25,7 @@ from scipy.spatial.distance import squareform
 
 from moespresso.core.blueprint import Blueprint, LayerSpec
 from moespresso.core.errors import UserError
+from moespresso.core.method import Selects
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.registry import method
 from moespresso.core.remains import remains
@@ -38,7 +39,7 @@ Groups = dict[int, dict[int, float]]
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertMerge:
+class ExpertMerge(Selects):
     """Settings of one expert merging.
 
     keep: experts that remain in every MoE layer.
@@ -71,16 +72,6 @@ class ExpertMerge:
         if self.group < 2:
             raise UserError(f"expert_merge: group={self.group} must be at least 2, a leader and one more")
 
-    @property
-    def searches(self) -> bool:
-        """Whether it asks for the whole model's KL instead of stats."""
-        return False
-
-    @property
-    def uneven(self) -> bool:
-        """Whether layers may end with different numbers of experts."""
-        return False
-
     def needs(self) -> frozenset[str]:
         """What must be measured for this step."""
         return frozenset({"routing", "pairs"})
@@ -107,7 +98,7 @@ class ExpertMerge:
 
     def outline(self, source: Blueprint, before: Plan) -> Stage:
         """A stage of the right size, before anything is measured: the lowest numbers of every group are kept."""
-        return Stage({"kind": self.kind}, outlined(self, source, remains(before, source)))
+        return Stage(self.describe(), outlined(self, source, remains(before, source)))
 
     def decide(self, stats: Stats, blueprint: Blueprint) -> Decision:
         """Choose groups in every MoE layer: what is kept is the leaders, members merge into them."""

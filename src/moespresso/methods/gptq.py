@@ -19,13 +19,14 @@ from torch import Tensor
 
 from moespresso.core.errors import UserError
 from moespresso.core.format import Format
+from moespresso.core.method import Sight
 from moespresso.core.registry import method
 from moespresso.formats import Codes, decode
 from moespresso.measure import RoutedExperts
 from moespresso.measure.hessians import shrunk
 from moespresso.methods._gptq import Trouble, solve
 from moespresso.methods._hqq import half_quadratic
-from moespresso.methods._on_text import Answer, Shown, joined, patched
+from moespresso.methods._on_text import LayerContext, LayerResult, OnText, joined, patched
 from moespresso.methods._slim import Slimming
 
 # Zeros among the weights, of all, from which on they are taken as pruned.
@@ -34,7 +35,7 @@ _PRUNED = 0.1
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gptq(Slimming):
+class Gptq(Slimming, OnText):
     """Settings of one GPTQ.
 
     damping: share of the mean diagonal added to every second moment; raised tenfold where that does not do.
@@ -49,7 +50,6 @@ class Gptq(Slimming):
     """
 
     kind: ClassVar[str] = "gptq"
-    on_text: ClassVar[bool] = True
     able: ClassVar[tuple[str, ...]] = ("experts", "shared", "attention", "dense")
     damping: float = 0.03
     act_order: bool = True
@@ -68,19 +68,26 @@ class Gptq(Slimming):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"gptq: {name}={getattr(self, name)} must not be negative")
 
-    def slim(self, shown: Shown) -> Answer:
-        """Codes of everything that is to be rounded in one layer."""
-        answer = Answer()
-        if shown.experts is not None:
-            self._experts(shown, shown.experts, answer)
-        for name, (weight, moment) in shown.linears.items():
-            codes, trouble = self.solved(weight[None], moment[None], shown.formats[name], shown.dtypes[name])
-            answer.linears[name] = codes
-            answer.trouble += _told(trouble, lambda _, name=name: f"L{shown.layer}.{name}")
-            answer.trouble += _refilled(weight[None], codes, f"L{shown.layer}.{name}")
-        return answer
+    @property
+    def shows(self) -> frozenset[Sight]:
+        """Every token at every expert, where that is asked for."""
+        return frozenset({"all_tokens"} if self.calibrate_all_experts else ())
 
-    def _experts(self, shown: Shown, experts: RoutedExperts, answer: Answer) -> None:
+    def solve(self, context: LayerContext) -> LayerResult:
+        """Codes of everything that is to be rounded in one layer."""
+        result = LayerResult()
+        if context.experts is not None:
+            self._experts(context, context.experts, result)
+        for name, (weight, moment) in context.linears.items():
+            codes, trouble = self.solved(
+                weight[None], moment[None], context.formats[name], context.dtypes[name]
+            )
+            result.linears[name] = codes
+            result.trouble += _told(trouble, lambda _, name=name: f"L{context.layer}.{name}")
+            result.trouble += _refilled(weight[None], codes, f"L{context.layer}.{name}")
+        return result
+
+    def _experts(self, context: LayerContext, experts: RoutedExperts, result: LayerResult) -> None:
         ups: list[Codes] = []
         downs: list[Codes] = []
         pooled = experts.pooled() if self.shrink else None
@@ -91,33 +98,35 @@ class Gptq(Slimming):
                 moments = shrunk(moments, experts.tokens[some.start : some.stop], pooled, self.shrink)
             weights = experts.up[some.start : some.stop].float()
             up = self._rounded(
-                shown, "up", weights, moments, some, [] if pooled is not None else empty, answer
+                context, "up", weights, moments, some, [] if pooled is not None else empty, result
             )
             moments = experts.moments_inner(
                 some, decode(up).to(weights.dtype), by_gate=self.weighting == "gate2"
             )
             weights = experts.down[some.start : some.stop].float()
-            down = self._rounded(shown, "down", weights, moments, some, empty, answer)
+            down = self._rounded(context, "down", weights, moments, some, empty, result)
             ups.append(up)
             downs.append(down)
-            answer.remedies |= dict.fromkeys(empty, "hqq")
-        answer.up, answer.down = joined(ups), joined(downs)
+            result.remedies |= dict.fromkeys(empty, "hqq")
+        result.up, result.down = joined(ups), joined(downs)
 
     def _rounded(
         self,
-        shown: Shown,
+        context: LayerContext,
         matrix: str,
         weights: Tensor,
         moments: Tensor,
         some: range,
         empty: list[int],
-        answer: Answer,
+        result: LayerResult,
     ) -> Codes:
         """Codes of one projection of `some` experts [N, out, in]; `empty` ones without any token's help."""
-        format, dtype = shown.formats[matrix], shown.dtypes[matrix]
+        format, dtype = context.formats[matrix], context.dtypes[matrix]
         codes, trouble = self.solved(weights, moments, format, dtype)
-        answer.trouble += _told(trouble, lambda number: f"L{shown.layer}.E{some[number]}.{matrix}")
-        answer.trouble += _refilled(weights, codes, f"L{shown.layer}.E{some[0]}.{matrix} and those beside it")
+        result.trouble += _told(trouble, lambda number: f"L{context.layer}.E{some[number]}.{matrix}")
+        result.trouble += _refilled(
+            weights, codes, f"L{context.layer}.E{some[0]}.{matrix} and those beside it"
+        )
         places = [expert - some.start for expert in empty]
         return patched(codes, places, half_quadratic(weights[places], format, dtype)) if places else codes
 

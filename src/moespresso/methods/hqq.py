@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moespresso.core.errors import UserError
 from moespresso.core.format import Format
+from moespresso.core.method import Quantizes
 from moespresso.core.registry import method
 from moespresso.formats import Codes
 from moespresso.methods._hqq import half_quadratic
@@ -22,7 +23,7 @@ from moespresso.methods._slim import Slimming
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hqq(Slimming):
+class Hqq(Slimming, Quantizes):
     """Settings of one half-quadratic quantization.
 
     p: the norm of the error, in (0, 1).
@@ -41,6 +42,6 @@ class Hqq(Slimming):
         if self.iterations < 1:
             raise UserError(f"hqq: iterations={self.iterations} must be at least 1")
 
-    def round(self, weights: Tensor, format: Format, dtype: torch.dtype) -> Codes:
+    def quantize(self, weights: Tensor, format: Format, dtype: torch.dtype) -> Codes:
         """Codes of `weights` [N, out, in], with scales stored as `dtype`."""
         return half_quadratic(weights, format, dtype, p=self.p, iterations=self.iterations)

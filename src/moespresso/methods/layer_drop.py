@@ -21,14 +21,13 @@ from typing import ClassVar, Literal
 from moespresso.core.blueprint import Blueprint, Branch, LayerSpec
 from moespresso.core.errors import UserError
 from moespresso.core.fits import is_left
+from moespresso.core.method import Cuts, Judge, Searches
 from moespresso.core.plan import Decision, Plan, Stage
 from moespresso.core.registry import method
 from moespresso.core.remains import remains
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.methods._depth import (
-    Cuts,
-    Judge,
     Repair,
     check_comparable,
     check_divisible,
@@ -40,7 +39,7 @@ from moespresso.methods._depth import (
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerDrop:
+class LayerDrop(Searches):
     """Settings of one Layer Drop.
 
     drop: how many layers lose the part.
@@ -75,11 +74,6 @@ class LayerDrop:
         """Whether it asks for the whole model's KL instead of stats."""
         return self.score == "kl"
 
-    @property
-    def uneven(self) -> bool:
-        """Whether layers may end with different numbers of experts."""
-        return False
-
     def needs(self) -> frozenset[str]:
         """What must be measured for this step."""
         return frozenset({"text"} if self.searches else {"similarity"})
@@ -111,7 +105,7 @@ class LayerDrop:
         left = remains(before, source)
         there = [layer for layer in self._candidates(source) if is_left((layer.index, self._branch), left)]
         return Stage(
-            {"kind": self.kind},
+            self.describe(),
             {layer.unit(self._branch): treatment(self.repair) for layer in there[-self.drop :]},
         )
 

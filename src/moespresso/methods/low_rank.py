@@ -22,6 +22,7 @@ from torch import Tensor
 from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError
 from moespresso.core.format import DTYPE_BYTES, Format
+from moespresso.core.method import Sight
 from moespresso.core.registry import method
 from moespresso.core.slim import is_matrix
 from moespresso.formats import based, product
@@ -31,7 +32,7 @@ from moespresso.methods._counts import refuse_widths
 from moespresso.methods._joint import damped, refitted_layer, thin, whole
 from moespresso.methods._low_rank import truncated
 from moespresso.methods._matrices import EXPERTS, OnMatrices
-from moespresso.methods._on_text import Answer, Shown
+from moespresso.methods._on_text import LayerContext, LayerResult, OnText
 
 Factors = tuple[Tensor, Tensor]
 _MODEGPT = "channel_prune:score=leverage,refit=expert and attention_rank"
@@ -48,7 +49,7 @@ _REFIT, _SWEEPS = 0.003, 2
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LowRank(OnMatrices):
+class LowRank(OnMatrices, OnText):
     """Settings of one decomposition.
 
     ratio: share of the bytes that goes: of every matrix, or with `shared_basis` of the experts of every layer, out of gate and up. (Of
@@ -62,8 +63,6 @@ class LowRank(OnMatrices):
 
     kind: ClassVar[str] = "low_rank"
     verb: ClassVar[tuple[str, str]] = ("decompose", "decomposed")
-    on_text: ClassVar[bool] = True
-    without_text: ClassVar[str] = "magnitude"
     able: ClassVar[tuple[str, ...]] = ("experts", "shared", "attention", "dense")
     ratio: float = 0.25
     method: Literal["svd", "modegpt", "shared_basis"] = "svd"
@@ -78,14 +77,14 @@ class LowRank(OnMatrices):
             raise UserError(f"low_rank: ratio={self.ratio} must lie between 0 and 1")
         if self.damping is not None and not 0 <= self.damping < float("inf"):
             raise UserError(f"low_rank: damping={self.damping} must not be negative")
-        if self.bases is not None and (not self.by_original or self.bases < 1):
-            why = "must be 1 or more" if self.by_original else "is a setting of method=shared_basis"
+        if self.bases is not None and (not self._shares_bases or self.bases < 1):
+            why = "must be 1 or more" if self._shares_bases else "is a setting of method=shared_basis"
             raise UserError(f"low_rank: bases={self.bases} {why}")
         if self.stands_for() and (self.parts != EXPERTS or self.exclude):
             raise UserError(
                 f"low_rank: method=modegpt takes experts and attention alike: to choose, give its two steps, {_MODEGPT}"
             )
-        if self.by_original and self.parts.each() != ["experts"]:
+        if self._shares_bases and self.parts.each() != ["experts"]:
             raise UserError(
                 f"low_rank: parts={self.parts} has no layer-mates to share bases with: use method=svd for all but experts"
             )
@@ -99,15 +98,24 @@ class LowRank(OnMatrices):
         return tuple({**module, **same} for module in _MODULES)
 
     @property
-    def by_original(self) -> bool:
-        """Whether what the original layer answers is shown: down is refitted to that where bases are shared."""
+    def shows(self) -> frozenset[Sight]:
+        """What the original layer answers: down is refitted to that where bases are shared."""
+        return frozenset({"original"} if self._shares_bases else ())
+
+    @property
+    def without_text(self) -> str:
+        """A step that sees weights alone."""
+        return "magnitude"
+
+    @property
+    def _shares_bases(self) -> bool:
         return self.method == "shared_basis"
 
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
         if self.stands_for():  # Python callers alone get here: requests open it
             raise UserError(f"low_rank: method=modegpt is short for {_MODEGPT}: give these two")
-        if "experts" in self.parts.each() and not self.by_original:
+        if "experts" in self.parts.each() and not self._shares_bases:
             refuse_widths(self.kind, blueprint, "use method=shared_basis")
         for (layer, _), group in self._shared(blueprint).items():
             if group.bases > len(group.entries):
@@ -130,72 +138,72 @@ class LowRank(OnMatrices):
         most = min((group.most for group in self._shared(blueprint).values()), default=1.0)
         return [replace(self, ratio=share / 100) for share in range(1, 100) if share / 100 <= most]
 
-    def slim(self, shown: Shown) -> Answer:
+    def solve(self, context: LayerContext) -> LayerResult:
         """Factors of everything that is to be decomposed in one layer, and their products."""
-        answer = Answer()
-        if shown.experts is not None:
-            fit = self._together if self.by_original else self._apart
-            fit(shown, shown.experts, answer)
-        for name, (weight, moment) in shown.linears.items():
-            factors = self._factors(weight[None].float(), moment[None], shown, name)
-            answer.factors[name], answer.weights[name] = factors, product(*factors)[0]
-        return answer
+        result = LayerResult()
+        if context.experts is not None:
+            fit = self._together if self._shares_bases else self._apart
+            fit(context, context.experts, result)
+        for name, (weight, moment) in context.linears.items():
+            factors = self._factors(weight[None].float(), moment[None], context, name)
+            result.factors[name], result.weights[name] = factors, product(*factors)[0]
+        return result
 
     # Each matrix by itself
 
-    def _apart(self, shown: Shown, experts: RoutedExperts, answer: Answer) -> None:
+    def _apart(self, context: LayerContext, experts: RoutedExperts, result: LayerResult) -> None:
         halves = _halves(experts)
         found: dict[str, list[Factors]] = {name: [] for name in (*halves, "down")}
         for some in experts.groups():
             here, moments = slice(some.start, some.stop), experts.moments_in(some)
             for name, weights in zip(halves, experts.up[here].chunk(len(halves), dim=1), strict=True):
-                found[name].append(self._factors(weights.float(), moments, shown, "up"))
+                found[name].append(self._factors(weights.float(), moments, context, "up"))
             up = torch.cat([product(*found[name][-1]) for name in halves], dim=1).to(experts.up.dtype)
             moments = experts.moments_inner(some, up, by_gate=False)
-            found["down"].append(self._factors(experts.down[here].float(), moments, shown, "down"))
+            found["down"].append(self._factors(experts.down[here].float(), moments, context, "down"))
             empty = [expert for expert in some if not len(experts.rows(expert)[0])]
-            answer.remedies |= dict.fromkeys(empty, "their weights alone")
+            result.remedies |= dict.fromkeys(empty, "their weights alone")
         for name, parts in found.items():
-            answer.factors[name] = (
+            result.factors[name] = (
                 torch.cat([left for left, _ in parts]),
                 torch.cat([right for _, right in parts]),
             )
-        answer.weights["up"] = torch.cat([product(*answer.factors[name]) for name in halves], dim=1)
-        answer.weights["down"] = product(*answer.factors["down"])
+        result.weights["up"] = torch.cat([product(*result.factors[name]) for name in halves], dim=1)
+        result.weights["down"] = product(*result.factors["down"])
 
-    def _factors(self, weights: Tensor, moments: Tensor, shown: Shown, name: str) -> Factors:
+    def _factors(self, weights: Tensor, moments: Tensor, context: LayerContext, name: str) -> Factors:
         """Factors [N, out, r] and [N, r, in] as they are stored."""
-        left, right = truncated(weights, moments, shown.formats[name].rank, self._damping)
-        return left.to(shown.dtypes[name]), right.to(shown.dtypes[name])
+        left, right = truncated(weights, moments, context.formats[name].rank, self._damping)
+        return left.to(context.dtypes[name]), right.to(context.dtypes[name])
 
     # All experts of a layer together
 
-    def _together(self, shown: Shown, experts: RoutedExperts, answer: Answer) -> None:
-        halves, format, dtype = _halves(experts), shown.formats["up"], shown.dtypes["up"]
+    def _together(self, context: LayerContext, experts: RoutedExperts, result: LayerResult) -> None:
+        halves, format, dtype = _halves(experts), context.formats["up"], context.dtypes["up"]
         if format.kind != "bases":
-            raise UserError(f"low_rank: the plan gives gate and up of L{shown.layer} no bases to share")
+            raise UserError(f"low_rank: the plan gives gate and up of L{context.layer} no bases to share")
         moments, made = experts.pooled(), list[Tensor]()
         importance = self._importance(experts).chunk(len(halves), dim=1)
         for name, weights, rows in zip(halves, experts.up.chunk(len(halves), dim=1), importance, strict=True):
             own, bases, shares = shared_bases(
                 weights, moments, format.rank, format.bases, damping=self._damping, importance=rows
             )
-            answer.based[name] = own.to(dtype), shares, bases.to(dtype)
-            made.append(based(*answer.based[name][:2], answer.based[name][2].unsqueeze(0)))
+            result.based[name] = own.to(dtype), shares, bases.to(dtype)
+            made.append(based(*result.based[name][:2], result.based[name][2].unsqueeze(0)))
             if float((made[-1].float() - weights).square().sum()) > float(weights.float().square().sum()):
                 raise UserError(
-                    f"low_rank: no bases come near {name} of L{shown.layer}'s experts: leave them out with exclude=L{shown.layer}.experts"
+                    f"low_rank: no bases come near {name} of L{context.layer}'s experts: leave them out with exclude=L{context.layer}.experts"
                 )
         up = torch.cat(made, dim=1)
-        widths = shown.channels or (experts.down.shape[2],) * experts.count
+        widths = context.channels or (experts.down.shape[2],) * experts.count
         down, raised = refitted_layer(
             experts, up.to(experts.up.dtype), experts.down, whole(experts, widths), damping=damped(experts, widths, _REFIT),
-            sweeps=_SWEEPS, missing=shown.missing,
+            sweeps=_SWEEPS, missing=context.missing,
         )  # fmt: skip
-        answer.weights = {"up": up, "down": down}
+        result.weights = {"up": up, "down": down}
         silent = (experts.tokens == 0).nonzero().flatten().tolist()
-        answer.remedies |= dict.fromkeys(silent, "what the others were given, and no refit")
-        answer.trouble += thin(shown.layer, raised)
+        result.remedies |= dict.fromkeys(silent, "what the others were given, and no refit")
+        result.trouble += thin(context.layer, raised)
 
     def _importance(self, experts: RoutedExperts) -> Tensor:
         """What an error in each row counts [E, R]: the root of how much the answer moves with it, between all alike and what
@@ -214,7 +222,7 @@ class LowRank(OnMatrices):
         return _DAMPING[self.method] if self.damping is None else self.damping
 
     def _form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
-        if not self.by_original:
+        if not self._shares_bases:
             return lambda entry, layer: Format("factors", rank=self._rank(*entry.ref.shape))
         groups = self._groups(chosen)
 
@@ -233,7 +241,7 @@ class LowRank(OnMatrices):
     def _shared(self, blueprint: Blueprint) -> dict[tuple[int | None, str | None], _Group]:
         """What shares bases in a model."""
         chosen = [entry for entry in blueprint.entries if is_matrix(entry) and self._is_meant(entry)]
-        return self._groups(chosen) if self.by_original else {}
+        return self._groups(chosen) if self._shares_bases else {}
 
     def _groups(self, chosen: Iterable[Entry]) -> dict[tuple[int | None, str | None], _Group]:
         """The matrices that share bases, by layer and matrix: all but down."""
@@ -256,9 +264,9 @@ class LowRank(OnMatrices):
         return frozenset(made[self.method])
 
     def _told(self, blueprint: Blueprint) -> tuple[str, ...]:
-        shared = "with bases that a layer's experts share" if self.by_original else "as two factors"
+        shared = "with bases that a layer's experts share" if self._shares_bases else "as two factors"
         notes = (f"low_rank: stored {shared}; in memory it is dense again, and no engine gets faster",)
-        if self.by_original:
+        if self._shares_bases:
             return notes
         shapes = [entry.ref.shape for entry, _ in self._formats(blueprint)]
         left = sum(self._rank(out, width) * (out + width) for out, width in shapes)

@@ -12,6 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from moespresso.core.format import Format
+from moespresso.core.method import Prunes
 from moespresso.core.registry import method
 from moespresso.methods._masks import kept
 from moespresso.methods._prune import Pruning
@@ -19,7 +20,7 @@ from moespresso.methods._prune import Pruning
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Magnitude(Pruning):
+class Magnitude(Pruning, Prunes):
     """Settings of one magnitude pruning."""
 
     kind: ClassVar[str] = "magnitude"
@@ -29,6 +30,6 @@ class Magnitude(Pruning):
         """Whether all weights of a matrix compete, so that gate and up must not be taken for one."""
         return not self.sparsity.pattern.group_size and "experts" in self.parts.each()
 
-    def pruned(self, weights: Tensor, format: Format) -> Tensor:
+    def prune(self, weights: Tensor, format: Format) -> Tensor:
         """`weights` [N, out, in] with zeros for those that go."""
         return weights.masked_fill(~kept(weights.float().abs(), format, whole=True), 0.0)

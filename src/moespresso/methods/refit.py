@@ -11,11 +11,12 @@ each on what the ones before let through. After steps that round weights it woul
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from moespresso.core.blueprint import Blueprint
 from moespresso.core.errors import UserError
+from moespresso.core.method import Sight
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.registry import method
 from moespresso.core.remains import remains
@@ -23,12 +24,12 @@ from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.methods._counts import need_experts
 from moespresso.methods._joint import TO_ORIGINAL, made_up, thin
-from moespresso.methods._on_text import Answer, Shown
+from moespresso.methods._on_text import LayerContext, LayerResult, OnText
 
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Refit:
+class Refit(OnText):
     """Settings of one refit.
 
     damping: share of an expert's mean second moment that is added to every one; more for experts with few tokens. What is missing is
@@ -38,14 +39,6 @@ class Refit:
     """
 
     kind: ClassVar[str] = "refit"
-    on_text: ClassVar[bool] = True
-    without_text: ClassVar[str] = "expert_drop with renormalise=compensate"
-    searches: ClassVar[bool] = False
-    kinds: ClassVar[frozenset[str]] = frozenset()
-    rescore: ClassVar[bool] = True
-    uneven: ClassVar[bool] = False
-    # What the original layer answers is shown.
-    by_original: ClassVar[bool] = True
 
     damping: float = TO_ORIGINAL
     sweeps: int = 2
@@ -57,23 +50,19 @@ class Refit:
             if not least <= getattr(self, name) < float("inf"):
                 raise UserError(f"refit: {name}={getattr(self, name)} must be a number of at least {least}")
 
-    def needs(self) -> frozenset[str]:
-        """What must be measured for this step: nothing but text to see."""
-        return frozenset({"text"})
+    @property
+    def shows(self) -> frozenset[Sight]:
+        """What the original layer answers."""
+        return frozenset({"original"})
 
-    def even(self, blueprint: Blueprint) -> str:
-        """The settings of the nearest plan with equal layers: its own."""
-        _ = blueprint
-        return ""
+    @property
+    def without_text(self) -> str:
+        """What makes up for dropped experts by scales alone."""
+        return "expert_drop with renormalise=compensate"
 
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
         need_experts(self.kind, blueprint)
-
-    def amounts(self, blueprint: Blueprint) -> list[Any]:
-        """This step; it changes no size."""
-        _ = blueprint
-        return [self]
 
     def outline(self, source: Blueprint, before: Plan) -> Stage:
         """The stage, before anything is measured."""
@@ -82,10 +71,7 @@ class Refit:
             at: left.widths.get(at) or dict.fromkeys(kept, specs[at].width)
             for at, kept in left.experts.items()
         }
-        return Stage(
-            {"kind": self.kind} | {each.name: getattr(self, each.name) for each in fields(self)},
-            _kept(widths),
-        )
+        return Stage(self.describe(), _kept(widths))
 
     def decide(self, stats: Stats, blueprint: Blueprint) -> Decision:
         """Every expert keeps its channels."""
@@ -94,22 +80,22 @@ class Refit:
             layer.index: dict(enumerate(layer.widths or (layer.width,) * layer.experts)) for layer in blueprint.moe_layers
         }))  # fmt: skip
 
-    def slim(self, shown: Shown) -> Answer:
+    def solve(self, context: LayerContext) -> LayerResult:
         """The refitted experts of one layer."""
-        experts, widths = shown.experts, shown.channels
+        experts, widths = context.experts, context.channels
         assert experts is not None
         assert widths is not None
-        answer = Answer(weights={"up": experts.up, "down": experts.down})
-        if shown.missing is None:
-            answer.trouble.append(
-                f"refit: L{shown.layer} stays as it is: no earlier step of this recipe changed it, or its answer is normed before "
+        result = LayerResult(weights={"up": experts.up, "down": experts.down})
+        if context.missing is None:
+            result.trouble.append(
+                f"refit: L{context.layer} stays as it is: no earlier step of this recipe changed it, or its answer is normed before "
                 "it is added"
             )
-            return answer
-        down, raised = made_up(experts, shown.missing, widths, damping=self.damping, sweeps=self.sweeps)
-        answer.weights["down"] = down
-        answer.trouble += thin(shown.layer, raised)
-        return answer
+            return result
+        down, raised = made_up(experts, context.missing, widths, damping=self.damping, sweeps=self.sweeps)
+        result.weights["down"] = down
+        result.trouble += thin(context.layer, raised)
+        return result
 
 
 def _kept(widths: Mapping[int, Mapping[int, int]]) -> dict[Unit, Treatment]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moespresso.core.format import Format
+from moespresso.core.method import Quantizes
 from moespresso.core.registry import method
 from moespresso.formats import Codes, Scales, round_nearest
 from moespresso.methods._slim import Slimming
@@ -22,7 +23,7 @@ from moespresso.methods._slim import Slimming
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rtn(Slimming):
+class Rtn(Slimming, Quantizes):
     """Settings of one rounding to nearest.
 
     scales: `searched` shrinks each group's range to where the rounding error is least, `minmax` takes it as it is.
@@ -33,6 +34,6 @@ class Rtn(Slimming):
     scales: Scales = "searched"
     unbiased: bool = True
 
-    def round(self, weights: Tensor, format: Format, dtype: torch.dtype) -> Codes:
+    def quantize(self, weights: Tensor, format: Format, dtype: torch.dtype) -> Codes:
         """Codes of `weights` [N, out, in], with scales stored as `dtype`."""
         return round_nearest(weights, format, dtype, self.scales, unbiased=self.unbiased)

@@ -20,14 +20,13 @@ from torch import Tensor
 from moespresso.core.blueprint import BRANCHES, Branch
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Layer
+from moespresso.core.method import Cuts
 from moespresso.core.progress import Progress, Silent
 from moespresso.model import Skeleton, Waiting, quirks, without
 from moespresso.stream.sweep import begin, parking, rows_at_once, within
 
 # Bytes of hidden states of all candidates together that are held in memory, whatever there is of it.
 LANE_BYTES = 1 << 30
-
-Cuts = frozenset[tuple[int, Branch]]
 
 
 @dataclass(slots=True)
