@@ -23,7 +23,7 @@ from moespresso.checkpoint.section import OWN_KIND, SECTION
 from moespresso.core.blueprint import Blueprint, Entry, LayerSpec, TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.fits import Fits
-from moespresso.core.format import OWN_LAYOUTS, Form, Format
+from moespresso.core.format import OWN_LAYOUTS, Form, Format, Layout
 from moespresso.core.piece import Piece, laid_out, stored
 from moespresso.core.plan import Plan
 from moespresso.core.remains import Remains, remains
