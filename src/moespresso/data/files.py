@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
 from moespresso.core.errors import UserError
-from moespresso.data.chat import is_turn
+from moespresso.data.chat import BROKEN, is_turn
 
 JSON = (".jsonl", ".ndjson", ".json")
-# Numbers of thousands of digits and deep nesting are no JSONDecodeError.
-BROKEN = (ValueError, RecursionError)
 BLANK = re.compile(r"\s*")
 # How other kinds of files begin, and what to do about them.
 BEGINNINGS = (

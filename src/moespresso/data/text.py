@@ -320,7 +320,7 @@ def _whole(text: str, place: str, chat: Chat | None = None) -> str:
 
 def _say_unread(place: str, record: Mapping[str, Any], told: set[str]) -> None:
     """Say once a source that of two things a record holds one is read."""
-    if isinstance(record.get("text"), str) and any(name in record for name in TURNS) and "text" not in told:
+    if isinstance(record.get("text"), str) and "text" not in told:
         logger.info(
             "%s: holds a conversation and a text: the conversation is read (field=text reads the text)", place
         )
