@@ -401,8 +401,10 @@ def _template(mode: Mode, first: Document, tokenizer: PreTrainedTokenizerBase) -
 
 def _share(sources: Sequence[Source], samples: int) -> list[int]:
     """Split `samples` by weight with the largest remainders, earlier sources first among equals."""
-    total = math.fsum(source.weight for source in sources)
-    exact = [samples * source.weight / total for source in sources]
+    # By a power of two, which changes no share: none is too large to be added up.
+    scale = math.frexp(max(source.weight for source in sources))[1]
+    weights = [math.ldexp(source.weight, -scale) for source in sources]
+    exact = [samples * weight / math.fsum(weights) for weight in weights]
     rows = [int(part) for part in exact]
     by_remainder = sorted(range(len(rows)), key=lambda index: rows[index] - exact[index])
     for index in by_remainder[: samples - sum(rows)]:
