@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
@@ -21,11 +22,11 @@ from transformers import PreTrainedModel
 import moespresso.methods  # noqa: F401  (registers them)
 from moespresso._versions import VERSION
 from moespresso.bundled import MODELS, TEXT
-from moespresso.checkpoint import Reader, claim, locate, write_text
+from moespresso.checkpoint import Reader, claim, locate, read_json, write_text
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.fits import needs_fit
 from moespresso.core.format import LAYOUT_BITS, Form, check_layout
-from moespresso.core.place import place, typed
+from moespresso.core.place import place, real, sayable, typed
 from moespresso.core.plan import Plan
 from moespresso.core.registry import parse_step
 from moespresso.core.runtime import Runtime
@@ -123,13 +124,15 @@ def inspect(model: str | Path) -> dict[str, Any]:
 
 
 def _config_alone(said: str) -> bool:
-    """Whether this names a config.json, and not a folder, a shard's index or a page of the hub."""
-    return (
-        said.endswith(".json")
-        and not said.endswith(".index.json")
-        and "://" not in said
-        and not Path(said).is_dir()
-    )
+    """Whether this names a config, and not a folder, a page of the hub or another file of a checkpoint."""
+    file = Path(said)
+    if not said.endswith(".json") or said.endswith(".index.json") or "://" in said or file.is_dir():
+        return False
+    if file.name == "config.json" or not (file.is_file() and (file.parent / "config.json").is_file()):
+        return True
+    with suppress(UserError):
+        return "model_type" in read_json(file)
+    return False
 
 
 def measure(
@@ -161,15 +164,30 @@ def measure(
 
 
 def _check_file(out: Path, source: Path) -> None:
-    """A file to write must not be a folder, nor lie in the source."""
+    """A file to write must be one that can be, and must not lie in the source: found out before any work is done for it."""
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: give a file name")
+    if lost := next((part for part in (out, *out.parents) if part.is_symlink() and not part.exists()), None):
+        raise UserError(
+            f"--out {out}: {lost} is a link that leads nowhere: take it away, or choose another place"
+        )
+    if out.exists() and not out.is_file():
+        raise UserError(
+            f"--out {out} is a device or a pipe, and a result is put in the place of a file: give a file name"
+        )
     if under := next((parent for parent in out.parents if parent.exists() and not parent.is_dir()), None):
         raise UserError(f"--out {out} lies under {under}, which is a file: choose another place")
-    if source.resolve() in out.resolve().parents:
+    if real(source) in real(out).parents:
         raise UserError(
             f"--out {out} lies in the source folder {source}, which is never written to: choose another"
         )
+    try:
+        with tempfile.TemporaryFile(dir=next(parent for parent in out.absolute().parents if parent.exists())):
+            pass
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made ({error.strerror}): choose another place") from error
 
 
 def plan(
@@ -350,7 +368,7 @@ def verify(
     """Check a folder we wrote (and, with `against`, compare it with its original)."""
     runtime = runtime or Runtime()
     source = open_view(locate(against)) if against is not None else None
-    found = verify_folder(place(folder, "DIR"), source, runtime.progress)
+    found = verify_folder(sayable(place(folder, "DIR"), "DIR"), source, runtime.progress)
     return {"ok": all(check.ok for check in found), "checks": [dataclasses.asdict(check) for check in found]}
 
 

@@ -387,12 +387,24 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
     return {**body, **body.pop("budget", {}), **body.pop("calibration", {})}
 
 
+# What YAML takes for a name: text, and the sign by which one mapping takes in another.
+NAMES = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a field may be said only once (plain YAML takes the last in silence)."""
+    """Safe YAML in which a field has a name and may be said only once (plain YAML takes the last in silence)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if key.tag not in NAMES:
+                said = f"{key.value!r} is" if isinstance(key, yaml.ScalarNode) else "a list or a mapping is"
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"{said} no name of a field: write a word, in quotes where YAML takes it for something else",
+                    key.start_mark,
+                )
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key.value!r} is said twice", key.start_mark
@@ -410,7 +422,9 @@ def _read_yaml(path: Path) -> tuple[yaml.Node, dict[str, Any]]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: not valid YAML ({error.problem})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise UserError(f"{path}: nested too deep: write a recipe as in recipes/") from error
+    except (yaml.YAMLError, ValueError) as error:  # not UTF-8, or a date that is none
         raise UserError(f"{path}: not YAML text ({error})".replace("\n", " ")) from error
     except OSError as error:
         raise UserError(

@@ -1,5 +1,6 @@
 """Bytes on disk to named tensors and back. Knows shards, not models."""
 
+from moespresso.checkpoint.files import read_json
 from moespresso.checkpoint.hub import locate
 from moespresso.checkpoint.index import Checkpoint, open_checkpoint
 from moespresso.checkpoint.journal import MANIFEST, Journal, claim, finish, is_ours, read_manifest, sweep_up
@@ -23,6 +24,6 @@ from moespresso.checkpoint.writer import (
 __all__ = [
     "MANIFEST", "OWN_KIND", "SECTION", "TORCH_DTYPES", "Checkpoint", "Journal", "Lazy", "Reader", "Shard",
     "Written", "as_bytes", "claim", "copy_sidecar", "count_nonfinite", "disk_full_is_told", "finish",
-    "header", "hoisted", "is_ours", "layout", "locate", "open_checkpoint", "read_manifest", "shard_limit",
+    "header", "hoisted", "is_ours", "layout", "locate", "open_checkpoint", "read_json", "read_manifest", "shard_limit",
     "sidecars", "sweep_up", "write_file", "write_index", "write_shard", "write_text",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from moespresso.core.errors import UserError
-from moespresso.core.place import typed
+from moespresso.core.place import sayable, typed
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def locate(model: str | os.PathLike[str]) -> Path:
     Raises `UserError` where it is on neither, or could be several.
     """
     said = typed(model, "MODEL")
-    folder = Path(said)
+    folder = sayable(Path(said), "MODEL")
     if _there(folder):
         return _around(folder) if folder.is_file() else _inside(folder)
     if found := _URL.fullmatch(said):

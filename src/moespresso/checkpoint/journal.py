@@ -7,6 +7,7 @@ finished file, synced) and what the run wants to find again (measured layers, st
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -20,9 +21,12 @@ from typing import Any
 
 from moespresso.checkpoint.writer import Written, write_text
 from moespresso.core.errors import UserError
+from moespresso.core.place import real, sayable
 
 MANIFEST = "moespresso.json"
 WORK = ".moespresso"
+# Ways in which a path leads to no place for a folder.
+NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ELOOP)
 _SHARDS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 _OUR_FILES = re.compile(rf"{_SHARDS}|\.({_SHARDS}|[\w.-]+\.(json|md|txt|jinja|model))\.tmp")
 
@@ -78,7 +82,9 @@ def claim(folder: Path, source: Path, *, resume: bool = True) -> Generator[Path]
     work = folder / WORK
     try:
         work.mkdir(parents=True, exist_ok=True)
-    except (FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+    except OSError as error:
+        if error.errno not in NOWHERE:
+            raise
         raise UserError(f"--out {folder} cannot be made ({error.strerror}): choose another place") from error
     with (work / "lock").open("a+") as lock:
         try:
@@ -93,11 +99,13 @@ def claim(folder: Path, source: Path, *, resume: bool = True) -> Generator[Path]
 
 
 def _refuse_foreign(folder: Path, source: Path) -> None:
-    here, there = folder.resolve(), source.resolve()
+    here, there = real(sayable(folder, "--out")), real(source)
     if here == there or there in here.parents:
         raise UserError(
             f"--out {folder} lies in the source folder {source}, which is never written to: choose another"
         )
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"--out {folder} is a link that leads nowhere: take it away, or choose another place")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file: give a folder")
     if folder.is_dir() and any(folder.iterdir()) and not is_ours(folder):

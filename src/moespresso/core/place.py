@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes
 
 from moespresso.core.errors import UserError
 
@@ -27,16 +27,39 @@ def typed(text: str | os.PathLike[str], what: str = "the path") -> str:
         said = said[1:-1].strip()
     if not said:
         raise UserError(f"{what} is empty: give a path")
+    if said[:5].lower() == "file:":
+        said = _from_url(said, what)
     if "\0" in said:
         raise UserError(f"{what} {said!r} holds a NUL character, which no path can: leave it out")
-    if said.startswith("file:"):
-        said = _from_url(said, what)
     return _home(os.path.expandvars(said) if "$" in said else said, what)
 
 
 def place(text: str | os.PathLike[str], what: str = "the path") -> Path:
     """`typed`, as a `Path`."""
     return Path(typed(text, what))
+
+
+def real(path: Path) -> Path:
+    """Where a path leads, links followed as far as they do (a circle of links is no error here)."""
+    return Path(os.path.realpath(path))
+
+
+def sayable(path: Path, what: str) -> Path:
+    """The path of a folder that other libraries open, too, which take none whose name is not UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{what} {str(path)!r} has a name that is not UTF-8, which transformers cannot open: rename it"
+        ) from None
+    return path
+
+
+def unquoted(said: str) -> str:
+    """What stands between quotes, where they are around all of it."""
+    inner = said[1:-1]
+    whole = len(said) > 1 and said[0] in QUOTES and said[0] == said[-1] and said[0] not in inner
+    return inner.strip() if whole else said
 
 
 def _home(said: str, what: str) -> str:
@@ -50,7 +73,9 @@ def _home(said: str, what: str) -> str:
 
 
 def _from_url(said: str, what: str) -> str:
-    url = urlsplit(said)
-    if url.netloc not in ("", "localhost") or not url.path.startswith("/"):
+    """The path of a `file:` address, whose name may hold what in others begins a query or a fragment."""
+    rest = said[5:]
+    host, path = rest[2:].partition("/")[::2] if rest.startswith("//") else ("", rest.removeprefix("/"))
+    if host.lower() not in ("", "localhost") or not rest.startswith("/"):
         raise UserError(f"{what} {said!r} does not lie on this machine: give its path here")
-    return unquote(url.path)
+    return os.fsdecode(b"/" + unquote_to_bytes(os.fsencode(path)))

@@ -69,7 +69,7 @@ def _split(text: str) -> dict[str, Any]:
 def _import(name: str) -> None:
     try:
         importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:  # a name that begins with a dot, or is none
         raise UserError(f"`use: {name}` cannot be imported ({error}): install it or mend its name") from error
 
 
@@ -78,7 +78,7 @@ def _construct(cls: type[Step], kind: str, body: Mapping[str, Any]) -> Step:
     known = [f.name for f in dataclasses.fields(cast("Any", cls))]
     for name in body:
         if name not in known:
-            raise UserError(f"{kind} has no setting {name!r}{did_you_mean(name, known)}")
+            raise UserError(f"{kind} has no setting {name!r}{did_you_mean(str(name), known)}")
     return cls(**{name: _convert(value, hints[name], f"{kind}: {name}") for name, value in body.items()})
 
 

@@ -1,8 +1,9 @@
 """The border from text to model: which texts a tokenizer takes, and which of its tokens the model has a row for.
 
 A tokenizer may know more tokens than the embedding has rows (one was added, or it is another model's). That alone is no
-fault, since most texts hold none of them; a text that does is refused with file and line. Where there are such tokens,
-everything that could be drawn is looked through, not only what is: the same files are refused whatever the seed.
+fault, since most texts hold none of them; a text that does is refused with file and line. Where there are such tokens, or
+texts that the tokenizer does not take at all, everything that could be drawn is looked through, not only what is: the same
+files are refused whatever the seed.
 The token that fills short rows is chosen among those that have a row, since its answer is never looked at.
 """
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from moespresso.data.text import Document
+
+# Words and letters that few vocabularies hold: small ones, capitals, digits, signs, scripts, what is no character.
+STRANGE = "zqxjkvbqpw QZXJK 7310942 §¤ ꙮ ᚠ 〠 𒀀 𪚥 \U0001fae0 \U000e0041 \U0010fffe " + "q" * 200
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,17 @@ class Border:
             len(self.tokenizer) - 1,
         ]
         return self.rows is not None and max(known) >= self.rows
+
+    @cached_property
+    def partial(self) -> bool:
+        """Whether there are texts that the tokenizer does not take: it has no token for what it does not know."""
+        try:
+            return any(None in self._ids(text) for text in (STRANGE, *STRANGE.split()))
+        except Exception:  # whatever it raises, as in `encode`
+            return True
+
+    def _ids(self, text: str) -> list[Any]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     @cached_property
     def stop(self) -> list[int]:
@@ -64,7 +79,7 @@ class Border:
         Raises `UserError` with file and line where the tokenizer does not take it, or the model not its tokens.
         """
         try:
-            ids: list[Any] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = self._ids(text)
         except Exception as error:  # whatever a tokenizer raises on a text it was not made for
             raise UserError(
                 f"{document.place}: the tokenizer does not take this text ({reason(error)}): mend or take it out"

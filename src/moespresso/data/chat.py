@@ -13,14 +13,16 @@ reads like that dataset:
 | `prompt`, `chosen`, `rejected`                   | preferences; what was chosen counts |
 
 A turn keeps every key that is not null (tool calls, reasoning, names, parts): what becomes of them is the chat template's
-matter (`data/template.py`). A system prompt beside the turns becomes the first of them. Whatever else the record says
-(`tools`, `documents`, `enable_thinking`, ...) stays beside them.
+matter (`data/template.py`). A system prompt beside the turns becomes the first of them, an answer and its reasoning the last;
+`functions` are tools by their older name. Whatever else the record says (`documents`, `enable_thinking`, ...) stays beside
+them, and what of it is text that nothing reads can be named (`unread`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -41,12 +43,37 @@ QUESTION_ANSWER = (
     ("prompt", "response"),
     ("prompt", "completion"),
     ("prompt", "chosen"),
+    ("input", "output"),
 )
+# What may answer a list of turns that ends with a question.
+ANSWERS = ("response", "completion", "chosen", "answer", "output")
 # As transformers knows them: whichever of them is there, its templates see.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 # What a turn says; of any other key a template decides whether it matters.
 SPOKEN = ("role", "content", "tool_calls", "function_call", *REASONING)
+# What is said in one of these counts, however short it is.
+SPEECH = (
+    *REASONING,
+    *ANSWERS,
+    "context",
+    "history",
+    "functions",
+    "input",
+    "instruction",
+    "prompt",
+    "question",
+    "query",
+)
 MEDIA = ("image", "audio", "video", "file")
+# About a record, not of it; `text` and `rejected` are spoken of where records are read.
+ABOUT = re.compile(
+    r"(.*_)?(ids?|name|title|source|urls?|meta(data)?|licen[cs]e|dataset|model|date|timestamp|lang(uage)?|category|tags?|topics?|"
+    r"task|type|split)|rejected|original_question",
+    re.IGNORECASE,
+)
+LABELS = ("role", "from", "type", "id")
+# Nesting too deep and numbers of thousands of digits are no JSONDecodeError.
+BROKEN = (ValueError, RecursionError)
 
 Turn = Mapping[str, Any]
 
@@ -85,9 +112,7 @@ def conversation(record: Mapping[str, Any], place: str) -> Chat | None:
         return _alpaca(record, place)
     for question, answer in QUESTION_ANSWER:
         if question in record and answer in record:
-            return _chat(
-                _exchange(record, question, answer, place), record, {question, answer, *REASONING}, place
-            )
+            return _chat(_exchange(record, question, answer, place), record, {question, answer}, place)
     for name in ("prompt", "chosen"):
         if isinstance(record.get(name), list):
             return _chat(_turns(record[name], name, place), record, {name}, place)
@@ -106,9 +131,45 @@ def opened(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
-        except ValueError:
+        except BROKEN:
             return value
     return value
+
+
+def unread(chat: Chat, text: str, keys: Container[str] = (), fields: Container[str] = ()) -> set[str]:
+    """The fields that hold words which are neither in `text` nor read: keys of turns but for `keys`, others but for `fields`."""
+    said = {*text.split("\n\n")}
+    held = [(name, value) for name, value in chat.beside.items() if name not in fields]
+    held += [(key, turn[key]) for turn in chat.turns for key in turn if key not in SPOKEN and key not in keys]
+    return {
+        name
+        for name, value in held
+        if name != "text"
+        and not ABOUT.fullmatch(name)
+        and any(
+            each.strip() not in said and (name in SPEECH or (_prose(each) and each.strip() not in text))
+            for each in _strings(opened(value))
+        )
+    }
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """The texts in a value, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from [] if name in LABELS else _strings(item)
+
+
+def _prose(text: str) -> bool:
+    """Whether this is what somebody wrote, and no label, date or address: three words, or a line of a script without blanks."""
+    return len(text.split()) > 2 or (
+        len(text) > 8 and sum(letter > "\u2e80" for letter in text) > len(text) / 2
+    )
 
 
 def plain(chat: Chat) -> str:
@@ -167,27 +228,82 @@ def _as_json(value: Any) -> str:
 
 
 def _chat(turns: Sequence[Turn], record: Mapping[str, Any], used: set[str], place: str) -> Chat:
-    """Put the system prompt that stands beside the turns before them, and keep what else the record says."""
-    system = next((name for name in SYSTEMS if record.get(name) not in (None, "", [])), None)
-    if system is not None:
-        first = _turn({"role": "system", "content": record[system]}, f"{place}: the field {system!r}")
+    """Put what stands beside the turns where it belongs: the system prompt before them, an answer and its reasoning behind."""
+    more, answers = _answered(turns, record, used, place)
+    turns = _with_system([*turns, *more], record, place)
+    turns, thoughts = _thinking(turns, record)
+    gone = {*used, *answers, *thoughts, *SYSTEMS}
+    beside = {name: value for name, value in record.items() if name not in gone and value is not None}
+    return Chat(tuple(turns), _with_tools(beside))
+
+
+def _with_system(turns: Sequence[Turn], record: Mapping[str, Any], place: str) -> Sequence[Turn]:
+    """The system prompt that stands beside the turns, before them; it may be in them, too."""
+    given = {name: record[name] for name in SYSTEMS if record.get(name) not in (None, "", [])}
+    for name, said in given.items():
+        first = _turn({"role": "system", "content": said}, f"{place}: the field {name!r}")
         there = [turn for turn in turns if turn["role"] in ("system", "developer")]
         if any(turn.get("content") != first["content"] for turn in there):
+            other = "the turns" if name == next(iter(given)) else repr(next(iter(given)))
             raise UserError(
-                f"{place}: {system!r} and the turns hold different system prompts: leave one of the two out"
+                f"{place}: {name!r} and {other} hold different system prompts: leave one of the two out"
             )
-        turns = [*([] if there else [first]), *turns]
-    beside = {
-        name: value for name, value in record.items() if name not in {*used, *SYSTEMS} and value is not None
-    }
-    return Chat(tuple(turns), beside)
+        turns = turns if there else [first, *turns]
+    return turns
+
+
+def _answered(
+    turns: Sequence[Turn], record: Mapping[str, Any], used: set[str], place: str
+) -> tuple[Sequence[Turn], set[str]]:
+    """The answer that stands beside turns which end with a question, and the field that it was in."""
+    for name in ANSWERS if not _speaks(turns[-1]) else ():
+        answer = _side(record.get(name)) if name not in used else None
+        if isinstance(answer, list):
+            found = _turns(answer, name, place)
+            return found[len(turns) :] if found[: len(turns)] == [*turns] else found, {name}
+        if answer:
+            return [_bare(answer, 1)], {name}
+    return [], set()
+
+
+def _speaks(turn: Turn) -> bool:
+    return ROLES.get(turn["role"].lower()) == "assistant"
+
+
+def _thinking(turns: Sequence[Turn], record: Mapping[str, Any]) -> tuple[list[Turn], set[str]]:
+    """Give the assistant's last turn the reasoning that stands beside the turns, and say in which fields that was."""
+    thoughts = {name: record[name] for name in REASONING if isinstance(record.get(name), str)}
+    if not thoughts or not _speaks(turns[-1]):
+        return [*turns], set()
+    own = {turns[-1][name] for name in REASONING if isinstance(turns[-1].get(name), str)}
+    if own:  # of another one it is to be said that nothing reads it
+        return [*turns], {name for name, thought in thoughts.items() if thought in own}
+    return [*turns[:-1], {**turns[-1], **thoughts}], set(thoughts)
+
+
+def _with_tools(beside: Mapping[str, Any]) -> dict[str, Any]:
+    """`functions` are what `tools` were called before."""
+    functions = opened(beside.get("functions"))
+    if not functions or beside.get("tools") or not isinstance(functions, list):
+        return dict(beside)
+    found = [opened(each) for each in cast("list[Any]", functions)]
+    if not all(isinstance(each, Mapping) and "name" in each for each in found):
+        return dict(beside)
+    others = {name: value for name, value in beside.items() if name != "functions"}
+    return {**others, "tools": [{"type": "function", "function": each} for each in found]}
 
 
 def _turns(value: Any, name: str, place: str) -> list[Turn]:
     """Read a list of turns, or the columns of one (as `datasets` gives a sequence of objects)."""
     value = opened(value)
     if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
-        value = [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
+        lengths = {str(key): len(column) for key, column in value.items()}
+        if len(set(lengths.values())) > 1:
+            said = ", ".join(f"{count} of {key}" for key, count in lengths.items())
+            raise UserError(
+                f"{place}: the columns of {name!r} are of different lengths ({said}): mend it or take the record out"
+            )
+        value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     if not isinstance(value, list | tuple):
         kind = (
             "a text"
@@ -219,7 +335,7 @@ def _alpaca(record: Mapping[str, Any], place: str) -> Chat:
         raise UserError(f"{place}: turn 1 needs a role and a text (instruction and input must be texts)")
     turns = _history(record.get("history"), place)
     turns += [_bare("\n\n".join(part for part in wanted if part), 0), _answer(record, "output", place)]
-    return _chat(turns, record, {"instruction", "input", "output", "history", *REASONING}, place)
+    return _chat(turns, record, {"instruction", "input", "output", "history"}, place)
 
 
 def _history(pairs: Any, place: str) -> list[Turn]:
@@ -249,8 +365,9 @@ def _exchange(record: Mapping[str, Any], question: str, answer: str, place: str)
 
 
 def _side(value: Any) -> Any:
-    """A list of turns, also where it was stored as JSON text; anything else as it is, but no list."""
+    """A list of turns, also where it is one turn or was stored as JSON text; anything else as it is, but no list."""
     found = opened(value)
+    found = [found] if isinstance(found, Mapping) and is_turn(found) else found
     return (
         found
         if isinstance(found, list) and found and all(map(is_turn, found))
@@ -261,10 +378,8 @@ def _side(value: Any) -> Any:
 
 
 def _answer(record: Mapping[str, Any], name: str, place: str) -> Turn:
-    """The assistant's turn of a record without turns; reasoning beside it is the assistant's."""
-    thought = {key: record[key] for key in REASONING if isinstance(record.get(key), str)}
-    text = record[name] if isinstance(record[name], str) else None
-    return {**_said("assistant", text, f"{place}: turn 2"), **thought}
+    """The assistant's turn of a record without turns."""
+    return _said("assistant", record[name] if isinstance(record[name], str) else None, f"{place}: turn 2")
 
 
 def _said(role: str, content: Any, place: str) -> Turn:
@@ -276,14 +391,15 @@ def _turn(turn: Any, place: str) -> Turn:
     turn = (
         {key: value for key, value in turn.items() if value is not None} if isinstance(turn, Mapping) else {}
     )
-    if "role" not in turn and isinstance(turn.get("from"), str):
+    sharegpt = "role" not in turn and isinstance(turn.get("from"), str)
+    if sharegpt:
         rest = {key: value for key, value in turn.items() if key not in ("from", "value", "content")}
         content = turn.get("value", turn.get("content"))
         turn = {"role": turn["from"], **({} if content is None else {"content": content}), **rest}
     if "content" not in turn and "value" in turn:
         turn = {("content" if key == "value" else key): value for key, value in turn.items()}
     role = turn.get("role")
-    if isinstance(role, str) and role.lower() in CALLERS:
+    if sharegpt and isinstance(role, str) and role.lower() in CALLERS:
         return _caller(turn, place)
     turn = {key: _held(key, value, place) for key, value in turn.items()}
     if not isinstance(role, str) or not any(key in turn for key in SPOKEN[1:]):
@@ -291,7 +407,7 @@ def _turn(turn: Any, place: str) -> Turn:
             f"{place} needs a role and a text (role and content, or from and value), or tool calls: mend it or take the "
             "record out"
         )
-    return {**turn, "role": ROLES.get(role.lower(), role)}
+    return {**turn, "role": ROLES.get(role.lower(), role) if sharegpt else role}
 
 
 def _held(key: str, value: Any, place: str) -> Any:

@@ -12,16 +12,14 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
 from moespresso.core.errors import UserError
-from moespresso.data.chat import is_turn
+from moespresso.data.chat import BROKEN, is_turn
 
 JSON = (".jsonl", ".ndjson", ".json")
-# Numbers of thousands of digits and deep nesting are no JSONDecodeError.
-BROKEN = (ValueError, RecursionError)
 BLANK = re.compile(r"\s*")
 # How other kinds of files begin, and what to do about them.
 BEGINNINGS = (
@@ -119,14 +117,33 @@ def parquet_records(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         with parquet.ParquetFile(file) as table:
             for batch in table.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
+                columns = [
+                    _values_of(column, name, file)
+                    for name, column in zip(batch.schema.names, batch.columns, strict=True)
+                ]
+                for row in zip(*columns, strict=True):
                     number += 1
-                    yield f"{file}:{number}", {name: without_nulls(value) for name, value in record.items()}
+                    yield (
+                        f"{file}:{number}",
+                        dict(zip(batch.schema.names, map(without_nulls, row), strict=True)),
+                    )
     except pyarrow.ArrowInvalid as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(
             f"{file}: not a Parquet file ({reason}): give its name the ending that it is"
         ) from None
+
+
+def _values_of(column: Any, name: str, file: Path) -> list[Any]:
+    """A column's values; as text, where Python has no such (times in nanoseconds, years beyond 9999)."""
+    import pyarrow
+
+    for read in (column.to_pylist, lambda: column.cast(pyarrow.string()).to_pylist()):
+        with suppress(ValueError, OverflowError, ImportError, pyarrow.ArrowException):
+            return read()
+    raise UserError(
+        f"{file}: the column {name!r} holds {column.type}, which Python has no values for: leave it out"
+    )
 
 
 def without_nulls(value: Any) -> Any:

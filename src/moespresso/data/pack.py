@@ -33,6 +33,7 @@ from torch import Tensor
 
 from moespresso.core.errors import UserError
 from moespresso.data.border import Border
+from moespresso.data.chat import unread
 from moespresso.data.template import Template
 from moespresso.data.text import Document, Source, documents
 
@@ -46,6 +47,10 @@ Mode = Literal["auto", "pack", "chat"]
 POOL_CHARACTERS = 4 * 1024 * 1024
 POOL_CHARACTERS_PER_TOKEN = 16
 CALIBRATION_PIECE = 16 * 1024
+# A pool of so few characters is tokenized whole: that costs nothing.
+ASKED = 64 * 1024
+# A conversation of fewer characters may come to less than two tokens.
+SHORT = 16
 # Evaluation cuts as seldom as memory allows: a cut can split a token.
 EVALUATION_PIECE = 1024 * 1024
 
@@ -157,6 +162,8 @@ def sequences(
             f"{_names(sources)}: evaluation needs at least 2 tokens, but there are {found}: give more text"
         )
     ids, mask = _one_window(windows, length, border)
+    for source, reading in zip(sources, readings, strict=True):
+        reading.say_unread(source)
     described = [_described(source, reading) for source, reading in zip(sources, readings, strict=True)]
     made = {"sources": described, "samples": len(ids), "length": length, "seed": None, "mode": "sequences"}
     return Batches(ids, mask, made)
@@ -198,6 +205,9 @@ class _Reading:
     def __init__(self, found: Iterator[Document], template: Template | None = None) -> None:
         self._found = found
         self._seen = ((), ()) if template is None else (template.words, template.fields)
+        self._read = self._seen if template is not None else ((), ("tools", "documents"))
+        self._unread: Counter[str] = Counter()
+        self._chats = 0
         self._digest = hashlib.sha256()
         self._inside = False
         self.documents = 0
@@ -207,11 +217,22 @@ class _Reading:
             self._digest.update(document.digest(*self._seen))
             self.documents += not self._inside
             self._inside = not document.ends
+            if document.chat is not None:
+                self._chats += 1
+                self._unread.update(unread(document.chat, document.text, *self._read))
             yield document
 
     @property
     def digest(self) -> str:
         return self._digest.hexdigest()
+
+    def say_unread(self, source: Source) -> None:
+        """Say which fields of conversations hold words that nothing has read."""
+        for name, count in sorted(self._unread.items()):
+            logger.warning(
+                "%s: %d of %d conversations hold words in %r, which is not read: put them into a turn, or take the field out",
+                source.name, count, self._chats, name,
+            )  # fmt: skip
 
 
 def _draw(
@@ -238,6 +259,7 @@ def _draw(
         ids, mask = _packed_rows(drawn, source, border, rows, length)
     else:
         ids, mask = _chat_rows(drawn, source, border, template, rows, length)
+    reading.say_unread(source)
     described = {
         **_described(source, reading),
         "samples": rows,
@@ -263,18 +285,30 @@ def _shuffled(pool: Sequence[Document], key: str) -> Iterator[Document]:
 
 
 def _check_pool(pool: Sequence[Document], border: Border, template: Template | None, mode: Mode) -> None:
-    """Refuse what any draw could meet. A tokenizer within the embedding need not be asked about every text."""
+    """Refuse what any draw could meet. A tokenizer that can do with every text need not be asked about each."""
+    ask = border.wide or border.partial or sum(len(document.text) for document in pool) <= ASKED
     if template is None:
         chat = next((document.place for document in pool if document.chat), None)
         if mode == "auto" and chat is not None and not pool[0].chat:
             logger.warning("%s: a conversation among texts, which are all packed as plain text", chat)
-        for document in pool if border.wide else ():
+        for document in pool if ask else ():
             border.encode(document.text, document)
         return
     for document in pool:
         rendered = _rendered(document, template)
-        if border.wide:
-            border.encode(rendered, document, own=False)
+        if ask or len(rendered) < SHORT or len(rendered.split()) < 2:
+            _row(rendered, document, border)
+
+
+def _row(rendered: str, document: Document, border: Border) -> list[int]:
+    """The tokens of a conversation, which must be enough to foresee one from another."""
+    ids = border.encode(rendered, document, own=False)
+    if len(ids) < 2:
+        raise UserError(
+            f"{document.place}: in the tokenizer's chat template this conversation comes to {len(ids)} token{'' if len(ids) == 1 else 's'}, "
+            "and a row needs at least 2: mend it or take it out"
+        )
+    return ids
 
 
 def _rendered(document: Document, template: Template) -> str:
@@ -311,7 +345,7 @@ def _chat_rows(
         )
     _say_unseen(taken, template, source)
     pairs = zip(taken, texts, strict=True)
-    encoded = [border.encode(text, document, own=False)[:length] for document, text in pairs]
+    encoded = [_row(text, document, border)[:length] for document, text in pairs]
     return _padded(encoded, length, border.pad)
 
 
@@ -367,8 +401,10 @@ def _template(mode: Mode, first: Document, tokenizer: PreTrainedTokenizerBase) -
 
 def _share(sources: Sequence[Source], samples: int) -> list[int]:
     """Split `samples` by weight with the largest remainders, earlier sources first among equals."""
-    total = math.fsum(source.weight for source in sources)
-    exact = [samples * source.weight / total for source in sources]
+    # By a power of two, which changes no share: none is too large to be added up.
+    scale = math.frexp(max(source.weight for source in sources))[1]
+    weights = [math.ldexp(source.weight, -scale) for source in sources]
+    exact = [samples * weight / math.fsum(weights) for weight in weights]
     rows = [int(part) for part in exact]
     by_remainder = sorted(range(len(rows)), key=lambda index: rows[index] - exact[index])
     for index in by_remainder[: samples - sum(rows)]:

@@ -7,20 +7,21 @@ missing one, a call's arguments as an object for JSON text. Content in parts is 
 that would print the parts as Python does, or not at all.
 
 What a template drops is found by trying: a conversation that reads the same without its tools is one whose tools are not
-shown. No template's source is interpreted, beyond the names of its variables.
+shown, and one that reads the same with other words in a turn is one whose turn is not (`data/spots.py`). No template's source is interpreted, beyond the names of its variables.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moespresso.core.errors import UserError, reason
-from moespresso.data.chat import REASONING, Chat, Turn, opened, part_text
+from moespresso.data.chat import REASONING, Chat, Turn, calls_of, opened, part_text
+from moespresso.data.spots import CALL, CALLS, Spot, altered, spots_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,33 +71,56 @@ class Template:
         settings = self._settings(chat, place)
         for form in _forms(self._readable(replace(chat, beside=settings), place)):
             try:
-                return form, self._apply(form)
+                rendered = self._apply(form)
             except Exception as error:  # whatever the template's own code raises
                 reasons.append(reason(error))
+                continue
+            if not (reasons and self._drops_calls(form, rendered)):
+                return form, rendered
+            reasons.append("in the spelling that it takes it leaves tool calls out")
         raise UserError(
-            f"{place}: the tokenizer's chat template refuses this conversation: {reasons[0]}; mend or take out "
+            f"{place}: the tokenizer's chat template refuses this conversation: {', and '.join(dict.fromkeys((reasons[0], reasons[-1])))}; mend or take out "
             "the record, or use mode pack, which reads conversations as plain text"
         )
 
     def unseen(self, form: Chat, rendered: str) -> Iterator[str]:
         """Name what `form`, which was rendered, holds and the template does not show at all."""
 
-        def same(change: Callable[[Turn], Turn], beside: Mapping[str, Any] = form.beside) -> bool:
+        def same(turns: Iterable[Turn], beside: Mapping[str, Any] = form.beside) -> bool:
             try:
-                return self._apply(Chat(tuple(map(change, form.turns)), beside)) == rendered
+                return self._apply(Chat(tuple(turns), beside)) == rendered
             except Exception:  # it cannot do without, so it looks
                 return False
 
         for name in ARGUMENTS[:2]:
             others = {key: value for key, value in form.beside.items() if key != name}
-            if form.beside.get(name) and same(lambda turn: turn, others):
+            if form.beside.get(name) and same(form.turns, others):
                 yield name
-        for name, keys in (("tool calls", ("tool_calls", "function_call")), ("reasoning", REASONING)):
-            if any(turn.get(key) for turn in form.turns for key in keys) and same(_without(keys)):
-                yield name
-        for role in sorted({turn["role"] for turn in form.turns if turn.get("content")}):
-            if same(_altered(role)):
-                yield f"what role {role!r} says"
+        if any(turn.get(key) for turn in form.turns for key in REASONING) and same(
+            map(_thoughtless, form.turns)
+        ):
+            yield "reasoning"
+        spots = spots_of(form.turns)
+        hidden = [
+            spot for spot in self._unmarked(form, spots) if same(altered(form.turns, {spot: f" {MARK} "}))
+        ]
+        names = dict.fromkeys(spot.said(spots, hidden, form.turns) for spot in hidden)
+        yield from [name for name in names if name != CALL or CALLS not in names]
+
+    def _unmarked(self, form: Chat, spots: Sequence[Spot]) -> Sequence[Spot]:
+        """The spots whose marks cannot be seen where every one has its own: only these need be tried one by one."""
+        marks = {spot: f" {MARK}{number}x " for number, spot in enumerate(spots)}
+        try:
+            shown = self._apply(replace(form, turns=altered(form.turns, marks)))
+        except Exception:  # it takes no such texts
+            return spots
+        return [spot for spot in spots if marks[spot].strip() not in shown]
+
+    def _drops_calls(self, form: Chat, rendered: str) -> bool:
+        """Whether a call of `form` is not shown."""
+        if not any(map(calls_of, form.turns)):
+            return False
+        return any(name in (CALLS, CALL) for name in self.unseen(form, rendered))
 
     def _apply(self, chat: Chat) -> str:
         rendered = self.tokenizer.apply_chat_template(
@@ -114,6 +138,11 @@ class Template:
             )
         given = {name: chat.beside[name] for name in chat.beside if name in self.fields and name != KWARGS}
         found = {**given, **{name: value for name, value in more.items() if value is not None}}
+        if found.get("tools") and "functions" in self.fields and "functions" not in found:
+            found["functions"] = [
+                tool.get("function", tool) for tool in _listed("tools", found["tools"], place)
+            ]
+            found = {name: value for name, value in found.items() if name != "tools" or "tools" in self.words}
         return {
             name: _listed(name, value, place) if name in ARGUMENTS[:2] else value
             for name, value in found.items()
@@ -228,19 +257,5 @@ def _joined(turn: Turn, place: str) -> Turn:
     return {**turn, "content": "\n".join(text for text in texts if text)}
 
 
-def _without(keys: tuple[str, ...]) -> Callable[[Turn], Turn]:
-    return lambda turn: {key: value for key, value in turn.items() if key not in keys}
-
-
-def _altered(role: str) -> Callable[[Turn], Turn]:
-    """Other words in the mouth of one role, of which a template that shows it cannot be unaware."""
-
-    def change(turn: Turn) -> Turn:
-        if turn["role"] != role or not turn.get("content"):
-            return turn
-        content = turn["content"]
-        parts = content if isinstance(content, list) else [{"text": content}]
-        other = [{**part, "text": f"{MARK} {part.get('text', '')} {MARK}"} for part in parts]
-        return {**turn, "content": other if isinstance(content, list) else other[0]["text"]}
-
-    return change
+def _thoughtless(turn: Turn) -> Turn:
+    return {key: value for key, value in turn.items() if key not in REASONING}

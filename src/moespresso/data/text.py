@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from moespresso.core.errors import UserError, did_you_mean
-from moespresso.core.place import typed
+from moespresso.core.place import typed, unquoted
 from moespresso.data.chat import TURNS, Chat, conversation, is_turn, opened, plain
 from moespresso.data.files import JSON, json_records, kind_of, open_text, parquet_records, readable, seems
 from moespresso.data.hub import READY, hub_dataset, load_records, repo_of
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 OPTIONS = ("weight", "field", "split", "join")
 SYNTAX = re.compile(r"(?P<name>.+?)(?::\s*(?P<options>\w+\s*=[^,]*(?:,\s*\w+\s*=[^,]*)*))?", re.DOTALL)
+SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 TABLES = (".csv", ".tsv")
 
 
@@ -65,7 +66,7 @@ class Source:
 
         With `hub` the name is a hub dataset's, as ``--dataset`` takes it.
         """
-        match = SYNTAX.fullmatch(text)
+        match = SYNTAX.fullmatch(unquoted(text.strip()))
         if match is None:
             raise UserError("a text source needs a name: PATH[:weight=0.5,field=text]")
         pairs = (match["options"] or "").split(",") if match["options"] else []
@@ -145,7 +146,9 @@ def _option(pair: str, text: str) -> tuple[str, Any]:
     if key == "weight":
         return key, _number(value, text)
     if key == "join":
-        return key, value.lower() in ("true", "yes", "1")
+        if value.lower() not in SWITCH:
+            raise UserError(f"{text}: join must be true or false, got {value!r}")
+        return key, SWITCH[value.lower()]
     return key, value
 
 
@@ -320,7 +323,7 @@ def _whole(text: str, place: str, chat: Chat | None = None) -> str:
 
 def _say_unread(place: str, record: Mapping[str, Any], told: set[str]) -> None:
     """Say once a source that of two things a record holds one is read."""
-    if isinstance(record.get("text"), str) and any(name in record for name in TURNS) and "text" not in told:
+    if isinstance(record.get("text"), str) and "text" not in told:
         logger.info(
             "%s: holds a conversation and a text: the conversation is read (field=text reads the text)", place
         )

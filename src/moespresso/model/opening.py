@@ -10,7 +10,7 @@ import torch
 
 from moespresso.checkpoint import SECTION, TORCH_DTYPES, Checkpoint, Reader, hoisted, open_checkpoint
 from moespresso.core.blueprint import TensorRef
-from moespresso.core.errors import UserError
+from moespresso.core.errors import UserError, reason
 from moespresso.core.plan import Plan
 from moespresso.core.runtime import Runtime
 from moespresso.model.blueprint import read_blueprint
@@ -93,11 +93,12 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(
-            f"device {name!r} is not to be had here ({str(error).splitlines()[0]}): use cpu, cuda or auto"
-        ) from error
+        tried = torch.ones(1, device=name)
+        tried.tolist()  # `meta` takes everything and gives nothing back
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        said = reason(RuntimeError((str(error).splitlines() or [""])[0]))
+        raise UserError(f"device {name!r} is not to be had here ({said}): use cpu, cuda or auto") from error
+    return tried.device
 
 
 def own_dtype(view: View) -> torch.dtype:
