@@ -200,8 +200,12 @@ def _check_kinds(stage: Stage, blueprint: Blueprint) -> None:
     """Raise `UserError` where a stage's step cannot make the formats it is said to give, or on text would be shown some matrices
     of experts and not the others, which it solves together."""
     step = step_of(stage)
-    kinds = getattr(step, "kinds", None)
+    kinds, able = getattr(step, "kinds", None), getattr(step, "able", SLIM_PARTS)
     for unit, treatment in stage.treatments.items():
+        if treatment.format is not None and unit.part not in able:
+            raise UserError(
+                f"the plan gives {unit} a format by {step.kind}, which treats {', '.join(able[:-1])} or {able[-1]} only: leave it out"
+            )
         if kinds is not None and treatment.format is not None and treatment.format.kind not in kinds:
             raise UserError(
                 f"the plan gives {unit} the format {treatment.format.kind}, which {step.kind} as it is set does not make: it makes "
