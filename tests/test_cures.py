@@ -65,6 +65,7 @@ class Wish:
 
 USE = r"(?:use|say|give|add) ((?:[a-z_]+:)?[a-z_]+=[^ ,]+(?:,[a-z_]+=[^ ,]+)*)"
 NEAREST = r"the nearest plan that it can is (?:to )?([a-z_]+(?::|=)[^ ]*[^ ,]|expert_drop|channel_prune)"
+TWO = r"the nearest plan that it can is ([^ ]+) and then ([^ ]+) as the steps that treat matrices"
 RAGGED = "channel_prune:ratio=0.4,per_expert=true"
 
 
@@ -161,9 +162,32 @@ WISHES = [
     Wish("gpt_oss", ("low_rank",), USE, target="plugin"),
     Wish("gpt_oss", ("channel_prune:ratio=0.4",), "drop experts", cure=lambda *_: ["expert_drop"]),
     Wish("wide", ("wanda:pack=true",), NEAREST),
-    Wish("wide", ("low_rank",), NEAREST, cure=lambda _, found: [f"{found[1]}:ratio=0.25"]),
-    Wish("wide", ("low_rank:method=shared_basis,ratio=0.1",), NEAREST, cure=lambda _, found: [f"{found[1]}:ratio=0.25"]),
+    Wish("wide", ("low_rank",), NEAREST),
+    Wish("wide", ("low_rank:method=shared_basis,ratio=0.1",), NEAREST),
     Wish("wide", ("attention_rank",), NEAREST),
+    Wish("deepseek_v3", ("low_rank:parts=attention",), NEAREST),
+    Wish("olmoe", ("low_rank:parts=attention,ratio=0.4",), NEAREST),
+    Wish("gpt_oss", ("low_rank:parts=attention",), NEAREST),
+    Wish("granitemoe", ("low_rank:parts=attention",), NEAREST),
+    Wish("wide", ("low_rank:method=modegpt,ratio=0.4",), TWO, cure=lambda _, found: [*found.groups()]),
+    Wish("granitemoe", ("low_rank:method=modegpt",), TWO, cure=lambda _, found: [*found.groups()]),
+    Wish("wide", ("low_rank:parts=experts", "attention_rank:modules=qk"), TWO, cure=lambda _, found: [*found.groups()]),
+    Wish("wide", ("magnitude:parts=experts+head,pack=true",), NEAREST),
+    # Experts in one tensor: what is named is what the step takes, with groups that fit.
+    Wish("gpt_oss", ("awq",), r": (drop experts)$", cure=lambda *_: ["expert_drop"]),
+    Wish("granitemoe", ("autoround:group_size=0",), r": (drop experts)$", cure=lambda *_: ["expert_drop"]),
+    Wish("gpt_oss", ("gptq:bits=gate_up:3+down:4",), r": (drop experts)$", cure=lambda *_: ["expert_drop"]),
+    Wish("gpt_oss", ("rtn",), USE),
+    Wish("granitemoe", ("hqq:bits=8",), USE),
+    Wish("granitemoe", ("gptq",), USE),
+    Wish("gpt_oss", ("sparsegpt:bits=4",), USE),
+    Wish("gpt_oss", ("magnitude:parts=experts+attention",), USE),
+    Wish("gpt_oss", ("wanda:pack=true",), rf"{USE} with --target plugin", target="plugin"),
+    Wish("granitemoe", ("low_rank",), rf"{USE} with --target plugin", target="plugin"),
+    Wish("wide", ("gptq:group_size=32,layers=0:8+1:3",), rf"{NEAREST} for all experts, with layers left out",
+         cure=lambda s, f: [amended(without(s[0], "layers"), f[1])]),
+    Wish("wide", ("rtn:group_size=32,layers=0:8,exclude=L1.experts",), rf"{NEAREST} for all experts, with layers and exclude left out",
+         cure=lambda s, f: [amended(without(without(s[0], "layers"), "exclude"), f[1])]),
     Wish("wide", ("rtn:bits=gate_up:4+down:8,group_size=32",), NEAREST),
     Wish("wide", ("rtn:symmetric=false,group_size=32",), NEAREST),
     Wish("wide", ("rtn:parts=attention,group_size=32",), r"(parts=experts\+)",
@@ -206,6 +230,11 @@ WISHES = [
     Wish("mixtral", ("layer_drop:part=attention,drop=2",), NEAREST),
     Wish("mixtral", ("layer_drop:part=attention,drop=3",), NEAREST),
     Wish("granitemoe", ("layer_drop:drop=2",), NEAREST),
+    *(Wish(model, ("layer_drop:repair=bias",), r"nearest plan that it can is (repair=linear) or (repair=scale)")
+      for model in ("mixtral", "qwen2_moe", "deepseek_v3")),
+    *(Wish(model, ("layer_drop:repair=bias,drop=2",), NEAREST) for model in ("olmoe", "granitemoe", "gpt_oss")),
+    *(Wish(model, (step,), r"use (low_rank:parts=attention) with --target plugin", target="plugin")
+      for model in ("olmoe", "deepseek_v3") for step in ("attention_rank", "low_rank:method=modegpt")),
     Wish("jamba", ("block_drop",), r"drop experts or layers", cure=lambda *_: ["expert_drop"]),
     Wish("jamba", ("block_drop",), r"drop experts or layers", cure=lambda *_: ["layer_drop"]),
     Wish("mixtral", ("layer_drop:part=attention,score=cosine_moe",), r"use (score=cosine)", target="plugin"),
@@ -253,5 +282,5 @@ def test_a_cure_cures(wish: Wish, models: Callable[[str], Path]):
     assert found, said
     for steps in wish.cured(found):
         rehearsed(model, steps, wish.target, wish.more)
-    if "--target plugin" in said:
+    if "or say --target plugin" in said:
         rehearsed(model, wish.steps, "plugin", wish.more)

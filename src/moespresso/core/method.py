@@ -35,6 +35,8 @@ if TYPE_CHECKING:  # a stage of a plan knows its step
 # answers, how the model's loss bends, every token at every expert.
 Sight = Literal["original", "gradient", "all_tokens"]
 NOTHING: frozenset[Sight] = frozenset()
+# Parts of a model whose matrices can be given another form.
+SLIM_PARTS = ("experts", "shared", "attention", "dense", "head")
 
 # Branches that a candidate of a search is without, and the loss of the model without each of some candidates.
 Cuts = frozenset[tuple[int, Branch]]
@@ -139,9 +141,11 @@ class Searches(Selects):
 
 
 class Treats(Step):
-    """A step that gives matrices another form."""
+    """A step that gives matrices another form; `able` are the parts of a model that it can treat."""
 
     __slots__ = ()
+
+    able: ClassVar[tuple[str, ...]] = SLIM_PARTS
 
     @property
     def kinds(self) -> frozenset[str]:

@@ -97,7 +97,7 @@ class _Rewriter:
         """The piece that `entry` becomes, or None when it goes."""
         layer = entry.unit.layer
         if layer is None:
-            return self._encoded(Piece(entry.ref.name, entry.ref.shape, entry), entry)
+            return self._encoded(self._pruned(Piece(entry.ref.name, entry.ref.shape, entry), entry), entry)
         if not entry.in_graph and layer >= len(self._blueprint.layers):
             beyond = len(self._left.layers) + layer - len(self._blueprint.layers)
             return self._moved(Piece(entry.ref.name, entry.ref.shape, entry), layer, beyond)

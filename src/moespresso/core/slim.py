@@ -22,13 +22,11 @@ from moespresso.core.format import (
     check_pattern,
     layout_of,
 )
-from moespresso.core.method import Refits, Treats
+from moespresso.core.method import SLIM_PARTS, Refits, Treats
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.remains import Remains, channels_left, remains
 from moespresso.core.unit import Part, Unit
 
-# Parts of a model whose matrices can be encoded.
-SLIM_PARTS = ("experts", "shared", "attention", "dense", "head")
 # The repair of a part whose tensors are replaced by fitted ones, since a stage moved a scale into them.
 REFIT = "rescale"
 REFIT_PARTS: tuple[Part, ...] = ("norm", "router", "shared")
@@ -200,8 +198,12 @@ def _check_kinds(stage: Stage, blueprint: Blueprint) -> None:
     """Raise `UserError` where a stage's step cannot make the formats it is said to give, or on text would be shown some matrices
     of experts and not the others, which it solves together."""
     step = step_of(stage)
-    kinds = step.kinds
+    kinds, able = step.kinds, step.able
     for unit, treatment in stage.treatments.items():
+        if treatment.format is not None and unit.part not in able:
+            raise UserError(
+                f"the plan gives {unit} a format by {step.kind}, which treats {', '.join(able[:-1])} or {able[-1]} only: leave it out"
+            )
         if treatment.format is not None and treatment.format.kind not in kinds:
             raise UserError(
                 f"the plan gives {unit} the format {treatment.format.kind}, which {step.kind} as it is set does not make: it makes "

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from moespresso.core.blueprint import LayerSpec
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import OWN_LAYOUTS
 from moespresso.core.rewrite import biased_stubs
+from moespresso.export.nearest import repaired_otherwise, stored_plainly, to_leave_out
 from moespresso.model import (
     View,
     half_packed,
@@ -44,12 +46,12 @@ TARGETS = {
 }
 
 
-# What an own layout stores, and the nearest step or setting that engines read.
+# What an own layout stores.
 _SMALLER = {
-    "bitmask": ("pruned matrices with a mask", "pack=false"),
-    "slices": ("matrices without the rows or columns that went", "pack=false"),
-    "factors": ("products as their factors", "channel_prune"),
-    "bases": ("matrices as factors with bases that experts share", "channel_prune"),
+    "bitmask": "pruned matrices with a mask",
+    "slices": "matrices without the rows or columns that went",
+    "factors": "products as their factors",
+    "bases": "matrices as factors with bases that experts share",
 }
 
 # Widths of experts are multiples of this.
@@ -81,9 +83,8 @@ def _stock(target: Target, view: View) -> View:
         raise _beyond(target, f"leaves {_some(cut)} without attention", _blocks(view, len(cut)))
     biased = [f"L{layer}" for layer, _ in sorted(biased_stubs(view.source, view.plan))]
     if biased:
-        raise _beyond(
-            target, f"leaves a constant where {_some(biased)} lost a part", "repair=linear or repair=scale"
-        )
+        instead = repaired_otherwise(view, partial(formed, target.name)) or _blocks(view, len(biased))
+        raise _beyond(target, f"leaves a constant where {_some(biased)} lost a part", instead)
     made = _stubbed(target, replace(view, stock=True))
     _check_widths(target, made)
     odd = [f"L{view.left.layers[position]}" for position in skipping(made.config)]
@@ -100,7 +101,8 @@ def _check_formats(target: Target, view: View) -> None:
         return
     own = {piece.ref.packed.layout for piece in view.pieces if piece.ref.packed is not None} & OWN_LAYOUTS
     if own:
-        what, instead = next(words for layout, words in _SMALLER.items() if layout in own)
+        what = next(words for layout, words in _SMALLER.items() if layout in own)
+        instead = stored_plainly(view, partial(formed, target.name))
         raise UserError(
             f"this plan stores {what}, which {target.name} does not read; the nearest plan that it can is {instead}, or say "
             "--target plugin (moespresso.load reads it)"
@@ -154,7 +156,7 @@ def _check_formats(target: Target, view: View) -> None:
     )  # fmt: skip
     raise UserError(
         f"this plan leaves {what}, which {target.name} loads without an error and computes wrong; the nearest plan that it "
-        f"can is bits={bits},symmetric=true for all experts, or say --target plugin (moespresso.load reads it)"
+        f"can is bits={bits},symmetric=true for all experts{to_leave_out(view.plan.stages)}, or say --target plugin (moespresso.load reads it)"
     )
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatch
 from typing import ClassVar
 
 from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError, did_you_mean
-from moespresso.core.format import Format
+from moespresso.core.format import OWN_LAYOUTS, Format, layout_of
 from moespresso.core.method import Refits, Treats
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.remains import remains
@@ -39,8 +40,10 @@ class Words(str):
         return list(dict.fromkeys(word.strip() for word in str(self).split("+") if word.strip()))
 
 
-# A cure where a layer has one tensor of all experts.
-_OTHERWISE = "use parts=attention, or drop experts"
+# What else can be done where a layer has one tensor of all experts.
+_OTHERWISE = "drop experts"
+# Sizes of groups that are tried there for attention.
+_GROUPS = (128, 64, 32, 16, 8, 0)
 EXPERTS, NOTHING = Words("experts"), Words("")
 
 
@@ -103,7 +106,7 @@ class OnMatrices(Treats):
         if fused and "experts" in self.parts.each():
             raise UserError(
                 f"{self.kind}: {blueprint.source} ({blueprint.family}) stores all experts of a layer in one tensor "
-                f"({fused[0].ref.name}), which this version cannot {self.verb[0]}: {self.instead_of_stacks if is_stack(fused[0]) else _OTHERWISE}"
+                f"({fused[0].ref.name}), which this version cannot {self.verb[0]}: {self._instead(fused[0], blueprint)}"
             )
         self._check_exclude(blueprint)
         chosen = [entry for entry, _ in self._formats(blueprint)]
@@ -118,6 +121,23 @@ class OnMatrices(Treats):
         check_all_storable([(entry, format, entry.ref.shape) for entry, format in self._formats(blueprint)])
         if isinstance(self, Refits):
             self._check_whole(chosen, blueprint)
+
+    def _instead(self, fused: Entry, blueprint: Blueprint) -> str:
+        """What this step can do on a model that has its experts of a layer in one tensor: as another of its forms, or to
+        attention where it takes that, with settings that hold there."""
+        if is_stack(fused) and self.instead_of_stacks != _OTHERWISE:
+            return self.instead_of_stacks
+        grouped = "group_size" in {each.name for each in fields(self)}
+        for settings in ({}, *({"group_size": size} for size in _GROUPS if grouped)):
+            with suppress(UserError):
+                other = replace(self, parts=Words("attention"), **settings)
+                other.check(blueprint)
+                made = {layout_of(format) for _, format in other._formats(blueprint)}
+                words = ",".join(
+                    f"{name}={value}" for name, value in ({"parts": "attention"} | settings).items()
+                )
+                return f"use {words}{' with --target plugin' if made & OWN_LAYOUTS else ''}, or {_OTHERWISE}"
+        return _OTHERWISE
 
     def _check_exclude(self, blueprint: Blueprint) -> None:
         """Every pattern must leave something alone: a misspelt one would otherwise round it without a word."""

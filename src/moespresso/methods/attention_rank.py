@@ -151,7 +151,7 @@ class AttentionRank(OnText):
             reasons = {"qk": layer.heads.no_qk, "vo": layer.heads.no_vo}
             if not any(not reasons[side] for side in self.modules.each()):
                 other = next((side for side in SIDES if not reasons[side]), None)
-                cure = f"modules={other}" if other else "low_rank:parts=attention"
+                cure = f"modules={other}" if other else "low_rank:parts=attention with --target plugin"
                 raise UserError(
                     f"attention_rank: the attention of L{layer.index} of {blueprint.source} ({blueprint.family}) "
                     f"{' and '.join(dict.fromkeys(reasons[side] for side in self.modules.each()))}: use {cure}"
@@ -309,7 +309,7 @@ def _check_stored(part: _Part, blueprint: Blueprint) -> None:
         if matrix not in found or found[matrix].ref.shape[0 if kind == "rows" else 1] != wide:
             raise UserError(
                 f"attention_rank: {blueprint.source} ({blueprint.family}) does not store {matrix} of L{part.layer.index} as a "
-                "matrix of its own: use low_rank:parts=attention"
+                "matrix of its own: use low_rank:parts=attention with --target plugin"
             )
 
 
