@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moespresso.core.errors import UserError
 from moespresso.data import Source, calibration, sequences
+from moespresso.data.text import documents
 from test_conversations import ANSWER, ASK, BARE, FULL, TOOL, Record, call, read, stock, write
 from test_data import byte_tokenizer
 
@@ -56,6 +57,11 @@ def test_what_stands_beside_the_turns_is_read(tmp_path: Path, name: str, caplog:
     record, wanted = BESIDE[name]
     assert read(tmp_path, record) == wanted
     assert warned(caplog) == []
+
+
+def test_a_text_beside_input_and_output_is_the_record(tmp_path: Path):
+    file = write(tmp_path / "a.jsonl", {"text": "print the sum", "input": "1 1", "output": "2"})
+    assert [each.text for each in documents(Source(str(file)), 99)] == ["print the sum"]
 
 
 @pytest.mark.parametrize(

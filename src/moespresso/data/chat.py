@@ -111,6 +111,9 @@ def conversation(record: Mapping[str, Any], place: str) -> Chat | None:
     if "instruction" in record and "output" in record:
         return _alpaca(record, place)
     for question, answer in QUESTION_ANSWER:
+        # Programs have inputs and outputs, too: a text beside them is what the record is.
+        if question == "input" and isinstance(record.get("text"), str):
+            continue
         if question in record and answer in record:
             return _chat(_exchange(record, question, answer, place), record, {question, answer}, place)
     for name in ("prompt", "chosen"):
