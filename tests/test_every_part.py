@@ -6,6 +6,7 @@ treated and leaves it whole would pass every other check, since a folder with we
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import families
 from conftest import Zoo
 from moespresso import api
 from moespresso.core.errors import UserError
+from moespresso.core.method import Treats
 from moespresso.core.plan import Plan
 from moespresso.core.registry import methods
 from moespresso.core.slim import SLIM_PARTS
@@ -39,7 +41,12 @@ PACKS = ("magnitude", "wanda", "sparsegpt")
 
 def treats() -> dict[str, tuple[str, ...]]:
     """The parts that each registered step can treat."""
-    return {kind: cls.able for kind, cls in methods().items() if hasattr(cls, "able")}
+    fields = {kind: {each.name for each in dataclasses.fields(cls)} for kind, cls in methods().items()}
+    return {
+        kind: cls.able
+        for kind, cls in methods().items()
+        if issubclass(cls, Treats) and "parts" in fields[kind]
+    }
 
 
 def cases() -> list[tuple[str, str]]:

@@ -111,6 +111,7 @@ class AttentionRank(OnText):
     """
 
     kind: ClassVar[str] = "attention_rank"
+    able: ClassVar[tuple[str, ...]] = ("attention",)
 
     ratio: float = 0.25
     modules: Words = BOTH

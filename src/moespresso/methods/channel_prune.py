@@ -71,6 +71,7 @@ class ChannelPrune(OnText):
     """
 
     kind: ClassVar[str] = "channel_prune"
+    able: ClassVar[tuple[str, ...]] = ("experts",)
 
     ratio: float | None = None
     width: int | None = None

@@ -39,6 +39,7 @@ class Refit(OnText):
     """
 
     kind: ClassVar[str] = "refit"
+    able: ClassVar[tuple[str, ...]] = ("experts",)
 
     damping: float = TO_ORIGINAL
     sweeps: int = 2
