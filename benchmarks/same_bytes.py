@@ -121,17 +121,13 @@ def verified(folder: Path) -> bool:
 
 def main() -> int:
     """Compare; the exit code is the number of recipes that differ."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--before", help="the commit to compare with")
-    parser.add_argument("--only", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="NAME")
-    parser.add_argument("--model", nargs="+", default=["mixtral", "deepseek_v2"])
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        child(options.child)
-        return 0
+    from harness import parser  # not in a child, whose moespresso may be another than the harness knows
+
+    made = parser(__doc__)
+    made.add_argument("--before", required=True, help="the commit to compare with")
+    made.add_argument("--only", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="NAME")
+    made.add_argument("--model", nargs="+", default=["mixtral", "deepseek_v2"])
+    options = made.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch) / "tree"
         subprocess.run(
@@ -158,4 +154,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(child(sys.argv[2]) if sys.argv[1:2] == ["--child"] else main())
