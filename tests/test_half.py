@@ -33,7 +33,7 @@ from moespresso.evaluate.compare import score_tokens
 from moespresso.measure import RoutedExperts
 from moespresso.methods._awq import find_entrance, is_product
 from moespresso.methods.expert_drop import ExpertDrop, Score, expert_scores
-from moespresso.model import Skeleton, View, make_skeleton, open_view
+from moespresso.model import Skeleton, View, make_skeleton, open_view, pick_dtype
 from moespresso.model.opening import precision
 from moespresso.pipeline import Clock, Decided, decide, measure
 from moespresso.recipe import Request
@@ -452,4 +452,4 @@ def test_what_auto_stands_for_names_the_files_of_a_run(models: Callable[[str], M
     other = replace(
         view, checkpoint=replace(view.checkpoint, config={**view.checkpoint.config, "dtype": "bfloat16"})
     )
-    assert precision(other, Runtime(device="meta")) == "torch.bfloat16"
+    assert pick_dtype("auto", other, torch.device("cuda")) == torch.bfloat16

@@ -108,8 +108,8 @@ def test_layers_of_their_own_width_are_for_the_plugin(granite: Path, text: Path,
         ("sparsegpt:pack=true", "say pack=false"),
         ("sparsegpt:bits=4,group_size=8", "say bits=0"),
         ("rtn:group_size=8", "use parts=attention, or drop experts"),
-        ("low_rank", "use parts=attention, or drop experts"),
-        ("low_rank:method=shared_basis", "or drop experts"),
+        ("low_rank", "use parts=attention with --target plugin, or drop experts"),
+        ("low_rank:method=shared_basis", "cannot decompose: drop experts"),
     ],
 )
 def test_what_one_tensor_cannot_hold_is_refused(

@@ -42,12 +42,19 @@ def test_another_familys_form_brings_no_parts_to_treat(step: str, source: Path, 
 
 
 @pytest.mark.parametrize(
-    "step", ["magnitude", "magnitude:pack=true", "sparsegpt", "sparsegpt:bits=4", "wanda:pack=true"]
+    ("step", "more"),
+    [
+        ("magnitude", ""),
+        ("magnitude:pack=true", " with --target plugin"),
+        ("sparsegpt", ""),
+        ("sparsegpt:bits=4", ",group_size=16"),
+        ("wanda:pack=true", " with --target plugin"),
+    ],
 )
 def test_stacks_that_cannot_be_treated_are_refused_with_what_can(
-    step: str, zoo: Zoo, text: Path, tmp_path: Path
+    step: str, more: str, zoo: Zoo, text: Path, tmp_path: Path
 ):
-    with pytest.raises(UserError, match="use parts=attention, or drop experts"):
+    with pytest.raises(UserError, match=f"use parts=attention{more}, or drop experts"):
         press(zoo("gpt_oss"), tmp_path / "out", step, text=text, target="plugin")
     press(zoo("gpt_oss"), tmp_path / "cured", "magnitude:parts=attention")
 

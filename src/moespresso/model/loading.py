@@ -35,7 +35,7 @@ def load_model(
     Raises `UserError` for a dtype that no model computes in, for a device that is not there, and for what transformers
     does not load.
     """
-    chosen, place = _asked_dtype(dtype, view), _asked_device(device)
+    chosen, place = _asked_dtype(dtype, view), pick_device(str(device or "cpu"))
     try:
         model: Any = _as_it_is(view, chosen) if _plain_to_transformers(view) else _decoded(view, chosen)
     except (UserError, MemoryError):
@@ -78,13 +78,6 @@ def _as_it_is(view: View, dtype: torch.dtype) -> PreTrainedModel:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return reason(Exception(lines[0]))
-
-
-def _asked_device(device: str | torch.device | None) -> torch.device:
-    found = pick_device(str(device or "cpu"))
-    if found.type == "meta":
-        raise UserError("device 'meta' holds no values: use cpu, cuda or auto")
-    return found
 
 
 def _decoded(view: View, dtype: torch.dtype) -> PreTrainedModel:
