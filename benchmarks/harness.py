@@ -26,20 +26,19 @@ import torch
 from torch import Tensor
 
 import moespresso.methods
-from moespresso.api import load_tokenizer
+from moespresso.build import View, make_skeleton, open_view
 from moespresso.bundled import MODELS, TEXT
 from moespresso.checkpoint import Reader
 from moespresso.core.plan import Plan
 from moespresso.core.registry import parse_step
 from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats
-from moespresso.data import Batches, Source, calibration, sequences
-from moespresso.evaluate import score_tokens
-from moespresso.evaluate.compare import summary
-from moespresso.fitting import fit
-from moespresso.model import View, make_skeleton, open_view
-from moespresso.pipeline import Clock, Decided, all_needs, decide, measure
+from moespresso.data import Batches, Source, calibration, load_tokenizer, sequences
+from moespresso.fit.repairs import fit
+from moespresso.quality import score_tokens
+from moespresso.quality.compare import summary
 from moespresso.report import machine, versions
+from moespresso.run import Clock, Decided, all_needs, decide, measure
 from moespresso.stream import sweep
 
 assert moespresso.methods  # importing it registers the step kinds

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from harness import parser
 
+from moespresso.build import make_skeleton, open_view
 from moespresso.checkpoint import Reader
 from moespresso.core.runtime import Runtime
-from moespresso.model import make_skeleton, open_view
 from moespresso.stream import PeakMemory
 
 

@@ -28,17 +28,15 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
+from moespresso.build import make_skeleton
 from moespresso.checkpoint import Reader
 from moespresso.core.runtime import Runtime
 from moespresso.data import Batches
-from moespresso.evaluate import score_tokens
-from moespresso.evaluate.compare import summary
-from moespresso.measure import RoutedExperts, factored
-from moespresso.measure.removal import removal
-from moespresso.methods._channels import TURNS, last, portions
-from moespresso.methods._joint import joint_refit
-from moespresso.methods._low_rank import truncated
-from moespresso.model import make_skeleton
+from moespresso.kernels import RoutedExperts, factored, last, removal, truncated
+from moespresso.kernels.channels import TURNS, portions
+from moespresso.kernels.joint_refit import joint_refit
+from moespresso.quality import score_tokens
+from moespresso.quality.compare import summary
 from moespresso.stream import sweep
 
 DAMPING = 0.003

@@ -132,9 +132,9 @@ def _child(job: dict[str, Any], main: Callable[[list[str]], int]) -> int:
 def _instrument(log: Log, job: dict[str, Any]) -> None:
     import torch
 
-    from moespresso import pipeline
     from moespresso.checkpoint import Journal, journal, writer
-    from moespresso.measure import Measurer
+    from moespresso.run import pipeline
+    from moespresso.statistics import Measurer
     from moespresso.stream import Memento
 
     if "shard_bytes" in job:

@@ -19,13 +19,14 @@ import families
 import moespresso
 from conftest import Zoo, write_wide
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.checkpoint import Reader
 from moespresso.core.errors import UserError
 from moespresso.core.format import Format, stored_parts
 from moespresso.data import Source
+from moespresso.effect import price
 from moespresso.formats import decode_plain, encode_plain
-from moespresso.model import open_view
-from moespresso.recipe import Request
+from moespresso.run import Request
 from test_depth_kl import LENGTH, SAMPLES
 from test_depth_steps import plan_of
 from test_slim import disk, disk_of, press, proven
@@ -73,7 +74,7 @@ def test_rows_and_columns_are_stored_and_the_stock_model_with_zeros_is_the_same(
     out = press(source, tmp_path / "out", "attention_rank:ratio=0.25", text=text, target="plugin")
     proven(out, source)
     tensors = disk(out)
-    priced, whole_cost = plan_of(out).cost(open_view(source).source), open_view(source).source.cost()
+    priced, whole_cost = price(plan_of(out), open_view(source).source), open_view(source).source.cost()
     assert priced.bytes == sum(t.nbytes for t in tensors.values()) < whole_cost.bytes
     assert priced == open_view(out).source.cost()
     some = ("v_proj", "o_proj") if family in NORMED else MATRICES
@@ -250,7 +251,7 @@ def test_layers_that_turn_the_stream_less_lose_more(zoo: Zoo, text: Path, tmp_pa
         zoo("mixtral"), tmp_path / "out", "attention_rank:ratio=0.4,allocation=entropy", text=text, target="plugin"
     )  # fmt: skip
     proven(out, zoo("mixtral"))
-    assert plan_of(out).cost(open_view(zoo("mixtral")).source).bytes == sum(
+    assert price(plan_of(out), open_view(zoo("mixtral")).source).bytes == sum(
         t.nbytes for t in disk(out).values()
     )
     kept = {len(t) for name, t in disk(out).items() if name.endswith("v_proj.weight_index")}
@@ -291,7 +292,7 @@ def test_before_and_after_other_steps(steps: list[str], text: Path, tmp_path: Pa
     source = write_wide(tmp_path / "source")
     out = press(source, tmp_path / "out", *steps, text=text, target="plugin")
     proven(out, source)
-    assert plan_of(out).cost(open_view(source).source).bytes == sum(t.nbytes for t in disk(out).values())
+    assert price(plan_of(out), open_view(source).source).bytes == sum(t.nbytes for t in disk(out).values())
 
 
 @pytest.mark.parametrize("step", ["expert_drop:keep=6", "block_drop", "wanda:parts=attention", "gptq:group_size=32",

@@ -18,10 +18,8 @@ from moespresso import api
 from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.formats import decode, round_nearest, searched
-from moespresso.measure import RoutedExperts
+from moespresso.kernels import Learned, RoutedExperts, half_quadratic, routed_sum, slopes
 from moespresso.methods import AutoRound, LayerContext, LayerResult
-from moespresso.methods._autoround import Learned, routed_sum, slopes
-from moespresso.methods._hqq import half_quadratic
 
 DTYPE = torch.bfloat16
 

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 import families
 from conftest import Zoo
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.formats import Codes, decode, round_nearest
-from moespresso.measure import RoutedExperts
+from moespresso.kernels import RoutedExperts
 from moespresso.methods import Awq, LayerContext
 from moespresso.methods._awq import Untold, find_entrance, is_product
 from moespresso.methods.awq import candidates, divided
 from moespresso.model import experts as experts_function
-from moespresso.model import open_view
 from test_engine import streamed_logits
 
 FAMILIES = ["mixtral", "qwen2_moe", "deepseek_v3", "hunyuan_v1_moe", "granitemoe", "jamba"]

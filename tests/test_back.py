@@ -17,12 +17,13 @@ from torch.nn import functional as F
 
 import families
 from conftest import Zoo
+from moespresso.build import View, open_view
 from moespresso.checkpoint import Reader
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Layer
-from moespresso.measure import Pulled
-from moespresso.model import View, Waiting, open_view
+from moespresso.model import Waiting
 from moespresso.model.experts import experts_forward
+from moespresso.statistics import Pulled
 from moespresso.stream import back, stiffness, sweep, sweep_back
 from test_engine import close, skeleton_of
 from test_more_families import MIXTURES, _random_model

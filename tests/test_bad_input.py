@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from conftest import Zoo, tiny_tokenizer
 from families import tensor_files
 from moespresso.checkpoint import MANIFEST, claim, writer
-from moespresso.checkpoint.index import INDEX
+from moespresso.checkpoint.files import INDEX
 from moespresso.cli import main
 from moespresso.model.quirks import REFUSED
 

@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerFast
 from conftest import tiny_tokenizer, write_wide, write_words
 from families import FAMILIES
 from moespresso import api
+from moespresso.build import num_positions, open_view
 from moespresso.core.errors import UserError
 from moespresso.data import Source, calibration, load_tokenizer, sequences
 from moespresso.data.text import documents
-from moespresso.model import num_positions, open_view
-from moespresso.recipe import Recipe, Request
+from moespresso.run import Recipe, Request
 from test_data import byte_tokenizer
 
 ROWS = 96

@@ -15,9 +15,10 @@ import families
 from conftest import Zoo, write_wide
 from driver import Driver
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.core.errors import UserError
-from moespresso.model import open_view
-from moespresso.recipe import Request
+from moespresso.effect import price
+from moespresso.run import Request
 from test_depth_steps import plan_of
 from test_resume import KILLED, Press, contents, same
 from test_slim import OPTIONS, disk, disk_of, press, proven
@@ -40,7 +41,7 @@ def test_stock_transformers_loads_it_with_our_values(
     width = open_view(zoo(family)).source.moe_layers[0].width
     wanted = 8 if "width" in step else -(-width // 16) * 8
     assert {layer.width for layer in open_view(out).source.moe_layers} == {wanted}
-    priced = plan_of(out).cost(open_view(zoo(family)).source)
+    priced = price(plan_of(out), open_view(zoo(family)).source)
     experts = sum(t.nbytes for name, t in disk(out).items() if ".experts." in name)
     before = sum(t.nbytes for name, t in disk_of(zoo(family)).items() if ".experts." in name)
     assert experts == before * wanted // width

@@ -36,14 +36,15 @@ from moespresso.checkpoint import (
     write_shard,
     write_text,
 )
-from moespresso.checkpoint.index import INDEX, SINGLE, read_header
+from moespresso.checkpoint.files import INDEX, SINGLE
+from moespresso.checkpoint.index import read_header
 from moespresso.checkpoint.journal import WORK
 from moespresso.checkpoint.reader import count_nonfinite, runs
 from moespresso.checkpoint.writer import header
 from moespresso.core.blueprint import Entry, TensorRef
 from moespresso.core.errors import NonFiniteError, UserError
-from moespresso.core.piece import Piece
 from moespresso.core.unit import Unit
+from moespresso.effect import Piece
 
 # Hypothesis' examples share the folder of a function-scoped fixture; each writes its own files anew.
 same_folder = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])

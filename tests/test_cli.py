@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 import moespresso
-from moespresso.cli import LATER_VERBS, main
+from moespresso.cli import main
+from moespresso.cli.app import LATER_VERBS
 from moespresso.core.cost import Cost
 from moespresso.core.errors import CheckFailed, UserError
 from moespresso.core.plan import Plan
@@ -295,7 +296,7 @@ def test_version_and_help(capsys):
 def test_help_and_usage_errors_do_not_wait_for_torch():
     script = (
         "import sys; from moespresso.cli import main; main(['press', '--help']); main(['press', '--outt']); "
-        "main(['heal']); sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'moespresso.recipe')))"
+        "main(['heal']); sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'moespresso.run.recipe')))"
     )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=60)
 

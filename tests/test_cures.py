@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 
 from conftest import Zoo, write_wide
+from moespresso.build import open_view
 from moespresso.core.errors import UserError
-from moespresso.model import open_view
-from moespresso.recipe import Request
-from moespresso.rehearsal import rehearse
+from moespresso.run import Request, rehearse
 
 
 def amended(step: str, said: str) -> str:

@@ -16,9 +16,10 @@ from torch import Tensor
 import families
 from conftest import Zoo, tiny_tokenizer
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan
-from moespresso.model import open_view
+from moespresso.effect import validated
 from test_slim import OPTIONS
 
 INDEX = "model.safetensors.index.json"
@@ -197,11 +198,11 @@ def test_a_plan_by_hand_names_what_fits_all(zoo: Zoo, tmp_path: Path):
     api.plan(model, steps=["rtn:group_size=8"], out=tmp_path / "plan.json")
     body = (tmp_path / "plan.json").read_text().replace('"group_size": 8', '"group_size": 32')
     with pytest.raises(UserError) as error:
-        Plan.from_json(body).validated(open_view(model).source)
+        validated(Plan.from_json(body), open_view(model).source)
     found = re.search(r"use group_size=(\d+)", str(error.value))
     assert found
     mended = body.replace('"group_size": 32', f'"group_size": {found[1]}')
-    Plan.from_json(mended).validated(open_view(model).source)
+    validated(Plan.from_json(mended), open_view(model).source)
 
 
 @pytest.mark.parametrize(

@@ -21,17 +21,19 @@ import families
 from conftest import Zoo, tiny_tokenizer
 from depth_by_hand import Cut, mean_cosine, overhear, parts, silenced, token_kl
 from moespresso import api
+from moespresso.build import View, open_view
 from moespresso.checkpoint import Reader
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.data import Batches, Source, calibration
-from moespresso.measure import similarity
+from moespresso.effect import validated
 from moespresso.methods import BlockDrop, LayerDrop
 from moespresso.methods._depth import greedy
-from moespresso.model import Skeleton, View, Waiting, open_view
-from moespresso.pipeline import Clock, Decided, decide
+from moespresso.model import Skeleton, Waiting
+from moespresso.run import Clock, Decided, decide
+from moespresso.statistics import similarity
 from moespresso.stream import sweep, sweep_variants
 from test_engine import close
 from test_more_families import DENSE, MIXTURES, _random_model
@@ -309,7 +311,7 @@ def test_hidden_states_of_candidates_are_those_of_views_with_the_plan(family: st
     with Reader(folder) as reader, sweep_variants(skeleton_of(view, reader), ids, mask, asked) as found:
         for cuts, hidden in zip(asked, map(torch.cat, found), strict=True):
             treatments = {specs[layer].unit(branch): Treatment(drop=True) for layer, branch in cuts}
-            plan = Plan(view.source.digest, (Stage({"kind": "by hand"}, treatments),)).validated(view.source)
+            plan = validated(Plan(view.source.digest, (Stage({"kind": "by hand"}, treatments),)), view.source)
             wanted = sweep(skeleton_of(replace(view, plan=plan), reader), ids, mask)
             close(hidden[mask], wanted[mask])
 

@@ -25,15 +25,17 @@ import families
 from conftest import Zoo, tiny_tokenizer
 from depth_by_hand import Array, Cut, mapped, overhear, parts, silenced, stream
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.runtime import Runtime
 from moespresso.core.unit import Unit
 from moespresso.data import Source
-from moespresso.fitting import fit, unrepaired
-from moespresso.measure import folds
-from moespresso.model import open_view
-from moespresso.recipe import Request
+from moespresso.effect import validated
+from moespresso.fit import unrepaired
+from moespresso.fit.repairs import fit
+from moespresso.run import Request
+from moespresso.statistics import folds
 from test_depth_kl import LENGTH, SAMPLES, other_folder, rows_of
 from test_engine import tensors
 from test_scores import tokens_for
@@ -341,7 +343,7 @@ def test_padding_has_no_part_in_what_is_fitted(plain: Zoo, tmp_path: Path):
     view = open_view(plain("mixtral"))
     batches = tokens_for(view, 6, 24, short=(15, 9))
     stage = Stage({"kind": "by hand"}, {Unit(1, "experts"): drop("linear")})
-    plan = Plan(view.source.digest, (stage,)).validated(view.source)
+    plan = validated(Plan(view.source.digest, (stage,)), view.source)
     (found,) = fit(view, plan, batches, tmp_path, Runtime()).values()
     wanted = solved(families.reference(plain("mixtral")), [(1, "mlp")], "linear", batches.ids, batches.mask)
     np.testing.assert_allclose(found.numpy(), wanted, rtol=0, atol=2e-4 * np.abs(wanted).max())
@@ -352,7 +354,7 @@ def test_what_the_text_does_not_show_is_left_as_it_is(plain: Zoo, tmp_path: Path
     view = open_view(plain("mixtral"))
     batches = tokens_for(view, 1, 8)
     stage = Stage({"kind": "by hand"}, {Unit(1, "experts"): drop("linear")})
-    plan = Plan(view.source.digest, (stage,)).validated(view.source)
+    plan = validated(Plan(view.source.digest, (stage,)), view.source)
     (found,) = fit(view, plan, batches, tmp_path, Runtime()).values()
     before, behind = stream(families.reference(plain("mixtral")), batches.ids)[2:4]
     _, sizes, directions = np.linalg.svd((behind - before).numpy())
@@ -464,7 +466,7 @@ def test_before_the_first_branch_there_is_nothing_to_repair(plain: Zoo, text: Pa
 def test_where_nothing_can_be_fitted_nothing_is_run(
     plain: Zoo, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("moespresso.fitting.sweep", lambda *_, **__: pytest.fail("the model was run"))
+    monkeypatch.setattr("moespresso.fit.repairs.sweep", lambda *_, **__: pytest.fail("the model was run"))
     out = built(plain("mixtral"), text, tmp_path / "out", {"L0": drop("linear")})
     assert api.verify(out, against=plain("mixtral"))["ok"]
 

@@ -24,15 +24,15 @@ import families
 from conftest import Zoo, tiny_tokenizer
 from depth_by_hand import Cut, body, mean_cosine, overhear, silenced
 from moespresso import api
+from moespresso.build import View, open_view
 from moespresso.core.errors import UserError
 from moespresso.core.method import Selects
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.runtime import Runtime
 from moespresso.core.unit import Unit
+from moespresso.effect import price
 from moespresso.methods import ExpertDrop
-from moespresso.model import View, open_view
-from moespresso.pipeline import Clock, decide
-from moespresso.recipe import Request
+from moespresso.run import Clock, Request, decide
 from test_depth_kl import LENGTH, SAMPLES, gone, other_folder, rows_of
 from test_engine import close, streamed_logits
 from test_resume import contents, same
@@ -96,7 +96,7 @@ def test_every_family_without_parts_or_a_block_is_the_model_silenced_by_hand(
     agree(out, silenced(families.reference(zoo(family)), *cuts_of(units)))
     found = api.verify(out, against=zoo(family))
     assert found["ok"], found
-    priced, stored = plan_of(out).cost(view.source), load_file(out / "model.safetensors")
+    priced, stored = price(plan_of(out), view.source), load_file(out / "model.safetensors")
     assert priced.bytes == sum(tensor.nbytes for tensor in stored.values())
     assert priced == open_view(out).source.cost()
     without_attention = family == "jamba" and what == "block"

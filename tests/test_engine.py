@@ -17,13 +17,15 @@ from safetensors import safe_open
 
 import families
 from moespresso import api
+from moespresso.build import View
 from moespresso.checkpoint import Reader, open_checkpoint
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan, Stage, Treatment
-from moespresso.core.rewrite import kept_by_layer
 from moespresso.core.unit import Unit
 from moespresso.data import Source
-from moespresso.model import Skeleton, View, read_blueprint, start
+from moespresso.effect import price, validated
+from moespresso.effect.rewrite import kept_by_layer
+from moespresso.model import Skeleton, read_blueprint, start
 from moespresso.stream import sweep
 
 FAMILIES = list(families.FAMILIES)
@@ -63,7 +65,7 @@ def quarter_dropped(view: View, seed: int = 3) -> Plan:
             for expert in torch.randperm(size, generator=generator)[:each]
         ]
         treatments[Unit(layer.index, "experts")] = Treatment(keep=tuple(sorted(kept)))
-    return Plan(view.source.digest, (Stage({"kind": "expert_drop"}, treatments),)).validated(view.source)
+    return validated(Plan(view.source.digest, (Stage({"kind": "expert_drop"}, treatments),)), view.source)
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -135,8 +137,8 @@ def test_priced_bytes_are_the_bytes_written(zoo: Zoo, tmp_path: Path, family: st
     view = view_of(zoo(family))
     plan = quarter_dropped(view)
     out = written(view, plan, tmp_path / "out")
-    assert plan.cost(view.source) == view_of(out).blueprint.cost()
-    assert plan.cost(view.source).bytes == sum(ref.nbytes for ref in open_checkpoint(out).tensors.values())
+    assert price(plan, view.source) == view_of(out).blueprint.cost()
+    assert price(plan, view.source).bytes == sum(ref.nbytes for ref in open_checkpoint(out).tensors.values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from families import FAMILIES, random_ids, reference, tensor_files, write_checkpoint
+from moespresso.build import open_view
 from moespresso.checkpoint import Reader
 from moespresso.core.progress import Silent
 from moespresso.data import Batches
-from moespresso.evaluate import compare, evaluate, mean_interval
-from moespresso.model import Skeleton, open_view
+from moespresso.model import Skeleton
+from moespresso.quality import compare, evaluate, mean_interval
 
 # A plain head, one that scales its logits (and is tied), one with a bias.
 HEADS = ["mixtral", "granitemoe", "phimoe"]

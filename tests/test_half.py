@@ -23,20 +23,19 @@ from torch import Tensor, nn
 from conftest import tiny_tokenizer, write_words
 from families import build, read_tensor, tensor_files, write_checkpoint
 from moespresso import api
+from moespresso.build import View, make_skeleton, open_view, pick_dtype, precision
 from moespresso.checkpoint import Reader
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Fed
 from moespresso.core.runtime import Runtime
 from moespresso.data import Batches
 from moespresso.data.text import Source
-from moespresso.evaluate.compare import score_tokens
-from moespresso.measure import RoutedExperts
+from moespresso.kernels import RoutedExperts
 from moespresso.methods._awq import find_entrance, is_product
 from moespresso.methods.expert_drop import ExpertDrop, Score, expert_scores
-from moespresso.model import Skeleton, View, make_skeleton, open_view, pick_dtype
-from moespresso.model.opening import precision
-from moespresso.pipeline import Clock, Decided, decide, measure
-from moespresso.recipe import Request
+from moespresso.model import Skeleton
+from moespresso.quality import score_tokens
+from moespresso.run import Clock, Decided, Request, decide, measure
 from moespresso.stream import Memento, stiffness, sweep
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -20,10 +20,9 @@ from moespresso.core.format import Format
 from moespresso.formats.grids import minmax, searched
 from moespresso.formats.integer import SLAB, Codes, decode, encode, in_groups, slabs, spread
 from moespresso.formats.rounding import round_nearest, unbias
-from moespresso.measure.hessians import factored, shrunk
-from moespresso.methods._gptq import solve
-from moespresso.methods._hqq import half_quadratic
-from moespresso.methods._hqq import shrink as shrunk_errors
+from moespresso.kernels import factored, half_quadratic, shrunk
+from moespresso.kernels.gptq import solve
+from moespresso.kernels.hqq import shrink as shrunk_errors
 
 FORMATS = [
     Format("integer", bits, size, symmetric)

@@ -27,9 +27,9 @@ import moespresso
 from conftest import tiny_tokenizer, write_model, write_wide
 from families import expert_on_disk
 from moespresso import api
+from moespresso.build import open_view, pick_dtype
 from moespresso.checkpoint import Reader
 from moespresso.core.errors import UserError
-from moespresso.model import open_view, pick_dtype
 from moespresso.runtime import saving
 from test_rehouse import TINY, write_deepseek
 

@@ -23,6 +23,7 @@ import families
 from conftest import tiny_tokenizer, write_model
 from merged_by_hand import merge_by_hand, read_stage, routed_groups
 from moespresso import api
+from moespresso.build import View, open_view
 from moespresso.core.blueprint import LayerSpec
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan, Treatment
@@ -30,7 +31,6 @@ from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.data import Source, calibration
 from moespresso.methods import ExpertMerge
-from moespresso.model import View, open_view
 from test_scores import SIGMOID, Heard, edited, measured, overhear, put, sketch, tokens_for
 
 Zoo = Callable[[str], Path]

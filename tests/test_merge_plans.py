@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 import families
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.core.errors import UserError
-from moespresso.model import open_view
-from moespresso.recipe import Request
+from moespresso.run import Request
 
 Zoo = Callable[[str], Path]
 Rows = dict[str, dict[str, Any]]

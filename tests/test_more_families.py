@@ -21,11 +21,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import families
 from conftest import tiny_tokenizer
 from moespresso import api
+from moespresso.build import View
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.unit import Unit
 from moespresso.data import Source
-from moespresso.model import View
+from moespresso.effect import validated
 from test_engine import close, streamed_logits, view_of, written
 
 # Multi-head latent attention, and the same with an index of what to look at.
@@ -141,7 +142,7 @@ def _unused_dropped(view: View, model: PreTrainedModel, ids: Tensor) -> Plan:
         assert len(dropped) == 2
         kept = tuple(expert for expert in range(8) if expert not in dropped)
         treatments[Unit(layer, "experts")] = Treatment(keep=kept)
-    return Plan(view.source.digest, (Stage({"kind": "expert_drop"}, treatments),)).validated(view.source)
+    return validated(Plan(view.source.digest, (Stage({"kind": "expert_drop"}, treatments),)), view.source)
 
 
 @pytest.mark.parametrize("family", MIXTURES)

@@ -22,12 +22,12 @@ import families
 from conftest import tiny_tokenizer, write_model, write_words
 from merged_by_hand import merge_by_hand, read_stage
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.checkpoint import Reader
 from moespresso.core.errors import UserError
 from moespresso.data import Batches, Source, calibration
-from moespresso.measure import MeanAnswers
-from moespresso.model import open_view
-from moespresso.recipe import Request
+from moespresso.run import Request
+from moespresso.statistics import MeanAnswers
 from moespresso.stream import sweep
 from test_merge_groups import answers_of
 from test_scores import edited, overhear, put, tokens_for

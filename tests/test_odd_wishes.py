@@ -14,14 +14,14 @@ from pyarrow import parquet
 
 from conftest import write_wide, write_words
 from moespresso import api
+from moespresso.build import pick_device
 from moespresso.cli import main
 from moespresso.core.errors import UserError
 from moespresso.core.place import typed
 from moespresso.core.registry import parse_step
 from moespresso.data import Source, calibration
 from moespresso.data.text import documents
-from moespresso.model.opening import pick_device
-from moespresso.recipe import Recipe
+from moespresso.run import Recipe
 from test_data import byte_tokenizer
 
 STEP = ["--step", "expert_drop:keep=6"]

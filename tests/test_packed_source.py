@@ -21,9 +21,9 @@ from torch import Tensor
 import moespresso
 from conftest import write_wide
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.checkpoint import Reader, hoisted
 from moespresso.core.errors import UserError
-from moespresso.model import open_view
 
 KEEP = "expert_drop:keep=4,score=aimer"
 W4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}

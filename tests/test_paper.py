@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from paper_arithmetic import CONFIGS, GIB, MODELS, Row, price  # noqa: E402
 
-from moespresso.model import config_view  # noqa: E402
+from moespresso.build import config_view  # noqa: E402
 
 ROWS = [(model, row) for model, rows in MODELS.items() for row in rows]
 

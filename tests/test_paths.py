@@ -20,7 +20,7 @@ from moespresso.core.place import place, typed
 from moespresso.data import Source
 from moespresso.data.hub import hub_dataset
 from moespresso.data.text import documents
-from moespresso.recipe import Recipe, Request
+from moespresso.run import Recipe, Request
 
 STEP = "expert_drop:keep=6"
 BLIND = "expert_drop:keep=6,score=aimer"

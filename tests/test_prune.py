@@ -12,11 +12,12 @@ import moespresso
 from conftest import Zoo, write_wide
 from driver import Driver
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.checkpoint import Reader
 from moespresso.core.errors import UserError
 from moespresso.core.registry import opened, parse_step
-from moespresso.model import open_view
-from moespresso.recipe import Request
+from moespresso.effect import price
+from moespresso.run import Request
 from test_depth_steps import plan_of
 from test_resume import KILLED, Press, contents, same
 from test_slim import disk, disk_of, press, proven
@@ -46,7 +47,9 @@ def test_half_of_every_matrix_goes_and_nothing_else_changes(
     for name, tensor in disk_of(out).items():
         if ".experts." not in name:
             assert torch.equal(tensor, before[name]), name
-    assert plan_of(out).cost(open_view(zoo(family)).source).bytes == sum(t.nbytes for t in disk(out).values())
+    assert price(plan_of(out), open_view(zoo(family)).source).bytes == sum(
+        t.nbytes for t in disk(out).values()
+    )
 
 
 @pytest.mark.parametrize("step", PATTERNS)
@@ -213,7 +216,7 @@ def test_a_mask_and_what_stays_are_the_same_matrices_in_fewer_bytes(
     out = press(zoo(family), tmp_path / "out", step, text=text, target="plugin")
     proven(out, zoo(family))
     tensors = disk(out)
-    assert plan_of(out).cost(open_view(zoo(family)).source).bytes == sum(t.nbytes for t in tensors.values())
+    assert price(plan_of(out), open_view(zoo(family)).source).bytes == sum(t.nbytes for t in tensors.values())
     assert sum(t.nbytes for t in tensors.values()) < sum(t.nbytes for t in disk(plain).values())
     with Reader(out) as reader:
         for piece in open_view(out).pieces:
@@ -268,7 +271,7 @@ def test_products_are_stored_as_their_factors(family: str, zoo: Zoo, text: Path,
     out = press(zoo(family), tmp_path / "out", "low_rank:ratio=0.25", text=text, target="plugin")
     proven(out, zoo(family))
     tensors, before = disk(out), disk_of(zoo(family))
-    assert plan_of(out).cost(open_view(zoo(family)).source).bytes == sum(t.nbytes for t in tensors.values())
+    assert price(plan_of(out), open_view(zoo(family)).source).bytes == sum(t.nbytes for t in tensors.values())
     names = [name for name in before if ".experts." in name]
     stored = sum(t.nbytes for name, t in tensors.items() if ".experts." in name)
     assert stored <= 0.75 * sum(before[name].nbytes for name in names)

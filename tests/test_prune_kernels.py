@@ -19,9 +19,9 @@ from torch import Tensor
 from moespresso.core.format import Format
 from moespresso.formats.grids import searched
 from moespresso.formats.integer import SLAB, Codes, decode, encode, spread
-from moespresso.methods import _gptq
-from moespresso.methods._masks import kept, kept_by_share, largest
-from moespresso.methods._sparsegpt import solve
+from moespresso.kernels import gptq as _gptq
+from moespresso.kernels import kept, kept_by_share, solve
+from moespresso.kernels.masks import largest
 from test_kernels import problem
 
 HALF, DENSE = Format(density=0.5), Format(density=1.0)

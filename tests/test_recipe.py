@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moespresso.core.errors import UserError
 from moespresso.core.registry import parse_step
 from moespresso.data import Source
-from moespresso.recipe import Recipe, Request, parse_size
+from moespresso.run import Recipe, Request, parse_size
 
 GOLDEN = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 FULL = """\

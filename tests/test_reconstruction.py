@@ -26,6 +26,7 @@ from families import (
     reference,
     routers,
 )
+from moespresso.build import View, open_view
 from moespresso.checkpoint import Reader
 from moespresso.core.blueprint import LayerSpec
 from moespresso.core.layer import Call, Layer, Routed, Taps
@@ -33,11 +34,10 @@ from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.data import Batches
-from moespresso.measure import Measurer, Reconstruction, Sample, reconstruction
-from moespresso.measure.reconstruction import _only
 from moespresso.methods import ExpertDrop
-from moespresso.model import View, open_view
-from moespresso.pipeline import measure
+from moespresso.run import measure
+from moespresso.statistics import Measurer, Reconstruction, Sample, reconstruction
+from moespresso.statistics.reconstruction import _only
 from moespresso.stream import sweep
 
 Zoo = Callable[[str], Path]

@@ -13,7 +13,7 @@ from conftest import Zoo
 from driver import Driver
 from moespresso import api
 from moespresso.core.errors import UserError
-from moespresso.methods._joint import answers, joint_refit
+from moespresso.kernels.joint_refit import answers, joint_refit
 from test_channels import routed
 from test_depth_kl import rows_of
 from test_resume import KILLED, Press, contents, same

@@ -24,13 +24,14 @@ from transformers import AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import families
+from moespresso.build import View
 from moespresso.checkpoint import Checkpoint, Reader, layout, open_checkpoint, write_shard
 from moespresso.core.blueprint import Entry, TensorRef
 from moespresso.core.errors import UserError
-from moespresso.core.piece import Piece
 from moespresso.core.plan import Plan
 from moespresso.core.unit import Unit
-from moespresso.model import View, read_blueprint
+from moespresso.effect import Piece
+from moespresso.model import read_blueprint
 from moespresso.model.rehouse import (
     HOUSES,
     Rehoused,

@@ -30,11 +30,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import families
 import test_more_families as more
+from moespresso._hook import watch
 from moespresso.core.errors import UserError
 from moespresso.model.experts import is_experts
-from moespresso.runtime import watch
+from moespresso.runtime.guard import COUNT_KEYS
 from moespresso.runtime.parts import NoNorm, Silent, SilentMixer
-from moespresso.runtime.unequal import COUNT_KEYS, Change, changes, install
+from moespresso.runtime.unequal import Change, changes, install
 
 install()
 

@@ -36,6 +36,7 @@ from families import (
     routers,
     tensor_files,
 )
+from moespresso.build import View, open_view
 from moespresso.checkpoint import Reader
 from moespresso.core.blueprint import Blueprint, LayerSpec
 from moespresso.core.errors import UserError
@@ -45,11 +46,10 @@ from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.data import Batches
-from moespresso.measure import Measurer, weight_sums
 from moespresso.methods import ExpertDrop
 from moespresso.methods.expert_drop import expert_scores, super_experts
-from moespresso.model import View, open_view
-from moespresso.pipeline import Clock, Decided, decide
+from moespresso.run import Clock, Decided, decide
+from moespresso.statistics import Measurer, weight_sums
 from moespresso.stream import sweep
 
 Zoo = Callable[[str], Path]

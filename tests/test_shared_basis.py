@@ -18,13 +18,14 @@ import moespresso
 from conftest import Zoo, write_wide
 from driver import Driver
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.checkpoint import Reader
 from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.core.plan import Plan, Stage
 from moespresso.core.unit import Unit
-from moespresso.model import open_view
-from moespresso.recipe import Request
+from moespresso.effect import price
+from moespresso.run import Request
 from test_channel_prune import PLAIN, SHARED
 from test_depth_steps import plan_of
 from test_resume import KILLED, Press, contents, same
@@ -47,7 +48,9 @@ def stored_experts(folder: Path) -> int:
 def test_every_family_shares_bases(family: str, zoo: Zoo, text: Path, tmp_path: Path):
     out = press(zoo(family), tmp_path / "out", STEP, text=text, target="plugin")
     proven(out, zoo(family))
-    assert plan_of(out).cost(open_view(zoo(family)).source).bytes == sum(t.nbytes for t in disk(out).values())
+    assert price(plan_of(out), open_view(zoo(family)).source).bytes == sum(
+        t.nbytes for t in disk(out).values()
+    )
     before = stored_experts(zoo(family))
     assert 0.65 * before < stored_experts(out) <= 0.76 * before  # some are stored in float32
     experts = {layer.experts for layer in open_view(out).source.moe_layers}
@@ -102,7 +105,7 @@ def test_in_one_recipe_with_other_steps(steps: list[str], text: Path, tmp_path: 
     source = write_wide(tmp_path / "source")
     out = press(source, tmp_path / "out", *steps, text=text, target="plugin")
     proven(out, source)
-    assert plan_of(out).cost(open_view(source).source).bytes == sum(t.nbytes for t in disk(out).values())
+    assert price(plan_of(out), open_view(source).source).bytes == sum(t.nbytes for t in disk(out).values())
     moespresso.load(out)
 
 
@@ -345,7 +348,7 @@ def test_matrices_of_several_dtypes(ends: list[str], dtype: torch.dtype, text: P
     changed(source, ends, lambda tensor: tensor.to(dtype))
     out = press(source, tmp_path / "out", STEP, text=text, target="plugin")
     proven(out, source)
-    assert plan_of(out).cost(open_view(source).source).bytes == sum(t.nbytes for t in disk(out).values())
+    assert price(plan_of(out), open_view(source).source).bytes == sum(t.nbytes for t in disk(out).values())
     assert stored_experts(out) <= 0.75 * stored_experts(source)
     moespresso.load(out)
 

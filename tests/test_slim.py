@@ -16,12 +16,13 @@ import families
 import moespresso
 from conftest import Zoo, tiny_tokenizer, write_wide
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.checkpoint import Reader
 from moespresso.core.errors import UserError
 from moespresso.core.runtime import Runtime
 from moespresso.data import Source
-from moespresso.model import open_view
-from moespresso.recipe import Request
+from moespresso.effect import price
+from moespresso.run import Request
 from test_depth_kl import LENGTH, SAMPLES
 from test_depth_steps import plan_of
 from test_resume import same
@@ -61,7 +62,7 @@ def test_stock_transformers_loads_what_is_written_with_our_values(
     out = press(zoo(family), tmp_path / "out", step, text=text)
     assert "logits within" in proven(out, zoo(family))["stock transformers loads it and agrees"]
     view, tensors = open_view(zoo(family)), disk(out)
-    priced = plan_of(out).cost(view.source)
+    priced = price(plan_of(out), view.source)
     assert priced.bytes == sum(tensor.nbytes for tensor in tensors.values())
     assert priced == open_view(out).source.cost()
     assert priced.params == view.source.cost().params
@@ -415,7 +416,7 @@ def test_a_size_is_met_by_bits(source: Path, tmp_path: Path):
 def test_spilled_hidden_states_give_the_same_bytes(
     source: Path, packed: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("moespresso.slimming.must_spill", lambda *_: True)
+    monkeypatch.setattr("moespresso.fit.layerwise.must_spill", lambda *_: True)
     same_tensors(press(source, tmp_path / "out", "gptq:group_size=32", text=text), packed)
 
 

@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import families
 from conftest import tiny_tokenizer
 from moespresso import api
+from moespresso.build import apart_view, open_view
 from moespresso.checkpoint import Reader
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan
-from moespresso.model import apart_view, is_apart, open_view
+from moespresso.model import is_apart
 from test_more_families import LINEAR, MIXTURES, _random_model
 from test_slim import disk
 

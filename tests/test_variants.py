@@ -15,11 +15,12 @@ from torch import Tensor
 import families
 from conftest import Zoo
 from depth_by_hand import parts
+from moespresso.build import open_view
 from moespresso.checkpoint import Reader
 from moespresso.core.runtime import Runtime
 from moespresso.methods import LayerDrop
-from moespresso.model import Skeleton, open_view
-from moespresso.pipeline import Clock, Decided, decide
+from moespresso.model import Skeleton
+from moespresso.run import Clock, Decided, decide
 from moespresso.stream import lanes_at_once, state_bytes, sweep_variants
 from moespresso.stream.sweep import begin
 from test_depth_kl import other_folder, skeleton_of

@@ -19,7 +19,7 @@ from conftest import Zoo, write_model
 from families import read_tensor, tensor_files
 from moespresso import api
 from moespresso.checkpoint import MANIFEST, writer
-from moespresso.checkpoint.index import INDEX
+from moespresso.checkpoint.files import INDEX
 from moespresso.cli import main
 from moespresso.core.errors import UserError
 from moespresso.core.runtime import Runtime

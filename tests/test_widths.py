@@ -20,16 +20,17 @@ import families
 import moespresso
 from conftest import Zoo, write_wide
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.core.blueprint import LayerSpec
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.unit import Unit
-from moespresso.measure import RoutedExperts, grid
-from moespresso.measure.channels import Removals
-from moespresso.methods._widths import allocated
-from moespresso.model import open_view
-from moespresso.recipe import Request
+from moespresso.effect import price
+from moespresso.kernels import RoutedExperts, allocated
+from moespresso.run import Request
 from moespresso.runtime.widths import Ragged
+from moespresso.statistics import grid
+from moespresso.statistics.channels import Removals
 from test_channel_prune import PLAIN, SHARED
 from test_depth_steps import plan_of
 from test_slim import OPTIONS, disk, disk_of, press, proven
@@ -71,7 +72,9 @@ def test_every_family_loads_experts_of_any_width(family: str, zoo: Zoo, text: Pa
     out = ragged(zoo(family), tmp_path / "out", text)
     assert "logits within" in proven(out, zoo(family))["transformers with moespresso loads it and agrees"]
     assert all(len(set(each)) > 1 for each in widths_of(out))
-    assert plan_of(out).cost(open_view(zoo(family)).source).bytes == sum(t.nbytes for t in disk(out).values())
+    assert price(plan_of(out), open_view(zoo(family)).source).bytes == sum(
+        t.nbytes for t in disk(out).values()
+    )
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])

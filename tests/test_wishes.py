@@ -8,11 +8,11 @@ import pytest
 
 from conftest import Zoo, write_wide
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.checkpoint import Reader
 from moespresso.core.errors import UserError
 from moespresso.methods.channel_prune import ChannelPrune
 from moespresso.methods.sparsegpt import SparseGpt
-from moespresso.model import open_view
 from test_depth_steps import plan_of
 from test_slim import OPTIONS, disk, press, proven
 

@@ -21,40 +21,49 @@ from transformers import PreTrainedModel
 
 import moespresso.methods  # noqa: F401  (registers them)
 from moespresso._versions import VERSION
-from moespresso.bundled import MODELS, TEXT
-from moespresso.checkpoint import Reader, claim, locate, read_json, write_text
-from moespresso.core.errors import UserError, did_you_mean
-from moespresso.core.fits import needs_fit
-from moespresso.core.format import LAYOUT_BITS, Form, check_layout
-from moespresso.core.place import place, real, sayable, typed
-from moespresso.core.plan import Plan
-from moespresso.core.registry import parse_step
-from moespresso.core.runtime import Runtime
-from moespresso.core.slim import rounds_on_text, slims, step_of
-from moespresso.core.stats import Stats, stats_key
-from moespresso.data import Batches, Source, calibration, load_tokenizer, sequences
-from moespresso.evaluate import evaluate as evaluate_models
-from moespresso.export import check_even, formed
-from moespresso.fitting import unrepaired
-from moespresso.model import (
+from moespresso.build import (
     View,
     config_view,
-    is_rehoused,
-    is_unequal,
     load_model,
     make_skeleton,
     num_positions,
     one_format,
     open_view,
-    quiet_transformers,
 )
-from moespresso.pipeline import Clock, Decided, all_needs, decide
-from moespresso.pipeline import measure as measure_view
-from moespresso.recipe import Recipe, Request, row_length, say_shorter
-from moespresso.rehearsal import NotOnThisModel, housed, in_some_form, rehearse
+from moespresso.bundled import MODELS, TEXT
+from moespresso.checkpoint import Reader, claim, locate, read_json, write_text
+from moespresso.core.errors import UserError, did_you_mean
+from moespresso.core.format import LAYOUT_BITS, Form, check_layout
+from moespresso.core.place import place, real, sayable, typed
+from moespresso.core.plan import Plan
+from moespresso.core.registry import parse_step
+from moespresso.core.runtime import Runtime
+from moespresso.core.stats import Stats, stats_key
+from moespresso.data import Batches, Source, calibration, load_tokenizer, sequences
+from moespresso.effect import needs_fit, rounds_on_text, slims, step_of, validated
+from moespresso.export import check_even, formed
+from moespresso.fit import found, unrepaired
+from moespresso.model import is_rehoused, is_unequal, quiet_transformers
+from moespresso.quality import evaluate as evaluate_models
 from moespresso.report import Report, describe_methods
-from moespresso.result import format_notes, produce, source_notes
-from moespresso.slimming import found
+from moespresso.run import (
+    Clock,
+    Decided,
+    NotOnThisModel,
+    Recipe,
+    Request,
+    all_needs,
+    decide,
+    format_notes,
+    housed,
+    in_some_form,
+    produce,
+    rehearse,
+    row_length,
+    say_shorter,
+    source_notes,
+)
+from moespresso.run import measure as measure_view
 from moespresso.stream import must_spill
 from moespresso.verify import verify as verify_folder
 
@@ -283,7 +292,7 @@ def build(
         made = Plan.load(place(plan, "--plan"))
 
         def tried(form: View) -> View:
-            made.validated(form.source)
+            validated(made, form.source)
             return housed(form, lambda at_home: formed(target, replace(at_home, plan=made)).check_fits())
 
         steps = [step_of(stage) for stage in made.stages if slims(stage)]

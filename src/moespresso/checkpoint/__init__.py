@@ -3,7 +3,8 @@
 from moespresso.checkpoint.files import read_json
 from moespresso.checkpoint.hub import locate
 from moespresso.checkpoint.index import Checkpoint, open_checkpoint
-from moespresso.checkpoint.journal import MANIFEST, Journal, claim, finish, is_ours, read_manifest, sweep_up
+from moespresso.checkpoint.journal import MANIFEST, Journal, claim, finish, read_manifest, sweep_up
+from moespresso.checkpoint.packed import check_readable, packing_config
 from moespresso.checkpoint.reader import TORCH_DTYPES, Lazy, Reader, count_nonfinite
 from moespresso.checkpoint.section import OWN_KIND, SECTION, hoisted
 from moespresso.checkpoint.sidecar import copy_sidecar, sidecars
@@ -22,8 +23,36 @@ from moespresso.checkpoint.writer import (
 )
 
 __all__ = [
-    "MANIFEST", "OWN_KIND", "SECTION", "TORCH_DTYPES", "Checkpoint", "Journal", "Lazy", "Reader", "Shard",
-    "Written", "as_bytes", "claim", "copy_sidecar", "count_nonfinite", "disk_full_is_told", "finish",
-    "header", "hoisted", "is_ours", "layout", "locate", "open_checkpoint", "read_json", "read_manifest", "shard_limit",
-    "sidecars", "sweep_up", "write_file", "write_index", "write_shard", "write_text",
-]  # fmt: skip
+    "MANIFEST",
+    "OWN_KIND",
+    "SECTION",
+    "TORCH_DTYPES",
+    "Checkpoint",
+    "Journal",
+    "Lazy",
+    "Reader",
+    "Shard",
+    "Written",
+    "as_bytes",
+    "check_readable",
+    "claim",
+    "copy_sidecar",
+    "count_nonfinite",
+    "disk_full_is_told",
+    "finish",
+    "header",
+    "hoisted",
+    "layout",
+    "locate",
+    "open_checkpoint",
+    "packing_config",
+    "read_json",
+    "read_manifest",
+    "shard_limit",
+    "sidecars",
+    "sweep_up",
+    "write_file",
+    "write_index",
+    "write_shard",
+    "write_text",
+]

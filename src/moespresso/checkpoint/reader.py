@@ -19,7 +19,7 @@ import torch
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import NonFiniteError, UserError
 from moespresso.core.format import OWN_LAYOUTS, SHARED_PARTS
-from moespresso.core.piece import Fold, Member, Piece
+from moespresso.effect import Fold, Member, Piece
 from moespresso.formats import (
     SMALL_PARTS,
     Codes,

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from moespresso.checkpoint.index import INDEX, SINGLE
+from moespresso.checkpoint.files import INDEX, SINGLE
 from moespresso.checkpoint.reader import Reader
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.format import DTYPE_BYTES
-from moespresso.core.piece import Piece
+from moespresso.effect import Piece
 
 _SMALLEST, _LARGEST, _AIM = 256 << 20, 4 << 30, 32
 # Bytes after which the disk is asked to start writing.

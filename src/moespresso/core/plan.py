@@ -2,7 +2,7 @@
 
 A `Plan` is an ordered list of `Stage`s; a stage gives some units a `Treatment` by one method with its settings.
 Units are numbered as in the source checkpoint in every stage, so `L3.E17` is the same expert all the way down;
-what is kept after all stages is the intersection of what each keeps. `moespresso.core.rewrite` says what a plan
+what is kept after all stages is the intersection of what each keeps. `moespresso.effect.rewrite` says what a plan
 does to each tensor; an empty plan is the identity.
 """
 
@@ -19,8 +19,6 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
-from moespresso.core.blueprint import Blueprint
-from moespresso.core.cost import Cost
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import Format
 from moespresso.core.method import Step
@@ -37,7 +35,7 @@ class Treatment:
     attention (`L3.attention`) or feed-forward part (`L3.experts`, `L3.dense`), norm included. `scale` multiplies the layer's
     routed part (folded into the down projections). An expert that merges `into` another has a `share` of the average, and so
     has that one itself.
-    `repair` says what stands in for what goes, or how members of a merge are put in line (see `moespresso.core.fits`).
+    `repair` says what stands in for what goes, or how members of a merge are put in line (see `moespresso.effect.cuts`).
     `channels`, `rank`, `format` are for slimming; `channels` counts those that each expert of the layer keeps (`L3.experts`), or
     one of them (`L3.E5`); which ones is found on text or weights, like all fitted values.
     """
@@ -179,24 +177,6 @@ class Plan:
     def _on_experts(self, layer: int) -> list[Treatment]:
         unit = Unit(layer, "experts")
         return [stage.treatments[unit] for stage in self.stages if unit in stage.treatments]
-
-    def validated(self, blueprint: Blueprint) -> Plan:
-        """Return the plan, or raise `UserError` where it does not fit the blueprint or leaves a layer unroutable."""
-        from moespresso.core.check import check_plan
-
-        if self.blueprint != blueprint.digest:
-            raise UserError(
-                f"the plan was made for another checkpoint (digest {self.blueprint[:12]}, "
-                f"{blueprint.source} has {blueprint.digest[:12]}): make a new plan for this one"
-            )
-        check_plan(self, blueprint)
-        return self
-
-    def cost(self, blueprint: Blueprint) -> Cost:
-        """Price the model this plan makes of `blueprint`."""
-        from moespresso.core.rewrite import pressed_blueprint
-
-        return pressed_blueprint(blueprint, self).cost()
 
     def diff(self, other: Plan) -> list[str]:
         """One line per unit that the two plans treat differently."""

@@ -5,8 +5,6 @@ for measuring; `sequences` cuts them in file order for evaluation. Both give `Ba
 the plan, so that a build on other text is noticed.
 """
 
-from __future__ import annotations
-
 from moespresso.data.hub import READY
 from moespresso.data.pack import Batches, Mode, calibration, sequences
 from moespresso.data.text import Source

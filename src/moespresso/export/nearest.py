@@ -10,11 +10,11 @@ from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any
 
+from moespresso.build import View, rehoused_views
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan, Stage
 from moespresso.core.registry import parse_step
-from moespresso.core.slim import slims
-from moespresso.model import View, rehoused_views
+from moespresso.effect import slims, validated
 
 Load = Callable[[View], Any]
 
@@ -61,7 +61,7 @@ def _holds(words: str, view: View, load: Load) -> bool:
         step: Any = parse_step(words)
         step.check(view.source)
         empty = Plan(view.source.digest)
-        made = replace(empty, stages=(step.outline(view.source, empty),)).validated(view.source)
+        made = validated(replace(empty, stages=(step.outline(view.source, empty),)), view.source)
         load(replace(view, plan=made))
         return True
     return False

@@ -6,21 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+from moespresso.build import View, half_packed, in_order, one_format, tied_head, zeros_of
 from moespresso.core.blueprint import LayerSpec
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import OWN_LAYOUTS
-from moespresso.core.rewrite import biased_stubs
+from moespresso.effect import biased_stubs
 from moespresso.export.nearest import repaired_otherwise, stored_plainly, to_leave_out
-from moespresso.model import (
-    View,
-    half_packed,
-    in_order,
-    is_unequal,
-    one_format,
-    skipping,
-    tied_head,
-    zeros_of,
-)
+from moespresso.model import is_unequal, skipping
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from moespresso.core.format import Format
-from moespresso.formats import decode, encode, in_groups
-from moespresso.formats.grids import Grid, chosen, spanned
-from moespresso.runtime.anatomy import Branch, NotResidual, find_anatomy
+from moespresso.formats import Grid, chosen, decode, encode, in_groups, spanned
+from moespresso.runtime import Branch, NotResidual, find_anatomy
 
 _TOKENS = 16
 # Larger than any bound at which a family cuts off what goes through its experts.

@@ -8,9 +8,8 @@ from typing import Any
 from moespresso.core.blueprint import Blueprint, LayerSpec
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Treatment
-from moespresso.core.remains import Remains
-from moespresso.core.slim import is_stack
 from moespresso.core.unit import Unit
+from moespresso.effect import Remains, is_stack
 
 
 def keep_count(settings: Any, layer: LayerSpec, *, even: bool = True) -> int:

@@ -16,12 +16,11 @@ from typing import ClassVar
 from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import OWN_LAYOUTS, Format, layout_of
-from moespresso.core.method import Refits, Treats
+from moespresso.core.method import SLIM_PARTS, Refits, Treats
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
-from moespresso.core.remains import remains
-from moespresso.core.slim import SLIM_PARTS, check_all_storable, is_matrix, is_stack
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
+from moespresso.effect import check_all_storable, is_matrix, is_stack, remains
 
 
 class Words(str):

@@ -16,7 +16,7 @@ from moespresso.core.blueprint import Heads
 from moespresso.core.format import Format
 from moespresso.core.method import Refits
 from moespresso.formats import Codes
-from moespresso.measure import RoutedExperts
+from moespresso.kernels import RoutedExperts
 
 
 @dataclass(frozen=True, slots=True)

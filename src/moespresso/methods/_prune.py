@@ -19,8 +19,7 @@ from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError
 from moespresso.core.format import Format, kept_in_row
 from moespresso.formats import Codes, decode
-from moespresso.measure import RoutedExperts
-from moespresso.methods._masks import kept
+from moespresso.kernels import RoutedExperts, kept
 from moespresso.methods._matrices import OnMatrices
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText, joined, patched
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import Format
-from moespresso.core.slim import SLIM_PARTS
+from moespresso.core.method import SLIM_PARTS
 from moespresso.methods._matrices import OnMatrices
 
 # Words for what bits can be said of: projections of experts, and parts.

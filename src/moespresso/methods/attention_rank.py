@@ -23,12 +23,10 @@ from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import Format
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.registry import method
-from moespresso.core.remains import remains
-from moespresso.core.slim import is_matrix
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
-from moespresso.methods._attention_rank import query_key, value_output
-from moespresso.methods._low_rank import entropy_allocation
+from moespresso.effect import is_matrix, remains
+from moespresso.kernels import entropy_allocation, query_key, value_output
 from moespresso.methods._matrices import Words
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText
 

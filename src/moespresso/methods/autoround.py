@@ -21,9 +21,7 @@ from torch import Tensor
 from moespresso.core.errors import UserError
 from moespresso.core.registry import method
 from moespresso.formats import searched
-from moespresso.measure import RoutedExperts
-from moespresso.methods._autoround import Learned, Offsets, routed_sum, slopes
-from moespresso.methods._hqq import half_quadratic
+from moespresso.kernels import Learned, Offsets, RoutedExperts, half_quadratic, routed_sum, slopes
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText, patched
 from moespresso.methods._slim import Slimming
 

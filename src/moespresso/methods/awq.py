@@ -22,11 +22,10 @@ from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.registry import method
-from moespresso.core.slim import REFIT
 from moespresso.core.unit import Unit
+from moespresso.effect import REFIT
 from moespresso.formats import Codes, decode, encode, searched, unbias
-from moespresso.measure import RoutedExperts
-from moespresso.measure.hessians import usable
+from moespresso.kernels import RoutedExperts, usable
 from moespresso.methods._awq import Entrance, Untold, find_entrance, is_product, narrowed
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText, joined
 from moespresso.methods._slim import Slimming

@@ -17,9 +17,9 @@ from moespresso.core.errors import UserError
 from moespresso.core.method import Judge, Searches
 from moespresso.core.plan import Decision, Plan, Stage
 from moespresso.core.registry import method
-from moespresso.core.remains import remains
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
+from moespresso.effect import remains
 from moespresso.methods._depth import (
     Repair,
     check_comparable,

@@ -25,26 +25,32 @@ from moespresso.core.errors import UserError
 from moespresso.core.method import Sight
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.registry import method
-from moespresso.core.remains import remains
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
-from moespresso.measure import grid, ridged, taken, usable
-from moespresso.methods._channels import (
+from moespresso.effect import remains
+from moespresso.kernels import (
+    Key,
+    Points,
     activity,
+    allocated,
     ascending,
     energy,
     last,
+    leverage,
     peaked,
     refitted,
+    refitted_layer,
     removed,
+    ridged,
     rows_of,
     size,
+    taken,
+    thin,
+    usable,
 )
 from moespresso.methods._counts import need_experts
-from moespresso.methods._joint import refitted_layer, thin
-from moespresso.methods._low_rank import leverage
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText
-from moespresso.methods._widths import Key, Points, allocated
+from moespresso.statistics import grid
 
 # Channels that engines can multiply with: the grouped products of PyTorch want rows of whole 16 bytes.
 _LEAST = 8

@@ -33,9 +33,9 @@ from moespresso.core.errors import UserError
 from moespresso.core.method import Selects
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.registry import method
-from moespresso.core.remains import remains
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
+from moespresso.effect import remains
 from moespresso.methods._counts import keep_count, outlined, refuse_skipped
 
 Score = Literal[

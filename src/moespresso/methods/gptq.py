@@ -22,10 +22,8 @@ from moespresso.core.format import Format
 from moespresso.core.method import Sight
 from moespresso.core.registry import method
 from moespresso.formats import Codes, decode
-from moespresso.measure import RoutedExperts
-from moespresso.measure.hessians import shrunk
-from moespresso.methods._gptq import Trouble, solve
-from moespresso.methods._hqq import half_quadratic
+from moespresso.kernels import RoutedExperts, Trouble, half_quadratic, shrunk
+from moespresso.kernels.gptq import solve
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText, joined, patched
 from moespresso.methods._slim import Slimming
 

@@ -17,7 +17,7 @@ from moespresso.core.format import Format
 from moespresso.core.method import Quantizes
 from moespresso.core.registry import method
 from moespresso.formats import Codes
-from moespresso.methods._hqq import half_quadratic
+from moespresso.kernels import half_quadratic
 from moespresso.methods._slim import Slimming
 
 

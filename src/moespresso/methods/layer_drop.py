@@ -20,13 +20,12 @@ from typing import ClassVar, Literal
 
 from moespresso.core.blueprint import Blueprint, Branch, LayerSpec
 from moespresso.core.errors import UserError
-from moespresso.core.fits import is_left
 from moespresso.core.method import Cuts, Judge, Searches
 from moespresso.core.plan import Decision, Plan, Stage
 from moespresso.core.registry import method
-from moespresso.core.remains import remains
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
+from moespresso.effect import is_left, remains
 from moespresso.methods._depth import (
     Repair,
     check_comparable,

@@ -24,13 +24,10 @@ from moespresso.core.errors import UserError
 from moespresso.core.format import DTYPE_BYTES, Format
 from moespresso.core.method import Sight
 from moespresso.core.registry import method
-from moespresso.core.slim import is_matrix
+from moespresso.effect import is_matrix
 from moespresso.formats import based, product
-from moespresso.measure import RoutedExperts
-from moespresso.methods._bases import shared_bases
+from moespresso.kernels import RoutedExperts, damped, refitted_layer, shared_bases, thin, truncated, whole
 from moespresso.methods._counts import refuse_widths
-from moespresso.methods._joint import damped, refitted_layer, thin, whole
-from moespresso.methods._low_rank import truncated
 from moespresso.methods._matrices import EXPERTS, OnMatrices
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText
 

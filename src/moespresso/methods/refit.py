@@ -19,11 +19,11 @@ from moespresso.core.errors import UserError
 from moespresso.core.method import Sight
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.registry import method
-from moespresso.core.remains import remains
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
+from moespresso.effect import remains
+from moespresso.kernels import TO_ORIGINAL, made_up, thin
 from moespresso.methods._counts import need_experts
-from moespresso.methods._joint import TO_ORIGINAL, made_up, thin
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText
 
 

@@ -21,10 +21,8 @@ from moespresso.core.errors import UserError
 from moespresso.core.format import Format, check_pattern
 from moespresso.core.registry import method
 from moespresso.formats import Codes
-from moespresso.measure import RoutedExperts
-from moespresso.methods._hqq import half_quadratic
+from moespresso.kernels import RoutedExperts, half_quadratic, solve
 from moespresso.methods._prune import PruningOnText
-from moespresso.methods._sparsegpt import solve
 
 
 @method

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moespresso.checkpoint.index import Checkpoint
+from moespresso.checkpoint import Checkpoint
 from moespresso.core.blueprint import Blueprint, Branch, Entry, Heads, LayerSpec, TensorRef
 from moespresso.core.errors import UserError
-from moespresso.core.remains import SILENT_KV
 from moespresso.core.unit import Part, Unit
+from moespresso.effect import SILENT_KV
 from moespresso.model import quirks
 from moespresso.model.axes import axes_of_expert, matrix_of_expert
 from moespresso.model.counts import expert_axes, is_unequal
@@ -42,9 +42,8 @@ from moespresso.model.skeleton import (
     read_config,
     scores_groups_by_two,
 )
-from moespresso.runtime.anatomy import MIXERS, Anatomy, NotResidual, find_anatomy
-from moespresso.runtime.anatomy import Branch as BranchParts
-from moespresso.runtime.parts import Silent, SilentMixer
+from moespresso.runtime import MIXERS, Anatomy, NotResidual, Silent, SilentMixer, find_anatomy
+from moespresso.runtime import Branch as BranchParts
 
 _EXPERT = re.compile(r"experts\.(\d+)\.")
 

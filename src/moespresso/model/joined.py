@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from moespresso.checkpoint.packed import SECTION
-from moespresso.core.piece import Piece
+from moespresso.checkpoint import SECTION
+from moespresso.effect import Piece
 from moespresso.model.names import Names
 from moespresso.model.skeleton import build_meta, read_config
 

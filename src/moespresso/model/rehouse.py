@@ -22,7 +22,7 @@ from typing import Any, cast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from moespresso.checkpoint.index import Checkpoint
+from moespresso.checkpoint import Checkpoint
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import UserError
 from moespresso.model.skeleton import read_config

@@ -23,15 +23,14 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from moespresso.checkpoint.packed import SECTION, check_readable
+from moespresso.checkpoint import SECTION, check_readable
 from moespresso.core.blueprint import LayerSpec
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.layer import Layer
 from moespresso.model import experts as experts_function
 from moespresso.model import quirks
 from moespresso.model.names import Names
-from moespresso.runtime.anatomy import Anatomy, NotResidual, find_anatomy
-from moespresso.runtime.widths import stacked
+from moespresso.runtime import Anatomy, NotResidual, find_anatomy, stacked
 
 
 def read_config(raw: Mapping[str, Any], place: str) -> PreTrainedConfig:

@@ -18,13 +18,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from moespresso.core.blueprint import Blueprint, Branch, LayerSpec
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan
-from moespresso.core.remains import Remains, pressed_layers
-from moespresso.core.rewrite import biased_stubs
+from moespresso.effect import Remains, biased_stubs, pressed_layers
 from moespresso.model import quirks
 from moespresso.model.counts import evened, with_count
 from moespresso.model.depth import with_layers
 from moespresso.model.widths import width_key, with_width
-from moespresso.runtime.guard import OWN_WIDTHS, guarded, stock, zero_means_nothing
+from moespresso.runtime import OWN_WIDTHS, guarded, stock, zero_means_nothing
 
 Config = dict[str, Any]
 

@@ -16,7 +16,7 @@ from itertools import takewhile
 
 import torch
 
-from moespresso.checkpoint.index import Checkpoint
+from moespresso.checkpoint import Checkpoint
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.format import DTYPE_BYTES
 from moespresso.model.names import Names, Slice

@@ -33,9 +33,8 @@ from torch.nn import functional as F
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Layer
 from moespresso.core.progress import Progress, Silent
-from moespresso.measure.curvature import Pulled, Stiffness
-from moespresso.model import Skeleton, Waiting, quirks
-from moespresso.model.experts import expert_forward
+from moespresso.model import Skeleton, Waiting, expert_forward, quirks
+from moespresso.statistics import Pulled, Stiffness
 from moespresso.stream.sweep import begin, reserve, rows_at_once, within
 
 BackVisitor = Callable[[Layer, Iterator[Pulled]], None]

@@ -15,7 +15,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from moespresso.core.layer import Fed, Layer, Routed
-from moespresso.runtime.parts import hidden_of
+from moespresso.runtime import hidden_of
 
 
 @dataclass(slots=True)

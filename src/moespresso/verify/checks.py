@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from moespresso.build import View, apart_view, load_model, other_layout, own_packing, rehoused_views
 from moespresso.checkpoint import (
     MANIFEST,
     TORCH_DTYPES,
@@ -30,17 +31,8 @@ from moespresso.core.errors import UserError
 from moespresso.core.format import OWN_LAYOUTS
 from moespresso.core.plan import Plan
 from moespresso.core.progress import Progress
-from moespresso.model import (
-    Skeleton,
-    View,
-    apart_view,
-    is_unequal,
-    load_model,
-    other_layout,
-    own_packing,
-    read_blueprint,
-    rehoused_views,
-)
+from moespresso.effect import validated
+from moespresso.model import Skeleton, is_unequal, read_blueprint
 from moespresso.stream import sweep
 
 _CHUNK = 16 << 20
@@ -293,7 +285,7 @@ def _as_planned(view: View, source: View, manifest: dict[str, Any]) -> View:
     """What the plan makes of the original, in the family and form that it was written in."""
     if manifest.get("apart"):
         source = apart_view(source) or source
-    plan = Plan.from_json(json.dumps(manifest["plan"])).validated(source.source)
+    plan = validated(Plan.from_json(json.dumps(manifest["plan"])), source.source)
     houses = [each for each in (source, *rehoused_views(source)) if each.source.family == view.source.family]
     _require(bool(houses), f"it is a {view.source.family} model, the original {source.source.family}")
     return replace(houses[0], plan=plan, stock=bool(manifest["stock"]), layout=manifest.get("layout"))

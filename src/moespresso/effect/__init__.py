@@ -1,0 +1,60 @@
+"""What a plan does: what remains of a model, what is written in its place, what it costs, and whether it can be done."""
+
+from moespresso.effect.check import check_plan, validated
+from moespresso.effect.cuts import PARTS, Cut, Fits, cuts, found_key, is_left, key, needs_fit
+from moespresso.effect.piece import Fold, Member, Piece, laid_out, stored
+from moespresso.effect.remains import SILENT_KV, Remains, dropped_units, merged_into, pressed_layers, remains
+from moespresso.effect.rewrite import biased_stubs, folds_into, pieces, pressed_blueprint, price
+from moespresso.effect.slim import (
+    REFIT,
+    channels_of,
+    check_all_storable,
+    format_of,
+    is_matrix,
+    is_stack,
+    narrowed,
+    rounds_on_text,
+    scale_dtypes,
+    slims,
+    step_of,
+)
+
+__all__ = [
+    "PARTS",
+    "REFIT",
+    "SILENT_KV",
+    "Cut",
+    "Fits",
+    "Fold",
+    "Member",
+    "Piece",
+    "Remains",
+    "biased_stubs",
+    "channels_of",
+    "check_all_storable",
+    "check_plan",
+    "cuts",
+    "dropped_units",
+    "folds_into",
+    "format_of",
+    "found_key",
+    "is_left",
+    "is_matrix",
+    "is_stack",
+    "key",
+    "laid_out",
+    "merged_into",
+    "narrowed",
+    "needs_fit",
+    "pieces",
+    "pressed_blueprint",
+    "pressed_layers",
+    "price",
+    "remains",
+    "rounds_on_text",
+    "scale_dtypes",
+    "slims",
+    "step_of",
+    "stored",
+    "validated",
+]

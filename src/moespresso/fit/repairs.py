@@ -1,0 +1,174 @@
+"""What a stage of a plan needs beside the decision: values found on real text or weights, kept in one file.
+
+`fit` runs the model as the stages before leave it, finds what stands in for what goes (`measure.folds`), the mean
+answers of dropped experts (`measure.means`) and the order of neurons that are averaged (`measure.align`), and keeps the
+result in the work folder: the same plan, text and checkpoint give the same values, and a run that was stopped takes
+them up again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from moespresso.build import View, make_skeleton, precision
+from moespresso.checkpoint import Reader, write_file
+from moespresso.core.blueprint import Branch
+from moespresso.core.errors import UserError
+from moespresso.core.layer import Layer, Taps
+from moespresso.core.plan import Plan
+from moespresso.core.runtime import Runtime
+from moespresso.core.stats import stats_key
+from moespresso.core.unit import Unit
+from moespresso.data import Batches
+from moespresso.effect import Cut, cuts, folds_into, is_left, key, needs_fit, remains
+from moespresso.model import Skeleton
+from moespresso.statistics import Folds, MeanAnswers, channel_order
+from moespresso.stream import sweep
+
+# Raise when the same plan and text would give other values.
+_FIT_VERSION = "2"
+
+
+def fit(view: View, plan: Plan, batches: Batches | None, work: Path, runtime: Runtime) -> dict[str, Tensor]:
+    """Everything that the last stage of `plan` needs, `view` being the model before it; {} where it needs nothing."""
+    stage = len(plan.stages) - 1
+    needs = needs_fit(plan, stage)
+    if not needs:
+        return {}
+    if "text" in needs and batches is None:
+        raise UserError(
+            "this plan is fitted on real text: give --text FILE or --dataset NAME, as it was made with"
+        )
+    tokens = batches.digest if batches is not None and "text" in needs else ""
+    name = stats_key(
+        "fit", view.source.digest, plan.digest_of_stages, tokens, precision(view, runtime), _FIT_VERSION
+    )
+    path = work / f"fit-{name[:16]}.safetensors"
+    if path.is_file():
+        return load_file(path)
+    with Reader(view.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as reader:
+        skeleton = make_skeleton(view, reader, runtime)
+        found: dict[str, Tensor] = {}
+        if "text" in needs and batches is not None:
+            found |= _on_text(view, plan, stage, batches, skeleton, runtime)
+        if "weights" in needs:
+            found |= _on_weights(view, plan, stage, skeleton, runtime)
+    write_file(path, [memoryview(save({name: value.contiguous() for name, value in sorted(found.items())}))])
+    return found
+
+
+def unrepaired(plan: Plan, view: View) -> list[str]:
+    """Cuts of the last stage that no weight can make up for, in sentences."""
+    found = [cut for cut in cuts(plan, len(plan.stages) - 1, view.source) if _home(cut, view) is None]
+    return [
+        f"L{cut.branches[0][0]} goes without repair={cut.repair}: no output weights come before it that could hold it"
+        for cut in found
+    ]
+
+
+@dataclass
+class _Both:
+    """Two visitors of one sweep."""
+
+    folds: Folds
+    means: MeanAnswers
+
+    def __call__(self, layer: Layer, taps: Taps) -> None:
+        self.means(layer, taps)
+        self.folds(layer, taps)
+
+
+def _on_text(
+    view: View, plan: Plan, stage: int, batches: Batches, skeleton: Skeleton, runtime: Runtime
+) -> dict[str, Tensor]:
+    made = cuts(plan, stage, view.source)
+    homes = {cut.branches[0]: home for cut in made if (home := _home(cut, view)) is not None}
+    here = [_moved(cut, view) for cut in made]
+    fitted = [moved for cut, moved in zip(made, here, strict=True) if cut.branches[0] in homes]
+    others = [at for at in _going(view, plan) if not any(at in cut.branches for cut in fitted)]
+    novices = _novices(view, plan, stage)
+    if not fitted and not novices:
+        return {}
+    both = _Both(Folds(fitted, others), MeanAnswers(set(novices)))
+    last = sweep(skeleton, batches.ids, batches.mask, both, progress=runtime.progress, label="fit layers")
+    both.folds.close([last])
+    back = {_moved(cut, view).branches[0]: cut for cut in made}
+    found: dict[str, Tensor] = {}
+    for first, value in both.folds.values.items():
+        cut = back[first]
+        found[key(stage, _unit(view, homes[cut.branches[0]]), cut.repair)] = value
+    for position, (unit, rows) in novices.items():
+        found[key(stage, unit, "novices")] = both.means.values[position][list(rows)]
+    return found
+
+
+def _going(view: View, plan: Plan) -> list[tuple[int, Branch]]:
+    """All branches that go in the last stage, in the numbers of the model as it is before it."""
+    after = remains(plan, view.source)
+    gone = [at for at in view.source.branches if is_left(at, view.left) and not is_left(at, after)]
+    return [(view.left.position(layer), branch) for layer, branch in gone]
+
+
+def _home(cut: Cut, view: View) -> tuple[int, Branch] | None:
+    """The branch whose weights, or place, take up what is fitted for a cut."""
+    if folds_into(view.source, cut.before, cut.repair):
+        return cut.before
+    return cut.stub if cut.repair == "bias" else None
+
+
+def _moved(cut: Cut, view: View) -> Cut:
+    """A cut in the numbers of the model as it is before the stage."""
+
+    def here(at: tuple[int, Branch]) -> tuple[int, Branch]:
+        return view.left.position(at[0]), at[1]
+
+    branches = tuple(here(at) for at in cut.branches)
+    return replace(cut, branches=branches, before=here(cut.before) if cut.before else None)
+
+
+def _unit(view: View, at: tuple[int, Branch]) -> Unit:
+    return next(layer for layer in view.source.layers if layer.index == at[0]).unit(at[1])
+
+
+def _novices(view: View, plan: Plan, stage: int) -> dict[int, tuple[Unit, tuple[int, ...]]]:
+    """By layer as it is before the stage: the unit, and which of its experts leave their mean answer."""
+    found: dict[int, tuple[Unit, tuple[int, ...]]] = {}
+    for unit, treatment in plan.stages[stage].treatments.items():
+        if treatment.repair == "novice" and unit.layer is not None:
+            there = view.left.experts[unit.layer]
+            gone = tuple(place for place, expert in enumerate(there) if expert not in (treatment.keep or ()))
+            found[view.left.position(unit.layer)] = unit, gone
+    return found
+
+
+def _on_weights(
+    view: View, plan: Plan, stage: int, skeleton: Skeleton, runtime: Runtime
+) -> dict[str, Tensor]:
+    """The order of neurons of every expert that is put in line with the one it merges into."""
+    layers = sorted({unit.layer for unit, treatment in plan.stages[stage].treatments.items()
+                     if treatment.repair == "align" and unit.layer is not None})  # fmt: skip
+    found: dict[str, Tensor] = {}
+    runtime.progress.stage("align experts", len(layers))
+    for index in layers:
+        with skeleton.layer(view.left.position(index)) as layer:
+            found |= orders_of(view, plan, layer)
+        runtime.progress.advance()
+    return found
+
+
+def orders_of(view: View, plan: Plan, layer: Layer) -> dict[str, Tensor]:
+    """The same for one layer, loaded as it is before the last stage of `plan`."""
+    stage, index = len(plan.stages) - 1, view.left.layers[layer.spec.index]
+    there = view.left.experts.get(index, ())
+    experts: Any = layer.experts
+    return {
+        key(stage, unit, "order"): channel_order(experts, there.index(unit.expert), there.index(treatment.into))
+        for unit, treatment in sorted(plan.stages[stage].treatments.items())
+        if unit.layer == index and unit.expert is not None and treatment.into is not None
+        and treatment.repair == "align"
+    }  # fmt: skip

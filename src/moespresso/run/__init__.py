@@ -1,0 +1,26 @@
+"""From a recipe to a result: rehearsed, carried out stage by stage, written and signed."""
+
+from moespresso.run.pipeline import Clock, Decided, all_needs, decide, measure
+from moespresso.run.recipe import Recipe, Request, parse_size, row_length, say_shorter
+from moespresso.run.rehearsal import NotOnThisModel, housed, in_some_form, rehearse
+from moespresso.run.result import format_notes, produce, source_notes
+
+__all__ = [
+    "Clock",
+    "Decided",
+    "NotOnThisModel",
+    "Recipe",
+    "Request",
+    "all_needs",
+    "decide",
+    "format_notes",
+    "housed",
+    "in_some_form",
+    "measure",
+    "parse_size",
+    "produce",
+    "rehearse",
+    "row_length",
+    "say_shorter",
+    "source_notes",
+]

@@ -1,0 +1,311 @@
+"""A result folder: claimed, written, described and finished, the manifest last.
+
+The manifest `moespresso.json` says what the folder is and how it came about, with the digest of every file; it holds no
+clock and no path, so the same recipe gives the same bytes. A report can be made from it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moespresso._versions import VERSION
+from moespresso.build import View, one_format
+from moespresso.checkpoint import (
+    MANIFEST,
+    SECTION,
+    Journal,
+    Written,
+    claim,
+    finish,
+    read_manifest,
+    sweep_up,
+    write_text,
+)
+from moespresso.core.blueprint import LayerSpec
+from moespresso.core.cost import Cost
+from moespresso.core.errors import UserError
+from moespresso.core.format import OWN_LAYOUTS, Format
+from moespresso.core.plan import Plan
+from moespresso.core.runtime import Runtime
+from moespresso.core.unit import Unit
+from moespresso.effect import PARTS, dropped_units, merged_into, remains
+from moespresso.export import formed
+from moespresso.model import is_apart, is_unequal
+from moespresso.report import LayerScores, Report, machine, model_card, shareable, source_licence, versions
+from moespresso.run.pipeline import Clock, Decided, write
+from moespresso.run.recipe import Request, parse_size
+from moespresso.stream import PeakMemory, peak_rss_bytes
+
+
+def produce(
+    view: View,
+    out: Path,
+    identity: str,
+    make: Callable[[Path], Decided],
+    request: Request,
+    runtime: Runtime,
+    clock: Clock,
+) -> Report:
+    """Claim the folder, make the plan, write everything, the manifest last."""
+    done = _already_done(out, identity) if runtime.resume else None
+    if done is not None:
+        return _report(view, out, done, clock, ("already finished: nothing was done",))
+    with claim(out, view.checkpoint.folder, resume=runtime.resume) as work, PeakMemory() as memory:
+        journal = Journal(out, identity)
+        decided = make(work)
+        pressed = formed(request.target, replace(view, plan=decided.plan, fits=decided.fits))
+        with clock.phase("build"):
+            files, left = write(pressed, out, journal, runtime)
+        told = [*left, *source_notes(view), *form_notes(pressed), *_size_notes(pressed, request),
+                *_coverage_notes(decided.coverage)]  # fmt: skip
+        manifest = _manifest(pressed, identity, request, files, decided, told)
+        card = model_card(
+            _report(view, Path(), manifest, clock), _hub_id(view), source_licence(view.checkpoint.folder)
+        )
+        manifest["files"]["README.md"] = _row(Written("README.md", *write_text(out / "README.md", card)))
+        finish(out, manifest)
+    return _report(view, out, manifest, clock, anonymous=memory.peak)
+
+
+def _already_done(out: Path, identity: str) -> dict[str, Any] | None:
+    if not (out / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(out)
+    if manifest["identity"] != identity:
+        raise UserError(
+            f"{out} holds another finished result: choose another --out, or add --no-resume to replace it"
+        )
+    sweep_up(out)  # a run killed between its manifest and its last breath leaves its work folder
+    return manifest
+
+
+def _hub_id(view: View) -> str | None:
+    """`owner/name` of a model in the hub's cache (`models--owner--name/snapshots/REVISION`), else None."""
+    cached = [part for part in view.checkpoint.folder.parts if part.startswith("models--")]
+    return cached[-1].removeprefix("models--").replace("--", "/") if cached else None
+
+
+def _row(file: Written) -> dict[str, Any]:
+    return {"bytes": file.nbytes, "sha256": file.sha256}
+
+
+def _manifest(
+    view: View, identity: str, request: Request, files: Sequence[Written], decided: Decided, notes: list[str]
+) -> dict[str, Any]:
+    """What the folder is and how it came about. No clock and no path in it: the same recipe gives the same bytes."""
+    nonfinite = {name: count for file in files for name, count in file.nonfinite.items()}
+    kept = [f"{name}: {count} NaN or infinite values, kept as they are" for name, count in nonfinite.items()]
+    # Said only where it is so: what was stored apart is described as ever.
+    apart = {"apart": True} if is_apart(view.checkpoint) else {}
+    return {
+        "moespresso": VERSION,
+        "identity": identity,
+        "source": {"name": _hub_id(view) or view.checkpoint.folder.resolve().name, "family": view.source.family, "digest": view.source.digest},
+        "recipe": shareable({key: value for key, value in request.recipe.items() if key != "model"}),
+        "plan": json.loads(view.plan.to_json()),
+        "cost": dataclasses.asdict(view.blueprint.cost()),
+        "experts": {str(layer.index): layer.experts for layer in view.blueprint.moe_layers},
+        "family": view.blueprint.family,
+        "target": request.target,
+        "stock": view.stock,
+        "layout": view.layout,
+        "packing": _packing(view),
+        "plugin": is_unequal(view.config),
+        "layers": [layer.facts() for layer in view.blueprint.layers],
+        "fitted": sorted(name for name in decided.fits if name.rpartition("/")[2] not in PARTS),
+        "coverage": decided.coverage,
+        "scores": {str(unit): decided.scores[unit] for unit in sorted(decided.scores)},
+        "protected": [str(unit) for unit in sorted(decided.protected)],
+        "files": {file.name: _row(file) for file in files},
+        "nonfinite": nonfinite,
+        "trouble": [*decided.trouble, *kept],
+        "notes": [*decided.notes, *notes],
+        "seed": request.seed,
+        "versions": versions(),
+    } | apart  # fmt: skip
+
+
+def _packing(view: View) -> str:
+    """Who reads the packed matrices: `stock` transformers, moespresso's `own` loader, or the engine of another layout."""
+    if not view.formats:
+        return ""
+    layout = view.config[SECTION]["quant_method"]
+    return layout if layout in ("gptq", "awq") else "stock" if one_format(view) else "own"
+
+
+def _report(
+    view: View,
+    out: Path,
+    manifest: dict[str, Any],
+    clock: Clock,
+    notes: tuple[str, ...] = (),
+    anonymous: int = 0,
+) -> Report:
+    made = Plan.from_json(json.dumps(manifest["plan"]))
+    left = remains(made, view.source)
+    recipe = {"model": manifest["source"]["name"], **manifest["recipe"]}
+    return Report(
+        recipe=recipe, plan=made, before=(view.origin or view.source).cost(), after=Cost(**manifest["cost"]),
+        scores={layer.index: _layer_scores(layer, made, manifest) for layer in view.source.moe_layers
+                if made.stages and layer.index in left.experts},
+        gone={unit: manifest["scores"].get(str(unit)) for unit in sorted(dropped_units(made))},
+        seconds=clock.seconds, machine=machine(), versions=manifest["versions"], out=str(out), plugin=manifest["plugin"],
+        packing=manifest.get("packing", ""),
+        trouble=tuple(manifest["trouble"]), notes=(*manifest["notes"], *notes), peak_rss_bytes=peak_rss_bytes(),
+        peak_anonymous_bytes=anonymous,
+    )  # fmt: skip
+
+
+def _layer_scores(layer: LayerSpec, made: Plan, manifest: dict[str, Any]) -> LayerScores:
+    kept = made.kept_experts(layer.index, layer.experts)
+    units = [str(Unit(layer.index, "experts", expert)) for expert in range(layer.experts)]
+    values = [manifest["scores"].get(unit) for unit in units]
+    return LayerScores(
+        kept=kept,
+        dropped=tuple(expert for expert in range(layer.experts) if expert not in kept),
+        values=tuple(values) if all(value is not None for value in values) else (),
+        name=str(made.stages[-1].method.get("score", "")),
+        merged=merged_into(made, layer.index),
+        protected=tuple(expert for expert, unit in enumerate(units) if unit in manifest["protected"]),
+    )
+
+
+def _size_notes(view: View, request: Request) -> list[str]:
+    """Say when what remains is more than was asked for: amounts are chosen before it is known which layers go."""
+    whole, got = (view.origin or view.source).cost().bytes, view.blueprint.cost().bytes
+    asked = parse_size(str(request.size), whole) if request.size is not None else got
+    if got <= asked:
+        return []
+    return [
+        f"--size {request.size} is {asked} bytes, but {got} remain, since lighter layers went than was reckoned with: ask for less"
+    ]
+
+
+def form_notes(view: View) -> list[str]:
+    """Say in what form the result is written, where that is not the source's own."""
+    notes: list[str] = []
+    if view.origin is not None:
+        notes.append(
+            f"written as a {view.source.family} model, whose code computes the same and can say that layers lack a part"
+        )
+    if is_apart(view.checkpoint):
+        notes.append(
+            "experts are written apart, as the family's own layout has them; the source has those of a layer in one tensor"
+        )
+    if view.stubs:
+        width = view.blueprint.layers[view.stubs[0]].width
+        names = ", ".join(f"L{view.left.layers[position]}" for position in view.stubs)
+        notes.append(f"in place of what {names} lost stands a dense part of zeros, {width} wide")
+    notes += format_notes(view)
+    whole = [piece.name for piece in view.pieces if piece.joins]
+    if whole:
+        notes.append(
+            f"{len(whole)} tensors (such as {whole[0]}) are stored in one piece, since transformers 5.23 does not join their parts "
+            "beside packed matrices; an engine that wants these apart will not find them"
+        )
+    again = sum(piece.code is not None and piece.code.again for piece in view.pieces)
+    if again:
+        notes.append(
+            f"{again} matrices that were packed have new values, and were rounded to nearest in their old format"
+        )
+    notes += _plain_notes(view)
+    if _packing(view) in ("gptq", "awq"):
+        notes.append(
+            "GPTQModel 7.7 read this layout right for DeepSeek-V2 and Qwen3-MoE; with others it was not tried"
+        )
+    if _packing(view) == "own":
+        notes.append(
+            "stock loaders stop at its packed matrices, which they would read wrongly: moespresso.load reads them"
+        )
+    elif is_unequal(view.config):
+        notes.append(
+            "layers differ: transformers loads it where moespresso is imported (`import moespresso`)"
+        )
+    return notes
+
+
+def _plain_notes(view: View) -> list[str]:
+    """Say what was stored as less than it is, and why it no longer is."""
+    before = [piece.source.ref.packed for piece in view.pieces if piece.plain]
+    if before and view.layout == "plain":
+        return [f"{len(before)} matrices that were packed are stored as what they decode to"]
+    small = sum(packed is not None and packed.layout in OWN_LAYOUTS for packed in before)
+    notes = [
+        f"{small} matrices that were stored with a mask, as factors or in part have new values, and are stored plainly"
+    ]
+    rows = len(before) - small
+    cut = [f"{rows} matrices that were packed lose rows (routers), and what is left is stored plainly"]
+    return (notes if small else []) + (cut if rows else [])
+
+
+def _coverage_notes(coverage: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How many tokens the experts saw, and which of them were helped otherwise."""
+    tokens = sorted(count for row in coverage.values() for count in row["tokens"])
+    if not tokens:
+        return []
+    words = f"experts saw {tokens[0]:,} to {tokens[-1]:,} tokens each (median {tokens[len(tokens) // 2]:,})"
+    helped = [f"{layer}.E{expert}" for layer, row in coverage.items() for expert in row["remedies"]]
+    ways = sorted({way for row in coverage.values() for way in row["remedies"].values()})
+    if not helped:
+        return [words]
+    some = ", ".join(helped[:5]) + (f" and {len(helped) - 5} more" if len(helped) > 5 else "")
+    return [f"{words}; {len(helped)} without any were treated by {' and '.join(ways)}: {some}"]
+
+
+def format_notes(view: View) -> list[str]:
+    """How many bits the packed matrices have, scales and zeros included."""
+    sums: dict[tuple[str, Format], list[int]] = {}
+    ranks: dict[tuple[str, Format], set[int]] = {}
+    for piece in view.pieces:
+        packed = piece.ref.packed
+        if packed is not None:
+            kind = piece.unit.part, replace(packed.format, rank=0)  # ranks may be as many as layers
+            ranks.setdefault(kind, set()).add(packed.format.rank)
+            row = sums.setdefault(kind, [0, 0])
+            row[0], row[1] = row[0] + piece.ref.nbytes, row[1] + piece.ref.numel
+    return [
+        f"{part}: {_said(format, ranks[part, format])}: {8 * size / count:.2f} bits a weight in all"
+        for (part, format), (size, count) in sums.items()
+    ]
+
+
+def _said(format: Format, ranks: set[int]) -> str:
+    rank = " to ".join(map(str, sorted({min(ranks), max(ranks)})))
+    if format.kind == "sparse":
+        return f"{format.density:.0%} of the weights with a mask"
+    if format.kind == "factors":
+        return f"products of rank {rank}"
+    if format.kind == "bases":
+        return f"products of rank {rank} with {format.bases} bases that experts share"
+    if format.kind in ("rows", "columns"):
+        return f"{rank} {format.kind}"
+    groups = f"groups of {format.group_size}" if format.group_size else "one scale a channel"
+    order = " in an order of their own" if format.ordered else ""
+    return f"{format.bits} bits, {groups}{order}, {'symmetric' if format.symmetric else 'with zeros'}"
+
+
+def source_notes(view: View) -> list[str]:
+    """Say what is unusual about a checkpoint: files that are not the model, tensors that its class does not know, a head that is
+    tied and stored."""
+    notes = [*view.checkpoint.notes, *_outside_notes(view)]
+    if view.blueprint.both_stored:
+        notes.append(
+            "config.json ties the head to the embedding, but the files hold both: where they differ each keeps its own, as in "
+            "transformers (engines that go by the config alone tie them: say tie_word_embeddings: false in it)"
+        )
+    return notes
+
+
+def _outside_notes(view: View) -> list[str]:
+    outside = view.blueprint.outside
+    if not outside:
+        return []
+    example = outside[0].ref.name
+    return [
+        f"{len(outside)} tensors outside the model's graph (such as {example}) are passed through unchanged"
+    ]
