@@ -26,9 +26,8 @@ import torch
 from torch import Tensor
 
 import moespresso.methods
-from moespresso.build import View, make_skeleton, open_view
+from moespresso.build import Tensors, View, make_skeleton, open_view
 from moespresso.bundled import MODELS, TEXT
-from moespresso.checkpoint import Reader
 from moespresso.core.plan import Plan
 from moespresso.core.registry import parse_step
 from moespresso.core.runtime import Runtime
@@ -91,19 +90,19 @@ class Bench:
 
     def hidden(self, view: View) -> Tensor:
         """Last hidden states of the held-out text."""
-        with Reader(view.checkpoint.folder) as reader:
+        with Tensors(view.checkpoint.folder) as reader:
             return sweep(make_skeleton(view, reader, Runtime()), self.heldout.ids, self.heldout.mask)
 
     def compare(self, view: View) -> dict[str, Any]:
         """The figures of a view against the original."""
-        with Reader(view.checkpoint.folder) as reader:
+        with Tensors(view.checkpoint.folder) as reader:
             models = [make_skeleton(v, reader, Runtime()) for v in (view, self.view)]
             scored = score_tokens(models, [self.hidden(view), self.original], self.heldout)
         return summary(scored, self.heldout, compared=True)
 
     def alone(self) -> dict[str, Any]:
         """The figures of the original by itself."""
-        with Reader(self.view.checkpoint.folder) as reader:
+        with Tensors(self.view.checkpoint.folder) as reader:
             scored = score_tokens(
                 [make_skeleton(self.view, reader, Runtime())], [self.original], self.heldout
             )

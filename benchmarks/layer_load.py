@@ -13,8 +13,7 @@ from pathlib import Path
 
 from harness import parser
 
-from moespresso.build import make_skeleton, open_view
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, make_skeleton, open_view
 from moespresso.core.runtime import Runtime
 from moespresso.stream import PeakMemory
 
@@ -27,7 +26,7 @@ def main() -> None:
     asked = asking.parse_args()
     view = open_view(asked.work / f"olmoe-{asked.layers}")
     for dtype in ("float32", "bfloat16"):
-        with Reader(view.checkpoint.folder) as reader:
+        with Tensors(view.checkpoint.folder) as reader:
             skeleton = make_skeleton(view, reader, Runtime(dtype=dtype))
             for index in range(min(2, asked.layers)):
                 start = time.perf_counter()

@@ -28,8 +28,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from moespresso.build import make_skeleton
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, make_skeleton
 from moespresso.core.runtime import Runtime
 from moespresso.data import Batches
 from moespresso.kernels import RoutedExperts, factored, last, removal, truncated
@@ -73,7 +72,7 @@ def measured(bench: Bench, text: Batches, way: Way) -> dict[str, Any]:
         return {name: new[id(own)] for name, own in layer.module.named_parameters() if id(own) in new}
 
     start = time.process_time()
-    with Reader(bench.view.checkpoint.folder) as reader:
+    with Tensors(bench.view.checkpoint.folder) as reader:
         model = make_skeleton(bench.view, reader, Runtime())
         sweep(model, text.ids, text.mask, visit, carry="rebuilt")
         seconds = time.process_time() - start

@@ -105,6 +105,7 @@ class Log:
 
 def serve() -> None:
     """Fork a child per job."""
+
     import torch
 
     import moespresso.api  # noqa: F401  (so that children need not)
@@ -130,18 +131,20 @@ def _child(job: dict[str, Any], main: Callable[[list[str]], int]) -> int:
 
 
 def _instrument(log: Log, job: dict[str, Any]) -> None:
+    import importlib
+
     import torch
 
-    from moespresso.checkpoint import Journal, journal, writer
-    from moespresso.run import pipeline
+    from moespresso.checkpoint import Journal, journal
     from moespresso.statistics import Measurer
     from moespresso.stream import Memento
 
+    write = importlib.import_module("moespresso.build.write")
     if "shard_bytes" in job:
-        writer._SMALLEST = job["shard_bytes"]
+        write._SMALLEST = job["shard_bytes"]
     log.watch(Measurer, "__call__", lambda _, layer, taps: f"measure {layer.spec.index}")
     log.watch(Memento, "save", lambda _, layer, hidden: f"remember {layer - 1}")
-    log.watch(pipeline, "write_shard", lambda folder, shard, reader: f"shard {shard.name}")
+    log.watch(write, "write_shard", lambda folder, shard, tensors: f"shard {shard.name}")
     log.watch(Journal, "record", lambda _, written: f"record {written.name}")
     log.watch(torch, "from_file", lambda path, **_: f"map {_plain(path)}")
     log.watch(os, "replace", lambda source, target: f"rename {_plain(target)}")

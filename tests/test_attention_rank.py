@@ -19,13 +19,12 @@ import families
 import moespresso
 from conftest import Zoo, write_wide
 from moespresso import api
-from moespresso.build import open_view
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, open_view
 from moespresso.core.errors import UserError
-from moespresso.core.format import Format, stored_parts
+from moespresso.core.format import Format
 from moespresso.data import Source
 from moespresso.effect import price
-from moespresso.formats import decode_plain, encode_plain
+from moespresso.formats import Slices
 from moespresso.run import Request
 from test_depth_kl import LENGTH, SAMPLES
 from test_depth_steps import plan_of
@@ -88,9 +87,9 @@ def test_rows_and_columns_are_stored_and_the_stock_model_with_zeros_is_the_same(
     by_hand = whole(tensors)
     assert by_hand.keys() == disk(zeros).keys()
     assert all(torch.equal(tensor, by_hand[name]) for name, tensor in disk(zeros).items())
-    with Reader(out) as reader:
+    with Tensors(out) as reader:
         for piece in open_view(out).pieces:
-            assert torch.equal(reader.piece(piece), by_hand[piece.name]), piece.name
+            assert torch.equal(reader.whole(piece), by_hand[piece.name]), piece.name
     loaded, stock = moespresso.load(out, dtype="float32"), families.reference(zeros)
     for name, tensor in loaded.state_dict().items():
         torch.testing.assert_close(tensor.float(), stock.state_dict()[name], rtol=2**-8, atol=0)
@@ -385,12 +384,12 @@ def test_what_is_stored_comes_back(kind: str, rank: int, empty: int, seed: int):
         gone = torch.randperm(each.shape[axis - 1], generator=draw)[max(0, rank - empty) :]
         each.index_fill_(axis - 1, gone, 0)
     format = Format(kind, rank=rank)  # pyright: ignore[reportArgumentType]
-    parts = encode_plain(weights, format)
-    wanted = stored_parts("slices", format, 7, 6, "BF16")
+    parts = Slices().encode(weights, format)
+    wanted = Slices().shapes(format, 7, 6, "BF16")
     assert {name: tuple(part.shape[1:]) for name, part in parts.items()} == {
         n: s for n, (s, _) in wanted.items()
     }
-    assert torch.equal(decode_plain("slices", parts, format, (7, 6)), weights)
+    assert torch.equal(Slices().decode(parts, format, (7, 6)), weights)
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,7 @@ def error(shown: LayerContext, up: Tensor, down: Tensor) -> float:
 
 
 def error_of(shown: LayerContext, answer: LayerResult) -> float:
-    assert answer.up is not None
-    assert answer.down is not None
-    return error(shown, decode(answer.up), decode(answer.down))
+    return error(shown, decode(answer.numbers["up"]), decode(answer.numbers["down"]))
 
 
 def quick(**settings: Any) -> AutoRound:
@@ -116,7 +114,9 @@ def test_the_answer_is_as_long_as_it_was_in_the_direction_of_what_it_was():
     for unbiased in (False, True):
         answer = quick(unbiased=unbiased).solve(shown)
         found = routed_sum(
-            experts, *(decode(codes).float().unbind() for codes in (answer.up, answer.down)), tokens
+            experts,
+            *(decode(codes).float().unbind() for codes in (answer.numbers["up"], answer.numbers["down"])),
+            tokens,
         )
         lengths.append((wanted * found).sum(0) / wanted.square().sum(0))
     assert float(lengths[0].mean()) < 0.97
@@ -186,7 +186,7 @@ def test_slopes_are_found_in_a_run_that_wants_none():
         held = RoutedExperts(*(x.clone() for x in (experts.up, experts.down)), experts.module,
                              experts.hidden.clone(), experts.index.clone(), experts.weights.clone())  # fmt: skip
         made = quick().solve(LayerContext(3, shown.module, shown.formats, shown.dtypes, held))
-    assert torch.equal(made.up.values, quick().solve(shown).up.values)
+    assert torch.equal(made.numbers["up"].values, quick().solve(shown).numbers["up"].values)
     up, down = slopes(experts, experts.up, experts.down, torch.arange(9), torch.zeros(9, 16))
     assert up.shape == experts.up.shape
     assert down.shape == experts.down.shape
@@ -197,7 +197,7 @@ def test_an_expert_that_no_token_reaches_is_helped():
     answer = quick().solve(shown)
     assert answer.remedies == {3: "hqq", 4: "hqq"}
     wanted = half_quadratic(shown.experts.down[3:], shown.formats["down"], DTYPE)
-    assert torch.equal(answer.down.values[3:], wanted.values)
+    assert torch.equal(answer.numbers["down"].values[3:], wanted.values)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])

@@ -20,7 +20,7 @@ from moespresso import api
 from moespresso.build import open_view
 from moespresso.core.errors import UserError
 from moespresso.core.format import Format
-from moespresso.formats import Codes, decode, round_nearest
+from moespresso.formats import QuantizedWeights, decode, round_nearest
 from moespresso.kernels import RoutedExperts
 from moespresso.methods import Awq, LayerContext
 from moespresso.methods._awq import Untold, find_entrance, is_product
@@ -139,7 +139,7 @@ def test_without_factors_and_weights_it_is_rounding_to_nearest():
     shown = shown_layer()
     answer = Awq(inputs=False, inner=False, clip=False, unbiased=False).solve(shown)
     for name in ("up", "down"):
-        found: Codes = getattr(answer, name)
+        found: QuantizedWeights = getattr(answer, name)
         wanted = round_nearest(
             getattr(shown.experts, name), shown.formats[name], torch.bfloat16, unbiased=False
         )
@@ -181,7 +181,12 @@ def test_on_inputs_with_outliers_the_output_is_nearer_than_with_rounding_to_near
         shown.module.mlp.gate.weight * factors,
     )
     assert (
-        output_error(shown, decode(answer.up), decode(answer.down), shown.experts.hidden / factors)
+        output_error(
+            shown,
+            decode(answer.numbers["up"]),
+            decode(answer.numbers["down"]),
+            shown.experts.hidden / factors,
+        )
         < 0.9 * nearest
     )
 

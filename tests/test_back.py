@@ -17,8 +17,7 @@ from torch.nn import functional as F
 
 import families
 from conftest import Zoo
-from moespresso.build import View, open_view
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, View, open_view
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Layer
 from moespresso.model import Waiting
@@ -97,7 +96,7 @@ class Gather:
 
 
 def swept(folder: Path, ids: Tensor, mask: Tensor, work: Path, visit: Any) -> float:
-    with Reader(folder) as reader:
+    with Tensors(folder) as reader:
         return sweep_back(skeleton_of(open_view(folder), reader), ids, mask, visit, work=work)
 
 
@@ -124,7 +123,7 @@ def test_stiffness_is_its_formula_token_by_token(family: str, zoo: Zoo, tmp_path
     view, model = open_view(zoo(family)), families.reference(zoo(family))
     ids, mask = text_for(view, padded=True, rows=3)
     _, wanted = truth(model, ids, mask)
-    with Reader(zoo(family)) as reader:
+    with Tensors(zoo(family)) as reader:
         found = stiffness(skeleton_of(view, reader), ids, mask, tmp_path)
     assert found.keys() == wanted.keys()
     for layer, block in families.moe_blocks(model).items():
@@ -150,7 +149,7 @@ def test_an_expert_without_a_token_is_not_stiff(zoo: Zoo, tmp_path: Path):
     ids, mask = text_for(view, padded=False, rows=1, length=2)
     found = Gather()
     swept(zoo("mixtral"), ids, mask, tmp_path, found)
-    with Reader(zoo("mixtral")) as reader:
+    with Tensors(zoo("mixtral")) as reader:
         values = stiffness(skeleton_of(view, reader), ids, mask, tmp_path)
     for layer, stiff in values.items():
         asked = set(found.all_of(layer, "index").flatten().tolist())
@@ -165,7 +164,7 @@ def test_a_skeleton_that_was_swept_before_can_be_swept_back(zoo: Zoo, tmp_path: 
     view = open_view(zoo("deepseek_v3"))
     ids, mask = text_for(view, padded=True)
     gathered = [Gather(), Gather()]
-    with Reader(zoo("deepseek_v3")) as reader:
+    with Tensors(zoo("deepseek_v3")) as reader:
         for found in gathered:
             skeleton = skeleton_of(view, reader, torch.bfloat16)
             if found is gathered[1]:

@@ -520,22 +520,6 @@ def test_a_small_blueprint_is_priced_by_hand():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("stored", "bits"),
-    [
-        (Format(), 16),
-        (Format(bits=32), 32),
-        (Format("integer", 4, 128), 4 + 16 / 128),
-        (Format("integer", 4, 128, symmetric=False), 4 + (16 + 4) / 128),
-        (Format("integer", 8), 8),
-        (Format("sparse", density=0.5), 16 / 2 + 1),
-        (Format("integer", 4, 64, density=0.5), 4 / 2 + 1 + 16 / 64),
-    ],
-)
-def test_bits_per_weight_count_scales_zeros_and_masks(stored: Format, bits: float):
-    assert stored.bits_per_weight() == bits
-
-
 # Stats
 
 

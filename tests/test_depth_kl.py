@@ -21,8 +21,7 @@ import families
 from conftest import Zoo, tiny_tokenizer
 from depth_by_hand import Cut, mean_cosine, overhear, parts, silenced, token_kl
 from moespresso import api
-from moespresso.build import View, open_view
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, View, open_view
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats
@@ -308,7 +307,7 @@ def test_hidden_states_of_candidates_are_those_of_views_with_the_plan(family: st
     mask[1, 8:] = False
     specs = view.source.layers
     asked = [frozenset(at for at in cuts if at[1] in specs[at[0]].bodies) for cuts in VARIANTS]
-    with Reader(folder) as reader, sweep_variants(skeleton_of(view, reader), ids, mask, asked) as found:
+    with Tensors(folder) as reader, sweep_variants(skeleton_of(view, reader), ids, mask, asked) as found:
         for cuts, hidden in zip(asked, map(torch.cat, found), strict=True):
             treatments = {specs[layer].unit(branch): Treatment(drop=True) for layer, branch in cuts}
             plan = validated(Plan(view.source.digest, (Stage({"kind": "by hand"}, treatments),)), view.source)
@@ -316,7 +315,7 @@ def test_hidden_states_of_candidates_are_those_of_views_with_the_plan(family: st
             close(hidden[mask], wanted[mask])
 
 
-def skeleton_of(view: View, reader: Reader) -> Skeleton:
+def skeleton_of(view: View, reader: Tensors) -> Skeleton:
     return view.skeleton(reader, torch.float32, torch.device("cpu"))
 
 
@@ -346,7 +345,7 @@ def test_a_round_loads_each_layer_once_and_runs_equal_beginnings_once(
         candidates = [frozenset(parts((layer, what))) for layer in range(4)]
         spill = tmp_path if spilled else None
         with (
-            Reader(zoo("gpt_oss")) as reader,
+            Tensors(zoo("gpt_oss")) as reader,
             sweep_variants(skeleton_of(view, reader), ids, mask, candidates, spill=spill),
         ):
             assert len(list(tmp_path.iterdir())) == spilled

@@ -17,8 +17,8 @@ from safetensors import safe_open
 
 import families
 from moespresso import api
-from moespresso.build import View
-from moespresso.checkpoint import Reader, open_checkpoint
+from moespresso.build import Tensors, View
+from moespresso.checkpoint import open_checkpoint
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.unit import Unit
@@ -39,13 +39,13 @@ def view_of(folder: Path) -> View:
     return View(checkpoint, blueprint, Plan(blueprint.digest))
 
 
-def skeleton_of(view: View, reader: Reader, dtype: torch.dtype = torch.float32) -> Skeleton:
+def skeleton_of(view: View, reader: Tensors, dtype: torch.dtype = torch.float32) -> Skeleton:
     return view.skeleton(reader, dtype, torch.device("cpu"))
 
 
 def streamed_logits(view: View, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-    with Reader(view.checkpoint.folder) as reader:
+    with Tensors(view.checkpoint.folder) as reader:
         skeleton = skeleton_of(view, reader)
         hidden = sweep(skeleton, ids, mask)
         with skeleton.outer(), torch.inference_mode():
@@ -145,7 +145,7 @@ def test_priced_bytes_are_the_bytes_written(zoo: Zoo, tmp_path: Path, family: st
 def test_a_layers_state_goes_back_to_the_names_and_values_on_disk(zoo: Zoo, family: str) -> None:
     """Reversal, with another layer loaded between load and reversal (the loader forgets the mapping it did not use)."""
     view = view_of(zoo(family))
-    with Reader(view.checkpoint.folder) as reader:
+    with Tensors(view.checkpoint.folder) as reader:
         skeleton = skeleton_of(view, reader)
         for layer in view.source.moe_layers:
             with skeleton.layer(layer.index):
@@ -157,7 +157,7 @@ def test_a_layers_state_goes_back_to_the_names_and_values_on_disk(zoo: Zoo, fami
             back = skeleton.to_disk(state)
             assert back.keys() == on_disk.keys()
             for name, tensor in back.items():
-                assert torch.equal(tensor.float(), reader.tensor(on_disk[name]).float()), name
+                assert torch.equal(tensor.float(), reader.reader.tensor(on_disk[name]).float()), name
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
@@ -165,7 +165,7 @@ def test_precision_follows_stock_loading_in_bfloat16(zoo: Zoo, family: str) -> N
     """Tensors that must stay float32 (correction biases) do, or routing would change."""
     reference = families.reference(zoo(family), dtype=torch.bfloat16)
     view = view_of(zoo(family))
-    with Reader(view.checkpoint.folder) as reader:
+    with Tensors(view.checkpoint.folder) as reader:
         skeleton = skeleton_of(view, reader, torch.bfloat16)
         for index in range(len(skeleton.layers)):
             with skeleton.layer(index):
@@ -180,7 +180,7 @@ def test_hidden_states_may_wait_on_disk(zoo: Zoo, tmp_path: Path) -> None:
     view = view_of(zoo("qwen3_moe"))
     ids = torch.randint(view.source.vocab, (300, 20), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids, dtype=torch.bool)
-    with Reader(view.checkpoint.folder) as reader:
+    with Tensors(view.checkpoint.folder) as reader:
         in_memory = sweep(skeleton_of(view, reader), ids, mask)
         on_disk = sweep(skeleton_of(view, reader), ids, mask, spill=tmp_path)
     assert torch.equal(in_memory, on_disk)
@@ -190,7 +190,7 @@ def test_hidden_states_may_wait_on_disk(zoo: Zoo, tmp_path: Path) -> None:
 def test_one_mask_serves_all_batches_of_a_shape(zoo: Zoo) -> None:
     view = view_of(zoo("gpt_oss"))
     ids = torch.randint(view.source.vocab, (4, 10))
-    with Reader(view.checkpoint.folder) as reader, torch.inference_mode():
+    with Tensors(view.checkpoint.folder) as reader, torch.inference_mode():
         skeleton = skeleton_of(view, reader)
         with skeleton.outer():
             waiting = start(skeleton.base, skeleton.layers_name, list(ids.split(2)), [None, None])
@@ -210,7 +210,7 @@ def test_rebuilt_weights_carry_on_to_the_next_layer(zoo: Zoo) -> None:
     reference = families.reference(zoo("mixtral"))
     for layer in reference.model.layers:
         layer.mlp.experts.down_proj.data.zero_()
-    with Reader(view.checkpoint.folder) as reader:
+    with Tensors(view.checkpoint.folder) as reader:
         hidden = sweep(skeleton_of(view, reader), ids, mask, silence, carry="rebuilt")
     with torch.inference_mode():
         close(hidden, reference.model(ids, use_cache=False).last_hidden_state)
@@ -236,7 +236,7 @@ def test_batches_that_wait_at_the_experts_go_on_as_if_run_again(
         changed = {id(layer.experts.down_proj)} | ({*map(id, layer.router.parameters())} if whole else set())
         return {name: tensor / 2 for name, tensor in layer.module.named_parameters() if id(tensor) in changed}
 
-    with Reader(view.checkpoint.folder) as reader:
+    with Tensors(view.checkpoint.folder) as reader:
         held = sweep(skeleton_of(view, reader), ids, mask, halve, carry="rebuilt")
         times = len(asked)
         again = sweep(skeleton_of(view, reader), ids, mask, halve, carry="rebuilt", spill=tmp_path)

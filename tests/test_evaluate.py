@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from families import FAMILIES, random_ids, reference, tensor_files, write_checkpoint
-from moespresso.build import open_view
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, open_view
 from moespresso.core.progress import Silent
 from moespresso.data import Batches
 from moespresso.model import Skeleton
@@ -65,7 +64,7 @@ def edited(folder: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
 def skeletons(*folders: Path) -> Iterator[list[Skeleton]]:
     """The models in these folders, ready to stream."""
     with ExitStack() as stack:
-        readers = [stack.enter_context(Reader(folder, allow_nonfinite=True)) for folder in folders]
+        readers = [stack.enter_context(Tensors(folder, allow_nonfinite=True)) for folder in folders]
         yield [open_view(folder).skeleton(reader, torch.float32, torch.device("cpu"))
                for folder, reader in zip(folders, readers, strict=True)]  # fmt: skip
 

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from conftest import tiny_tokenizer, write_words
 from families import build, read_tensor, tensor_files, write_checkpoint
 from moespresso import api
-from moespresso.build import View, make_skeleton, open_view, pick_dtype, precision
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, View, make_skeleton, open_view, pick_dtype, precision
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Fed
 from moespresso.core.runtime import Runtime
@@ -158,7 +157,7 @@ class Model:
     """A loud model in float32 with its last hidden states."""
 
     view: View
-    reader: Reader
+    reader: Tensors
     skeleton: Skeleton
     states: Tensor
 
@@ -172,14 +171,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
             family = "mixtral" if name == "quiet" else name
             inner = 1.0 if name == "quiet" else 500.0
             view = open_view(loud(tmp_path_factory.mktemp("loud") / name, family, inner))
-            reader = Reader(view.checkpoint.folder)
+            reader = Tensors(view.checkpoint.folder)
             made[name] = Model(view, reader, *_run(view, reader))
         return made[name]
 
     return model
 
 
-def _run(view: View, reader: Reader) -> tuple[Skeleton, Tensor]:
+def _run(view: View, reader: Tensors) -> tuple[Skeleton, Tensor]:
     skeleton = make_skeleton(view, reader, Runtime(dtype="float32"))
     return skeleton, sweep(skeleton, BATCHES.ids, BATCHES.mask)
 
@@ -314,7 +313,7 @@ def test_gradients_that_float16_cannot_hold_are_as_in_float32(dtype: str, tmp_pa
         model.lm_head.weight.mul_(0.001)
     model.save_pretrained(tmp_path / "model")
     view = open_view(tmp_path / "model")
-    with Reader(view.checkpoint.folder) as reader:
+    with Tensors(view.checkpoint.folder) as reader:
         whole, half = (
             stiffness(make_skeleton(view, reader, Runtime(dtype=each)), BATCHES.ids, BATCHES.mask, tmp_path)
             for each in ("float32", dtype)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moespresso.core.format import Format
 from moespresso.formats.grids import minmax, searched
-from moespresso.formats.integer import SLAB, Codes, decode, encode, in_groups, slabs, spread
+from moespresso.formats.integer import SLAB, QuantizedWeights, decode, encode, in_groups, slabs, spread
 from moespresso.formats.rounding import round_nearest, unbias
 from moespresso.kernels import factored, half_quadratic, shrunk
 from moespresso.kernels.gptq import solve
@@ -50,13 +50,13 @@ def problem(
     return torch.randn(count, rows, width, generator=draw) * 0.02, inputs.mT @ inputs / tokens
 
 
-def output_error(weights: Tensor, codes: Codes, hessians: Tensor) -> Tensor:
+def output_error(weights: Tensor, codes: QuantizedWeights, hessians: Tensor) -> Tensor:
     """tr(dW H dW^T) of each matrix, in float64."""
     lost = (weights - decode(codes).float()).double()
     return ((lost @ hessians.double()) * lost).sum((1, 2))
 
 
-def same(one: Codes, other: Codes) -> bool:
+def same(one: QuantizedWeights, other: QuantizedWeights) -> bool:
     return all(torch.equal(getattr(one, part), getattr(other, part)) for part in ("values", "scale", "zero"))
 
 
@@ -202,7 +202,7 @@ def test_rows_that_cannot_be_freed_of_shrinkage_stay():
     # The second row is met at a third of its length, the third in the wrong direction: grids that do not fit.
     values = torch.tensor([[[2, 2, 2, 2], [3, 3, 3, 3], [1, 1, 1, 1]]], dtype=torch.uint8)
     scale = torch.tensor([[[1.0], [0.3], [0.5]]])
-    codes = Codes(format, values, scale, torch.full((1, 3, 1), 2, dtype=torch.uint8))
+    codes = QuantizedWeights(format, values, scale, torch.full((1, 3, 1), 2, dtype=torch.uint8))
     assert torch.equal(unbias(weights, codes).scale, scale)
 
 
@@ -270,7 +270,9 @@ def test_half_quadratic_is_never_worse_than_minmax_in_its_norm_and_mostly_better
 # --- GPTQ against the published algorithm --------------------------------------------------------------------------------
 
 
-def published(weights: Tensor, hessian: Tensor, grid: Codes, damping: float, act_order: bool) -> Tensor:
+def published(
+    weights: Tensor, hessian: Tensor, grid: QuantizedWeights, damping: float, act_order: bool
+) -> Tensor:
     """Values [out, in] of one matrix, after arXiv 2210.17323: U upper with U^T U = H^-1, remaining columns updated."""
     rest, hessian = weights.double().clone(), hessian.double()
     width = rest.shape[1]
@@ -296,7 +298,7 @@ def test_codes_are_those_of_the_published_algorithm(format: Format, act_order: b
         weights, hessians, format, torch.float32, act_order=act_order, block=16, damping=0.01, **PUBLISHED
     )
     for number in range(len(weights)):
-        grid = Codes(format, codes.values[[number]], codes.scale[[number]], codes.zero[[number]])
+        grid = QuantizedWeights(format, codes.values[[number]], codes.scale[[number]], codes.zero[[number]])
         assert torch.equal(
             codes.values[number], published(weights[number], hessians[number], grid, 0.01, act_order)
         )
@@ -374,12 +376,12 @@ def test_in_the_end_no_single_code_and_no_scale_can_be_bettered():
     for row, column, value in itertools.product(range(2), range(16), range(4)):
         values = codes.values.clone()
         values[0, row, column] = value
-        other = Codes(format, values, codes.scale, codes.zero)
+        other = QuantizedWeights(format, values, codes.scale, codes.zero)
         assert float(output_error(weights, other, hessians)) >= float(least) * (1 - 1e-6)
     for row, group, factor in itertools.product(range(2), range(2), (0.99, 1.01)):
         scale = codes.scale.clone()
         scale[0, row, group] *= factor
-        other = Codes(format, codes.values, scale, codes.zero)
+        other = QuantizedWeights(format, codes.values, scale, codes.zero)
         assert float(output_error(weights, other, hessians)) >= float(least) * (1 - 1e-6)
 
 
@@ -427,7 +429,9 @@ def test_all_at_once_is_one_by_one(format: Format):
     many, _ = solve(weights, hessians, format, torch.bfloat16)
     for number in range(len(weights)):
         one, _ = solve(weights[[number]], hessians[[number]], format, torch.bfloat16)
-        assert same(one, Codes(format, many.values[[number]], many.scale[[number]], many.zero[[number]]))
+        assert same(
+            one, QuantizedWeights(format, many.values[[number]], many.scale[[number]], many.zero[[number]])
+        )
 
 
 @pytest.mark.parametrize("block", [1, 7, 16, 40, 128])

@@ -22,8 +22,7 @@ import families
 from conftest import tiny_tokenizer, write_model, write_words
 from merged_by_hand import merge_by_hand, read_stage
 from moespresso import api
-from moespresso.build import open_view
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, open_view
 from moespresso.core.errors import UserError
 from moespresso.data import Batches, Source, calibration
 from moespresso.run import Request
@@ -159,7 +158,7 @@ def found_means(folder: Path, batches: Batches) -> dict[int, Tensor]:
     """What the product measures, in float64."""
     view = open_view(folder)
     visitor = MeanAnswers({layer.index for layer in view.source.moe_layers})
-    with Reader(folder) as reader:
+    with Tensors(folder) as reader:
         sweep(view.skeleton(reader, torch.float64, torch.device("cpu")), batches.ids, batches.mask, visitor)
     return visitor.values
 

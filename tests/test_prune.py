@@ -12,8 +12,7 @@ import moespresso
 from conftest import Zoo, write_wide
 from driver import Driver
 from moespresso import api
-from moespresso.build import open_view
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, open_view
 from moespresso.core.errors import UserError
 from moespresso.core.registry import opened, parse_step
 from moespresso.effect import price
@@ -68,10 +67,10 @@ def test_pruned_and_rounded_in_one_pass(bits: int, sparsity: str, source: Path, 
     )
     proven(out, source)
     view = open_view(out)
-    with Reader(out) as reader:
+    with Tensors(out) as reader:
         for piece in view.pieces:
             if piece.unit.part == "experts":
-                values = reader.piece(piece).float()
+                values = reader.whole(piece).float()
                 assert float((values == 0).float().mean()) >= 0.5
     assert {packed.bits for packed in view.formats.values()} == {bits}
 
@@ -218,9 +217,9 @@ def test_a_mask_and_what_stays_are_the_same_matrices_in_fewer_bytes(
     tensors = disk(out)
     assert price(plan_of(out), open_view(zoo(family)).source).bytes == sum(t.nbytes for t in tensors.values())
     assert sum(t.nbytes for t in tensors.values()) < sum(t.nbytes for t in disk(plain).values())
-    with Reader(out) as reader:
+    with Tensors(out) as reader:
         for piece in open_view(out).pieces:
-            assert torch.equal(reader.piece(piece), disk(plain)[piece.name]), piece.name
+            assert torch.equal(reader.whole(piece), disk(plain)[piece.name]), piece.name
     loaded, dense = moespresso.load(out), moespresso.load(plain)
     for mine, other in zip(loaded.state_dict().values(), dense.state_dict().values(), strict=True):
         torch.testing.assert_close(
@@ -277,14 +276,14 @@ def test_products_are_stored_as_their_factors(family: str, zoo: Zoo, text: Path,
     assert stored <= 0.75 * sum(before[name].nbytes for name in names)
     state = moespresso.load(out).state_dict()
     assert all(bool(tensor.isfinite().all()) for tensor in state.values())
-    with Reader(out) as reader:
+    with Tensors(out) as reader:
         for piece in open_view(out).pieces:
             if piece.name in names:
                 left, right = (
                     tensors[piece.name.replace("weight", part)] for part in ("weight_left", "weight_right")
                 )
                 torch.testing.assert_close(
-                    reader.piece(piece).float(), left.float() @ right.float(), rtol=2**-7, atol=1e-3
+                    reader.whole(piece).float(), left.float() @ right.float(), rtol=2**-7, atol=1e-3
                 )
     for step in ("expert_drop:keep=6,renormalise=compensate", "magnitude"):
         proven(press(out, tmp_path / step[:9], step, text=text, target="plugin"), out)

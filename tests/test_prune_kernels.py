@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moespresso.core.format import Format
 from moespresso.formats.grids import searched
-from moespresso.formats.integer import SLAB, Codes, decode, encode, spread
+from moespresso.formats.integer import SLAB, QuantizedWeights, decode, encode, spread
 from moespresso.kernels import gptq as _gptq
 from moespresso.kernels import kept, kept_by_share, solve
 from moespresso.kernels.masks import largest
@@ -198,7 +198,12 @@ def test_equal_shares_with_ties_zeros_and_nan():
 
 
 def published(
-    weights: Tensor, hessian: Tensor, format: Format, damping: float, block: int, grid: Codes | None
+    weights: Tensor,
+    hessian: Tensor,
+    format: Format,
+    damping: float,
+    block: int,
+    grid: QuantizedWeights | None,
 ) -> tuple[Tensor, Tensor]:
     """New weights and mask of one matrix [out, in], after arXiv 2301.00774: U upper with U^T U = H^-1, all that is still
     to come updated after each column. Only how many a block keeps is ours: its code keeps one weight too few in each."""
@@ -241,7 +246,9 @@ def test_weights_are_those_of_the_published_algorithm(format: Format, code: Form
     for number in range(len(weights)):
         grid = None
         if codes:
-            grid = Codes(codes.format, codes.values[[number]], codes.scale[[number]], codes.zero[[number]])
+            grid = QuantizedWeights(
+                codes.format, codes.values[[number]], codes.scale[[number]], codes.zero[[number]]
+            )
         expected, stays = published(weights[number], hessians[number], format, 0.02, block, grid)
         assert torch.equal(mask[number], stays)
         torch.testing.assert_close(met[number].double(), expected, rtol=1e-4, atol=1e-6)

@@ -26,8 +26,7 @@ from families import (
     reference,
     routers,
 )
-from moespresso.build import View, open_view
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, View, open_view
 from moespresso.core.blueprint import LayerSpec
 from moespresso.core.layer import Call, Layer, Routed, Taps
 from moespresso.core.runtime import Runtime
@@ -59,7 +58,7 @@ def searched(view: View, ids: Tensor, layers: Sequence[int]) -> dict[int, dict[s
                 sample.add(call)
             found[layer.spec.index] = Reconstruction(sample).search(layer)
 
-    with Reader(view.checkpoint.folder) as reader:
+    with Tensors(view.checkpoint.folder) as reader:
         skeleton = view.skeleton(reader, torch.float32, torch.device("cpu"))
         sweep(skeleton, ids, torch.ones_like(ids, dtype=torch.bool), visit)
     return found
@@ -197,7 +196,7 @@ def grouped_error(truth: ByHand, kept: set[int]) -> float:
 
 def measured(view: View, ids: Tensor) -> Stats:
     measurer = Measurer(["reconstruction"], ids.numel())
-    with Reader(view.checkpoint.folder) as reader:
+    with Tensors(view.checkpoint.folder) as reader:
         skeleton = view.skeleton(reader, torch.float32, torch.device("cpu"))
         sweep(skeleton, ids, torch.ones_like(ids, dtype=torch.bool), measurer)
     return Stats("key", view.source.digest, values=measurer.values)

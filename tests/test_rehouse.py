@@ -24,8 +24,9 @@ from transformers import AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import families
-from moespresso.build import View
-from moespresso.checkpoint import Checkpoint, Reader, layout, open_checkpoint, write_shard
+from moespresso.build import Tensors, View
+from moespresso.build.write import shards_of, write_shard
+from moespresso.checkpoint import Checkpoint, open_checkpoint
 from moespresso.core.blueprint import Entry, TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan
@@ -91,8 +92,8 @@ def written(checkpoint: Checkpoint, folder: Path) -> Path:
 
 def write_view(view: View, folder: Path) -> Path:
     folder.mkdir()
-    with Reader(view.checkpoint.folder) as reader:
-        (shard,) = layout(view.pieces, 1 << 40)
+    with Tensors(view.checkpoint.folder) as reader:
+        (shard,) = shards_of(view.pieces, 1 << 40)
         write_shard(folder, shard, reader)
     (folder / "config.json").write_text(json.dumps(view.config))
     return folder
@@ -610,32 +611,34 @@ def test_a_factor_is_multiplied_in_wherever_a_tensor_is_read(
 ) -> None:
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
     ref = replace(saved(tmp_path, x=x)["x"], factor=factor)
-    with Reader(tmp_path) as reader:
-        assert torch.equal(reader.tensor(ref), x * factor)
-        assert reader.tensor(ref).dtype == dtype
-        assert torch.equal(reader.piece(piece_of(ref)), x * factor)
+    with Tensors(tmp_path) as reader:
+        assert torch.equal(reader.reader.tensor(ref), x * factor)
+        assert reader.reader.tensor(ref).dtype == dtype
+        assert torch.equal(reader.whole(piece_of(ref)), x * factor)
         assert torch.equal(torch.cat([*reader.chunks(piece_of(ref))]), (x * factor).flatten())
         rows = piece_of(ref, shape=(2, 6), axis=0, take=(1, 3), scale=0.25)
-        assert torch.equal(reader.piece(rows), x[[1, 3]] * factor * 0.25)
+        assert torch.equal(reader.whole(rows), x[[1, 3]] * factor * 0.25)
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "I64", "U8"])
 def test_a_tensor_that_lies_nowhere_is_zeros(tmp_path: Path, dtype: str) -> None:
     ref = TensorRef("z", (3, 4), dtype, "")
-    with Reader(tmp_path) as reader:  # an empty folder: nothing may be opened
-        assert reader.tensor(ref).shape == (3, 4)
-        assert not reader.tensor(ref).any()
-        assert not reader.piece(piece_of(ref)).any()
-        assert reader.piece(piece_of(ref, shape=(3, 1), axis=1, take=(2,))).shape == (3, 1)
+    with Tensors(tmp_path) as reader:  # an empty folder: nothing may be opened
+        assert reader.reader.tensor(ref).shape == (3, 4)
+        assert not reader.reader.tensor(ref).any()
+        assert not reader.whole(piece_of(ref)).any()
+        assert reader.whole(piece_of(ref, shape=(3, 1), axis=1, take=(2,))).shape == (3, 1)
         assert [*reader.ahead([piece_of(ref)])] == [piece_of(ref)]
         reader.drop_pages("")
 
 
 def test_an_ordinary_tensor_is_not_copied(tmp_path: Path) -> None:
     ref = saved(tmp_path, x=torch.arange(8.0))["x"]
-    with Reader(tmp_path) as reader:
-        assert reader.tensor(ref).data_ptr() == reader.tensor(ref).data_ptr()
-        assert reader.tensor(replace(ref, factor=2.0)).data_ptr() != reader.tensor(ref).data_ptr()
+    with Tensors(tmp_path) as reader:
+        assert reader.reader.tensor(ref).data_ptr() == reader.reader.tensor(ref).data_ptr()
+        assert (
+            reader.reader.tensor(replace(ref, factor=2.0)).data_ptr() != reader.reader.tensor(ref).data_ptr()
+        )
 
 
 def test_zeros_and_factors_are_written_among_the_rest(tmp_path: Path) -> None:
@@ -647,8 +650,8 @@ def test_zeros_and_factors_are_written_among_the_rest(tmp_path: Path) -> None:
     ]
     out = tmp_path / "out"
     out.mkdir()
-    with Reader(tmp_path) as reader:
-        write_shard(out, layout(pieces, 1 << 20)[0], reader)
+    with Tensors(tmp_path) as reader:
+        write_shard(out, shards_of(pieces, 1 << 20)[0], reader)
     found = load_file(out / "model.safetensors")
     assert {name: tensor.flatten().tolist() for name, tensor in found.items()} == {
         "a": [0, 1, 2], "z": [0] * 4, "b": [2] * 4,

@@ -36,8 +36,7 @@ from families import (
     routers,
     tensor_files,
 )
-from moespresso.build import View, open_view
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, View, open_view
 from moespresso.core.blueprint import Blueprint, LayerSpec
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Decision, Plan
@@ -78,7 +77,7 @@ def tokens_for(
 def measured(view: View, batches: Batches, *needs: str) -> Stats:
     """What the product measures, in float64 so that only formulas can differ."""
     measurer = Measurer(needs or ["routing"], batches.num_tokens)
-    with Reader(view.checkpoint.folder) as reader:
+    with Tensors(view.checkpoint.folder) as reader:
         skeleton = view.skeleton(reader, torch.float64, torch.device("cpu"))
         sweep(skeleton, batches.ids, batches.mask, measurer)
         values = measurer.values
@@ -189,7 +188,7 @@ def test_every_score_is_its_formula(name: str, zoo: Zoo):
 @every_family
 def test_aimer_is_its_formula(name: str, zoo: Zoo):
     view = open_view(zoo(name))
-    with Reader(view.checkpoint.folder) as reader:
+    with Tensors(view.checkpoint.folder) as reader:
         stats = Stats("key", view.source.digest, values=weight_sums(view, reader, Silent()))
     for layer in view.source.moe_layers:
         expected = []
@@ -727,7 +726,7 @@ def test_a_protected_expert_of_a_second_step_is_named_as_in_the_source(zoo: Zoo,
 )
 def test_stats_without_what_a_score_needs_are_the_users_mistake(step: ExpertDrop, zoo: Zoo):
     view = open_view(zoo("mixtral"))
-    with Reader(view.checkpoint.folder) as reader:
+    with Tensors(view.checkpoint.folder) as reader:
         weights = Stats("key", view.source.digest, values=weight_sums(view, reader, Silent()))
     with pytest.raises(UserError, match="measure again with a step that needs it"):
         step.decide(weights, view.source)

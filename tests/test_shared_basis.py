@@ -18,8 +18,7 @@ import moespresso
 from conftest import Zoo, write_wide
 from driver import Driver
 from moespresso import api
-from moespresso.build import open_view
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, open_view
 from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.core.plan import Plan, Stage
@@ -68,8 +67,8 @@ def test_every_family_shares_bases(family: str, zoo: Zoo, text: Path, tmp_path: 
 def test_what_is_stored_is_what_is_loaded(zoo: Zoo, text: Path, tmp_path: Path):
     out = press(zoo("mixtral"), tmp_path / "out", STEP, text=text, target="plugin")
     tensors = disk(out)
-    with Reader(out) as reader:
-        whole = {piece.name: reader.piece(piece) for piece in open_view(out).pieces}
+    with Tensors(out) as reader:
+        whole = {piece.name: reader.whole(piece) for piece in open_view(out).pieces}
     state = moespresso.load(out).state_dict()
     for layer, expert, matrix in itertools.product(range(2), range(8), ("w1", "w3")):
         stem = f"model.layers.{layer}.block_sparse_moe.experts."

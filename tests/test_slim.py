@@ -16,8 +16,7 @@ import families
 import moespresso
 from conftest import Zoo, tiny_tokenizer, write_wide
 from moespresso import api
-from moespresso.build import open_view
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, open_view
 from moespresso.core.errors import UserError
 from moespresso.core.runtime import Runtime
 from moespresso.data import Source
@@ -80,12 +79,12 @@ def test_experts_in_memory_are_what_our_reader_decodes(packed: Path):
     view = open_view(packed)
     model = AutoModelForCausalLM.from_pretrained(packed, dtype="auto")
     state = model.state_dict()
-    with Reader(packed) as reader:
+    with Tensors(packed) as reader:
         for piece in view.pieces:
             if piece.unit.part != "experts" or piece.unit.matrix != "down":
                 continue
             stack = state[f"model.layers.{piece.unit.layer}.mlp.experts.down_proj"]
-            torch.testing.assert_close(stack[piece.unit.expert], reader.piece(piece), rtol=0, atol=0)
+            torch.testing.assert_close(stack[piece.unit.expert], reader.whole(piece), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -198,7 +197,7 @@ def test_a_scale_that_comes_later_goes_into_the_scales(step: str, zoo: Zoo, text
     both = press(zoo("deepseek_v2"), tmp_path / "both", step, drop, text=text)
     proven(both, zoo("deepseek_v2"))
     made, after = plan_of(both), open_view(both)
-    with Reader(rounded.checkpoint.folder) as old, Reader(both) as new:
+    with Tensors(rounded.checkpoint.folder) as old, Tensors(both) as new:
         for layer in rounded.source.moe_layers:
             scale = made.routed_scale(layer.index)
             assert scale != 1
@@ -253,7 +252,7 @@ def test_a_packed_folder_can_be_pressed_on(step: str, target: Any, packed: Path,
 def test_what_is_not_touched_keeps_its_bytes(packed: Path, tmp_path: Path):
     out = press(packed, tmp_path / "out", "expert_drop:keep=6,score=aimer")
     before, after = open_view(packed), open_view(out)
-    with Reader(packed) as old, Reader(out) as new:
+    with Tensors(packed) as old, Tensors(out) as new:
         plan = plan_of(out)
         for layer in before.source.moe_layers:
             for place, expert in enumerate(plan.kept_experts(layer.index, layer.experts)):
@@ -261,7 +260,7 @@ def test_what_is_not_touched_keeps_its_bytes(packed: Path, tmp_path: Path):
                 a, b = (view.checkpoint.tensors[name.format(layer.index, number)]
                         for view, number in ((before, expert), (after, place)))  # fmt: skip
                 for suffix, part in a.stored().items():
-                    assert torch.equal(old.tensor(part), new.tensor(b.stored()[suffix]))
+                    assert torch.equal(old.reader.tensor(part), new.reader.tensor(b.stored()[suffix]))
 
 
 def test_new_values_of_packed_matrices_are_rounded_aloud(packed: Path, text: Path, tmp_path: Path):
@@ -362,11 +361,11 @@ def test_other_layouts_hold_the_same_values(layout: str, packed: Path, tmp_path:
     api.export(packed, to=layout, out=tmp_path / "out")
     proven(tmp_path / "out", packed)
     before, after = open_view(packed), open_view(tmp_path / "out")
-    with Reader(packed) as old, Reader(tmp_path / "out") as new:
+    with Tensors(packed) as old, Tensors(tmp_path / "out") as new:
         for one, other in zip(before.pieces, after.pieces, strict=True):
             assert one.name == other.name
             torch.testing.assert_close(
-                new.piece(other).float(), old.piece(one).float(), rtol=2e-3 if one.ref.packed else 0, atol=0
+                new.whole(other).float(), old.whole(one).float(), rtol=2e-3 if one.ref.packed else 0, atol=0
             )
     again = tmp_path / "again"
     api.export(tmp_path / "out", to="compressed-tensors", out=again)

@@ -15,8 +15,7 @@ from torch import Tensor
 import families
 from conftest import Zoo
 from depth_by_hand import parts
-from moespresso.build import open_view
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, open_view
 from moespresso.core.runtime import Runtime
 from moespresso.methods import LayerDrop
 from moespresso.model import Skeleton
@@ -56,7 +55,7 @@ def found(
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, 7:] = False
     with (
-        Reader(folder) as reader,
+        Tensors(folder) as reader,
         sweep_variants(skeleton_of(view, reader), ids, mask, cuts, spill=spill) as states,
     ):
         assert {len(batches) for batches in states} == {3}
@@ -83,7 +82,7 @@ def test_a_candidate_has_two_files_a_batch_at_most(zoo: Zoo, tmp_path: Path):
     view = open_view(zoo("gpt_oss"))
     ids = families.random_ids(families.reference(zoo("gpt_oss")).config, 2, 9)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    with Reader(zoo("gpt_oss")) as reader:
+    with Tensors(zoo("gpt_oss")) as reader:
         skeleton = skeleton_of(view, reader)
         each = state_bytes(skeleton, ids, mask)
         assert each == 4 * ids.numel() * view.source.hidden
@@ -108,7 +107,7 @@ def test_candidates_that_start_hold_one_answer_of_the_embedding(family: str, zoo
     folder = zoo(family) if family in families.FAMILIES else folder_of(family, tmp_path)
     ids = families.random_ids(families.reference(folder).config, 4, 700)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    with Reader(folder) as reader, torch.inference_mode():
+    with Tensors(folder) as reader, torch.inference_mode():
         skeleton = skeleton_of(open_view(folder), reader)
         one, _ = started(skeleton, ids, mask, 1)
         many, waiting = started(skeleton, ids, mask, 6)

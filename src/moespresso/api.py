@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, cast
+from typing import Any, TypedDict, Unpack
 
 import torch
 from transformers import PreTrainedModel
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 import moespresso.methods  # noqa: F401  (registers them)
 from moespresso._versions import VERSION
 from moespresso.build import (
+    Tensors,
     View,
     config_view,
     load_model,
@@ -31,18 +32,18 @@ from moespresso.build import (
     open_view,
 )
 from moespresso.bundled import MODELS, TEXT
-from moespresso.checkpoint import Reader, claim, locate, read_json, write_text
+from moespresso.checkpoint import claim, locate, read_json, write_text
 from moespresso.core.errors import UserError, did_you_mean
-from moespresso.core.format import LAYOUT_BITS, Form, check_layout
 from moespresso.core.place import place, real, sayable, typed
 from moespresso.core.plan import Plan
 from moespresso.core.registry import parse_step
 from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats, stats_key
 from moespresso.data import Batches, Source, calibration, load_tokenizer, sequences
-from moespresso.effect import needs_fit, rounds_on_text, slims, step_of, validated
+from moespresso.effect import check_step, needs_fit, rounds_on_text, slims, step_of, validated
 from moespresso.export import check_even, formed
 from moespresso.fit import found, unrepaired
+from moespresso.formats import codec_in, codecs
 from moespresso.model import is_rehoused, is_unequal, quiet_transformers
 from moespresso.quality import evaluate as evaluate_models
 from moespresso.report import Report, describe_methods
@@ -293,6 +294,8 @@ def build(
 
         def tried(form: View) -> View:
             validated(made, form.source)
+            for stage in made.stages:
+                check_step(stage, form.source)
             return housed(form, lambda at_home: formed(target, replace(at_home, plan=made)).check_fits())
 
         steps = [step_of(stage) for stage in made.stages if slims(stage)]
@@ -385,7 +388,7 @@ def export(folder: str | Path, *, to: str, out: str | Path, runtime: Runtime | N
     """Write a packed folder again in the layout of another engine, `gptq`, `awq` or `compressed-tensors`, or as what its
     matrices decode to: `plain`."""
     runtime, clock = runtime or Runtime(), Clock()
-    layouts = [*LAYOUT_BITS, "plain"]
+    layouts = [held.layout for held in codecs() if not held.own]
     if to not in layouts:
         planned = " (gguf is not available in this version)" if to == "gguf" else did_you_mean(to, layouts)
         raise UserError(f"export knows no layout {to!r}{planned}")
@@ -396,13 +399,13 @@ def export(folder: str | Path, *, to: str, out: str | Path, runtime: Runtime | N
                 "there is nothing to lay out, so press it with gptq or another step that rounds weights first"
             )  # fmt: skip
             raise UserError(f"{folder} holds no packed matrices: {cure}")
-        view = replace(view, layout=cast("Form", to))
+        view = replace(view, layout=to)
         target = "plugin" if is_unequal(view.checkpoint.config) or not one_format(view) else "transformers"
         formed(target, view).check_fits()
         check_even(view, to)
         for piece in view.pieces:
             if piece.ref.packed is not None:
-                check_layout(piece.ref.packed.layout, piece.ref.packed.format, *piece.shape)
+                codec_in(piece.ref).check(piece.ref.packed.format, piece.shape, piece.name)
     request = Request(target=target, recipe={"export": to})
     identity = stats_key("export", VERSION, view.source.digest, to)
     return produce(view, place(out, "--out"), identity, lambda _: Decided(view.plan), request, runtime, clock)
@@ -436,11 +439,11 @@ def evaluate(
         texts, load_tokenizer((other or view).checkpoint.folder), rows, limit, view.source.vocab
     )
     say_shorter(rows, length or EVALUATED)
-    with Reader(view.checkpoint.folder, allow_nonfinite=True) as reader:
-        skeleton = make_skeleton(view, reader, runtime)
+    with Tensors(view.checkpoint.folder, allow_nonfinite=True) as tensors:
+        skeleton = make_skeleton(view, tensors, runtime)
         if other is None:
             return evaluate_models(skeleton, None, batches, runtime.progress)
-        with Reader(other.checkpoint.folder, allow_nonfinite=True) as second:
+        with Tensors(other.checkpoint.folder, allow_nonfinite=True) as second:
             return evaluate_models(skeleton, make_skeleton(other, second, runtime), batches, runtime.progress)
 
 

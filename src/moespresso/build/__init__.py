@@ -11,26 +11,34 @@ from moespresso.build.opening import (
     precision,
     rehoused_views,
 )
-from moespresso.build.reach import num_positions
-from moespresso.build.view import (
-    View,
+from moespresso.build.packing import (
+    engine_of,
     half_packed,
     in_order,
+    needs_engine,
     one_format,
     other_layout,
     own_packing,
     tied_head,
     zeros_of,
 )
+from moespresso.build.reach import num_positions
+from moespresso.build.tensors import Lazy, Tensors
+from moespresso.build.view import View
+from moespresso.build.write import write
 
 __all__ = [
+    "Lazy",
+    "Tensors",
     "View",
     "apart_view",
     "config_view",
+    "engine_of",
     "half_packed",
     "in_order",
     "load_model",
     "make_skeleton",
+    "needs_engine",
     "num_positions",
     "one_format",
     "open_view",
@@ -41,5 +49,6 @@ __all__ = [
     "precision",
     "rehoused_views",
     "tied_head",
+    "write",
     "zeros_of",
 ]

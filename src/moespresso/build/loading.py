@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from moespresso.build.opening import FLOATS, own_dtype, pick_device
+from moespresso.build.tensors import Lazy, Tensors
 from moespresso.build.view import View
-from moespresso.checkpoint import SECTION, Lazy, Reader
+from moespresso.checkpoint import SECTION
 from moespresso.core.errors import UserError, did_you_mean, reason
 from moespresso.effect import Piece
 from moespresso.model import is_rehoused, read_config
@@ -82,11 +83,11 @@ def _first_line(error: Exception) -> str:
 def _decoded(view: View, dtype: torch.dtype) -> PreTrainedModel:
     config = read_config(view.config, view.source.source)
     folder, kind = view.checkpoint.folder, cast("Any", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-    with Reader(folder, allow_nonfinite=True) as reader:
+    with Tensors(folder, allow_nonfinite=True) as tensors:
         lock = Lock()
-        tensors = {piece.name: _Own(reader, piece, lock) for piece in view.pieces}
+        own = {piece.name: _Own(tensors, piece, lock) for piece in view.pieces}
         # Without a name the loader reads no files: all it loads is here.
-        model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+        model = kind.from_pretrained(None, config=config, state_dict=own, dtype=dtype)
     model.name_or_path = model.config.name_or_path = str(folder)
     if model.can_generate():
         model.generation_config = _generation(folder)
@@ -105,8 +106,8 @@ class _Own(Lazy):
     """A tensor that is read when it is asked for, by one thread at a time, and is the model's own: never a view of a mapped
     file, which cannot be written to."""
 
-    def __init__(self, reader: Reader, piece: Piece, lock: Lock) -> None:
-        super().__init__(reader, piece)
+    def __init__(self, tensors: Tensors, piece: Piece, lock: Lock) -> None:
+        super().__init__(tensors, piece)
         self._lock = lock
 
     def __getitem__(self, index: object) -> Tensor:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from moespresso.build.tensors import Tensors
 from moespresso.build.view import View
-from moespresso.checkpoint import SECTION, TORCH_DTYPES, Checkpoint, Reader, hoisted, open_checkpoint
+from moespresso.checkpoint import SECTION, TORCH_DTYPES, Checkpoint, hoisted, open_checkpoint
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import UserError, reason
 from moespresso.core.plan import Plan
@@ -83,10 +84,10 @@ def _view(checkpoint: Checkpoint) -> View:
     return View(checkpoint, blueprint, Plan(blueprint.digest))
 
 
-def make_skeleton(view: View, reader: Reader, runtime: Runtime) -> Skeleton:
+def make_skeleton(view: View, tensors: Tensors, runtime: Runtime) -> Skeleton:
     """The view's model on `meta`, for the runtime's device and precision."""
     device = pick_device(runtime.device)
-    return view.skeleton(reader, pick_dtype(runtime.dtype, view, device), device)
+    return view.skeleton(tensors, pick_dtype(runtime.dtype, view, device), device)
 
 
 def precision(view: View, runtime: Runtime) -> str:

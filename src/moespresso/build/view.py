@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 
-from moespresso.checkpoint import OWN_KIND, SECTION, Checkpoint, Lazy, Reader, packing_config
+from moespresso.build.packing import one_format
+from moespresso.build.tensors import Lazy, Tensors
+from moespresso.checkpoint import SECTION, Checkpoint, packing_config
 from moespresso.core.blueprint import Blueprint, Entry, LayerSpec, TensorRef
 from moespresso.core.errors import UserError
-from moespresso.core.format import OWN_LAYOUTS, Form, Format, Layout
+from moespresso.core.format import Format
 from moespresso.core.plan import Plan
 from moespresso.core.unit import Unit
 from moespresso.effect import Fits, Piece, Remains, laid_out, pieces, pressed_blueprint, remains, stored
+from moespresso.formats import codec_named
 from moespresso.model import (
     Names,
     Skeleton,
@@ -47,7 +50,7 @@ class View:
     fits: Fits = field(default_factory=dict[str, torch.Tensor], repr=False)
     stock: bool = False
     # How packed matrices are laid out, if they stay packed; None: as the source has them.
-    layout: Form | None = None
+    layout: str | None = None
     # The blueprint under its own family's name, where the checkpoint is presented as one of another.
     origin: Blueprint | None = None
 
@@ -75,7 +78,8 @@ class View:
     def pieces(self) -> list[Piece]:
         """Every tensor of the result, in the source's order."""
         found = pieces(self.source, self.plan, self.fits, stock=self.stock)
-        laid = [laid_out(piece, self.layout) for piece in self._grown(found)]
+        grown = self._grown(found)
+        laid = grown if self.layout is None else [laid_out(piece, self.layout) for piece in grown]
         return [*joined(laid, self.checkpoint.config, self.source.source), *self._stub_pieces()]
 
     @cached_property
@@ -105,13 +109,11 @@ class View:
         config = {key: value for key, value in self._config[0].items() if key != SECTION}
         if not self.formats:
             return config
-        layout: Layout = next(
-            piece.ref.packed.layout for piece in self.pieces if piece.ref.packed is not None
-        )
+        layout = next(piece.ref.packed.layout for piece in self.pieces if piece.ref.packed is not None)
         packed, plain = self._modules(config)
         section = packing_config(packed, plain, layout=layout, stock=one_format(self))
-        if layout in ("gptq", "awq"):  # their engines compute in the dtype of the scales
-            config["torch_dtype" if "torch_dtype" in config else "dtype"] = "float16"
+        if computes_in := codec_named(layout).computes_in:  # its engines compute in the dtype of the scales
+            config["torch_dtype" if "torch_dtype" in config else "dtype"] = computes_in
         return config | {SECTION: section}
 
     def _modules(self, config: dict[str, Any]) -> tuple[dict[str, Format], set[str]]:
@@ -209,11 +211,11 @@ class View:
         except UserError as error:
             raise UserError(f"the plan's tensors do not fit the model its config makes: {error}") from error
 
-    def skeleton(self, reader: Reader, dtype: torch.dtype, device: torch.device) -> Skeleton:
+    def skeleton(self, tensors: Tensors, dtype: torch.dtype, device: torch.device) -> Skeleton:
         """The model on `meta`, ready to load the pieces layer by layer."""
-        tensors = {piece.name: Lazy(reader, piece) for piece in self.pieces}
+        lazy = {piece.name: Lazy(tensors, piece) for piece in self.pieces}
         return Skeleton(
-            self.config, tensors, self.blueprint.layers, place=self.source.source, dtype=dtype, device=device
+            self.config, lazy, self.blueprint.layers, place=self.source.source, dtype=dtype, device=device
         )
 
 
@@ -221,60 +223,3 @@ def _as_stub(layer: LayerSpec, bodies: dict[int, str], width: int) -> LayerSpec:
     if layer.index not in bodies:
         return layer
     return replace(layer, width=width, bodies={**layer.bodies, "mlp": bodies[layer.index]})
-
-
-def own_packing(view: View) -> bool:
-    """Whether a checkpoint has packed matrices that transformers stops at, or (in folders of others) reads wrongly."""
-    said = (view.checkpoint.config.get(SECTION) or {}).get("format")
-    return said == OWN_KIND or half_packed(view) or not (one_format(view) or other_layout(view))
-
-
-def half_packed(view: View) -> bool:
-    """Whether experts are plain matrices beside others that are packed: then transformers 5.23 looks for packed experts, finds none
-    and stops."""
-    experts = [
-        piece.ref.packed
-        for piece in view.pieces
-        if piece.unit.part == "experts" and piece.unit.expert is not None
-    ]
-    return bool(experts) and not any(experts) and bool(view.formats)
-
-
-def other_layout(view: View) -> bool:
-    """Whether a checkpoint is packed in a layout that transformers needs another engine for."""
-    return (view.checkpoint.config.get(SECTION) or {}).get("quant_method") in ("gptq", "awq")
-
-
-def in_order(view: View) -> bool:
-    """Whether compressed-tensors stores the groups of inputs, which its library took out in 0.20 (it stops at such a config)."""
-    packed = [piece.ref.packed for piece in view.pieces if piece.ref.packed is not None]
-    return any(each.format.ordered and each.layout == "compressed-tensors" for each in packed)
-
-
-def one_format(view: View) -> bool:
-    """Whether stock loaders read a packed view rightly: all experts in one format, which in compressed-tensors must be symmetric
-    and count groups off, and beside them nothing that they cannot read there, packed or not."""
-    experts = {
-        piece.ref.packed and piece.ref.packed.format for piece in view.pieces if piece.unit.part == "experts"
-    }
-    packed = [piece.ref.packed for piece in view.pieces if piece.ref.packed is not None]
-    ragged = any(layer.widths for layer in view.blueprint.layers) and any(experts)
-    if ragged or view.unreadable or view.packed_alone or in_order(view) or tied_head(view) or zeros_of(view):
-        return False
-    return len(experts) <= 1 and not any(each.layout in OWN_LAYOUTS for each in packed)
-
-
-def zeros_of(view: View) -> str:
-    """A part of a view whose packed matrices have zeros of their own, which transformers 5.23 does not read; nothing where there is none."""
-    packed = ((piece.unit.part, piece.ref.packed) for piece in view.pieces)
-    return next((part for part, each in packed
-                 if each is not None and not each.format.symmetric and each.layout == "compressed-tensors"), "")  # fmt: skip
-
-
-def tied_head(view: View) -> bool:
-    """Whether the head or the embedding is packed though the config ties the two: transformers then ties matrices that it has
-    packed, and stops."""
-    tied = view.source.tied or view.source.both_stored
-    return tied and any(
-        piece.unit.part in ("embedding", "head") and piece.ref.packed is not None for piece in view.pieces
-    )

@@ -1,37 +1,33 @@
 """Bytes on disk to named tensors and back. Knows shards, not models."""
 
-from moespresso.checkpoint.files import read_json
+from moespresso.checkpoint.files import INDEX, SINGLE, read_json
 from moespresso.checkpoint.hub import locate
 from moespresso.checkpoint.index import Checkpoint, open_checkpoint
 from moespresso.checkpoint.journal import MANIFEST, Journal, claim, finish, read_manifest, sweep_up
 from moespresso.checkpoint.packed import check_readable, packing_config
-from moespresso.checkpoint.reader import TORCH_DTYPES, Lazy, Reader, count_nonfinite
+from moespresso.checkpoint.reader import TORCH_DTYPES, Reader, count_nonfinite
 from moespresso.checkpoint.section import OWN_KIND, SECTION, hoisted
 from moespresso.checkpoint.sidecar import copy_sidecar, sidecars
 from moespresso.checkpoint.writer import (
-    Shard,
     Written,
     as_bytes,
     disk_full_is_told,
     header,
-    layout,
-    shard_limit,
     write_file,
     write_index,
-    write_shard,
     write_text,
 )
 
 __all__ = [
+    "INDEX",
     "MANIFEST",
     "OWN_KIND",
     "SECTION",
+    "SINGLE",
     "TORCH_DTYPES",
     "Checkpoint",
     "Journal",
-    "Lazy",
     "Reader",
-    "Shard",
     "Written",
     "as_bytes",
     "check_readable",
@@ -42,17 +38,14 @@ __all__ = [
     "finish",
     "header",
     "hoisted",
-    "layout",
     "locate",
     "open_checkpoint",
     "packing_config",
     "read_json",
     "read_manifest",
-    "shard_limit",
     "sidecars",
     "sweep_up",
     "write_file",
     "write_index",
-    "write_shard",
     "write_text",
 ]

@@ -21,7 +21,7 @@ from typing import Any
 
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import Format
-from moespresso.core.method import Step
+from moespresso.core.method import Refits, Step
 from moespresso.core.registry import parse_step
 from moespresso.core.stats import MALFORMED, at_least, described, each, given, of_kind, read_object, units_of
 from moespresso.core.unit import Unit
@@ -134,6 +134,11 @@ class Stage:
     def step(self) -> Step:
         """The step, read once; raises `UserError` where the method is none that is known."""
         return parse_step(self.method)
+
+    @property
+    def on_text(self) -> bool:
+        """Whether its step treats whole layers on the text that reaches them; raises `UserError` as `step` does."""
+        return isinstance(self.step, Refits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,15 @@
 """What a plan does: what remains of a model, what is written in its place, what it costs, and whether it can be done."""
 
 from moespresso.effect.check import check_plan, validated
-from moespresso.effect.cuts import PARTS, Cut, Fits, cuts, found_key, is_left, key, needs_fit
-from moespresso.effect.piece import Fold, Member, Piece, laid_out, stored
+from moespresso.effect.cuts import Cut, Fits, cuts, found_key, is_left, is_part, key, needs_fit
+from moespresso.effect.piece import Encoding, Fold, Member, Piece, laid_out, stored
 from moespresso.effect.remains import SILENT_KV, Remains, dropped_units, merged_into, pressed_layers, remains
 from moespresso.effect.rewrite import biased_stubs, folds_into, pieces, pressed_blueprint, price
 from moespresso.effect.slim import (
     REFIT,
     channels_of,
     check_all_storable,
+    check_step,
     format_of,
     is_matrix,
     is_stack,
@@ -20,10 +21,10 @@ from moespresso.effect.slim import (
 )
 
 __all__ = [
-    "PARTS",
     "REFIT",
     "SILENT_KV",
     "Cut",
+    "Encoding",
     "Fits",
     "Fold",
     "Member",
@@ -33,6 +34,7 @@ __all__ = [
     "channels_of",
     "check_all_storable",
     "check_plan",
+    "check_step",
     "cuts",
     "dropped_units",
     "folds_into",
@@ -40,6 +42,7 @@ __all__ = [
     "found_key",
     "is_left",
     "is_matrix",
+    "is_part",
     "is_stack",
     "key",
     "laid_out",

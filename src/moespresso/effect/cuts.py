@@ -26,13 +26,11 @@ from moespresso.core.blueprint import Blueprint, Branch
 from moespresso.core.plan import Plan
 from moespresso.core.unit import Unit
 from moespresso.effect.remains import Remains, remains
+from moespresso.formats import codecs
 
 Fits = Mapping[str, Tensor]
 Repair = Literal["bias", "scale", "linear"]
 REPAIRS: tuple[Repair, ...] = ("bias", "scale", "linear")
-# What an encoded matrix is kept as until it is written.
-PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_values", "weight_mask", "weight_left",
-         "weight_right", "weight_own", "weight_shares", "weight_kept", "weight_index")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +49,12 @@ class Cut:
 def key(stage: int, unit: Unit, kind: str) -> str:
     """The name of a fitted tensor."""
     return f"{stage}/{unit}/{kind}"
+
+
+def is_part(name: str) -> bool:
+    """Whether what is found under a name is a part of one matrix, packed: neither a whole tensor nor what others share."""
+    suffix = name.rpartition("/")[2]
+    return any(suffix in each.parts and suffix not in each.shared for each in codecs())
 
 
 def found_key(stage: int, name: str, suffix: str) -> str:

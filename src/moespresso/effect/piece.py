@@ -1,6 +1,6 @@
 """One tensor of the result: which bytes of the source it takes, and what is done to them on the way.
 
-`core.rewrite` makes pieces of a plan, the reader turns them into tensors, the writer writes them in order. A matrix that is
+`rewrite` makes pieces of a plan, `build.tensors` turns them into tensors, and they are written in order. A matrix that is
 stored packed is one piece until the last moment: `stored` says which tensors it becomes.
 """
 
@@ -12,11 +12,12 @@ from functools import cached_property
 
 from torch import Tensor
 
-from moespresso.core.blueprint import Entry, Packed, TensorRef
-from moespresso.core.format import Form, Format
-from moespresso.core.method import Prunes, Quantizes
+from moespresso.core.blueprint import Entry, TensorRef
+from moespresso.core.format import Format
+from moespresso.core.plan import Stage
 from moespresso.core.unit import Unit
 from moespresso.effect.cuts import Repair
+from moespresso.formats import codec_named, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,21 +33,36 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Code:
-    """How a matrix is encoded.
+class Encoding:
+    """How a matrix is packed, and where its numbers come from.
 
-    `step` rounds what the piece would hold otherwise, or the nearest values are taken (`again`); without either its codes
-    are known: `found` on text, by suffix, or as the source has them. Its scales are then multiplied by `factor`, and stored as
-    `dtype` (empty: the source's).
+    The step of the stage it is packed `by` finds them: by weights alone, from what the piece holds otherwise; on text, as the
+    parts `found`, by suffix. Without one, what changed after it was packed takes the nearest values (`again`), or its numbers
+    are those of the source. What is scaled is then multiplied by `factor`, and stored as `dtype` (empty: the source's).
     """
 
-    packed: Packed
+    format: Format
+    layout: str
+    leads: bool = True
     dtype: str = ""
-    step: Quantizes | None = None
+    by: Stage | None = None
     again: bool = False
-    on_text: bool = False
     found: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     factor: float = 1.0
+
+    @property
+    def on_text(self) -> bool:
+        """Whether its parts were found on text."""
+        return self.by is not None and self.by.on_text
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pruned:
+    """Stage number `at` of a plan leaves fewer weights of a matrix, or none of some rows, in the places of the others zeros."""
+
+    at: int
+    stage: Stage
+    format: Format
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,10 +81,10 @@ class Fold:
 class Piece:
     """One tensor to write: `source` bytes, of which only `take` along `axis` (None: all), times `scale`.
 
-    `pruned` are steps that prune it by what it holds alone, each with its format. With `blend` it is an average of experts:
+    `pruned` are the stages that prune it, in order. With `blend` it is an average of experts:
     of one expert's tensors, or along `axis` one average per kept expert. `folds` come last, in order. `filled`: with zeros,
     up to its shape, which is that of something wider. `given` is what stands in its place, where that was fitted (`refit`:
-    whether or not it is known yet); with `code` all of that is encoded, and what was stored as less than it is becomes
+    whether or not it is known yet); with `encoding` all of that is packed, and what was stored as less than it is becomes
     `plain` again where its values change, as does a packed matrix that loses rows. `unit` is its address in the result. `part` of the matrix `whole` is one of the
     tensors that it is stored as. Where it `joins` others, these are laid end to end, and `source` is that of the first.
     """
@@ -83,11 +99,11 @@ class Piece:
     folds: tuple[Fold, ...] = ()
     plain: bool = False
     place: Unit | None = None
-    pruned: tuple[tuple[Prunes, Format], ...] = ()
+    pruned: tuple[Pruned, ...] = ()
     filled: bool = False
     refit: bool = False
     given: Tensor | None = None
-    code: Code | None = None
+    encoding: Encoding | None = None
     part: str = ""
     whole: Piece | None = None
     joins: tuple[Piece, ...] = ()
@@ -98,34 +114,30 @@ class Piece:
         return self.place or self.source.unit
 
     @cached_property
-    def parts(self) -> Mapping[str, TensorRef]:
-        """The tensors that it is written as, by suffix, where it is packed."""
-        return self.ref.stored()
-
-    @cached_property
     def ref(self) -> TensorRef:
         """The tensor as it will be written (its file is not known yet)."""
         if self.whole is not None:
-            return self.whole.parts[self.part]
+            return self.whole.ref.stored()[self.part]
         ref = replace(self.source.ref, name=self.name, shape=self.shape, file="", offset=0, factor=1.0)
-        if self.code is not None:
-            return replace(ref, packed=self.code.packed, dtype=self.code.dtype or ref.dtype)
-        if ref.packed is not None and self.plain:
-            return replace(ref, packed=None)
-        if ref.packed is not None:
-            return replace(ref, packed=replace(ref.packed, parts={}))
-        return ref
+        packed, bare = ref.packed, replace(ref, packed=None)
+        how = self.encoding
+        if how is not None:
+            return pack(replace(bare, dtype=how.dtype or ref.dtype), how.format, how.layout, leads=how.leads)
+        if packed is None or self.plain:
+            return bare
+        return pack(bare, packed.format, packed.layout, leads=packed.leads)
 
     @property
     def fitted(self) -> bool:
         """Whether its values depend on what was fitted, known or not."""
         if self.whole is not None:
             return self.whole.fitted
-        on_text = self.code is not None and self.code.on_text
+        on_text = self.encoding is not None and self.encoding.on_text
         if self.joins:
             return any(piece.fitted for piece in self.joins)
         aligned = any(member.aligned for members in self.blend for member in members)
-        return on_text or self.refit or bool(self.folds) or aligned
+        pruned = any(each.stage.on_text for each in self.pruned)
+        return on_text or pruned or self.refit or bool(self.folds) or aligned
 
     @property
     def changed(self) -> bool:
@@ -135,7 +147,7 @@ class Piece:
     @property
     def copied(self) -> bool:
         """Whether every byte of it is a byte of the source."""
-        if self.joins or self.code is not None or self.whole is not None:
+        if self.joins or self.encoding is not None or self.whole is not None:
             return False
         return not self.changed and self.source.ref.factor == 1
 
@@ -149,7 +161,7 @@ def stored(piece: Piece) -> list[Piece]:
     """The tensors that a piece is written as: itself, or the parts of a packed matrix."""
     if piece.ref.packed is None:
         return [piece]
-    if piece.code is None:
+    if piece.encoding is None:
         stem = piece.name.removesuffix("weight")
         return [
             Piece(stem + suffix, ref.shape, replace(piece.source, ref=ref), place=piece.unit)
@@ -157,7 +169,7 @@ def stored(piece: Piece) -> list[Piece]:
         ]
     return [
         Piece(ref.name, ref.shape, piece.source, place=piece.unit, part=suffix, whole=piece)
-        for suffix, ref in piece.parts.items()
+        for suffix, ref in piece.ref.stored().items()
     ]
 
 
@@ -167,8 +179,8 @@ def led(piece: Piece, *, leads: bool) -> Piece:
     assert packed is not None
     if packed.leads == leads:
         return piece
-    if piece.code is not None:
-        return replace(piece, code=replace(piece.code, packed=replace(piece.code.packed, leads=leads)))
+    if piece.encoding is not None:
+        return replace(piece, encoding=replace(piece.encoding, leads=leads))
     ref = piece.source.ref
     assert ref.packed is not None
     return replace(
@@ -176,13 +188,13 @@ def led(piece: Piece, *, leads: bool) -> Piece:
     )
 
 
-def laid_out(piece: Piece, layout: Form | None) -> Piece:
+def laid_out(piece: Piece, layout: str) -> Piece:
     """The piece, if it is packed, in another layout, or as what it decodes to."""
     packed = piece.ref.packed
-    if packed is None or layout is None or packed.layout == layout:
+    if packed is None or packed.layout == layout:
         return piece
-    if layout == "plain":
-        assert piece.code is None, "only what is stored is laid out plainly"
+    if not codec_named(layout).packs:
+        assert piece.encoding is None, "only what is stored is laid out plainly"
         return replace(piece, plain=True)
-    code = piece.code or Code(packed)
-    return replace(piece, code=replace(code, packed=Packed(packed.format, layout)))
+    how = piece.encoding or Encoding(packed.format, packed.layout)
+    return replace(piece, encoding=replace(how, layout=layout))

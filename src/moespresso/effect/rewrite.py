@@ -2,7 +2,7 @@
 
 `pieces` turns the entries of the source into `Piece`s of the result, from names and shapes alone: which bytes are
 taken, under which name and shape they are written, and what is done to them on the way: rows taken, a scale, experts
-averaged, an output mapped, all of it encoded. Fitted values (`core.fits`) are put in where they are known; pricing needs
+averaged, an output mapped, all of it encoded. Fitted values (`cuts`) are put in where they are known; pricing needs
 none. `pressed_blueprint` is the source's blueprint after that, so a plan's cost is the sum of what will be written.
 """
 
@@ -11,21 +11,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from moespresso.core.blueprint import Blueprint, Branch, Entry, Packed, TensorRef
+from moespresso.core.blueprint import Blueprint, Branch, Entry, TensorRef
 from moespresso.core.cost import Cost
-from moespresso.core.format import OWN_LAYOUTS, SHARED_PARTS, layout_of
-from moespresso.core.method import Prunes, Quantizes, Refits
+from moespresso.core.format import Format
 from moespresso.core.plan import Plan, Treatment
 from moespresso.core.unit import Unit
-from moespresso.effect.cuts import PARTS, Fits, Repair, cuts, found_key, key
-from moespresso.effect.piece import Code, Fold, Member, Piece, led
+from moespresso.effect.cuts import Fits, Repair, cuts, found_key, key
+from moespresso.effect.piece import Encoding, Fold, Member, Piece, Pruned, led
 from moespresso.effect.remains import pressed_layers, remains
-from moespresso.effect.slim import format_of, narrowed, prunes, replaces, scale_dtypes, slims, step_of
+from moespresso.effect.slim import format_of, narrowed, replaces, scale_dtypes
+from moespresso.formats import codec_in, codec_of
 
 _EXPERT_NUMBER = re.compile(r"(?<=experts\.)\d+(?=\.)")
 
@@ -48,7 +47,7 @@ def _led(made: Iterable[Piece]) -> Iterator[Piece]:
     met: set[Unit] = set()
     for piece in made:
         packed = piece.ref.packed
-        if packed is None or not SHARED_PARTS & piece.ref.parts.keys():
+        if packed is None or not packed.shared:
             yield piece
             continue
         unit = replace(piece.unit, expert=None)
@@ -81,7 +80,6 @@ class _Rewriter:
         self._folds: dict[tuple[int, str], list[tuple[int, Fold]]] = {}  # with the stages they come from
         self._biases: dict[tuple[int, Branch], Tensor | None] = {}
         self._scale_dtypes = scale_dtypes(blueprint)
-        self._steps = {number: step_of(stage) for number, stage in enumerate(plan.stages) if slims(stage)}
         self._gather_folds()
         self._groups = {layer: _groups(plan, layer) for layer in self._left.experts}
         self._rows = {layer: _groups(plan, layer, of_rows=True) for layer in self._left.experts}
@@ -129,33 +127,31 @@ class _Rewriter:
         return tuple(shape)
 
     def _pruned(self, piece: Piece, entry: Entry) -> Piece:
-        """With the steps that prune it without text."""
-        found = [(self._steps[number], format) for number, stage in enumerate(self._plan.stages)
-                 if (format := format_of(entry, stage)) is not None and prunes(format) and isinstance(self._steps[number], Prunes)]  # fmt: skip
+        """With the stages that leave fewer weights of it, and those as they are."""
+        formats = ((number, stage, format_of(entry, stage)) for number, stage in enumerate(self._plan.stages))
+        found = [Pruned(number, stage, format) for number, stage, format in formats
+                 if format is not None and not (codec_of(format).rounds or codec_of(format).fitted)]  # fmt: skip
         return replace(piece, pruned=tuple(found)) if found else piece
 
     def _refitted(self, piece: Piece, entry: Entry) -> Piece:
         """With what a stage found to stand in the place of the whole tensor. Before it has found anything every tensor of
         such a part may be replaced; afterwards those are that it found."""
         for number, stage in reversed([*enumerate(self._plan.stages)]):
-            if not replaces(entry, stage):
-                continue
             given = self._fits.get(found_key(number, entry.ref.name, "dense"))
-            if given is not None or number not in self._found:
+            if given is not None or (replaces(entry, stage) and number not in self._found):
                 return self._given(piece, entry, number, given)
+            if number in self._found:  # on text, and it found nothing for this one
+                piece = replace(piece, pruned=tuple(each for each in piece.pruned if each.at != number))
         return piece
 
     def _given(self, piece: Piece, entry: Entry, number: int, given: Tensor | None) -> Piece:
         """With what stage `number` found, and what later stages do to that."""
         before = Plan("", self._plan.stages[:number])
         scale = piece.scale / (before.routed_scale(entry.unit.layer or 0) if piece.scale != 1 else 1.0)
-        later = tuple(pruned for pruned in piece.pruned if not self._is_before(pruned[0], number))
+        later = tuple(pruned for pruned in piece.pruned if pruned.at > number)
         return replace(
             piece, refit=True, given=self._left_of(given, piece, number), scale=scale, blend=(), pruned=later
         )
-
-    def _is_before(self, step: Any, number: int) -> bool:
-        return any(self._steps.get(earlier) is step for earlier in range(number))
 
     def _left_of(self, given: Tensor | None, piece: Piece, number: int) -> Tensor | None:
         """What later stages take of a tensor that stage `number` found: `given` has the rows that were left by then."""
@@ -171,38 +167,46 @@ class _Rewriter:
         zeros may hold several of them."""
         for number, stage in reversed([*enumerate(self._plan.stages)]):
             format = format_of(entry, stage)
-            if replaces(entry, stage):
+            packs = format is not None and codec_of(format).packs
+            if replaces(entry, stage) or (format is not None and not packs):
                 break  # what was stored in a format before is a plain matrix now
-            if format is not None and format.kind != "source":
-                return self._coded(piece, entry, number, Packed(format, layout_of(format)))
-        packed = entry.ref.packed
-        if packed is not None and packed.layout in OWN_LAYOUTS:
-            return replace(piece, plain=True) if piece.changed or entry.ref.factor != 1 else piece
-        if packed is not None and piece.take is not None:
-            return replace(piece, plain=True)
-        if packed is None or not (piece.changed or entry.ref.factor != 1):
+            if format is not None:
+                return self._packed(piece, entry, number, format)
+        packed, touched = entry.ref.packed, piece.changed or entry.ref.factor != 1
+        if packed is None or not (touched or piece.take is not None):
             return piece
-        again = Packed(packed.format, packed.layout)
+        if piece.take is not None or not codec_in(entry.ref).renews:
+            return replace(piece, plain=True)
+        how = Encoding(packed.format, packed.layout)
         if piece.blend or piece.folds or piece.refit or piece.pruned:
-            return replace(piece, code=Code(again, again=True))
-        return replace(piece, scale=1.0, code=Code(again, factor=piece.scale))
+            return replace(piece, encoding=replace(how, again=True))
+        return replace(piece, scale=1.0, encoding=replace(how, factor=piece.scale))
 
-    def _coded(self, piece: Piece, entry: Entry, number: int, packed: Packed) -> Piece:
-        """Encoded by stage `number`; later scales are put on its scales."""
-        step = self._steps[number]
-        before = Plan("", self._plan.stages[:number])
+    def _packed(self, piece: Piece, entry: Entry, number: int, format: Format) -> Piece:
+        """Packed by stage `number`; later scales are put on what is scaled of its parts."""
+        before, held = Plan("", self._plan.stages[:number]), codec_of(format)
         scale = before.routed_scale(entry.unit.layer or 0) if piece.scale != 1 else 1.0
-        factor = piece.scale / scale
-        shared = entry.unit.part == "experts" and packed.layout not in OWN_LAYOUTS
-        dtype = self._scale_dtypes.get(entry.unit.layer, "") if shared else ""
-        if not isinstance(step, Refits):
-            encoder = step if isinstance(step, Quantizes) else None
-            return replace(piece, scale=scale, code=Code(packed, dtype, encoder, factor=factor))
-        found = {suffix: self._fits[name] for suffix in PARTS
-                 if (name := found_key(number, entry.ref.name, suffix)) in self._fits}  # fmt: skip
-        found |= {suffix: self._fits[name] for suffix in SHARED_PARTS
-                  if (name := key(number, replace(entry.unit, expert=None), suffix)) in self._fits}  # fmt: skip
-        return replace(piece, scale=scale, code=Code(packed, dtype, on_text=True, found=found, factor=factor))
+        alike = entry.unit.part == "experts" and not held.own  # loaders stack the scales of experts
+        how = Encoding(
+            format,
+            held.layout,
+            dtype=self._scale_dtypes.get(entry.unit.layer, "") if alike else "",
+            by=self._plan.stages[number],
+            found=self._parts(entry, number, format),
+            factor=piece.scale / scale,
+        )
+        return replace(piece, scale=scale, encoding=how)
+
+    def _parts(self, entry: Entry, number: int, format: Format) -> Fits:
+        """The parts of a matrix that stage `number` has found, by suffix."""
+        held, layer = codec_of(format), replace(entry.unit, expert=None)
+        names = {
+            suffix: key(number, layer, suffix)
+            if suffix in held.shared
+            else found_key(number, entry.ref.name, suffix)
+            for suffix in held.parts
+        }
+        return {suffix: self._fits[name] for suffix, name in names.items() if name in self._fits}
 
     def _is_cut(self, entry: Entry, layer: int) -> bool:
         keeps_norm = self._stock and entry.branch == "mlp" and entry.unit.part == "norm"

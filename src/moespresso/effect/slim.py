@@ -12,20 +12,13 @@ from typing import Any
 
 from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError
-from moespresso.core.format import (
-    DTYPE_BYTES,
-    OWN_LAYOUTS,
-    Format,
-    check_group,
-    check_layout,
-    check_pattern,
-    layout_of,
-)
+from moespresso.core.format import DTYPE_BYTES, Format
 from moespresso.core.method import SLIM_PARTS, Refits, Treats
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.unit import Part, Unit
 from moespresso.effect.cuts import REPAIRS
 from moespresso.effect.remains import Remains, channels_left, remains
+from moespresso.formats import codec_of
 
 # The repair of a part whose tensors are replaced by fitted ones, since a stage moved a scale into them.
 REFIT = "rescale"
@@ -76,19 +69,14 @@ def channels_of(entry: Entry, stage: Stage) -> int | None:
 
 
 def replaces(entry: Entry, stage: Stage) -> bool:
-    """Whether `stage` puts fitted values in the place of a whole tensor: those of a part that a scale was moved into, of
-    experts that lose channels, of matrices that are pruned on text and stored as they were, and of biases whose matrix loses rows."""
+    """Whether `stage` puts fitted values in the place of a whole tensor whatever its step is: those of a part that a scale was
+    moved into, of experts that lose channels, and of biases whose matrix loses rows."""
     part = stage.treatments.get(Unit(entry.unit.layer, entry.unit.part), Treatment())
     narrows = (
         entry.unit.part == "experts"
         and channels_left(stage, entry.unit.layer or 0, entry.unit.expert) is not None
     )
-    if part.repair == REFIT or narrows:
-        return True
-    if _loses_rows(entry, stage):
-        return True
-    format = format_of(entry, stage)
-    return format is not None and format.kind == "source" and isinstance(step_of(stage), Refits)
+    return part.repair == REFIT or narrows or _loses_rows(entry, stage)
 
 
 def _loses_rows(entry: Entry, stage: Stage) -> bool:
@@ -98,7 +86,7 @@ def _loses_rows(entry: Entry, stage: Stage) -> bool:
         return False
     single = Unit(unit.layer, unit.part, None, (unit.matrix or "").removesuffix("_bias"))
     format = stage.treatments.get(single, Treatment()).format
-    return format is not None and format.rank > 0 and format.kind in ("rows", "source")
+    return format is not None and codec_of(format).loses_rows(format)
 
 
 def scale_dtypes(blueprint: Blueprint) -> dict[int | None, str]:
@@ -112,11 +100,6 @@ def scale_dtypes(blueprint: Blueprint) -> dict[int | None, str]:
                 other, entry.ref.dtype, key=lambda dtype: (DTYPE_BYTES[dtype], dtype)
             )
     return found
-
-
-def prunes(format: Format) -> bool:
-    """Whether a format keeps some weights only, and those as they are."""
-    return format.kind in ("source", "sparse")
 
 
 def slims(stage: Stage) -> bool:
@@ -155,12 +138,9 @@ def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
                 f"the plan gives {unit} a format and something else as well: do one after the other"
             )
         _check_values(unit, treatment, slimmed, _formats_before(unit, before))
-    refitted = {unit for unit, treatment in stage.treatments.items() if treatment.repair == REFIT}
-    if refitted and not rounds_on_text(stage):
-        raise UserError(f"the plan rescales {min(refitted)} in a step that does not round weights on text")
+    refitted = _refitted(stage)
     if not slims(stage):
         return
-    _check_kinds(stage, blueprint)
     # Shared experts may be those of the family that the checkpoint is presented as, so only the layer is looked up.
     known = {Unit(layer.index, part) for layer in blueprint.moe_layers for part in REFIT_PARTS}
     if refitted - known:
@@ -194,9 +174,17 @@ def _formats_before(unit: Unit, before: Collection[Stage]) -> set[Format]:
     }
 
 
-def _check_kinds(stage: Stage, blueprint: Blueprint) -> None:
+def _refitted(stage: Stage) -> set[Unit]:
+    return {unit for unit, treatment in stage.treatments.items() if treatment.repair == REFIT}
+
+
+def check_step(stage: Stage, blueprint: Blueprint) -> None:
     """Raise `UserError` where a stage's step cannot make the formats it is said to give, or on text would be shown some matrices
-    of experts and not the others, which it solves together."""
+    of experts and not the others, which it solves together. Needs the step to be known: a plan is priced without."""
+    if (refitted := _refitted(stage)) and not rounds_on_text(stage):
+        raise UserError(f"the plan rescales {min(refitted)} in a step that does not round weights on text")
+    if not slims(stage):
+        return
     step = step_of(stage)
     kinds, able = step.kinds, step.able
     for unit, treatment in stage.treatments.items():
@@ -239,13 +227,14 @@ def _trouble(treatment: Treatment, formats: Collection[Format]) -> str | None:
     format, narrows = treatment.format, treatment.channels is not None
     if format is None and not narrows:
         return None
-    if any(layout_of(each) in OWN_LAYOUTS for each in formats):
+    before = [codec_of(each) for each in formats]
+    if any(each.packs and not each.renews for each in before):
         return "treats {unit} after a step that stores matrices with a mask or as factors or in part"
-    anew = narrows or (format is not None and (format.kind in ("factors", "bases") or format.rank > 0))
+    anew = narrows or (format is not None and (codec_of(format).fitted or format.rank > 0))
     if anew and any(each.density < 1 for each in formats):
         return "fits {unit} anew after a step that prunes single weights, which would no longer be zero"
-    cuts = narrows or (format is not None and format.kind != "integer")
-    if cuts and any(each.kind == "integer" for each in formats):
+    cuts = narrows or (format is not None and not codec_of(format).rounds)
+    if cuts and any(each.rounds for each in before):
         return "prunes {unit} after a step that rounds weights"
     return None
 
@@ -258,9 +247,7 @@ def _in_order(treatment: Treatment, formats: Collection[Format]) -> str:
         return all(_trouble(Treatment(format=each), after) is None for each in formats)
 
     plain = treatment if treatment.format is None else replace(treatment, format=_unpacked(treatment.format))
-    last = (
-        "put the rounding last" if all(each.kind == "integer" for each in formats) else "put that step last"
-    )
+    last = "put the rounding last" if all(codec_of(each).rounds for each in formats) else "put that step last"
     there = {_unpacked(each) for each in formats}
     cures = [last] if swapped(treatment) else []
     if there != set(formats) and _trouble(treatment, there) is None:
@@ -272,7 +259,7 @@ def _in_order(treatment: Treatment, formats: Collection[Format]) -> str:
 
 def _unpacked(format: Format) -> Format:
     """What a step makes instead with pack=false, where it has that setting."""
-    return replace(format, kind="source") if format.kind in ("sparse", "rows", "columns") else format
+    return codec_of(format).unpacked(format)
 
 
 def _check_fused(entry: Entry, stage: Stage, blueprint: Blueprint, left: Remains) -> None:
@@ -284,7 +271,7 @@ def _check_fused(entry: Entry, stage: Stage, blueprint: Blueprint, left: Remains
         for unit, each in stage.treatments.items()
         if unit.layer == entry.unit.layer and unit.part == "experts" and (each.format or each.channels)
     ]
-    packs = any(each.format is not None and each.format.kind != "source" for each in treated)
+    packs = any(each.format is not None and codec_of(each.format).packs for each in treated)
     differ = len(set(left.widths.get(entry.unit.layer or 0, {}).values())) > 1
     if treated and (packs or differ or not is_stack(entry)):
         raise UserError(
@@ -312,29 +299,6 @@ def check_all_storable(treated: Collection[tuple[Entry, Format, tuple[int, ...]]
 
 def check_storable(entry: Entry, format: Format, shape: tuple[int, ...], beside: Collection[int]) -> None:
     """Raise `UserError` where a matrix of `shape` cannot be stored in `format`; the cure is one for all widths `beside` it."""
-    *_, out, width = shape
-    if prunes(format):
-        check_pattern(width, format, entry.ref.name, beside)
-        return
-    if format.kind == "factors":
-        if not 0 < format.rank <= min(out, width):
-            raise UserError(f"{entry.ref.name} of {out} x {width} has no factors of rank {format.rank}")
-        return
-    if format.kind == "bases":
-        if entry.unit.expert is None or (entry.unit.matrix or "").startswith("down"):
-            raise UserError(
-                f"{entry.ref.name} has no bases to share: only gate and up of a layer's experts have"
-            )
-        if not 0 < format.rank <= width or format.bases < 1:
-            raise UserError(
-                f"{entry.ref.name} of {out} x {width} has no {format.bases} bases of rank {format.rank}"
-            )
-        return
-    if format.kind in ("rows", "columns"):
-        if not 0 < format.rank <= (out if format.kind == "rows" else width):
-            raise UserError(f"{entry.ref.name} of {out} x {width} has no {format.rank} {format.kind} to keep")
-        return
-    if format.kind != "integer" or format.bits not in (2, 3, 4, 8):
-        raise UserError(f"{entry.ref.name}: format {format} is not known: integers of 2, 3, 4 or 8 bits are")
-    check_group(width, format, entry.ref.name, beside)
-    check_layout("compressed-tensors", format, out, width)
+    held, unit = codec_of(format), entry.unit
+    held.check_entry(format, unit.expert, unit.matrix or "", entry.ref.name)
+    held.check(format, shape, entry.ref.name, beside)

@@ -9,9 +9,9 @@ from functools import partial
 from moespresso.build import View, half_packed, in_order, one_format, tied_head, zeros_of
 from moespresso.core.blueprint import LayerSpec
 from moespresso.core.errors import UserError, did_you_mean
-from moespresso.core.format import OWN_LAYOUTS
 from moespresso.effect import biased_stubs
 from moespresso.export.nearest import repaired_otherwise, stored_plainly, to_leave_out
+from moespresso.formats import codec_in, codec_named, codecs
 from moespresso.model import is_unequal, skipping
 
 
@@ -37,14 +37,6 @@ TARGETS = {
     )
 }
 
-
-# What an own layout stores.
-_SMALLER = {
-    "bitmask": "pruned matrices with a mask",
-    "slices": "matrices without the rows or columns that went",
-    "factors": "products as their factors",
-    "bases": "matrices as factors with bases that experts share",
-}
 
 # Widths of experts are multiples of this.
 _WIDE = 8
@@ -91,9 +83,10 @@ def _check_formats(target: Target, view: View) -> None:
     """Stock loaders take one symmetric format for all experts, and compute wrong numbers without a word from others."""
     if not view.formats:
         return
-    own = {piece.ref.packed.layout for piece in view.pieces if piece.ref.packed is not None} & OWN_LAYOUTS
+    there = {codec_in(piece.ref) for piece in view.pieces if piece.ref.packed is not None}
+    own = [held for held in codecs() if held.own and held in there]
     if own:
-        what = next(words for layout, words in _SMALLER.items() if layout in own)
+        what = own[0].title
         instead = stored_plainly(view, partial(formed, target.name))
         raise UserError(
             f"this plan stores {what}, which {target.name} does not read; the nearest plan that it can is {instead}, or say "
@@ -197,12 +190,12 @@ def _check_widths(target: Target, view: View) -> None:
 def check_even(view: View, layout: str) -> None:
     """Raise `UserError` where experts of a layer differ in width, or a router is packed, which no engine of another layout than
     ours can load."""
-    if layout not in ("compressed-tensors", "plain") and view.packed_alone:
+    if codec_named(layout).one_format and view.packed_alone:
         raise UserError(
             f"routers are packed here ({_some(view.packed_alone)}), for which engines that read {layout} have no place: export it as "
             "plain, and press that"
         )
-    for layer in view.blueprint.layers if layout not in ("compressed-tensors", "plain") else ():
+    for layer in view.blueprint.layers if codec_named(layout).one_format else ():
         if layer.widths:
             raise UserError(
                 f"the experts of L{layer.index} have {min(layer.widths)} to {max(layer.widths)} channels, which no engine that reads "

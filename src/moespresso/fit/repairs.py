@@ -15,8 +15,8 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from moespresso.build import View, make_skeleton, precision
-from moespresso.checkpoint import Reader, write_file
+from moespresso.build import Tensors, View, make_skeleton, precision
+from moespresso.checkpoint import write_file
 from moespresso.core.blueprint import Branch
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Layer, Taps
@@ -51,8 +51,8 @@ def fit(view: View, plan: Plan, batches: Batches | None, work: Path, runtime: Ru
     path = work / f"fit-{name[:16]}.safetensors"
     if path.is_file():
         return load_file(path)
-    with Reader(view.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as reader:
-        skeleton = make_skeleton(view, reader, runtime)
+    with Tensors(view.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as tensors:
+        skeleton = make_skeleton(view, tensors, runtime)
         found: dict[str, Tensor] = {}
         if "text" in needs and batches is not None:
             found |= _on_text(view, plan, stage, batches, skeleton, runtime)

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from moespresso.build import View, make_skeleton
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, View, make_skeleton
 from moespresso.core.layer import Layer, Taps
 from moespresso.core.method import Selects
 from moespresso.core.plan import Decision, Stage, Treatment
@@ -31,7 +30,7 @@ class _Sequence:
     step: Selects
     now: View
     measurer: Measurer
-    reader: Reader
+    tensors: Tensors
     runtime: Runtime
     treatments: dict[Unit, Treatment] = field(default_factory=dict[Unit, Treatment])
     scores: dict[Unit, float] = field(default_factory=dict[Unit, float])
@@ -47,7 +46,7 @@ class _Sequence:
         self.scores |= decision.scores
         self.notes += [note for note in decision.notes if note not in self.notes]
         after = self._changed(layer, decision)
-        with make_skeleton(after, self.reader, self.runtime).layer(layer.spec.index) as rebuilt:
+        with make_skeleton(after, self.tensors, self.runtime).layer(layer.spec.index) as rebuilt:
             for number, output in enumerate(taps.through(rebuilt.module)):
                 taps.put(number, output)
 
@@ -64,9 +63,9 @@ def decide_in_sequence(
     step: Selects, now: View, batches: Batches, runtime: Runtime
 ) -> tuple[Decision, list[str]]:
     """What a step decides on the model `now`, layer after layer; and what went wrong while measuring."""
-    with Reader(now.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as reader:
-        visitor = _Sequence(step, now, Measurer(step.needs(), batches.num_tokens), reader, runtime)
-        skeleton = make_skeleton(now, reader, runtime)
+    with Tensors(now.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as tensors:
+        visitor = _Sequence(step, now, Measurer(step.needs(), batches.num_tokens), tensors, runtime)
+        skeleton = make_skeleton(now, tensors, runtime)
         sweep(skeleton, batches.ids, batches.mask, visitor, progress=runtime.progress, label="decide layers")
     return Decision(visitor.treatments, tuple(visitor.notes), visitor.scores), visitor.measurer.trouble
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moespresso.core.format import Format
-from moespresso.formats import Codes, Grid, in_groups, levels, stored
+from moespresso.formats import Grid, QuantizedWeights, in_groups, levels, stored
 from moespresso.kernels.routed import RoutedExperts
 
 # How far a range may shrink and grow.
@@ -58,13 +58,13 @@ class Learned:
         scale = self._lengthened(scale)
         return (steps.to(self._dtype) * scale.unsqueeze(-1)).float().flatten(-2)
 
-    def codes(self) -> Codes:
+    def codes(self) -> QuantizedWeights:
         """What is stored."""
         scale, zero = self._grid()
         steps, _ = self._rounded(scale, zero)
         scale = self._lengthened(scale)
         values = (steps + zero.unsqueeze(-1)).to(torch.uint8).flatten(-2)
-        return Codes(self._format, values, scale, zero.to(torch.uint8))
+        return QuantizedWeights(self._format, values, scale, zero.to(torch.uint8))
 
     def lengthen(self, factors: Tensor) -> None:
         """Multiply the scales of each row [out] of all matrices, where the factor is between 1/2 and 2."""

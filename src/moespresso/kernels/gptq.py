@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moespresso.core.format import Format
-from moespresso.formats import Codes, levels, searched, unbias
+from moespresso.formats import QuantizedWeights, levels, searched, unbias
 from moespresso.kernels.hessians import factored, ridged, usable
 
 
@@ -49,7 +49,7 @@ def solve(
     unbiased: bool = True,
     weighted: bool = True,
     signed: bool = True,
-) -> tuple[Codes, Trouble]:
+) -> tuple[QuantizedWeights, Trouble]:
     """Codes of `weights` [N, out, in] under `hessians` [N, in, in] (means or sums), with scales stored as `dtype`.
 
     damping: share of the mean of each diagonal that is added to it.
@@ -118,10 +118,10 @@ class _Columns:
         self.values[:, column] = values
         self.error[:, column] = self.weights[:, column] - ((values - zero).to(scale.dtype) * scale).float()
 
-    def codes(self) -> Codes:
+    def codes(self) -> QuantizedWeights:
         """The result in the usual layout."""
         values, scale, zero = (each.mT.contiguous() for each in (self.values, self.scale, self.zero))
-        return Codes(self.format, values, scale, zero)
+        return QuantizedWeights(self.format, values, scale, zero)
 
 
 def _order(hessians: Tensor, act_order: bool) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from moespresso.core.format import Format
 from moespresso.formats import (
-    Codes,
     Grid,
+    QuantizedWeights,
     encode,
     in_groups,
     levels,
@@ -42,7 +42,7 @@ def half_quadratic(
     iterations: int = 20,
     unbiased: bool = True,
     signed: bool = True,
-) -> Codes:
+) -> QuantizedWeights:
     """Codes of `weights` [N, out, in] with scales stored as `dtype`.
 
     Before they are `unbiased`, the sum of |w - decoded|^p of no group is above that of rounding with `minmax`.

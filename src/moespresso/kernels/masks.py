@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moespresso.core.format import Format, staying
-from moespresso.formats import SLAB, slabs
+from moespresso.core.format import Format
+from moespresso.formats import SLAB, slabs, staying
 
 
 def kept(scores: Tensor, format: Format, *, whole: bool = False) -> Tensor:

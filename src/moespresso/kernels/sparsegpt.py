@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moespresso.core.format import Format, staying
-from moespresso.formats import Codes, levels, searched
+from moespresso.core.format import Format
+from moespresso.formats import QuantizedWeights, levels, searched, staying
 from moespresso.kernels.gptq import Trouble
 from moespresso.kernels.hessians import factored, usable
 from moespresso.kernels.masks import largest
@@ -38,7 +38,7 @@ def solve(
     code: Format | None = None,
     dtype: torch.dtype = torch.bfloat16,
     halves: int = 1,
-) -> tuple[Tensor, Tensor, Codes | None, Trouble]:
+) -> tuple[Tensor, Tensor, QuantizedWeights | None, Trouble]:
     """Prune `weights` [N, out, in] under `hessians` [N, in, in] (means or sums): weights in float32, and who stayed.
 
     damping: share of the mean of each diagonal that is added to it.
@@ -96,9 +96,9 @@ class _Grid:
         self.values[:, column] = values
         return ((values - zero).to(scale.dtype) * scale).float()
 
-    def codes(self) -> Codes:
+    def codes(self) -> QuantizedWeights:
         """The result in the usual layout."""
-        return Codes(self.format, _upright(self.values), _upright(self.scale), _upright(self.zero))
+        return QuantizedWeights(self.format, _upright(self.values), _upright(self.scale), _upright(self.zero))
 
 
 @dataclass(slots=True, eq=False)

@@ -15,12 +15,13 @@ from typing import ClassVar
 
 from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError, did_you_mean
-from moespresso.core.format import OWN_LAYOUTS, Format, layout_of
+from moespresso.core.format import Format
 from moespresso.core.method import SLIM_PARTS, Refits, Treats
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.effect import check_all_storable, is_matrix, is_stack, remains
+from moespresso.formats import codec_of
 
 
 class Words(str):
@@ -131,11 +132,11 @@ class OnMatrices(Treats):
             with suppress(UserError):
                 other = replace(self, parts=Words("attention"), **settings)
                 other.check(blueprint)
-                made = {layout_of(format) for _, format in other._formats(blueprint)}
+                own = any(codec_of(format).own for _, format in other._formats(blueprint))
                 words = ",".join(
                     f"{name}={value}" for name, value in ({"parts": "attention"} | settings).items()
                 )
-                return f"use {words}{' with --target plugin' if made & OWN_LAYOUTS else ''}, or {_OTHERWISE}"
+                return f"use {words}{' with --target plugin' if own else ''}, or {_OTHERWISE}"
         return _OTHERWISE
 
     def _check_exclude(self, blueprint: Blueprint) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError
-from moespresso.core.format import Format, kept_in_row
-from moespresso.formats import Codes, decode
+from moespresso.core.format import Format
+from moespresso.formats import QuantizedWeights, decode, kept_in_row
 from moespresso.kernels import RoutedExperts, kept
 from moespresso.methods._matrices import OnMatrices
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText, joined, patched
@@ -149,12 +149,12 @@ class PruningOnText(Pruning, OnText):
 
     def left(
         self, weights: Tensor, seen: Tensor, format: Format, dtype: torch.dtype, halves: int = 1
-    ) -> tuple[Tensor | Codes, list[tuple[int, str]]]:
+    ) -> tuple[Tensor | QuantizedWeights, list[tuple[int, str]]]:
         """What is left of `weights` [N, out, in], and what went wrong with which of them. Each holds so many `halves`, one
         below the other, that are pruned alike."""
         raise NotImplementedError
 
-    def unseen(self, weights: Tensor, format: Format, dtype: torch.dtype) -> Tensor | Codes:
+    def unseen(self, weights: Tensor, format: Format, dtype: torch.dtype) -> Tensor | QuantizedWeights:
         """The same for matrices that were given nothing: the smallest weights go."""
         _ = dtype
         return weights.masked_fill(~kept(weights.abs(), format), 0.0)
@@ -168,29 +168,29 @@ class PruningOnText(Pruning, OnText):
             found, trouble = self.left(
                 weight[None], self.of_moment(moment), context.formats[name], context.dtypes[name]
             )
-            if isinstance(found, Codes):
-                result.linears[name] = found
+            if isinstance(found, QuantizedWeights):
+                result.numbers[name] = found
             else:
                 result.weights[name] = found[0]
             result.trouble += [f"L{context.layer}.{name}: {what}" for _, what in trouble]
         return result
 
     def _experts(self, context: LayerContext, experts: RoutedExperts, result: LayerResult) -> None:
-        ups: list[Tensor | Codes] = []
-        downs: list[Tensor | Codes] = []
+        ups: list[Tensor | QuantizedWeights] = []
+        downs: list[Tensor | QuantizedWeights] = []
         for some in experts.groups():
             here = slice(some.start, some.stop)
             up = self._projection(
                 context, "up", experts.up[here], self.seen(experts, some, None), some, result
             )
-            weights = decode(up).float() if isinstance(up, Codes) else up
+            weights = decode(up).float() if isinstance(up, QuantizedWeights) else up
             seen = self.seen(experts, some, weights.to(context.dtypes["up"]).to(experts.up.dtype))
             downs.append(self._projection(context, "down", experts.down[here], seen, some, result))
             ups.append(up)
         for name, found in (("up", ups), ("down", downs)):
-            codes = [each for each in found if isinstance(each, Codes)]
+            codes = [each for each in found if isinstance(each, QuantizedWeights)]
             if codes:
-                setattr(result, name, joined(codes))
+                result.numbers[name] = joined(codes)
             else:
                 result.weights[name] = torch.cat([each for each in found if isinstance(each, Tensor)])
 
@@ -202,7 +202,7 @@ class PruningOnText(Pruning, OnText):
         seen: Tensor,
         some: range,
         result: LayerResult,
-    ) -> Tensor | Codes:
+    ) -> Tensor | QuantizedWeights:
         """One projection of `some` experts; those that no token reaches go by their weights."""
         assert context.experts is not None
         format, dtype, weights = context.formats[matrix], context.dtypes[matrix], weights.float()
@@ -216,8 +216,8 @@ class PruningOnText(Pruning, OnText):
         if not empty:
             return found
         others = self.unseen(weights[empty], format, dtype)
-        if isinstance(found, Codes):
-            assert isinstance(others, Codes)
+        if isinstance(found, QuantizedWeights):
+            assert isinstance(others, QuantizedWeights)
             return patched(found, empty, others)
         assert isinstance(others, Tensor)
         return found.index_copy(0, torch.tensor(empty, device=found.device), others)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from moespresso.core.blueprint import Blueprint, Entry, Heads, LayerSpec, Packed
+from moespresso.core.blueprint import Blueprint, Entry, Heads, LayerSpec, TensorRef
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import Format
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
@@ -26,6 +26,7 @@ from moespresso.core.registry import method
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.effect import is_matrix, remains
+from moespresso.formats import codec_of, pack
 from moespresso.kernels import entropy_allocation, query_key, value_output
 from moespresso.methods._matrices import Words
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText
@@ -78,10 +79,7 @@ class _Part:
     def stored(self, dims: int) -> int:
         """Bytes when `dims` of each head are stored."""
         formats = self.formats(dims, pack=True)
-        return sum(
-            replace(entry.ref, packed=Packed(formats[entry.unit.matrix or ""], "slices")).nbytes
-            for entry in self.entries
-        )
+        return sum(_packed(entry, formats[entry.unit.matrix or ""]).nbytes for entry in self.entries)
 
     def kept(self, share: float) -> int:
         """The most dims that can stay when `share` of the bytes goes; all where none goes."""
@@ -288,6 +286,11 @@ class AttentionRank(OnText):
         outputs = torch.zeros_like(output).unflatten(1, (heads.count, -1))
         outputs[..., :keep] = narrow[1].unflatten(1, (heads.count, -1))
         result.weights[o] = outputs.flatten(1)
+
+
+def _packed(entry: Entry, format: Format) -> TensorRef:
+    """The reference to a matrix as it will be stored."""
+    return pack(replace(entry.ref, packed=None), format, codec_of(format).layout)
 
 
 def _layers(blueprint: Blueprint) -> list[LayerSpec]:

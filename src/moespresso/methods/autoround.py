@@ -70,7 +70,7 @@ class AutoRound(Slimming, OnText):
             up, down = self._start(context, "up"), self._start(context, "down")
             if len(experts.hidden):
                 _Descent(self, experts, up, down).run()
-            result.up, result.down = up.codes(), down.codes()
+            result.numbers |= {"up": up.codes(), "down": down.codes()}
         _help_empty(context, experts, result)
         return result
 

@@ -24,7 +24,7 @@ from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.registry import method
 from moespresso.core.unit import Unit
 from moespresso.effect import REFIT
-from moespresso.formats import Codes, decode, encode, searched, unbias
+from moespresso.formats import QuantizedWeights, decode, encode, searched, unbias
 from moespresso.kernels import RoutedExperts, usable
 from moespresso.methods._awq import Entrance, Untold, find_entrance, is_product, narrowed
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText, joined
@@ -96,7 +96,7 @@ class Awq(Slimming, OnText):
         factors = self._shared(context, experts, result) if self.inputs else None
         product = self.inner and is_product(experts.module, experts.down.shape[-1])
         made = [self._some(context, experts, some, factors, product) for some in experts.groups()]
-        result.up, result.down = joined([up for up, _ in made]), joined([down for _, down in made])
+        result.numbers |= {"up": joined([up for up, _ in made]), "down": joined([down for _, down in made])}
         return result
 
     def _some(
@@ -106,7 +106,7 @@ class Awq(Slimming, OnText):
         some: range,
         factors: Tensor | None,
         product: bool,
-    ) -> tuple[Codes, Codes]:
+    ) -> tuple[QuantizedWeights, QuantizedWeights]:
         """Codes of gate and up, and of down, of `some` experts."""
         up, down = (matrix[some.start : some.stop].float() for matrix in (experts.up, experts.down))
         given, _ = usable(experts.moments_in(some))
@@ -161,11 +161,13 @@ class Awq(Slimming, OnText):
         errors = decode(codes).float() / factors.unsqueeze(-2) - weights
         return ((errors @ moments) * errors).sum((1, 2))
 
-    def _rounded(self, weights: Tensor, moments: Tensor, format: Format, dtype: torch.dtype) -> Codes:
+    def _rounded(
+        self, weights: Tensor, moments: Tensor, format: Format, dtype: torch.dtype
+    ) -> QuantizedWeights:
         grid = narrowed(weights, moments, format, dtype) if self.clip else searched(weights, format, dtype)
         return encode(weights, *grid, format)
 
-    def _last(self, context: LayerContext, name: str, weights: Tensor, moments: Tensor) -> Codes:
+    def _last(self, context: LayerContext, name: str, weights: Tensor, moments: Tensor) -> QuantizedWeights:
         codes = self._rounded(weights, moments, context.formats[name], context.dtypes[name])
         return unbias(weights, codes, moments) if self.unbiased else codes
 

@@ -21,7 +21,7 @@ from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.core.method import Sight
 from moespresso.core.registry import method
-from moespresso.formats import Codes, decode
+from moespresso.formats import QuantizedWeights, decode
 from moespresso.kernels import RoutedExperts, Trouble, half_quadratic, shrunk
 from moespresso.kernels.gptq import solve
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText, joined, patched
@@ -80,14 +80,14 @@ class Gptq(Slimming, OnText):
             codes, trouble = self.solved(
                 weight[None], moment[None], context.formats[name], context.dtypes[name]
             )
-            result.linears[name] = codes
+            result.numbers[name] = codes
             result.trouble += _told(trouble, lambda _, name=name: f"L{context.layer}.{name}")
             result.trouble += _refilled(weight[None], codes, f"L{context.layer}.{name}")
         return result
 
     def _experts(self, context: LayerContext, experts: RoutedExperts, result: LayerResult) -> None:
-        ups: list[Codes] = []
-        downs: list[Codes] = []
+        ups: list[QuantizedWeights] = []
+        downs: list[QuantizedWeights] = []
         pooled = experts.pooled() if self.shrink else None
         for some in experts.groups():
             empty = [expert for expert in some if not len(experts.rows(expert)[0])]
@@ -106,7 +106,7 @@ class Gptq(Slimming, OnText):
             ups.append(up)
             downs.append(down)
             result.remedies |= dict.fromkeys(empty, "hqq")
-        result.up, result.down = joined(ups), joined(downs)
+        result.numbers |= {"up": joined(ups), "down": joined(downs)}
 
     def _rounded(
         self,
@@ -117,7 +117,7 @@ class Gptq(Slimming, OnText):
         some: range,
         empty: list[int],
         result: LayerResult,
-    ) -> Codes:
+    ) -> QuantizedWeights:
         """Codes of one projection of `some` experts [N, out, in]; `empty` ones without any token's help."""
         format, dtype = context.formats[matrix], context.dtypes[matrix]
         codes, trouble = self.solved(weights, moments, format, dtype)
@@ -130,7 +130,7 @@ class Gptq(Slimming, OnText):
 
     def solved(
         self, weights: Tensor, moments: Tensor, format: Format, dtype: torch.dtype
-    ) -> tuple[Codes, Trouble]:
+    ) -> tuple[QuantizedWeights, Trouble]:
         """Codes of `weights` [N, out, in] under the second moments [N, in, in] of their inputs, and what went wrong."""
         return solve(
             weights, moments, format, dtype, damping=self.damping, act_order=self.act_order, sweeps=self.sweeps,
@@ -138,7 +138,7 @@ class Gptq(Slimming, OnText):
         )  # fmt: skip
 
 
-def _refilled(weights: Tensor, codes: Codes, name: str) -> list[str]:
+def _refilled(weights: Tensor, codes: QuantizedWeights, name: str) -> list[str]:
     """What becomes of weights that an earlier step pruned: errors that are handed on fill some of them."""
     pruned = weights == 0
     if int(pruned.sum()) < _PRUNED * pruned.numel():

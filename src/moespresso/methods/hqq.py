@@ -16,7 +16,7 @@ from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.core.method import Quantizes
 from moespresso.core.registry import method
-from moespresso.formats import Codes
+from moespresso.formats import QuantizedWeights
 from moespresso.kernels import half_quadratic
 from moespresso.methods._slim import Slimming
 
@@ -42,6 +42,6 @@ class Hqq(Slimming, Quantizes):
         if self.iterations < 1:
             raise UserError(f"hqq: iterations={self.iterations} must be at least 1")
 
-    def quantize(self, weights: Tensor, format: Format, dtype: torch.dtype) -> Codes:
+    def quantize(self, weights: Tensor, format: Format, dtype: torch.dtype) -> QuantizedWeights:
         """Codes of `weights` [N, out, in], with scales stored as `dtype`."""
         return half_quadratic(weights, format, dtype, p=self.p, iterations=self.iterations)

@@ -143,7 +143,7 @@ class LowRank(OnMatrices, OnText):
             fit(context, context.experts, result)
         for name, (weight, moment) in context.linears.items():
             factors = self._factors(weight[None].float(), moment[None], context, name)
-            result.factors[name], result.weights[name] = factors, product(*factors)[0]
+            result.numbers[name], result.weights[name] = factors, product(*factors)[0]
         return result
 
     # Each matrix by itself
@@ -161,12 +161,12 @@ class LowRank(OnMatrices, OnText):
             empty = [expert for expert in some if not len(experts.rows(expert)[0])]
             result.remedies |= dict.fromkeys(empty, "their weights alone")
         for name, parts in found.items():
-            result.factors[name] = (
+            result.numbers[name] = (
                 torch.cat([left for left, _ in parts]),
                 torch.cat([right for _, right in parts]),
             )
-        result.weights["up"] = torch.cat([product(*result.factors[name]) for name in halves], dim=1)
-        result.weights["down"] = product(*result.factors["down"])
+        result.weights["up"] = torch.cat([product(*result.numbers[name]) for name in halves], dim=1)
+        result.weights["down"] = product(*result.numbers["down"])
 
     def _factors(self, weights: Tensor, moments: Tensor, context: LayerContext, name: str) -> Factors:
         """Factors [N, out, r] and [N, r, in] as they are stored."""
@@ -177,7 +177,7 @@ class LowRank(OnMatrices, OnText):
 
     def _together(self, context: LayerContext, experts: RoutedExperts, result: LayerResult) -> None:
         halves, format, dtype = _halves(experts), context.formats["up"], context.dtypes["up"]
-        if format.kind != "bases":
+        if not format.bases:
             raise UserError(f"low_rank: the plan gives gate and up of L{context.layer} no bases to share")
         moments, made = experts.pooled(), list[Tensor]()
         importance = self._importance(experts).chunk(len(halves), dim=1)
@@ -185,8 +185,9 @@ class LowRank(OnMatrices, OnText):
             own, bases, shares = shared_bases(
                 weights, moments, format.rank, format.bases, damping=self._damping, importance=rows
             )
-            result.based[name] = own.to(dtype), shares, bases.to(dtype)
-            made.append(based(*result.based[name][:2], result.based[name][2].unsqueeze(0)))
+            mixture = own.to(dtype), shares, bases.to(dtype)
+            result.numbers[name] = mixture
+            made.append(based(mixture[0], mixture[1], mixture[2].unsqueeze(0)))
             if float((made[-1].float() - weights).square().sum()) > float(weights.float().square().sum()):
                 raise UserError(
                     f"low_rank: no bases come near {name} of L{context.layer}'s experts: leave them out with exclude=L{context.layer}.experts"

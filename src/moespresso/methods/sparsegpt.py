@@ -18,9 +18,9 @@ from torch import Tensor
 
 from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError
-from moespresso.core.format import Format, check_pattern
+from moespresso.core.format import Format
 from moespresso.core.registry import method
-from moespresso.formats import Codes
+from moespresso.formats import QuantizedWeights, check_pattern
 from moespresso.kernels import RoutedExperts, half_quadratic, solve
 from moespresso.methods._prune import PruningOnText
 
@@ -93,7 +93,7 @@ class SparseGpt(PruningOnText):
 
     def left(
         self, weights: Tensor, seen: Tensor, format: Format, dtype: torch.dtype, halves: int = 1
-    ) -> tuple[Tensor | Codes, list[tuple[int, str]]]:
+    ) -> tuple[Tensor | QuantizedWeights, list[tuple[int, str]]]:
         """`weights` [N, out, in] with zeros for those that go, or their codes."""
         code = format if self.bits else None
         new, _, codes, trouble = solve(weights, seen, self.sparsity.pattern, damping=self.damping, block=self.block,
@@ -105,7 +105,7 @@ class SparseGpt(PruningOnText):
         ]
         return codes if codes is not None else new, told
 
-    def unseen(self, weights: Tensor, format: Format, dtype: torch.dtype) -> Tensor | Codes:
+    def unseen(self, weights: Tensor, format: Format, dtype: torch.dtype) -> Tensor | QuantizedWeights:
         """The same for matrices that were given nothing."""
         new = PruningOnText.unseen(self, weights, self.sparsity.pattern, dtype)
         assert isinstance(new, Tensor)

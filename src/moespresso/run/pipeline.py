@@ -7,7 +7,6 @@ re-scored step is measured on the model as the earlier ones leave it, others sha
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -19,17 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
-from moespresso.build import View, make_skeleton, precision
+from moespresso.build import Tensors, View, make_skeleton, precision
 from moespresso.checkpoint import (
-    Journal,
-    Reader,
-    Written,
-    copy_sidecar,
-    layout,
-    shard_limit,
-    sidecars,
-    write_index,
-    write_shard,
     write_text,
 )
 from moespresso.core.errors import UserError
@@ -41,7 +31,6 @@ from moespresso.core.unit import Unit
 from moespresso.data import Batches
 from moespresso.effect import validated
 from moespresso.fit import Slimmed, decide_in_sequence, found, in_source, numbered, unrepaired
-from moespresso.model import is_rehoused, tokenizer_config
 from moespresso.quality import token_kl
 from moespresso.statistics import PAIRS, Measurer, weight_sums
 from moespresso.stream import (
@@ -106,14 +95,14 @@ def measure(
     memento = work / f"sweep-{key[:16]}.safetensors"
     folder = view.checkpoint.folder
     if batches is not None and text:
-        with Reader(folder, allow_nonfinite=runtime.allow_nonfinite) as reader:
-            measurer = _sweep(view, batches, text, memento, reader, runtime)
-            values, trouble, nonfinite = measurer.values, measurer.trouble, reader.nonfinite
+        with Tensors(folder, allow_nonfinite=runtime.allow_nonfinite) as tensors:
+            measurer = _sweep(view, batches, text, memento, tensors, runtime)
+            values, trouble, nonfinite = measurer.values, measurer.trouble, tensors.nonfinite
     if "weights" in needs:
-        with Reader(folder, allow_nonfinite=runtime.allow_nonfinite) as reader:
-            for unit, row in weight_sums(view, reader, runtime.progress).items():
+        with Tensors(folder, allow_nonfinite=runtime.allow_nonfinite) as tensors:
+            for unit, row in weight_sums(view, tensors, runtime.progress).items():
                 values.setdefault(unit, {}).update(row)
-            nonfinite |= reader.nonfinite
+            nonfinite |= tensors.nonfinite
     trouble += [f"{name}: {count} NaN or infinite values" for name, count in sorted(nonfinite.items())]
     measured = batches if text else None
     stats = Stats(
@@ -131,18 +120,18 @@ def measure(
 
 
 def _sweep(
-    view: View, batches: Batches, needs: frozenset[str], path: Path, reader: Reader, runtime: Runtime
+    view: View, batches: Batches, needs: frozenset[str], path: Path, tensors: Tensors, runtime: Runtime
 ) -> Measurer:
-    skeleton = make_skeleton(view, reader, runtime)
+    skeleton = make_skeleton(view, tensors, runtime)
     measurer = Measurer(needs, batches.num_tokens)
 
     def recall(notes: dict[str, Any]) -> None:
         measurer.recall(notes["measured"])
-        reader.nonfinite = notes["nonfinite"]
+        tensors.nonfinite = notes["nonfinite"]
 
     # What is held of runs of blocks is not kept: such a measurement starts afresh.
     resumable = not any(need.startswith("run@") for need in needs)
-    memento = Memento(path, lambda: {"measured": measurer.notes(), "nonfinite": reader.nonfinite}, recall)
+    memento = Memento(path, lambda: {"measured": measurer.notes(), "nonfinite": tensors.nonfinite}, recall)
     spill = path.parent if must_spill(view, batches, runtime) else None
     sweep(skeleton, batches.ids, batches.mask, measurer, memento=memento if resumable else None, spill=spill, progress=runtime.progress,
           label="measure layers")  # fmt: skip
@@ -236,8 +225,8 @@ def _searched(
     """Let a step try candidates on the model as it is now, against the original."""
     batches = _needed(batches)
     ids, mask = batches.ids[: step.rows], batches.mask[: step.rows]
-    with Reader(view.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as reader:
-        model, source = (make_skeleton(each, reader, runtime) for each in (now, view))
+    with Tensors(view.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as tensors:
+        model, source = (make_skeleton(each, tensors, runtime) for each in (now, view))
         each = state_bytes(source, ids, mask)
         left = sys.maxsize
         if runtime.max_memory is not None:
@@ -307,40 +296,3 @@ def _still_true(row: Mapping[str, float], experts: Sequence[int]) -> dict[str, f
         elif what in PAIRS and int(number) in experts:
             found[f"{what}@{experts.index(int(number))}"] = value
     return found
-
-
-def write(view: View, folder: Path, journal: Journal, runtime: Runtime) -> tuple[list[Written], list[str]]:
-    """Write the view's tensors, config and side files; finished ones are not done again. Returns files and notes."""
-    source = view.checkpoint.folder
-    shards = layout(view.stored, shard_limit(sum(piece.ref.nbytes for piece in view.stored)))
-    runtime.progress.stage("write shards", len(shards))
-    with Reader(source, allow_nonfinite=runtime.allow_nonfinite) as reader:
-        for shard in shards:
-            if shard.name not in journal.finished:
-                journal.record(write_shard(folder, shard, reader))
-            runtime.progress.advance()
-    written = [journal.finished[shard.name] for shard in shards]
-    index = write_index(folder, shards)
-    if index is not None:
-        written.append(Written("model.safetensors.index.json", *index))
-    written.append(
-        Written("config.json", *write_text(folder / "config.json", json.dumps(view.config, indent=2) + "\n"))
-    )
-    travel, left = sidecars(source)
-    used = {file.partition("/")[0] for file in view.checkpoint.files}
-    left = [name for name in left if name not in used]
-    written += [_sidecar(view, folder, name) for name in travel]
-    return written, [f"left behind: {', '.join(left)}"] if left else []
-
-
-def _sidecar(view: View, folder: Path, name: str) -> Written:
-    """A side file as it is, but for what goes by the family's name, where that is another one now."""
-    source = view.checkpoint.folder
-    if (
-        name != "tokenizer_config.json"
-        or not is_rehoused(view.checkpoint)
-        or not (source / "tokenizer.json").is_file()
-    ):
-        return copy_sidecar(source, folder, name)
-    said = tokenizer_config(json.loads((source / name).read_text()))
-    return Written(name, *write_text(folder / name, json.dumps(said, indent=2, ensure_ascii=False) + "\n"))

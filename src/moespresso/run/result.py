@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from moespresso._versions import VERSION
-from moespresso.build import View, one_format
+from moespresso.build import View, engine_of, needs_engine, one_format, write
 from moespresso.checkpoint import (
     MANIFEST,
-    SECTION,
     Journal,
     Written,
     claim,
@@ -29,15 +28,16 @@ from moespresso.checkpoint import (
 from moespresso.core.blueprint import LayerSpec
 from moespresso.core.cost import Cost
 from moespresso.core.errors import UserError
-from moespresso.core.format import OWN_LAYOUTS, Format
+from moespresso.core.format import Format
 from moespresso.core.plan import Plan
 from moespresso.core.runtime import Runtime
 from moespresso.core.unit import Unit
-from moespresso.effect import PARTS, dropped_units, merged_into, remains
+from moespresso.effect import dropped_units, is_part, merged_into, remains
 from moespresso.export import formed
+from moespresso.formats import codec_named, codec_of
 from moespresso.model import is_apart, is_unequal
 from moespresso.report import LayerScores, Report, machine, model_card, shareable, source_licence, versions
-from moespresso.run.pipeline import Clock, Decided, write
+from moespresso.run.pipeline import Clock, Decided
 from moespresso.run.recipe import Request, parse_size
 from moespresso.stream import PeakMemory, peak_rss_bytes
 
@@ -117,7 +117,7 @@ def _manifest(
         "packing": _packing(view),
         "plugin": is_unequal(view.config),
         "layers": [layer.facts() for layer in view.blueprint.layers],
-        "fitted": sorted(name for name in decided.fits if name.rpartition("/")[2] not in PARTS),
+        "fitted": sorted(name for name in decided.fits if not is_part(name)),
         "coverage": decided.coverage,
         "scores": {str(unit): decided.scores[unit] for unit in sorted(decided.scores)},
         "protected": [str(unit) for unit in sorted(decided.protected)],
@@ -134,8 +134,8 @@ def _packing(view: View) -> str:
     """Who reads the packed matrices: `stock` transformers, moespresso's `own` loader, or the engine of another layout."""
     if not view.formats:
         return ""
-    layout = view.config[SECTION]["quant_method"]
-    return layout if layout in ("gptq", "awq") else "stock" if one_format(view) else "own"
+    engine = engine_of(view.config)
+    return engine if needs_engine(engine) else "stock" if one_format(view) else "own"
 
 
 def _report(
@@ -208,13 +208,13 @@ def form_notes(view: View) -> list[str]:
             f"{len(whole)} tensors (such as {whole[0]}) are stored in one piece, since transformers 5.23 does not join their parts "
             "beside packed matrices; an engine that wants these apart will not find them"
         )
-    again = sum(piece.code is not None and piece.code.again for piece in view.pieces)
+    again = sum(piece.encoding is not None and piece.encoding.again for piece in view.pieces)
     if again:
         notes.append(
             f"{again} matrices that were packed have new values, and were rounded to nearest in their old format"
         )
     notes += _plain_notes(view)
-    if _packing(view) in ("gptq", "awq"):
+    if needs_engine(_packing(view)):
         notes.append(
             "GPTQModel 7.7 read this layout right for DeepSeek-V2 and Qwen3-MoE; with others it was not tried"
         )
@@ -232,9 +232,9 @@ def form_notes(view: View) -> list[str]:
 def _plain_notes(view: View) -> list[str]:
     """Say what was stored as less than it is, and why it no longer is."""
     before = [piece.source.ref.packed for piece in view.pieces if piece.plain]
-    if before and view.layout == "plain":
+    if before and view.layout is not None and not codec_named(view.layout).packs:
         return [f"{len(before)} matrices that were packed are stored as what they decode to"]
-    small = sum(packed is not None and packed.layout in OWN_LAYOUTS for packed in before)
+    small = sum(packed is not None and codec_named(packed.layout).own for packed in before)
     notes = [
         f"{small} matrices that were stored with a mask, as factors or in part have new values, and are stored plainly"
     ]
@@ -275,18 +275,7 @@ def format_notes(view: View) -> list[str]:
 
 
 def _said(format: Format, ranks: set[int]) -> str:
-    rank = " to ".join(map(str, sorted({min(ranks), max(ranks)})))
-    if format.kind == "sparse":
-        return f"{format.density:.0%} of the weights with a mask"
-    if format.kind == "factors":
-        return f"products of rank {rank}"
-    if format.kind == "bases":
-        return f"products of rank {rank} with {format.bases} bases that experts share"
-    if format.kind in ("rows", "columns"):
-        return f"{rank} {format.kind}"
-    groups = f"groups of {format.group_size}" if format.group_size else "one scale a channel"
-    order = " in an order of their own" if format.ordered else ""
-    return f"{format.bits} bits, {groups}{order}, {'symmetric' if format.symmetric else 'with zeros'}"
+    return codec_of(format).words(format, " to ".join(map(str, sorted({min(ranks), max(ranks)}))))
 
 
 def source_notes(view: View) -> list[str]:

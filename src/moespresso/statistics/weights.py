@@ -11,20 +11,19 @@ from collections import defaultdict
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from moespresso.build import View
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, View
 from moespresso.core.progress import Progress
 from moespresso.core.unit import Unit
 
 
-def weight_sums(view: View, reader: Reader, progress: Progress) -> dict[Unit, dict[str, float]]:
+def weight_sums(view: View, tensors: Tensors, progress: Progress) -> dict[Unit, dict[str, float]]:
     """`mean_abs` and `rms` of each expert of `view`, by position."""
     sums: dict[Unit, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     progress.stage("experts' weights", len(view.pieces))
     for piece in view.pieces:
         progress.advance()
         if piece.source.unit.part == "experts" and not (piece.source.unit.matrix or "").endswith("_bias"):
-            _add(sums, piece.unit, reader.piece(piece))
+            _add(sums, piece.unit, tensors.whole(piece))
     return {unit: {"mean_abs": total / count, "rms": (squares / count) ** 0.5}
             for unit, (count, total, squares) in sums.items()}  # fmt: skip
 

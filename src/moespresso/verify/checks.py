@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from moespresso.build import View, apart_view, load_model, other_layout, own_packing, rehoused_views
+from moespresso.build import Tensors, View, apart_view, load_model, other_layout, own_packing, rehoused_views
 from moespresso.checkpoint import (
     MANIFEST,
     TORCH_DTYPES,
@@ -28,10 +28,10 @@ from moespresso.checkpoint import (
 )
 from moespresso.core.blueprint import Blueprint
 from moespresso.core.errors import UserError
-from moespresso.core.format import OWN_LAYOUTS
 from moespresso.core.plan import Plan
 from moespresso.core.progress import Progress
 from moespresso.effect import validated
+from moespresso.formats import codec_in
 from moespresso.model import Skeleton, is_unequal, read_blueprint
 from moespresso.stream import sweep
 
@@ -146,17 +146,12 @@ def _decodes(view: View) -> str:
             packed = piece.source.ref.packed
             if packed is None:
                 continue
-            if packed.layout in OWN_LAYOUTS:
-                found = tuple(reader.tensor(piece.source.ref).shape)
-                _require(found == piece.shape, f"{piece.name} decodes to {found}, not {piece.shape}")
-                counts[packed.layout] += 1
-                continue
-            if packed.layout == "compressed-tensors":
-                shape = tuple(reader.tensor(packed.parts["weight_shape"]).tolist())
-                _require(shape == piece.shape, f"{piece.name} says that it is {shape}, not {piece.shape}")
-            scale = reader.codes_of(piece.source.ref).scale
-            _require(bool((scale != 0).all()), f"{piece.name} has scales that are zero")
-            counts[f"{packed.format.bits} bits"] += 1
+            held = codec_in(piece.source.ref)
+            shape = tuple(reader.tensor(piece.source.ref).shape)
+            _require(shape == piece.shape, f"{piece.name} decodes to {shape}, not {piece.shape}")
+            scale = reader.tensor(packed.parts[held.scaled])
+            _require(not held.rounds or bool((scale != 0).all()), f"{piece.name} has scales that are zero")
+            counts[held.label(packed.format)] += 1
     counted = [f"{count} matrices of {bits}" for bits, count in sorted(counts.items())]
     return ", ".join([*counted, *filter(None, [_by_library(view.checkpoint)])])
 
@@ -186,8 +181,8 @@ def _stock(folder: Path, view: View, nonfinite: dict[str, int]) -> str:
         return (
             f"not run: the model is larger than {STOCK_BYTES >> 30} GiB (names and shapes were checked above)"
         )
-    with Reader(folder, allow_nonfinite=True) as reader:
-        skeleton = view.skeleton(reader, torch.float32, torch.device("cpu"))
+    with Tensors(folder, allow_nonfinite=True) as tensors:
+        skeleton = view.skeleton(tensors, torch.float32, torch.device("cpu"))
         if other_layout(view):
             return "not run: GPTQ and AWQ layouts need an engine of their own; names, shapes and codes were checked"
         if own_packing(view):
@@ -261,7 +256,10 @@ def _against(view: View, source: View, manifest: dict[str, Any], progress: Progr
         wanted.keys() == have.keys(), f"tensors differ from the plan's: {_some(wanted.keys() ^ have.keys())}"
     )
     progress.stage("compare tensors", len(wanted))
-    with Reader(source.checkpoint.folder, allow_nonfinite=True) as old, Reader(view.checkpoint.folder) as new:
+    with (
+        Tensors(source.checkpoint.folder, allow_nonfinite=True) as old,
+        Reader(view.checkpoint.folder) as new,
+    ):
         for name, piece in wanted.items():
             equal = have[name].shape == piece.shape and have[name].dtype == piece.ref.dtype
             _require(

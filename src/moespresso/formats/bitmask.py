@@ -1,4 +1,4 @@
-"""Pruned matrices on disk: one bit per weight says which weights stay, and the values of those follow end to end.
+"""Pruned matrices: one bit per weight says which weights stay, and the values of those follow end to end.
 
 A `Format("sparse", density=d, group_size=m)` fixes how many stay. With m, round(d x m) of every m neighbouring inputs
 of a row (n:m). Without, round(d x in) times the rows, of the matrix as a whole: a threshold over a matrix leaves its
@@ -11,20 +11,74 @@ int64 [N, 2]. What stays comes back bit for bit, -0.0 and NaN too; what was drop
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import UserError
-from moespresso.core.format import Format, kept_in_row, stored_parts
+from moespresso.core.format import Format
+from moespresso.formats.codec import Codec, Parts, Shapes, codec, codec_named
 from moespresso.formats.integer import in_groups, slabs
 from moespresso.formats.packing import pack_words, plain, unpack_words
+from moespresso.formats.pattern import check_pattern, kept_in_row
 
-# The dtypes that values have, under their safetensors names; and those of all parts.
-_FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-_NAMES = _FLOATS | {torch.uint8: "U8", torch.int64: "I64"}
+
+@codec
+class Bitmask(Codec):
+    """A mask, and the weights that stay."""
+
+    layout: ClassVar[str] = "bitmask"
+    kinds: ClassVar[frozenset[str]] = frozenset({"sparse"})
+    parts: ClassVar[tuple[str, ...]] = ("weight_values", "weight_mask", "weight_shape")
+    scaled: ClassVar[str] = "weight_values"
+    said_by: ClassVar[str] = "density and group_size"
+    title: ClassVar[str] = "pruned matrices with a mask"
+
+    def shapes(self, format: Format, out: int, width: int, dtype: str) -> Shapes:
+        """Values, mask and shape."""
+        return {
+            "weight_values": ((kept_count(format, out, width),), dtype),
+            "weight_mask": ((out, -(-width // 8)), "U8"),
+            "weight_shape": ((2,), "I64"),
+        }
+
+    def check(self, format: Format, shape: tuple[int, ...], name: str, beside: Iterable[int] = ()) -> None:
+        """Raise `UserError` where weights cannot be pruned in its pattern."""
+        check_pattern(shape[-1], format, name, beside)
+
+    def encode(self, numbers: Tensor, format: Format) -> dict[str, Tensor]:
+        """Pruned weights, of which those that are zero went."""
+        return encode_sparse(numbers, mask_of(numbers, format), format)
+
+    def decode(self, parts: Parts, format: Format, shape: tuple[int, int]) -> Tensor:
+        """The weights, zero where none is stored."""
+        return decode_sparse(parts, format, shape)
+
+    def size(
+        self, parts: Mapping[str, TensorRef], format: Format, read: Callable[[TensorRef], list[int]]
+    ) -> tuple[int, int]:
+        """Outputs by the mask; inputs, which its last byte may leave open, by the stored shape."""
+        _ = format, parts["weight_values"]
+        (out, nbytes), width = parts["weight_mask"].shape, read(parts["weight_shape"])[1]
+        if not 8 * nbytes - 32 < width <= 8 * nbytes:
+            raise UserError(
+                f"{parts['weight_shape'].name} says {width} inputs, its values hold {8 * nbytes}: download it again"
+            )
+        return out, width
+
+    def unpacked(self, format: Format) -> Format:
+        """Zeros where weights went."""
+        return replace(format, kind="source")
+
+    def words(self, format: Format, ranks: str) -> str:
+        """The share that stays."""
+        _ = ranks
+        return f"{format.density:.0%} of the weights with a mask"
 
 
 def kept_count(format: Format, out: int, width: int) -> int:
@@ -52,7 +106,7 @@ def decode_sparse(parts: Mapping[str, Tensor], format: Format, shape: tuple[int,
     Raises `UserError` where a part is missing or is not what the format and the shape say, or where the mask and the
     values do not fit together.
     """
-    _check_parts(parts, format, shape)
+    codec_named("bitmask").check_parts(parts, format, shape)
     values, packed = parts["weight_values"], parts["weight_mask"]
     words = plain(pad(packed, (0, -packed.shape[-1] % 4))).view(torch.int32)
     mask = unpack_words(words, 1, shape[1]).view(torch.bool)
@@ -134,26 +188,6 @@ def _is_even(mask: Tensor, format: Format) -> bool:
     kept = kept_in_row(format, format.group_size)
     groups = (in_groups(mask[part], format) for part in slabs(mask.shape))
     return all(bool((each.sum(-1) == kept).all()) for each in groups)
-
-
-def _check_parts(parts: Mapping[str, Tensor], format: Format, shape: tuple[int, int]) -> None:
-    """Raise `UserError` where the parts are not those of matrices of `shape`."""
-    given = parts.get("weight_values")
-    value_dtype = "BF16" if given is None else _FLOATS.get(given.dtype, "BF16")
-    expected = stored_parts("bitmask", format, *shape, value_dtype)
-    for name in [name for name in expected if name not in parts]:
-        raise UserError(f"sparse stores a {name} for every matrix, which is missing: fetch the files again")
-    count = parts["weight_mask"].shape[:1]
-    for name, (each, dtype) in expected.items():
-        part, stacked = parts[name], (*count, *each)
-        if part.shape != stacked or _NAMES.get(part.dtype) != dtype:
-            raise UserError(
-                f"{name} is {part.dtype} {tuple(part.shape)}, not {dtype} {stacked}: "
-                "check density and group_size of the sparse matrix against its config"
-            )
-    stated = parts["weight_shape"]
-    if not bool((stated == stated.new_tensor(shape)).all()):
-        raise UserError(f"weight_shape does not say {shape}: fetch the files again")
 
 
 def _check_mask(mask: Tensor, packed: Tensor, format: Format) -> None:
