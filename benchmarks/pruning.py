@@ -21,7 +21,7 @@ from harness import Bench, folder_of, left_of, save, saving, side_by_side, sizes
 from moespresso.build import View
 from moespresso.core.registry import parse_step
 from moespresso.formats import codec_of, pack
-from moespresso.methods._prune import Sparsity
+from moespresso.methods._pruning import Sparsity
 
 RATIOS = [0.15, 0.25, 0.5]
 # Widths of their own, then shared bases: of a share r that goes in all, r / (1 + r) first and r^2 of the rest.

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moespresso.build import Tensors
+from moespresso.build import tensors as making
 from moespresso.build.tensors import runs
 from moespresso.build.write import Shard, index_of, shards_of, write_shard
 from moespresso.checkpoint import (

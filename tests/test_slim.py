@@ -17,10 +17,12 @@ import moespresso
 from conftest import Zoo, tiny_tokenizer, write_wide
 from moespresso import api
 from moespresso.build import Tensors, open_view
+from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.runtime import Runtime
 from moespresso.data import Source
 from moespresso.effect import price
+from moespresso.formats import QuantizedWeights, codec_in
 from moespresso.run import Request
 from test_depth_kl import LENGTH, SAMPLES
 from test_depth_steps import plan_of
@@ -189,6 +191,12 @@ def test_later_layers_see_what_the_rounded_ones_before_let_through(source: Path,
         assert all(torch.equal(whole[name], blind[name]) for name in names) == alike
 
 
+def numbers(tensors: Tensors, ref: TensorRef) -> QuantizedWeights:
+    """What a packed matrix of integers is stored as."""
+    assert ref.packed is not None
+    return codec_in(ref).numbers(tensors.reader.parts(ref), ref.packed.format, ref.shape)
+
+
 @pytest.mark.parametrize("step", ["gptq:group_size=0", "rtn:group_size=0"])
 def test_a_scale_that_comes_later_goes_into_the_scales(step: str, zoo: Zoo, text: Path, tmp_path: Path):
     """DeepSeek-V2 does not renormalise, so dropping experts scales its routed part."""
@@ -204,8 +212,8 @@ def test_a_scale_that_comes_later_goes_into_the_scales(step: str, zoo: Zoo, text
             expert = made.kept_experts(layer.index, layer.experts)[0]
             for matrix, factor in (("down", scale), ("up", 1.0)):
                 name = f"model.layers.{layer.index}.mlp.experts.{{}}.{matrix}_proj.weight"
-                before = old.codes_of(rounded.checkpoint.tensors[name.format(expert)])
-                found = new.codes_of(after.checkpoint.tensors[name.format(0)])
+                before = numbers(old, rounded.checkpoint.tensors[name.format(expert)])
+                found = numbers(new, after.checkpoint.tensors[name.format(0)])
                 assert torch.equal(found.values, before.values)
                 wanted = (before.scale.float() * factor).to(before.scale.dtype)
                 torch.testing.assert_close(found.scale, wanted, rtol=0, atol=0)

@@ -152,6 +152,11 @@ class Treats(Step):
         """The kinds of formats that it makes."""
         return frozenset()
 
+    @property
+    def plainly(self) -> tuple[str, ...]:
+        """Steps near to this one whose matrices engines read, as they are written, nearest first."""
+        return ("rtn",)
+
 
 class Quantizes(Treats):
     """A step that encodes each matrix from its weights alone."""

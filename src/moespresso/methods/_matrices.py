@@ -223,12 +223,12 @@ class OnMatrices(Treats):
             if self._is_able(entry) and self._is_meant(entry)
             and not (entry.unit.part == "attention" and entry.unit.layer in others)
         ]  # fmt: skip
-        form = self._form(chosen)
+        form = self.form(chosen)
         for entry in chosen:
             layer = entry.unit.layer
             yield entry, form(entry, layer if positions is None or layer is None else positions.get(layer))
 
-    def _form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
+    def form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
         """What says the format of each of the `chosen` matrices, in a layer of some number."""
         raise NotImplementedError
 

@@ -23,7 +23,7 @@ from moespresso.core.registry import method
 from moespresso.formats import searched
 from moespresso.kernels import Learned, Offsets, RoutedExperts, half_quadratic, routed_sum, slopes
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText, patched
-from moespresso.methods._slim import Slimming
+from moespresso.methods._quantization import Quantization
 
 # How many tokens parameters are judged on, and how often.
 _JUDGED = 4096
@@ -32,7 +32,7 @@ _LOOKS = 8
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AutoRound(Slimming, OnText):
+class AutoRound(Quantization, OnText):
     """Settings of one AutoRound.
 
     iterations: steps of the descent.
@@ -52,7 +52,7 @@ class AutoRound(Slimming, OnText):
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
-        Slimming.__post_init__(self)
+        Quantization.__post_init__(self)
         if self.iterations < 0 or self.batch < 1:
             raise UserError(
                 f"autoround: iterations={self.iterations} must not be negative and batch={self.batch} not below 1"

@@ -28,7 +28,7 @@ from moespresso.formats import QuantizedWeights, decode, encode, searched, unbia
 from moespresso.kernels import RoutedExperts, usable
 from moespresso.methods._awq import Entrance, Untold, find_entrance, is_product, narrowed
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText, joined
-from moespresso.methods._slim import Slimming
+from moespresso.methods._quantization import Quantization
 
 # Inputs that never fire count as this much of the strongest one.
 _FAINT = 1e-4
@@ -36,7 +36,7 @@ _FAINT = 1e-4
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Awq(Slimming, OnText):
+class Awq(Quantization, OnText):
     """Settings of one AWQ.
 
     grid: alphas tried beside 0, up to 1.
@@ -56,13 +56,13 @@ class Awq(Slimming, OnText):
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
-        Slimming.__post_init__(self)
+        Quantization.__post_init__(self)
         if not 1 <= self.grid <= 1000:
             raise UserError(f"awq: grid={self.grid} must be between 1 and 1000")
 
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` also where shared experts are packed, so that no factor can be put into them."""
-        Slimming.check(self, blueprint)
+        Quantization.check(self, blueprint)
         layers = {layer.index for layer in blueprint.moe_layers}
         packed = [entry.ref.name for entry in blueprint.entries
                   if entry.ref.packed is not None and entry.unit.layer in layers and _is_beside(entry)]  # fmt: skip
@@ -73,7 +73,7 @@ class Awq(Slimming, OnText):
 
     def outline(self, source: Blueprint, before: Plan) -> Stage:
         """A stage of the right size; nothing around experts that are gone."""
-        stage = Slimming.outline(self, source, before)
+        stage = Quantization.outline(self, source, before)
         there = {unit.layer for unit, treatment in stage.treatments.items() if treatment.format is not None}
         return Stage(
             stage.method, {unit: what for unit, what in stage.treatments.items() if unit.layer in there}
@@ -82,7 +82,7 @@ class Awq(Slimming, OnText):
     def _treatments(
         self, blueprint: Blueprint, positions: Mapping[int, int] | None = None
     ) -> dict[Unit, Treatment]:
-        made = Slimming._treatments(self, blueprint, positions)
+        made = Quantization._treatments(self, blueprint, positions)
         layers = {unit.layer for unit in made} if self.inputs else set[int]()
         around = {Unit(entry.unit.layer, entry.unit.part) for entry in blueprint.entries
                   if entry.unit.layer in layers and _is_beside(entry)}  # fmt: skip

@@ -25,7 +25,7 @@ from moespresso.formats import QuantizedWeights, decode
 from moespresso.kernels import RoutedExperts, Trouble, half_quadratic, shrunk
 from moespresso.kernels.gptq import solve
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText, joined, patched
-from moespresso.methods._slim import Slimming
+from moespresso.methods._quantization import Quantization
 
 # Zeros among the weights, of all, from which on they are taken as pruned.
 _PRUNED = 0.1
@@ -33,7 +33,7 @@ _PRUNED = 0.1
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gptq(Slimming, OnText):
+class Gptq(Quantization, OnText):
     """Settings of one GPTQ.
 
     damping: share of the mean diagonal added to every second moment; raised tenfold where that does not do.
@@ -61,7 +61,7 @@ class Gptq(Slimming, OnText):
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
-        Slimming.__post_init__(self)
+        Quantization.__post_init__(self)
         for name in ("damping", "shrink", "sweeps"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"gptq: {name}={getattr(self, name)} must not be negative")

@@ -105,6 +105,14 @@ class LowRank(OnMatrices, OnText):
         return "magnitude"
 
     @property
+    def plainly(self) -> tuple[str, ...]:
+        """Narrower experts or heads, or fewer weights."""
+        parts = self.parts.each()
+        narrower = (f"channel_prune:ratio={self.ratio}",) if "experts" in parts else ()
+        fewer = (f"attention_rank:ratio={self.ratio},pack=false",) if parts == ["attention"] else ()
+        return (*narrower, *fewer, f"wanda:parts={self.parts},sparsity={self.ratio}")
+
+    @property
     def _shares_bases(self) -> bool:
         return self.method == "shared_basis"
 
@@ -219,7 +227,7 @@ class LowRank(OnMatrices, OnText):
     def _damping(self) -> float:
         return _DAMPING[self.method] if self.damping is None else self.damping
 
-    def _form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
+    def form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
         if not self._shares_bases:
             return lambda entry, layer: Format("factors", rank=self._rank(*entry.ref.shape))
         groups = self._groups(chosen)

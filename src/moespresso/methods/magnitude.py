@@ -15,7 +15,7 @@ from moespresso.core.format import Format
 from moespresso.core.method import Prunes
 from moespresso.core.registry import method
 from moespresso.kernels import kept
-from moespresso.methods._prune import Pruning
+from moespresso.methods._pruning import Pruning
 
 
 @method

@@ -18,12 +18,12 @@ from moespresso.core.format import Format
 from moespresso.core.method import Quantizes
 from moespresso.core.registry import method
 from moespresso.formats import QuantizedWeights, Scales, round_nearest
-from moespresso.methods._slim import Slimming
+from moespresso.methods._quantization import Quantization
 
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rtn(Slimming, Quantizes):
+class Rtn(Quantization, Quantizes):
     """Settings of one rounding to nearest.
 
     scales: `searched` shrinks each group's range to where the rounding error is least, `minmax` takes it as it is.

@@ -22,7 +22,7 @@ from moespresso.core.format import Format
 from moespresso.core.registry import method
 from moespresso.formats import QuantizedWeights, check_pattern
 from moespresso.kernels import RoutedExperts, half_quadratic, solve
-from moespresso.methods._prune import PruningOnText
+from moespresso.methods._pruning import PruningOnText
 
 
 @method
@@ -111,9 +111,9 @@ class SparseGpt(PruningOnText):
         assert isinstance(new, Tensor)
         return half_quadratic(new, format, dtype, unbiased=False) if self.bits else new
 
-    def _form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
+    def form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
         if not self.bits:
-            return PruningOnText._form(self, chosen)
+            return PruningOnText.form(self, chosen)
         grid = Format("integer", self.bits, self.group_size, self.symmetric)
         return lambda entry, layer: grid
 

@@ -18,7 +18,7 @@ from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.core.registry import method
 from moespresso.kernels import RoutedExperts, kept, kept_by_share
-from moespresso.methods._prune import PruningOnText
+from moespresso.methods._pruning import PruningOnText
 
 
 @method

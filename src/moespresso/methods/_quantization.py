@@ -89,7 +89,7 @@ FOUR, NO_LAYERS = Bits(4), LayerBits("")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slimming(OnMatrices):
+class Quantization(OnMatrices):
     """Settings of every step that rounds weights.
 
     bits: 2, 3, 4 or 8; or by projection and part, such as gate_up:3+down:4.
@@ -140,7 +140,7 @@ class Slimming(OnMatrices):
         note = f"{self.kind}: groups of {' and '.join(map(str, sizes))} inputs share a scale, since larger ones do not divide all widths"
         return (note,) if self.group_size is None and sizes != [GROUPS[0]] else ()
 
-    def _form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
+    def form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
         sizes = {part: self._group(part, chosen) for part in {entry.unit.part for entry in chosen}}
         return lambda entry, layer: Format(
             "integer", self._bits(entry, layer), sizes[entry.unit.part], self.symmetric

@@ -105,7 +105,7 @@ class Pruning(OnMatrices):
             f"{self.kind} {why}: use pack=true with a plain sparsity, channel_prune or rtn for --size"
         )
 
-    def _form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
+    def form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
         pattern = self.sparsity.pattern
         return lambda entry, layer: replace(pattern, kind="sparse") if self.pack else pattern
 
