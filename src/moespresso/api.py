@@ -40,7 +40,7 @@ from moespresso.core.registry import parse_step
 from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats, stats_key
 from moespresso.data import Batches, Source, calibration, load_tokenizer, sequences
-from moespresso.effect import check_step, needs_fit, rounds_on_text, slims, step_of, validated
+from moespresso.effect import needs_fit, rounds_on_text, slims, step_of, validated
 from moespresso.export import check_even, formed
 from moespresso.fit import found, unrepaired
 from moespresso.formats import codec_in, codecs
@@ -293,9 +293,7 @@ def build(
         made = Plan.load(place(plan, "--plan"))
 
         def tried(form: View) -> View:
-            validated(made, form.source)
-            for stage in made.stages:
-                check_step(stage, form.source)
+            validated(made, form.source, steps=True)
             return housed(form, lambda at_home: formed(target, replace(at_home, plan=made)).check_fits())
 
         steps = [step_of(stage) for stage in made.stages if slims(stage)]
@@ -399,10 +397,10 @@ def export(folder: str | Path, *, to: str, out: str | Path, runtime: Runtime | N
                 "there is nothing to lay out, so press it with gptq or another step that rounds weights first"
             )  # fmt: skip
             raise UserError(f"{folder} holds no packed matrices: {cure}")
+        check_even(view, to)
         view = replace(view, layout=to)
         target = "plugin" if is_unequal(view.checkpoint.config) or not one_format(view) else "transformers"
         formed(target, view).check_fits()
-        check_even(view, to)
         for piece in view.pieces:
             if piece.ref.packed is not None:
                 codec_in(piece.ref).check(piece.ref.packed.format, piece.shape, piece.name)

@@ -17,28 +17,31 @@ from moespresso.core.unit import Unit
 from moespresso.effect.cuts import REPAIRS, cuts
 from moespresso.effect.remains import ROWS_STAY, remains
 from moespresso.effect.rewrite import folds_into
-from moespresso.effect.slim import REFIT, check_formats
+from moespresso.effect.slim import REFIT, check_formats, check_step
 
 # Fields of a treatment that this version carries out.
 _KNOWN = {"keep", "drop", "scale", "into", "share", "repair", "format", "channels"}
 
 
-def validated(plan: Plan, blueprint: Blueprint) -> Plan:
-    """Return the plan, or raise `UserError` where it does not fit the blueprint or leaves a layer unroutable."""
+def validated(plan: Plan, blueprint: Blueprint, *, steps: bool = False) -> Plan:
+    """Return the plan, or raise `UserError` where it does not fit the blueprint or leaves a layer unroutable; with `steps`,
+    which must then be known, also where one of them cannot do what the plan says of it."""
     if plan.blueprint != blueprint.digest:
         raise UserError(
             f"the plan was made for another checkpoint (digest {plan.blueprint[:12]}, "
             f"{blueprint.source} has {blueprint.digest[:12]}): make a new plan for this one"
         )
-    check_plan(plan, blueprint)
+    check_plan(plan, blueprint, steps=steps)
     return plan
 
 
-def check_plan(plan: Plan, blueprint: Blueprint) -> None:
+def check_plan(plan: Plan, blueprint: Blueprint, *, steps: bool = False) -> None:
     """Raise `UserError` when a treatment names what is not there, asks for what this version cannot do, or leaves a
     router without enough experts or a model without blocks."""
     specs = {layer.index: layer for layer in blueprint.layers}
     for number, stage in enumerate(plan.stages):
+        if steps:
+            check_step(stage, blueprint)
         check_formats(plan, number, blueprint)
         for unit, treatment in stage.treatments.items():
             if treatment.format is not None or treatment.repair == REFIT:

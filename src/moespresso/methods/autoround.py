@@ -85,7 +85,7 @@ def _help_empty(context: LayerContext, experts: RoutedExperts, result: LayerResu
     for name in ("up", "down") if empty else ():
         weights = getattr(experts, name)[empty].float()
         helped = half_quadratic(weights, context.formats[name], context.dtypes[name])
-        setattr(result, name, patched(getattr(result, name), empty, helped))
+        result.numbers[name] = patched(result.numbers[name], empty, helped)
     result.remedies |= dict.fromkeys(empty, "hqq")
 
 
