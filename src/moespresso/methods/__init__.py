@@ -4,20 +4,29 @@ Importing this package registers all of them (`moespresso.core.registry`).
 """
 
 from moespresso.methods._on_text import LayerContext, LayerResult
+from moespresso.methods.attention_rank import AttentionRank
 from moespresso.methods.autoround import AutoRound
 from moespresso.methods.awq import Awq
 from moespresso.methods.block_drop import BlockDrop
+from moespresso.methods.channel_prune import ChannelPrune
 from moespresso.methods.expert_drop import ExpertDrop
 from moespresso.methods.expert_merge import ExpertMerge
 from moespresso.methods.gptq import Gptq
 from moespresso.methods.hqq import Hqq
 from moespresso.methods.layer_drop import LayerDrop
+from moespresso.methods.low_rank import LowRank
+from moespresso.methods.magnitude import Magnitude
+from moespresso.methods.refit import Refit
 from moespresso.methods.rtn import Rtn
+from moespresso.methods.sparsegpt import SparseGpt
+from moespresso.methods.wanda import Wanda
 
 __all__ = [
+    "AttentionRank",
     "AutoRound",
     "Awq",
     "BlockDrop",
+    "ChannelPrune",
     "ExpertDrop",
     "ExpertMerge",
     "Gptq",
@@ -25,5 +34,10 @@ __all__ = [
     "LayerContext",
     "LayerDrop",
     "LayerResult",
+    "LowRank",
+    "Magnitude",
+    "Refit",
     "Rtn",
+    "SparseGpt",
+    "Wanda",
 ]
