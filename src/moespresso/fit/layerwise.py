@@ -27,7 +27,7 @@ from torch import Tensor
 from moespresso.build import View, make_skeleton, precision
 from moespresso.checkpoint import TORCH_DTYPES, Reader, as_bytes, header, write_file
 from moespresso.core.blueprint import TensorRef
-from moespresso.core.errors import UserError
+from moespresso.core.errors import UserError, text_missing
 from moespresso.core.format import Format, layout_of
 from moespresso.core.layer import Layer, LayerWeights, Taps
 from moespresso.core.plan import Plan
@@ -72,9 +72,7 @@ def found(view: View, plan: Plan, batches: Batches | None, work: Path, runtime: 
     if not rounds_on_text(plan.stages[-1]):
         return Slimmed(fit(view, plan, batches, work, runtime))
     if batches is None:
-        raise UserError(
-            "this plan is fitted on real text: give --text FILE or --dataset NAME, as it was made with"
-        )
+        raise text_missing("this plan is fitted on", ", as it was made with")
     return slim(view, plan, batches, work, runtime)
 
 
