@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,32 +38,40 @@ from moespresso.export import formed
 from moespresso.model import is_apart, is_unequal
 from moespresso.report import LayerScores, Report, machine, model_card, shareable, source_licence, versions
 from moespresso.run.pipeline import Clock, Decided, write
-from moespresso.run.recipe import Request, parse_size
+from moespresso.run.recipe import Target, parse_size
 from moespresso.stream import PeakMemory, peak_rss_bytes
 
 
+@dataclass(frozen=True)
+class Order:
+    """Which result is wanted: the folder `out`, the digest of all that it depends on (`identity`), who must load it, and
+    what its manifest says was asked for (`recipe`); `size` is what may remain, where somebody said so."""
+
+    out: Path
+    identity: str
+    target: Target
+    recipe: Mapping[str, Any]
+    seed: int = 0
+    size: str | None = None
+
+
 def produce(
-    view: View,
-    out: Path,
-    identity: str,
-    make: Callable[[Path], Decided],
-    request: Request,
-    runtime: Runtime,
-    clock: Clock,
+    view: View, order: Order, make: Callable[[Path], Decided], runtime: Runtime, clock: Clock
 ) -> Report:
     """Claim the folder, make the plan, write everything, the manifest last."""
-    done = _already_done(out, identity) if runtime.resume else None
+    out = order.out
+    done = _already_done(out, order.identity) if runtime.resume else None
     if done is not None:
         return _report(view, out, done, clock, ("already finished: nothing was done",))
     with claim(out, view.checkpoint.folder, resume=runtime.resume) as work, PeakMemory() as memory:
-        journal = Journal(out, identity)
+        journal = Journal(out, order.identity)
         decided = make(work)
-        pressed = formed(request.target, replace(view, plan=decided.plan, fits=decided.fits))
+        pressed = formed(order.target, replace(view, plan=decided.plan, fits=decided.fits))
         with clock.phase("build"):
             files, left = write(pressed, out, journal, runtime)
-        told = [*left, *source_notes(view), *form_notes(pressed), *_size_notes(pressed, request),
+        told = [*left, *source_notes(view), *form_notes(pressed), *_size_notes(pressed, order),
                 *_coverage_notes(decided.coverage)]  # fmt: skip
-        manifest = _manifest(pressed, identity, request, files, decided, told)
+        manifest = _manifest(pressed, order, files, decided, told)
         card = model_card(
             _report(view, Path(), manifest, clock), _hub_id(view), source_licence(view.checkpoint.folder)
         )
@@ -95,7 +103,7 @@ def _row(file: Written) -> dict[str, Any]:
 
 
 def _manifest(
-    view: View, identity: str, request: Request, files: Sequence[Written], decided: Decided, notes: list[str]
+    view: View, order: Order, files: Sequence[Written], decided: Decided, notes: list[str]
 ) -> dict[str, Any]:
     """What the folder is and how it came about. No clock and no path in it: the same recipe gives the same bytes."""
     nonfinite = {name: count for file in files for name, count in file.nonfinite.items()}
@@ -104,14 +112,14 @@ def _manifest(
     apart = {"apart": True} if is_apart(view.checkpoint) else {}
     return {
         "moespresso": VERSION,
-        "identity": identity,
+        "identity": order.identity,
         "source": {"name": _hub_id(view) or view.checkpoint.folder.resolve().name, "family": view.source.family, "digest": view.source.digest},
-        "recipe": shareable({key: value for key, value in request.recipe.items() if key != "model"}),
+        "recipe": shareable({key: value for key, value in order.recipe.items() if key != "model"}),
         "plan": json.loads(view.plan.to_json()),
         "cost": dataclasses.asdict(view.blueprint.cost()),
         "experts": {str(layer.index): layer.experts for layer in view.blueprint.moe_layers},
         "family": view.blueprint.family,
-        "target": request.target,
+        "target": order.target,
         "stock": view.stock,
         "layout": view.layout,
         "packing": _packing(view),
@@ -125,7 +133,7 @@ def _manifest(
         "nonfinite": nonfinite,
         "trouble": [*decided.trouble, *kept],
         "notes": [*decided.notes, *notes],
-        "seed": request.seed,
+        "seed": order.seed,
         "versions": versions(),
     } | apart  # fmt: skip
 
@@ -175,14 +183,14 @@ def _layer_scores(layer: LayerSpec, made: Plan, manifest: dict[str, Any]) -> Lay
     )
 
 
-def _size_notes(view: View, request: Request) -> list[str]:
+def _size_notes(view: View, order: Order) -> list[str]:
     """Say when what remains is more than was asked for: amounts are chosen before it is known which layers go."""
     whole, got = (view.origin or view.source).cost().bytes, view.blueprint.cost().bytes
-    asked = parse_size(str(request.size), whole) if request.size is not None else got
+    asked = parse_size(order.size, whole) if order.size is not None else got
     if got <= asked:
         return []
     return [
-        f"--size {request.size} is {asked} bytes, but {got} remain, since lighter layers went than was reckoned with: ask for less"
+        f"--size {order.size} is {asked} bytes, but {got} remain, since lighter layers went than was reckoned with: ask for less"
     ]
 
 
