@@ -36,7 +36,7 @@ class Treatment:
     routed part (folded into the down projections). An expert that merges `into` another has a `share` of the average, and so
     has that one itself.
     `repair` says what stands in for what goes, or how members of a merge are put in line (see `moespresso.effect.cuts`).
-    `channels`, `rank`, `format` are for slimming; `channels` counts those that each expert of the layer keeps (`L3.experts`), or
+    `channels`, `format` are for slimming; `channels` counts those that each expert of the layer keeps (`L3.experts`), or
     one of them (`L3.E5`); which ones is found on text or weights, like all fitted values.
     """
 
@@ -46,7 +46,6 @@ class Treatment:
     into: int | None = None
     share: float = 1.0
     channels: int | None = None
-    rank: int | None = None
     format: Format | None = None
     repair: str | None = None
 
@@ -88,8 +87,8 @@ class Treatment:
 
 
 _KINDS: Mapping[str, type[Any]] = {"keep": list, "channels": int, "drop": bool, "scale": float, "into": int,
-                                   "share": float, "rank": int, "format": dict, "repair": str}  # fmt: skip
-_MAY_BE_NULL = frozenset({"keep", "channels", "into", "rank", "format", "repair"})
+                                   "share": float, "format": dict, "repair": str}  # fmt: skip
+_MAY_BE_NULL = frozenset({"keep", "channels", "into", "format", "repair"})
 
 
 _FORMAT_KINDS: Mapping[str, type[Any]] = {
@@ -177,16 +176,6 @@ class Plan:
     def _on_experts(self, layer: int) -> list[Treatment]:
         unit = Unit(layer, "experts")
         return [stage.treatments[unit] for stage in self.stages if unit in stage.treatments]
-
-    def diff(self, other: Plan) -> list[str]:
-        """One line per unit that the two plans treat differently."""
-        mine, theirs = self._rows(), other._rows()
-        return [f"{key}: {mine.get(key)} -> {theirs.get(key)}"
-                for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]  # fmt: skip
-
-    def _rows(self) -> dict[str, Any]:
-        return {f"stage {number} {unit}": treatment.as_dict()
-                for number, stage in enumerate(self.stages) for unit, treatment in stage.treatments.items()}  # fmt: skip
 
     @property
     def digest(self) -> str:
