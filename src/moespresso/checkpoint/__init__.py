@@ -3,7 +3,8 @@
 from moespresso.checkpoint.files import read_json
 from moespresso.checkpoint.hub import locate
 from moespresso.checkpoint.index import Checkpoint, open_checkpoint
-from moespresso.checkpoint.journal import MANIFEST, Journal, claim, finish, read_manifest, sweep_up
+from moespresso.checkpoint.journal import Journal, claim, finish, sweep_up
+from moespresso.checkpoint.manifest import MANIFEST, FileFacts, Manifest, Origin
 from moespresso.checkpoint.packed import check_readable, packing_config
 from moespresso.checkpoint.reader import TORCH_DTYPES, Lazy, Reader, count_nonfinite
 from moespresso.checkpoint.section import OWN_KIND, SECTION, hoisted
@@ -28,8 +29,11 @@ __all__ = [
     "SECTION",
     "TORCH_DTYPES",
     "Checkpoint",
+    "FileFacts",
     "Journal",
     "Lazy",
+    "Manifest",
+    "Origin",
     "Reader",
     "Shard",
     "Written",
@@ -47,7 +51,6 @@ __all__ = [
     "open_checkpoint",
     "packing_config",
     "read_json",
-    "read_manifest",
     "shard_limit",
     "sidecars",
     "sweep_up",

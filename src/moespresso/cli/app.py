@@ -9,7 +9,6 @@ a misspelt option answer at once.
 
 from __future__ import annotations
 
-import json as jsonlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -145,7 +144,7 @@ def plan(
     made = run(
         ctx, lambda api, asked, how: api.plan(asked.model, stats=stats, out=out, recipe=asked, runtime=how)
     )
-    found = {"out": str(out), "digest": made.digest, "plan": jsonlib.loads(made.to_json())}
+    found = {"out": str(out), "digest": made.digest, "plan": made.as_dict()}
     show(ctx, found, lambda: render_plan(made, str(out)))
 
 

@@ -196,17 +196,21 @@ class Plan:
                 "calibration": dict(self.calibration), "stages": stages}  # fmt: skip
         return json.dumps(body, indent=1, default=_plain)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data, for what holds a plan beside other things."""
+        return json.loads(self.to_json())
+
     @classmethod
     def from_json(cls, text: str, name: str = "this") -> Plan:
         """Read a plan, called `name` in messages; raises `UserError` when the text is not one."""
         try:
-            return cls._read(read_object(text))
+            return cls.read(read_object(text))
         except MALFORMED as error:
             raise _no_plan(name, error) from error
 
     @classmethod
-    def _read(cls, body: Mapping[str, Any]) -> Plan:
-        """What `to_json` wrote; raises `ValueError` for anything else."""
+    def read(cls, body: Mapping[str, Any]) -> Plan:
+        """What `as_dict` gave; raises `ValueError` for anything else."""
         rows = each(given(body, "stages", list[Any]), dict[str, Any], "stages")
         stages = tuple(_read_stage(row, f"stage {number}") for number, row in enumerate(rows))
         calibration = described(given(body, "calibration", dict[str, Any], {}))
