@@ -25,7 +25,7 @@ from moespresso.core.format import Format
 from moespresso.data import Source
 from moespresso.effect import price
 from moespresso.formats import Slices
-from moespresso.run import Request
+from moespresso.run import Recipe
 from test_depth_kl import LENGTH, SAMPLES
 from test_depth_steps import plan_of
 from test_slim import disk, disk_of, press, proven
@@ -361,9 +361,11 @@ def test_a_plan_by_hand_must_fit_the_heads(rank: int, reason: str, zoo: Zoo, tex
     body = json.loads(plan_of(out).to_json())
     body["stages"][0]["treatments"]["L0.attention.q_proj"]["format"]["rank"] = rank
     (tmp_path / "plan.json").write_text(json.dumps(body))
-    request = Request(texts=(Source(str(text)),), samples=SAMPLES, length=LENGTH, target="plugin")
+    recipe = Recipe().with_options(
+        texts=(Source(str(text)),), samples=SAMPLES, length=LENGTH, target="plugin"
+    )
     with pytest.raises(UserError, match=reason):
-        api.build(zoo("mixtral"), plan=tmp_path / "plan.json", out=tmp_path / "by-hand", request=request)
+        api.build(zoo("mixtral"), plan=tmp_path / "plan.json", out=tmp_path / "by-hand", recipe=recipe)
 
 
 # The stored form

@@ -125,8 +125,8 @@ def test_the_answer_is_as_long_as_it_was_in_the_direction_of_what_it_was():
 
 def test_the_same_layer_is_always_rounded_alike():
     one, other = quick().solve(shown_layer()), quick().solve(shown_layer())
-    assert torch.equal(one.up.values, other.up.values)
-    assert torch.equal(one.down.scale, other.down.scale)
+    assert torch.equal(one.numbers["up"].values, other.numbers["up"].values)
+    assert torch.equal(one.numbers["down"].scale, other.numbers["down"].scale)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

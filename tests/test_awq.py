@@ -172,7 +172,7 @@ def test_the_alpha_that_is_taken_is_the_best_of_all_and_so_never_worse_than_none
 def test_on_inputs_with_outliers_the_output_is_nearer_than_with_rounding_to_nearest(clip: bool):
     shown = shown_layer()
     plain = Awq(inputs=False, inner=False, clip=False, unbiased=False).solve(shown)
-    nearest = output_error(shown, decode(plain.up), decode(plain.down))
+    nearest = output_error(shown, decode(plain.numbers["up"]), decode(plain.numbers["down"]))
     answer = Awq(clip=clip).solve(shown)
     norm = shown.module.post_attention_layernorm.weight
     factors = norm / answer.replaced.get("post_attention_layernorm.weight", norm)

@@ -116,7 +116,8 @@ PLANS: list[tuple[str, str]] = [
     (treated(share=float("nan")), "share nan is not between 0 and 1"),
     (treated(share=1.5), "share 1.5 is not between 0 and 1"),
     (treated(share=False), "share False is not a number"),
-    (treated(rank="4"), "rank '4' is not a whole number"),
+    (treated(channels="4"), "channels '4' is not a whole number"),
+    (treated(rank=4), r"'rank' is unknown \(choose from channels, drop"),
     (treated(format=3), "format 3 is not an object"),
     (treated(format={"bit": 4}), "bit"),
     (treated(format={"bits": "4"}), "format: bits '4' is not a whole number"),
@@ -151,7 +152,7 @@ def test_a_sound_plan_is_read_and_null_says_what_leaving_out_says() -> None:
     stage = Stage({"kind": "expert_drop"}, treatments)
     assert Plan.from_json(json.dumps(PLAN)) == Plan("b", (stage,), PLAN["calibration"], "me", 3)
     assert Plan.from_json('{"blueprint": "b", "stages": []}') == Plan("b")
-    empty = Plan.from_json(treated(keep=None, into=None, channels=None, rank=None, format=None, repair=None))
+    empty = Plan.from_json(treated(keep=None, into=None, channels=None, format=None, repair=None))
     assert empty.stages[0].treatments == {Unit(1, "experts"): Treatment()}
 
 

@@ -7,7 +7,6 @@ import gzip
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from moespresso.build import num_positions, open_view
 from moespresso.core.errors import UserError
 from moespresso.data import Source, calibration, load_tokenizer, sequences
 from moespresso.data.text import documents
-from moespresso.run import Recipe, Request
+from moespresso.run import Recipe
 from test_data import byte_tokenizer
 
 ROWS = 96
@@ -307,9 +306,9 @@ class TestPositions:
             f"calibration:\n  texts: [{{path: {text}}}]\n  samples: 2\n  length: 2048\nsteps: [expert_drop:keep=6]\n"
         )
         with pytest.raises(UserError, match="say --length 32"):
-            api.press(model, out=tmp_path / "out", request=Request.from_recipe(Recipe.load(path)))
+            api.press(model, out=tmp_path / "out", recipe=Recipe.load(path))
         path.write_text(path.read_text().replace("  length: 2048\n", ""))
-        api.press(model, out=tmp_path / "out", request=Request.from_recipe(Recipe.load(path)))
+        api.press(model, out=tmp_path / "out", recipe=Recipe.load(path))
 
     def test_steps_without_text_have_no_rows(self, model: Path, tmp_path: Path):
         api.press(model, out=tmp_path / "out", steps=["expert_drop:keep=6,score=aimer"], length=4096)
@@ -347,12 +346,13 @@ class TestPositions:
         assert family in FAMILIES
         assert num_positions(open_view(zoo(family))) in (128, 16 * 32, 128 * 32)
 
-    def test_a_request_knows_what_was_asked(self):
-        assert Request().within(64).length == 64
-        assert replace(Request(), length=32).within(64).length == 32
-        assert Request().within(None) == Request()
-        with pytest.raises(UserError, match="say --length 64"):
-            Request(length=100).within(64)
+    def test_a_recipe_knows_what_was_asked(self):
+        assert Recipe().within(64).calibration.length == 64
+        assert Recipe().with_options(length=32).within(64).calibration.length == 32
+        assert Recipe().within(None) == Recipe()
+        for asked in (100, 2048):
+            with pytest.raises(UserError, match="say --length 64"):
+                Recipe().with_options(length=asked).within(64)
 
 
 class TestTokenizers:

@@ -18,7 +18,7 @@ from moespresso import api
 from moespresso.build import open_view
 from moespresso.core.errors import UserError
 from moespresso.effect import price
-from moespresso.run import Request
+from moespresso.run import Recipe
 from test_depth_steps import plan_of
 from test_resume import KILLED, Press, contents, same
 from test_slim import OPTIONS, disk, disk_of, press, proven
@@ -119,16 +119,16 @@ def test_a_packed_folder_is_narrowed_and_packed_again(packed: Path, text: Path, 
 
 def test_the_plugin_loads_and_generates_with_layers_of_their_own_width(zoo: Zoo, text: Path, tmp_path: Path):
     out, plan = tmp_path / "out", tmp_path / "plan.json"
-    request = Request.from_options(model=zoo("mixtral"), steps=[HALF], texts=[text], **OPTIONS)
-    made = api.press(zoo("mixtral"), out=tmp_path / "even", request=request).plan
+    recipe = Recipe().with_options(model=zoo("mixtral"), steps=[HALF], texts=[text], **OPTIONS)
+    made = api.press(zoo("mixtral"), out=tmp_path / "even", recipe=recipe).plan
     unit, narrow = next(iter(made.stages[0].treatments.items()))
     stage = replace(
         made.stages[0], treatments={**made.stages[0].treatments, unit: replace(narrow, channels=16)}
     )
     replace(made, stages=(stage,)).save(plan)
     with pytest.raises(UserError, match="unequal width"):
-        api.build(zoo("mixtral"), plan=plan, out=out, request=request)
-    api.build(zoo("mixtral"), plan=plan, out=out, request=replace(request, target="plugin"))
+        api.build(zoo("mixtral"), plan=plan, out=out, recipe=recipe)
+    api.build(zoo("mixtral"), plan=plan, out=out, recipe=recipe, target="plugin")
     proven(out, zoo("mixtral"))
     model = AutoModelForCausalLM.from_pretrained(out)
     assert [layer.mlp.experts.down_proj.shape[-1] for layer in model.model.layers].count(16) == 1

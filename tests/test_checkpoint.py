@@ -24,13 +24,15 @@ from moespresso.build.tensors import runs
 from moespresso.build.write import Shard, index_of, shards_of, write_shard
 from moespresso.checkpoint import (
     MANIFEST,
+    FileFacts,
     Journal,
+    Manifest,
+    Origin,
     Written,
     claim,
     copy_sidecar,
     finish,
     open_checkpoint,
-    read_manifest,
     sidecars,
     write_file,
     write_text,
@@ -41,7 +43,9 @@ from moespresso.checkpoint.journal import WORK
 from moespresso.checkpoint.reader import count_nonfinite
 from moespresso.checkpoint.writer import header
 from moespresso.core.blueprint import Entry, TensorRef
+from moespresso.core.cost import Cost
 from moespresso.core.errors import NonFiniteError, UserError
+from moespresso.core.plan import Plan
 from moespresso.core.unit import Unit
 from moespresso.effect import Piece
 
@@ -465,12 +469,11 @@ def record(folder: Path, journal: Journal, name: str, text: str = "done") -> Wri
     return written
 
 
-def manifest_of(*files: Written) -> dict[str, object]:
+def manifest_of(*files: Written) -> Manifest:
     """The least that a manifest says."""
-    parts = ("layers", "cost", "source", "nonfinite", "plan", "stock")
-    return {"identity": "run", "files": {file.name: {"bytes": file.nbytes} for file in files}} | {
-        part: {} for part in parts
-    }
+    facts = {file.name: FileFacts(file.nbytes, file.sha256) for file in files}
+    return Manifest(identity="run", source=Origin("m", "mixtral", "x"), plan=Plan("x"), cost=Cost(1, 1, 1, 1, 1, 1),
+                    layers=(), stock=True, files=facts, nonfinite={})  # fmt: skip
 
 
 class TestJournal:
@@ -513,10 +516,10 @@ class TestJournal:
 
     def test_the_manifest_ends_it(self, out: Path):
         with pytest.raises(UserError, match="its run was not finished"):
-            read_manifest(out)
+            Manifest.load(out)
         finish(out, manifest_of())
         assert os.listdir(out) == [MANIFEST]
-        assert read_manifest(out) == manifest_of()
+        assert Manifest.load(out) == manifest_of()
 
 
 _HOLD = """

@@ -97,7 +97,6 @@ def treatments() -> st.SearchStrategy[Treatment]:
         scale=st.floats(0.1, 2.0),
         into=st.none() | st.integers(0, 9),
         channels=st.none() | st.integers(1, 9),
-        rank=st.none() | st.integers(1, 9),
         format=st.none() | formats,
         repair=st.none() | st.just("refit"),
     )
@@ -156,15 +155,6 @@ def test_a_plans_digest_knows_the_decision_and_not_its_order():
 def test_what_is_no_plan_is_the_users_mistake(broken: str):
     with pytest.raises(UserError, match="not a moespresso plan"):
         Plan.from_json(broken)
-
-
-def test_diff_names_each_unit_that_is_treated_differently():
-    before, after = keeping({0: (0, 1), 1: (0, 2)}), keeping({0: (0, 1), 1: (1, 2), 2: (5,)})
-    assert before.diff(before) == []
-    assert before.diff(after) == [
-        "stage 0 L1.experts: {'keep': (0, 2)} -> {'keep': (1, 2)}",
-        "stage 0 L2.experts: None -> {'keep': (5,)}",
-    ]
 
 
 @quickly
@@ -245,7 +235,6 @@ def test_only_routed_experts_are_treated(unit: Unit):
         (Unit(1, "experts", 3), Treatment(keep=(0, 1, 4, 5, 8, 9))),
         (Unit(1, "experts", None, "down"), Treatment(keep=(0, 1, 4, 5, 8, 9))),
         (Unit(1, "experts", 3), Treatment(into=2)),
-        (Unit(1, "experts"), Treatment(rank=4)),
         (Unit(1, "experts"), Treatment(channels=2)),
         (Unit(1, "experts"), Treatment(format=Format("integer", 4))),
         (Unit(1, "experts"), Treatment(repair="refit")),

@@ -172,8 +172,7 @@ def test_plans_and_texts_are_mended_as_told(source: Path, text: Path, zoo: Zoo, 
     with pytest.raises(UserError, match="make a new plan for this one"):
         api.build(other, plan=made, out=tmp_path / "other")
     api.plan(other, steps=["gptq:group_size=0"], texts=[text], out=tmp_path / "new.json", **OPTIONS)
-    request = api.Request.from_options(model=str(other), texts=[text])
-    api.build(other, plan=tmp_path / "new.json", out=tmp_path / "other", request=request)
+    api.build(other, plan=tmp_path / "new.json", out=tmp_path / "other", texts=[text])
     with pytest.raises(UserError, match="give --text FILE or --dataset NAME, as it was made with"):
         api.build(source, plan=made, out=tmp_path / "out")
     wrong = tmp_path / "wrong.txt"
@@ -183,13 +182,13 @@ def test_plans_and_texts_are_mended_as_told(source: Path, text: Path, zoo: Zoo, 
             source,
             plan=made,
             out=tmp_path / "out",
-            request=api.Request.from_options(model=str(source), texts=[wrong]),
+            texts=[wrong],
         )
     api.build(
         source,
         plan=made,
         out=tmp_path / "out",
-        request=api.Request.from_options(model=str(source), texts=[text]),
+        texts=[text],
     )
 
 

@@ -34,7 +34,7 @@ from moespresso.data import Source
 from moespresso.effect import validated
 from moespresso.fit import unrepaired
 from moespresso.fit.repairs import fit
-from moespresso.run import Request
+from moespresso.run import Recipe
 from moespresso.statistics import folds
 from test_depth_kl import LENGTH, SAMPLES, other_folder, rows_of
 from test_engine import tensors
@@ -124,8 +124,8 @@ def built(
         for stage in stages
     )
     Plan(open_view(folder).source.digest, made).save(out.with_suffix(".json"))
-    request = Request(texts=(Source(str(text)),), samples=SAMPLES, length=LENGTH, target=target)
-    api.build(folder, plan=out.with_suffix(".json"), out=out, request=request)
+    recipe = Recipe().with_options(texts=(Source(str(text)),), samples=SAMPLES, length=LENGTH, target=target)
+    api.build(folder, plan=out.with_suffix(".json"), out=out, recipe=recipe)
     return out
 
 

@@ -32,7 +32,7 @@ from moespresso.core.runtime import Runtime
 from moespresso.core.unit import Unit
 from moespresso.effect import price
 from moespresso.methods import ExpertDrop
-from moespresso.run import Clock, Request, decide
+from moespresso.run import Clock, decide
 from test_depth_kl import LENGTH, SAMPLES, gone, other_folder, rows_of
 from test_engine import close, streamed_logits
 from test_resume import contents, same
@@ -48,7 +48,7 @@ def by_hand(folder: Path, out: Path, *stages: Mapping[str, Treatment], target: A
         for stage in stages
     )
     Plan(open_view(folder).source.digest, made).save(out.with_suffix(".json"))
-    api.build(folder, plan=out.with_suffix(".json"), out=out, request=Request(target=target))
+    api.build(folder, plan=out.with_suffix(".json"), out=out, target=target)
     return out
 
 

@@ -115,6 +115,7 @@ def test_a_plan_by_hand_names_parts_that_its_step_takes(zoo: Zoo, tmp_path: Path
                 body.replace('"magnitude"', '"wanda"').replace('"parts": "head"', '"parts": "experts"')
             ),
             source,
+            steps=True,
         )
 
 

@@ -34,7 +34,7 @@ from moespresso.methods._awq import find_entrance, is_product
 from moespresso.methods.expert_drop import ExpertDrop, Score, expert_scores
 from moespresso.model import Skeleton
 from moespresso.quality import score_tokens
-from moespresso.run import Clock, Decided, Request, decide, measure
+from moespresso.run import Clock, Decided, Recipe, decide, measure
 from moespresso.stream import Memento, stiffness, sweep
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -185,7 +185,9 @@ def _run(view: View, reader: Tensors) -> tuple[Skeleton, Tensor]:
 
 def _decided(view: View, recipe: str, work: Path, dtype: str) -> Decided:
     work.mkdir(exist_ok=True)
-    steps = Request.from_options(model=view.checkpoint.folder, steps=recipe.split("|"), target="plugin").steps
+    steps = (
+        Recipe().with_options(model=view.checkpoint.folder, steps=recipe.split("|"), target="plugin").steps
+    )
     return decide(view, steps, BATCHES, None, work, Runtime(dtype=dtype), Clock())
 
 

@@ -25,7 +25,7 @@ from moespresso import api
 from moespresso.build import Tensors, open_view
 from moespresso.core.errors import UserError
 from moespresso.data import Batches, Source, calibration
-from moespresso.run import Request
+from moespresso.run import Recipe
 from moespresso.statistics import MeanAnswers
 from moespresso.stream import sweep
 from test_merge_groups import answers_of
@@ -349,8 +349,8 @@ def test_novices_are_found_again_on_the_same_text_only(zoo: Zoo, text: Path, tmp
     plan.write_text(json.dumps(json.loads((out / "moespresso.json").read_text())["plan"]))
 
     def build(name: str, *texts: Path) -> Path:
-        request = Request(texts=tuple(Source(str(path)) for path in texts), target="plugin")
-        api.build(zoo("gpt_oss"), plan=plan, out=tmp_path / name, request=request)
+        recipe = Recipe().with_options(texts=tuple(Source(str(path)) for path in texts), target="plugin")
+        api.build(zoo("gpt_oss"), plan=plan, out=tmp_path / name, recipe=recipe)
         return tmp_path / name
 
     again = build("again", text)

@@ -16,7 +16,7 @@ from moespresso.build import Tensors, open_view
 from moespresso.core.errors import UserError
 from moespresso.core.registry import opened, parse_step
 from moespresso.effect import price
-from moespresso.run import Request
+from moespresso.run import Recipe
 from test_depth_steps import plan_of
 from test_resume import KILLED, Press, contents, same
 from test_slim import disk, disk_of, press, proven
@@ -342,7 +342,7 @@ def test_modegpt_is_short_for_its_two_steps(
 )
 def test_what_modegpt_cannot_be_told(settings: str, reason: str):
     with pytest.raises(UserError, match=reason):
-        Request.from_options(steps=["expert_drop", f"low_rank:method=modegpt,{settings}"])
+        Recipe().with_options(steps=["expert_drop", f"low_rank:method=modegpt,{settings}"])
 
 
 def test_a_step_that_is_short_for_others_does_nothing_by_itself(zoo: Zoo):

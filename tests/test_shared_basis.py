@@ -24,7 +24,7 @@ from moespresso.core.format import Format
 from moespresso.core.plan import Plan, Stage
 from moespresso.core.unit import Unit
 from moespresso.effect import price
-from moespresso.run import Request
+from moespresso.run import Recipe
 from test_channel_prune import PLAIN, SHARED
 from test_depth_steps import plan_of
 from test_resume import KILLED, Press, contents, same
@@ -138,19 +138,17 @@ def test_a_folder_with_bases_is_a_source_like_any_other(
 
 @pytest.mark.parametrize("at", ["recipe", "folder"])
 def test_the_first_that_is_left_stores_what_all_need(at: str, text: Path, tmp_path: Path):
-    source, request = write_wide(tmp_path / "source"), {"texts": [text], "target": "plugin", **OPTIONS}
+    source, options = write_wide(tmp_path / "source"), {"texts": [text], "target": "plugin", **OPTIONS}
     first = press(source, tmp_path / "first", STEP, text=text, target="plugin")
     start = first if at == "folder" else source
     steps = ["expert_drop:keep=6"] if at == "folder" else [STEP, "expert_drop:keep=6"]
-    made = api.plan(start, request=Request.from_options(model=start, steps=steps, **request))
+    made = api.plan(start, steps=steps, **options)
     gone = Stage(made.stages[-1].method, {
         unit: replace(treatment, keep=(2, 3, 5)) for unit, treatment in made.stages[-1].treatments.items()
     })  # fmt: skip
     Plan(made.blueprint, (*made.stages[:-1], gone), made.calibration).save(tmp_path / "plan.json")
     out = tmp_path / "out"
-    api.build(
-        start, plan=tmp_path / "plan.json", out=out, request=Request.from_options(model=start, **request)
-    )
+    api.build(start, plan=tmp_path / "plan.json", out=out, **options)
     proven(out, start)
     before, after = disk(first), disk(out)
     assert shared_parts(out) == shared_parts(first)
@@ -265,28 +263,28 @@ def test_stock_engines_and_steps_that_would_undo_it_are_refused(text: Path, tmp_
 def test_bad_plans(
     unit: str, format: dict[str, Any] | None, reason: str, zoo: Zoo, text: Path, tmp_path: Path
 ):
-    request = Request.from_options(
+    recipe = Recipe().with_options(
         model=zoo("mixtral"), steps=[STEP], texts=[text], target="plugin", **OPTIONS
     )
-    body = json.loads(api.plan(zoo("mixtral"), request=request).to_json())
+    body = json.loads(api.plan(zoo("mixtral"), recipe=recipe).to_json())
     body["stages"][0]["treatments"] |= {unit: {"format": format}}
     if format is None:
         del body["stages"][0]["treatments"][unit]
     (tmp_path / "plan.json").write_text(json.dumps(body))
     with pytest.raises(UserError, match=reason):
-        api.build(zoo("mixtral"), plan=tmp_path / "plan.json", out=tmp_path / "out", request=request)
+        api.build(zoo("mixtral"), plan=tmp_path / "plan.json", out=tmp_path / "out", recipe=recipe)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "magnitude", "channel_prune"])
 def test_a_plan_whose_method_makes_other_formats(method: str, zoo: Zoo, text: Path, tmp_path: Path):
-    request = Request.from_options(
+    recipe = Recipe().with_options(
         model=zoo("mixtral"), steps=[STEP], texts=[text], target="plugin", **OPTIONS
     )
-    body = json.loads(api.plan(zoo("mixtral"), request=request).to_json())
+    body = json.loads(api.plan(zoo("mixtral"), recipe=recipe).to_json())
     body["stages"][0]["method"] = {"kind": method} | ({"width": 8} if method == "channel_prune" else {})
     (tmp_path / "plan.json").write_text(json.dumps(body))
     with pytest.raises(UserError, match=f"which {method} as it is set does not make"):
-        api.build(zoo("mixtral"), plan=tmp_path / "plan.json", out=tmp_path / "out", request=request)
+        api.build(zoo("mixtral"), plan=tmp_path / "plan.json", out=tmp_path / "out", recipe=recipe)
 
 
 @pytest.mark.parametrize("damage", ["gone", "shape", "shares", "scalar", "twice", "orphan"])

@@ -23,7 +23,6 @@ from moespresso.core.runtime import Runtime
 from moespresso.data import Source
 from moespresso.effect import price
 from moespresso.formats import QuantizedWeights, codec_in
-from moespresso.run import Request
 from test_depth_kl import LENGTH, SAMPLES
 from test_depth_steps import plan_of
 from test_resume import same
@@ -406,9 +405,7 @@ def test_a_plan_is_built_again_to_the_same_bytes(source: Path, packed: Path, tex
     plan_of(packed).save(tmp_path / "plan.json")
     with pytest.raises(UserError, match="fitted on real text"):
         api.build(source, plan=tmp_path / "plan.json", out=tmp_path / "none")
-    api.build(
-        source, plan=tmp_path / "plan.json", out=tmp_path / "out", request=Request(texts=(Source(str(text)),))
-    )
+    api.build(source, plan=tmp_path / "plan.json", out=tmp_path / "out", texts=(Source(str(text)),))
     same_tensors(tmp_path / "out", packed)
 
 

@@ -131,7 +131,7 @@ class TestGood:
             for new, old in enumerate(treatment["keep"])
             if old != new
         )
-        api.plan(model, out=tmp_path / "plan.json", request=api.Request.from_options(steps=[STEP]))
+        api.plan(model, out=tmp_path / "plan.json", steps=[STEP])
         wanted = expert(*moved[:2], "w3")
 
         def spoil(tensors: dict[str, Tensor]) -> None:

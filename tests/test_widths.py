@@ -27,7 +27,7 @@ from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.unit import Unit
 from moespresso.effect import price
 from moespresso.kernels import RoutedExperts, allocated
-from moespresso.run import Request
+from moespresso.run import Recipe
 from moespresso.runtime.widths import Ragged
 from moespresso.statistics import grid
 from moespresso.statistics.channels import Removals
@@ -44,14 +44,14 @@ def widths_of(folder: Path) -> list[tuple[int, ...]]:
 
 def built(source: Path, out: Path, text: Path, widths: dict[Unit, int]) -> Path:
     """A folder whose experts have the widths that a plan says by hand."""
-    request = Request.from_options(
+    recipe = Recipe().with_options(
         model=source, steps=["channel_prune:width=8"], texts=[text], target="plugin", **OPTIONS
     )
     view, plan = open_view(source), out.with_suffix(".json")
-    method = api.plan(source, request=request).stages[0].method
+    method = api.plan(source, recipe=recipe).stages[0].method
     stage = Stage(method, {unit: Treatment(channels=width) for unit, width in widths.items()})
     Plan(view.source.digest, (stage,)).save(plan)
-    api.build(source, plan=plan, out=out, request=request)
+    api.build(source, plan=plan, out=out, recipe=recipe)
     return out
 
 
@@ -415,6 +415,6 @@ def test_one_measurement_serves_every_ratio(step: str, zoo: Zoo, text: Path, tmp
     api.plan(zoo("mixtral"), stats=stats, steps=[joined], target="plugin", out=plan, **asked)
     made = Plan.load(plan)
     assert made.stages[0].treatments
-    request = Request.from_options(model=zoo("mixtral"), texts=[text], target="plugin")
-    api.build(zoo("mixtral"), plan=plan, out=out, request=request)
+    recipe = Recipe().with_options(model=zoo("mixtral"), texts=[text], target="plugin")
+    api.build(zoo("mixtral"), plan=plan, out=out, recipe=recipe)
     proven(out, zoo("mixtral"))

@@ -3,7 +3,8 @@
 from moespresso.checkpoint.files import INDEX, SINGLE, read_json
 from moespresso.checkpoint.hub import locate
 from moespresso.checkpoint.index import Checkpoint, open_checkpoint
-from moespresso.checkpoint.journal import MANIFEST, Journal, claim, finish, read_manifest, sweep_up
+from moespresso.checkpoint.journal import Journal, claim, finish, sweep_up
+from moespresso.checkpoint.manifest import MANIFEST, FileFacts, Manifest, Origin
 from moespresso.checkpoint.packed import check_readable, packing_config
 from moespresso.checkpoint.reader import TORCH_DTYPES, Reader, count_nonfinite
 from moespresso.checkpoint.section import OWN_KIND, SECTION, hoisted
@@ -26,7 +27,10 @@ __all__ = [
     "SINGLE",
     "TORCH_DTYPES",
     "Checkpoint",
+    "FileFacts",
     "Journal",
+    "Manifest",
+    "Origin",
     "Reader",
     "Written",
     "as_bytes",
@@ -42,7 +46,6 @@ __all__ = [
     "open_checkpoint",
     "packing_config",
     "read_json",
-    "read_manifest",
     "sidecars",
     "sweep_up",
     "write_file",

@@ -39,6 +39,11 @@ class CheckFailed(MoespressoError):
     exit_code = 3
 
 
+def text_missing(who: str, more: str = "") -> UserError:
+    """The refusal of what `who` asks for without the text that it is found on; `more` is said behind the cure."""
+    return UserError(f"{who} real text: give --text FILE or --dataset NAME{more}")
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` when `word` is close to a known one, else list the choices."""
     choices = sorted(known)

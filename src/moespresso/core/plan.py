@@ -36,7 +36,7 @@ class Treatment:
     routed part (folded into the down projections). An expert that merges `into` another has a `share` of the average, and so
     has that one itself.
     `repair` says what stands in for what goes, or how members of a merge are put in line (see `moespresso.effect.cuts`).
-    `channels`, `rank`, `format` are for slimming; `channels` counts those that each expert of the layer keeps (`L3.experts`), or
+    `channels`, `format` are for slimming; `channels` counts those that each expert of the layer keeps (`L3.experts`), or
     one of them (`L3.E5`); which ones is found on text or weights, like all fitted values.
     """
 
@@ -46,7 +46,6 @@ class Treatment:
     into: int | None = None
     share: float = 1.0
     channels: int | None = None
-    rank: int | None = None
     format: Format | None = None
     repair: str | None = None
 
@@ -88,8 +87,8 @@ class Treatment:
 
 
 _KINDS: Mapping[str, type[Any]] = {"keep": list, "channels": int, "drop": bool, "scale": float, "into": int,
-                                   "share": float, "rank": int, "format": dict, "repair": str}  # fmt: skip
-_MAY_BE_NULL = frozenset({"keep", "channels", "into", "rank", "format", "repair"})
+                                   "share": float, "format": dict, "repair": str}  # fmt: skip
+_MAY_BE_NULL = frozenset({"keep", "channels", "into", "format", "repair"})
 
 
 _FORMAT_KINDS: Mapping[str, type[Any]] = {
@@ -183,16 +182,6 @@ class Plan:
         unit = Unit(layer, "experts")
         return [stage.treatments[unit] for stage in self.stages if unit in stage.treatments]
 
-    def diff(self, other: Plan) -> list[str]:
-        """One line per unit that the two plans treat differently."""
-        mine, theirs = self._rows(), other._rows()
-        return [f"{key}: {mine.get(key)} -> {theirs.get(key)}"
-                for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]  # fmt: skip
-
-    def _rows(self) -> dict[str, Any]:
-        return {f"stage {number} {unit}": treatment.as_dict()
-                for number, stage in enumerate(self.stages) for unit, treatment in stage.treatments.items()}  # fmt: skip
-
     @property
     def digest(self) -> str:
         """SHA-256 of the plan's JSON."""
@@ -212,17 +201,21 @@ class Plan:
                 "calibration": dict(self.calibration), "stages": stages}  # fmt: skip
         return json.dumps(body, indent=1, default=_plain)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data, for what holds a plan beside other things."""
+        return json.loads(self.to_json())
+
     @classmethod
     def from_json(cls, text: str, name: str = "this") -> Plan:
         """Read a plan, called `name` in messages; raises `UserError` when the text is not one."""
         try:
-            return cls._read(read_object(text))
+            return cls.read(read_object(text))
         except MALFORMED as error:
             raise _no_plan(name, error) from error
 
     @classmethod
-    def _read(cls, body: Mapping[str, Any]) -> Plan:
-        """What `to_json` wrote; raises `ValueError` for anything else."""
+    def read(cls, body: Mapping[str, Any]) -> Plan:
+        """What `as_dict` gave; raises `ValueError` for anything else."""
         rows = each(given(body, "stages", list[Any]), dict[str, Any], "stages")
         stages = tuple(_read_stage(row, f"stage {number}") for number, row in enumerate(rows))
         calibration = described(given(body, "calibration", dict[str, Any], {}))

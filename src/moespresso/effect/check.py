@@ -19,9 +19,6 @@ from moespresso.effect.remains import ROWS_STAY, remains
 from moespresso.effect.rewrite import folds_into
 from moespresso.effect.slim import REFIT, check_formats, check_step
 
-# Fields of a treatment that this version carries out.
-_KNOWN = {"keep", "drop", "scale", "into", "share", "repair", "format", "channels"}
-
 
 def validated(plan: Plan, blueprint: Blueprint, *, steps: bool = False) -> Plan:
     """Return the plan, or raise `UserError` where it does not fit the blueprint or leaves a layer unroutable; with `steps`,
@@ -64,11 +61,6 @@ def check_plan(plan: Plan, blueprint: Blueprint, *, steps: bool = False) -> None
 
 
 def _check_treatment(unit: Unit, treatment: Treatment, layer: LayerSpec, blueprint: Blueprint) -> None:
-    extra = treatment.as_dict().keys() - _KNOWN
-    if extra:
-        raise UserError(
-            f"the plan's treatment of {unit} has {', '.join(sorted(extra))}, which is not available in this version"
-        )
     if treatment.drop:
         _check_dropped(unit, treatment, layer, blueprint)
     elif unit == Unit(layer.index, "experts") and layer.experts:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moespresso.build import Tensors, View, make_skeleton, precision
-from moespresso.core.errors import UserError
+from moespresso.core.errors import text_missing
 from moespresso.core.layer import Layer, LayerWeights, Taps
 from moespresso.core.method import Refits
 from moespresso.core.plan import Plan
@@ -39,9 +39,7 @@ def found(view: View, plan: Plan, batches: Batches | None, work: Path, runtime: 
     if not rounds_on_text(plan.stages[-1]):
         return Slimmed(fit(view, plan, batches, work, runtime))
     if batches is None:
-        raise UserError(
-            "this plan is fitted on real text: give --text FILE or --dataset NAME, as it was made with"
-        )
+        raise text_missing("this plan is fitted on", ", as it was made with")
     return slim(view, plan, batches, work, runtime)
 
 

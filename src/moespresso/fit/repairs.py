@@ -18,7 +18,7 @@ from torch import Tensor
 from moespresso.build import Tensors, View, make_skeleton, precision
 from moespresso.checkpoint import write_file
 from moespresso.core.blueprint import Branch
-from moespresso.core.errors import UserError
+from moespresso.core.errors import text_missing
 from moespresso.core.layer import Layer, Taps
 from moespresso.core.plan import Plan
 from moespresso.core.runtime import Runtime
@@ -41,9 +41,7 @@ def fit(view: View, plan: Plan, batches: Batches | None, work: Path, runtime: Ru
     if not needs:
         return {}
     if "text" in needs and batches is None:
-        raise UserError(
-            "this plan is fitted on real text: give --text FILE or --dataset NAME, as it was made with"
-        )
+        raise text_missing("this plan is fitted on", ", as it was made with")
     tokens = batches.digest if batches is not None and "text" in needs else ""
     name = stats_key(
         "fit", view.source.digest, plan.digest_of_stages, tokens, precision(view, runtime), _FIT_VERSION

@@ -45,4 +45,4 @@ __all__ = [
     "Rtn",
     "SparseGpt",
     "Wanda",
-]  # fmt: skip
+]

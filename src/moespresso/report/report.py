@@ -78,7 +78,7 @@ class Report:
             "phases": {name: value for name, value in self.seconds.items() if name != "total"},
             "peak_rss_bytes": self.peak_rss_bytes,
             "peak_anonymous_bytes": self.peak_anonymous_bytes,
-            "plan": json.loads(self.plan.to_json()),
+            "plan": self.plan.as_dict(),
             "scores": {f"L{layer}": asdict(scores) for layer, scores in sorted(self.scores.items())},
             "gone": {str(unit): score for unit, score in self.gone.items()},
             "trouble": list(self.trouble),

@@ -1,16 +1,17 @@
 """From a recipe to a result: rehearsed, carried out stage by stage, written and signed."""
 
 from moespresso.run.pipeline import Clock, Decided, all_needs, decide, measure
-from moespresso.run.recipe import Recipe, Request, parse_size, row_length, say_shorter
+from moespresso.run.recipe import Options, Recipe, parse_size, row_length, say_shorter
 from moespresso.run.rehearsal import NotOnThisModel, housed, in_some_form, rehearse
-from moespresso.run.result import format_notes, produce, source_notes
+from moespresso.run.result import Order, format_notes, produce, source_notes
 
 __all__ = [
     "Clock",
     "Decided",
     "NotOnThisModel",
+    "Options",
+    "Order",
     "Recipe",
-    "Request",
     "all_needs",
     "decide",
     "format_notes",

@@ -22,7 +22,7 @@ from moespresso.build import Tensors, View, make_skeleton, precision
 from moespresso.checkpoint import (
     write_text,
 )
-from moespresso.core.errors import UserError
+from moespresso.core.errors import text_missing
 from moespresso.core.method import Cuts, Searches, Selects, Step
 from moespresso.core.plan import Decision, Plan, Stage
 from moespresso.core.runtime import Runtime
@@ -252,7 +252,7 @@ def _searched(
 
 def _needed(batches: Batches | None) -> Batches:
     if batches is None:
-        raise UserError("these steps see real text: give --text FILE or --dataset NAME")
+        raise text_missing("these steps see")
     return batches
 
 

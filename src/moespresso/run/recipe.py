@@ -1,9 +1,9 @@
-"""What a run is asked for: YAML to a frozen `Recipe`, and a recipe or options to a `Request`.
+"""What a run is asked for: one frozen `Recipe`, from YAML, from options, or from both.
 
-This is the only file that reads YAML. A recipe is checked whole before any work begins: a misspelt field is
-answered with the one that was meant, and every complaint names file, line and field. Options given beside a
-recipe are followed instead of its fields, and the log says so. Both doors, command line and Python, end in the same
-`Request`, whose `recipe` (the request written out as plain data) stands in the manifest of what comes of it.
+A recipe is checked whole before any work begins: a misspelt field is answered with the one that was meant, and every
+complaint names the field (and file and line, where it came from one). Options given beside a recipe are followed
+instead of its fields, and the log says so. Both doors, command line and Python, hand the same `Recipe` on; written out
+as plain data (`resolved`) it stands in the manifest of what comes of it.
 """
 
 from __future__ import annotations
@@ -12,29 +12,33 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Unpack
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetPydanticSchema,
     ValidationError,
     ValidationInfo,
     field_serializer,
     model_validator,
 )
+from pydantic_core import CoreSchema, core_schema
 
 import moespresso.methods  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers the step kinds)
 from moespresso.core import method
 from moespresso.core.errors import UserError, did_you_mean
+from moespresso.core.later import not_yet
 from moespresso.core.place import place, typed
 from moespresso.core.registry import opened, parse_step
 from moespresso.data import Mode, Source
+from moespresso.run.recipe_file import Place, line_of, read_yaml
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -42,18 +46,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Target = Literal["transformers", "vllm", "llama.cpp", "plugin"]
-Place = tuple[int | str, ...]
 
 LENGTH = 2048
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|[A-Za-z]*)")
-
-# Fields of the design that this version does not have yet, by the section they belong to.
-LATER: dict[Place, tuple[str, ...]] = {
-    (): ("heal", "export", "evaluate"),
-    ("budget",): ("memory", "context", "batch", "quality"),
-}
 
 
 def parse_size(text: str | int, of: int) -> int:
@@ -148,14 +145,14 @@ def _opened(steps: tuple[Any, ...]) -> tuple[Any, ...]:
             logger.info(
                 "step %d, %s, stands for %s (give those to set more)",
                 number,
-                _spelt(step),
-                " and then ".join(map(_spelt, others)),
+                _spelt_step(step),
+                " and then ".join(map(_spelt_step, others)),
             )
         found += others
     return tuple(found)
 
 
-def _spelt(step: Any) -> str:
+def _spelt_step(step: Any) -> str:
     """A step as it is written on the command line, defaults left out."""
     told = (
         f"{each.name}={getattr(step, each.name)}"
@@ -173,8 +170,8 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
-class Text(_Section):
-    """One source of calibration text: a local `path`, or a hub `dataset` by name; the rest as in `data.Source`."""
+class _Text(_Section):
+    """How a recipe spells a source of text: a local `path`, or a hub `dataset` by name; the rest as in `data.Source`."""
 
     path: Annotated[str | None, BeforeValidator(_anchor)] = None
     dataset: str | None = None
@@ -184,22 +181,34 @@ class Text(_Section):
     join: bool = False
 
     @model_validator(mode="after")
-    def _one_name(self) -> Text:
+    def _one_name(self) -> _Text:
         if bool(self.path) == bool(self.dataset):
             raise ValueError("needs either a path or a dataset")
         return self
 
-    def source(self) -> Source:
-        """The source as the data room knows it."""
-        name = self.path or self.dataset or ""
-        return Source(name, self.weight, self.field, self.split, self.join, hub=self.dataset is not None)
 
-    @classmethod
-    def of(cls, source: Source) -> Text:
-        """The recipe's way of writing a source."""
-        body = asdict(source)
-        hub, name = body.pop("hub"), body.pop("name")
-        return cls(**{"dataset" if hub else "path": name}, **body)
+def _read_text(value: object, read: Callable[[object], _Text]) -> Source:
+    """Take a source as it is, and read what a file says of one."""
+    if isinstance(value, Source):
+        return value
+    text = read(value)
+    name, hub = text.path or text.dataset or "", text.dataset is not None
+    return Source(name, text.weight, text.field, text.split, text.join, hub=hub)
+
+
+def _spelt_text(source: Source) -> dict[str, Any]:
+    """A source as a recipe spells it, what it does not say left out."""
+    body = {"dataset" if source.hub else "path": source.name, "weight": float(source.weight), "field": source.field,
+            "split": source.split, "join": source.join}  # fmt: skip
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def _text_schema(_: object, schema_of: GetCoreSchemaHandler) -> CoreSchema:
+    spelt = core_schema.plain_serializer_function_ser_schema(_spelt_text)
+    return core_schema.no_info_wrap_validator_function(_read_text, schema_of(_Text), serialization=spelt)
+
+
+Text = Annotated[Source, GetPydanticSchema(_text_schema)]
 
 
 class Calibration(_Section):
@@ -218,8 +227,27 @@ class Budget(_Section):
     size: Annotated[str | None, BeforeValidator(_told(_size))] = None
 
 
+class Options(TypedDict, total=False):
+    """What may be said in the place of a recipe's fields; None says nothing.
+
+    A step is ``kind:key=value,...``, a mapping with `kind`, or a settings object; a text is a path with options
+    (``PATH:weight=2``) or a `Source`; texts come before datasets.
+    """
+
+    steps: Sequence[Any] | None
+    texts: Sequence[str | Path | Source] | None
+    datasets: Sequence[str] | None
+    samples: int | None
+    length: int | None
+    mode: str | None
+    seed: int | None
+    target: str | None
+    size: int | str | None
+
+
 class Recipe(_Section):
-    """What the user asked for. `steps` holds settings objects, read from mappings or ``kind:key=value,...``."""
+    """What the user asked for. `steps` holds settings objects, read from mappings or ``kind:key=value,...``; `model` is
+    None where only the caller knows it."""
 
     model: Annotated[str | None, BeforeValidator(_anchor_model)] = None
     calibration: Calibration = Calibration()
@@ -230,139 +258,91 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _one_seed(self) -> Recipe:
-        if self.calibration.seed not in (None, self.seed) and "seed" in self.model_fields_set:
+        """The seed of the run is `seed`, wherever it was written."""
+        written = self.calibration.seed
+        if written not in (None, self.seed) and "seed" in self.model_fields_set:
             raise ValueError("seed and calibration.seed differ: one seed serves both, so leave one out")
+        if written is not None:
+            object.__setattr__(self, "seed", written)
         return self
 
     @field_serializer("steps")
     def _plain_steps(self, steps: tuple[Any, ...]) -> list[dict[str, Any]]:
         return [{"kind": step.kind, **asdict(step)} for step in steps]
 
-    @property
-    def the_seed(self) -> int:
-        """The seed of this run, wherever it was written."""
-        return self.seed if self.calibration.seed is None else self.calibration.seed
-
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
         """Read a recipe file; raises `UserError` in one sentence with file, line and field."""
         path = place(path, "--recipe")
-        node, body = _read_yaml(path)
+        node, body = read_yaml(path)
         try:
             return cls.model_validate(body, context={"folder": path.parent})
         except ValidationError as error:
             first = error.errors()[0]
-            raise UserError(f"{path}:{_line(node, first['loc'])}: {_complaint(first)}") from error
+            raise UserError(f"{path}:{line_of(node, first['loc'])}: {_complaint(first)}") from error
 
-    def resolved(self) -> dict[str, Any]:
-        """The recipe with every default and every step's settings written out, ready for JSON or YAML."""
-        body = self.model_dump(mode="json", exclude_none=True)
-        body["calibration"].pop("seed", None)
-        return {name: value for name, value in body.items() if value != {}} | {"seed": self.the_seed}
+    def with_options(self, *, model: str | Path | None = None, **options: Unpack[Options]) -> Recipe:
+        """The same with what is given beside it, which is followed; the log says what that takes the place of.
 
-
-@dataclass(frozen=True)
-class Request:
-    """What a run is asked for, whichever door it came through.
-
-    `steps` are settings objects, `texts` the calibration sources, `size` what may remain (see `parse_size`),
-    `recipe` all of it as plain data. `model` is None when only the caller knows it.
-    """
-
-    steps: tuple[Any, ...] = ()
-    texts: tuple[Source, ...] = ()
-    samples: int = 128
-    length: int = LENGTH
-    mode: Mode = "auto"
-    seed: int = 0
-    target: Target = "transformers"
-    size: int | str | None = None
-    recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    model: str | None = None
-    # Whether somebody asked for this length, which is not followed in silence then.
-    length_asked: bool = field(default=False, compare=False)
-
-    def within(self, positions: int | None) -> Request:
-        """The same for a model with so many positions (see `row_length`)."""
-        asked = self.length if self.length_asked or self.length != LENGTH else None
-        length = row_length(asked, LENGTH, positions)
-        if length == self.length:
-            return self
-        recipe = dict(self.recipe)
-        if "calibration" in recipe:
-            recipe["calibration"] = {**recipe["calibration"], "length": length}
-        return replace(self, length=length, recipe=recipe)
-
-    @classmethod
-    def from_recipe(cls, recipe: Recipe) -> Request:
-        """Ask for exactly what a recipe says."""
-        calibration = recipe.calibration
-        return cls(
-            steps=recipe.steps,
-            texts=tuple(text.source() for text in calibration.texts),
-            samples=calibration.samples,
-            length=calibration.length,
-            mode=calibration.mode,
-            seed=recipe.the_seed,
-            target=recipe.target,
-            size=recipe.budget.size,
-            recipe=recipe.resolved(),
-            model=recipe.model,
-            length_asked="length" in calibration.model_fields_set,
-        )
-
-    @classmethod
-    def from_options(
-        cls,
-        *,
-        recipe: Recipe | None = None,
-        model: str | Path | None = None,
-        steps: Sequence[Any] = (),
-        texts: Sequence[str | Path | Source] = (),
-        datasets: Sequence[str] = (),
-        samples: int | None = None,
-        length: int | None = None,
-        mode: str | None = None,
-        seed: int | None = None,
-        target: str | None = None,
-        size: int | str | None = None,
-    ) -> Request:
-        """Ask by options, which are followed instead of what a `recipe` given beside them says.
-
-        A step is ``kind:key=value,...``, a mapping with `kind`, or a settings object; a text is a path with options
-        (``PATH:weight=2``) or a `Source`; texts come before datasets. Raises `UserError` naming the option.
+        Raises `UserError` naming the option.
         """
-        sources = [*map(_source, texts), *(Source.parse(name, hub=True) for name in datasets)]
-        calibration = _said(
-            texts=tuple(map(Text.of, sources)), samples=samples, length=length, mode=mode, seed=seed
-        )
-        general = _said(
-            model=None if model is None else str(model), steps=tuple(steps), target=target, seed=seed
-        )
-        budget = _said(size=size)
-        base = recipe or Recipe()
+        _check_known(options)
+        said = _said(model, options)
         body = {
-            **_fields(base),
-            **general,
-            "calibration": {**_fields(base.calibration), **calibration},
-            "budget": {**_fields(base.budget), **budget},
+            **_fields(self),
+            **_of(Recipe, said),
+            "calibration": {**_fields(self.calibration), **_of(Calibration, said)},
+            "budget": {**_fields(self.budget), **_of(Budget, said)},
         }
         try:
             asked = Recipe.model_validate(body)
         except ValidationError as error:
             raise UserError(_complaint(error.errors()[0])) from error
-        if recipe is not None:
-            _say_overrides(recipe, asked, {**general, **calibration, **budget})
-        return cls.from_recipe(asked)
+        _say_overrides(self, asked, said)
+        return asked
+
+    def within(self, positions: int | None) -> Recipe:
+        """The same for a model with so many positions (see `row_length`)."""
+        told = self.calibration
+        length = row_length(told.length if "length" in told.model_fields_set else None, LENGTH, positions)
+        if length == told.length:
+            return self
+        return self.model_copy(update={"calibration": told.model_copy(update={"length": length})})
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default and every step's settings written out, ready for JSON or YAML."""
+        body = self.model_dump(mode="json", exclude_none=True)
+        body["calibration"].pop("seed", None)
+        return {name: value for name, value in body.items() if value != {}}
+
+
+def _check_known(options: Options) -> None:
+    """Python hands on whatever it is given: a misspelt option is not passed over."""
+    known = Options.__annotations__
+    if strangers := [name for name in options if name not in known]:
+        raise UserError(f"there is no option {strangers[0]!r}{did_you_mean(strangers[0], known)}")
+
+
+def _said(model: str | Path | None, options: Options) -> dict[str, Any]:
+    """The options that were given, under the names of a recipe's fields."""
+    texts = map(_source, options.get("texts") or ())
+    datasets = (Source.parse(name, hub=True) for name in options.get("datasets") or ())
+    said: dict[str, Any] = {
+        **options,
+        "model": None if model is None else str(model),
+        "steps": tuple(options.get("steps") or ()),
+        "texts": (*texts, *datasets),
+    }
+    return {name: value for name, value in said.items() if value not in (None, ())}
+
+
+def _of(section: type[BaseModel], said: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that a section has a field for."""
+    return {name: value for name, value in said.items() if name in section.model_fields}
 
 
 def _source(text: str | Path | Source) -> Source:
     return text if isinstance(text, Source) else Source.parse(str(text))
-
-
-def _said(**options: object) -> dict[str, Any]:
-    """The options that were given."""
-    return {name: value for name, value in options.items() if value not in (None, ())}
 
 
 def _fields(section: BaseModel) -> dict[str, Any]:
@@ -387,69 +367,6 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
     return {**body, **body.pop("budget", {}), **body.pop("calibration", {})}
 
 
-# What YAML takes for a name: text, and the sign by which one mapping takes in another.
-NAMES = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a field has a name and may be said only once (plain YAML takes the last in silence)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.tag not in NAMES:
-                said = f"{key.value!r} is" if isinstance(key, yaml.ScalarNode) else "a list or a mapping is"
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"{said} no name of a field: write a word, in quotes where YAML takes it for something else",
-                    key.start_mark,
-                )
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} is said twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> tuple[yaml.Node, dict[str, Any]]:
-    """The file's node tree (it knows the lines) and what it says."""
-    try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
-        node = loader.get_single_node()
-        body = cast("object", loader.construct_document(node)) if node else None  # pyright: ignore[reportUnknownMemberType]
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: not valid YAML ({error.problem})") from error
-    except RecursionError as error:
-        raise UserError(f"{path}: nested too deep: write a recipe as in recipes/") from error
-    except (yaml.YAMLError, ValueError) as error:  # not UTF-8, or a date that is none
-        raise UserError(f"{path}: not YAML text ({error})".replace("\n", " ")) from error
-    except OSError as error:
-        raise UserError(
-            f"recipe {path} cannot be read ({error.strerror}): give the path of a YAML file"
-        ) from error
-    if not isinstance(body, dict):
-        raise UserError(f"{path} does not hold a recipe: write fields such as `steps:` (see recipes/)")
-    return node, body  # pyright: ignore[reportUnknownVariableType, reportReturnType]
-
-
-def _line(node: yaml.Node, place: Place) -> int:
-    """The line, counted from 1, of the innermost part of `place` that the file holds."""
-    line = node.start_mark.line
-    for part in place:
-        if isinstance(node, yaml.MappingNode):
-            pair = next(((key, value) for key, value in node.value if key.value == part), None)
-            if pair is None:
-                break
-            line, node = pair[0].start_mark.line, pair[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
-            node = node.value[part]
-            line = node.start_mark.line
-    return line + 1
-
-
 def _complaint(error: ErrorDetails) -> str:
     """Say one pydantic finding as a sentence that names the field."""
     *section, name = error["loc"] or ("",)
@@ -472,10 +389,10 @@ def _say_place(place: Place) -> str:
 
 
 def _unknown_field(section: Place, name: str, where: str) -> str:
-    if name in LATER.get(section, ()):
-        return f"{where} is not available in this version: leave it out"
+    if refusal := not_yet("field", where):
+        return f"{refusal}: leave it out"
     sections: dict[Place, type[BaseModel]] = {
-        (): Recipe, ("calibration",): Calibration, ("calibration", "texts"): Text, ("budget",): Budget,
+        (): Recipe, ("calibration",): Calibration, ("calibration", "texts"): _Text, ("budget",): Budget,
     }  # fmt: skip
     inside = f" in {'.'.join(map(str, section))}" if section else ""
     return f"unknown field {name!r}{inside}{did_you_mean(name, sections[section].model_fields)}"

@@ -6,7 +6,7 @@ only from the checkpoint under another family's name, and how much must go for a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
@@ -17,25 +17,27 @@ from moespresso.core.method import Step
 from moespresso.core.plan import Plan
 from moespresso.effect import price, validated
 from moespresso.export import find_target, formed
-from moespresso.run.recipe import Request, parse_size
+from moespresso.run.recipe import Recipe, parse_size
 
 T = TypeVar("T")
 
 
-def rehearse(view: View, request: Request) -> tuple[View, Request]:
+def rehearse(view: View, recipe: Recipe) -> tuple[View, tuple[Step, ...]]:
     """Walk through all steps on shapes alone: what cannot be done, or not be loaded by the target, shows here.
 
-    Returns the view in the house that the target can load the result from, and the request with its budget filled in.
+    Returns the view in the house that the target can load the result from, and the steps with their amounts filled in
+    where the recipe has a budget.
     """
-    find_target(request.target)
-    if not request.steps and request.size is None:
-        return view, request
+    find_target(recipe.target)
+    size = recipe.budget.size
+    if not recipe.steps and size is None:
+        return view, ()
 
-    def tried(form: View) -> tuple[View, Request]:
-        fitted = _fit_budget(form, request) if request.size is not None else request
-        return housed(form, lambda at_home: _walk(at_home, fitted)), fitted
+    def tried(form: View) -> tuple[View, tuple[Step, ...]]:
+        steps = recipe.steps if size is None else _fit_budget(form, recipe.steps, size)
+        return housed(form, lambda at_home: _walk(at_home, steps, recipe.target)), steps
 
-    return in_some_form(view, request.steps, tried)
+    return in_some_form(view, recipe.steps, tried)
 
 
 class NotOnThisModel(UserError):
@@ -72,10 +74,10 @@ def housed(view: View, try_out: Callable[[View], None]) -> View:
     return view
 
 
-def _walk(view: View, request: Request) -> None:
-    target, made = find_target(request.target), view.plan
+def _walk(view: View, steps: Sequence[Step], loads: str) -> None:
+    target, made = find_target(loads), view.plan
     ragged: Plan | None = None  # the same with widths that an uneven step may come to
-    for step in request.steps:
+    for step in steps:
         now = replace(view, plan=made)
         try:
             step.check(now.blueprint)
@@ -91,7 +93,7 @@ def _walk(view: View, request: Request) -> None:
         if ragged is not None or step.uneven:
             ragged = _ragged(step, view, ragged or made)
         made = validated(replace(made, stages=(*made.stages, step.outline(view.source, made))), view.source)
-    formed(request.target, replace(view, plan=made)).check_fits()
+    formed(loads, replace(view, plan=made)).check_fits()
 
 
 def _ragged(step: Step, view: View, before: Plan) -> Plan:
@@ -100,19 +102,19 @@ def _ragged(step: Step, view: View, before: Plan) -> Plan:
     return replace(before, stages=(*before.stages, make(view.source, before)))
 
 
-def _fit_budget(view: View, request: Request) -> Request:
+def _fit_budget(view: View, steps: Sequence[Step], asked: str) -> tuple[Step, ...]:
     """Choose the amounts of the allowed steps so that the result's tensor bytes fit the size asked for."""
     whole = view.source.cost().bytes
-    size = parse_size(str(request.size), whole)
-    if len(request.steps) != 1:
+    size = parse_size(asked, whole)
+    if len(steps) != 1:
         raise UserError("--size needs exactly one step to fit in this version, such as --step expert_drop")
-    step = request.steps[0]
+    step = steps[0]
     smallest = whole
     for candidate in step.amounts(view.source):
         made = replace(view.plan, stages=(candidate.outline(view.source, view.plan),))
         smallest = price(made, view.source).bytes
         if smallest <= size:
-            return replace(request, steps=(candidate,))
+            return (candidate,)
     raise UserError(
-        f"--size {request.size} cannot be reached by {step.kind} alone: it leaves at least {smallest} bytes of {whole}"
+        f"--size {asked} cannot be reached by {step.kind} alone: it leaves at least {smallest} bytes of {whole}"
     )

@@ -1,15 +1,12 @@
 """A result folder: claimed, written, described and finished, the manifest last.
 
-The manifest `moespresso.json` says what the folder is and how it came about, with the digest of every file; it holds no
-clock and no path, so the same recipe gives the same bytes. A report can be made from it again.
+The report is made from the manifest, so it is the same for a folder that was finished before.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +14,19 @@ from moespresso._versions import VERSION
 from moespresso.build import View, engine_of, needs_engine, one_format, write
 from moespresso.checkpoint import (
     MANIFEST,
+    FileFacts,
     Journal,
+    Manifest,
+    Origin,
     Written,
     claim,
     finish,
-    read_manifest,
     sweep_up,
     write_text,
 )
 from moespresso.core.blueprint import LayerSpec
-from moespresso.core.cost import Cost
 from moespresso.core.errors import UserError
 from moespresso.core.format import Format
-from moespresso.core.plan import Plan
 from moespresso.core.runtime import Runtime
 from moespresso.core.unit import Unit
 from moespresso.effect import dropped_units, is_part, merged_into, remains
@@ -38,45 +35,53 @@ from moespresso.formats import codec_named, codec_of
 from moespresso.model import is_apart, is_unequal
 from moespresso.report import LayerScores, Report, machine, model_card, shareable, source_licence, versions
 from moespresso.run.pipeline import Clock, Decided
-from moespresso.run.recipe import Request, parse_size
+from moespresso.run.recipe import Target, parse_size
 from moespresso.stream import PeakMemory, peak_rss_bytes
 
 
+@dataclass(frozen=True)
+class Order:
+    """Which result is wanted: the folder `out`, the digest of all that it depends on (`identity`), who must load it, and
+    what its manifest says was asked for (`recipe`); `size` is what may remain, where somebody said so."""
+
+    out: Path
+    identity: str
+    target: Target
+    recipe: Mapping[str, Any]
+    seed: int = 0
+    size: str | None = None
+
+
 def produce(
-    view: View,
-    out: Path,
-    identity: str,
-    make: Callable[[Path], Decided],
-    request: Request,
-    runtime: Runtime,
-    clock: Clock,
+    view: View, order: Order, make: Callable[[Path], Decided], runtime: Runtime, clock: Clock
 ) -> Report:
     """Claim the folder, make the plan, write everything, the manifest last."""
-    done = _already_done(out, identity) if runtime.resume else None
+    out = order.out
+    done = _already_done(out, order.identity) if runtime.resume else None
     if done is not None:
-        return _report(view, out, done, clock, ("already finished: nothing was done",))
+        report = _report(view, done, clock)
+        return replace(report, out=str(out), notes=(*report.notes, "already finished: nothing was done"))
     with claim(out, view.checkpoint.folder, resume=runtime.resume) as work, PeakMemory() as memory:
-        journal = Journal(out, identity)
+        journal = Journal(out, order.identity)
         decided = make(work)
-        pressed = formed(request.target, replace(view, plan=decided.plan, fits=decided.fits))
+        pressed = formed(order.target, replace(view, plan=decided.plan, fits=decided.fits))
         with clock.phase("build"):
             files, left = write(pressed, out, journal, runtime)
-        told = [*left, *source_notes(view), *form_notes(pressed), *_size_notes(pressed, request),
+        told = [*left, *source_notes(view), *form_notes(pressed), *_size_notes(pressed, order),
                 *_coverage_notes(decided.coverage)]  # fmt: skip
-        manifest = _manifest(pressed, identity, request, files, decided, told)
-        card = model_card(
-            _report(view, Path(), manifest, clock), _hub_id(view), source_licence(view.checkpoint.folder)
-        )
-        manifest["files"]["README.md"] = _row(Written("README.md", *write_text(out / "README.md", card)))
-        finish(out, manifest)
-    return _report(view, out, manifest, clock, anonymous=memory.peak)
+        manifest = _manifest(pressed, order, files, decided, told)
+        report = _report(view, manifest, clock)
+        card = model_card(report, _hub_id(view), source_licence(view.checkpoint.folder))
+        readme = Written("README.md", *write_text(out / "README.md", card))
+        finish(out, replace(manifest, files={**manifest.files, readme.name: _facts(readme)}))
+    return replace(report, out=str(out), peak_rss_bytes=peak_rss_bytes(), peak_anonymous_bytes=memory.peak)
 
 
-def _already_done(out: Path, identity: str) -> dict[str, Any] | None:
+def _already_done(out: Path, identity: str) -> Manifest | None:
     if not (out / MANIFEST).is_file():
         return None
-    manifest = read_manifest(out)
-    if manifest["identity"] != identity:
+    manifest = Manifest.load(out)
+    if manifest.identity != identity:
         raise UserError(
             f"{out} holds another finished result: choose another --out, or add --no-resume to replace it"
         )
@@ -90,44 +95,43 @@ def _hub_id(view: View) -> str | None:
     return cached[-1].removeprefix("models--").replace("--", "/") if cached else None
 
 
-def _row(file: Written) -> dict[str, Any]:
-    return {"bytes": file.nbytes, "sha256": file.sha256}
+def _facts(file: Written) -> FileFacts:
+    return FileFacts(file.nbytes, file.sha256)
 
 
 def _manifest(
-    view: View, identity: str, request: Request, files: Sequence[Written], decided: Decided, notes: list[str]
-) -> dict[str, Any]:
-    """What the folder is and how it came about. No clock and no path in it: the same recipe gives the same bytes."""
+    view: View, order: Order, files: Sequence[Written], decided: Decided, notes: Sequence[str]
+) -> Manifest:
     nonfinite = {name: count for file in files for name, count in file.nonfinite.items()}
     kept = [f"{name}: {count} NaN or infinite values, kept as they are" for name, count in nonfinite.items()]
-    # Said only where it is so: what was stored apart is described as ever.
-    apart = {"apart": True} if is_apart(view.checkpoint) else {}
-    return {
-        "moespresso": VERSION,
-        "identity": identity,
-        "source": {"name": _hub_id(view) or view.checkpoint.folder.resolve().name, "family": view.source.family, "digest": view.source.digest},
-        "recipe": shareable({key: value for key, value in request.recipe.items() if key != "model"}),
-        "plan": json.loads(view.plan.to_json()),
-        "cost": dataclasses.asdict(view.blueprint.cost()),
-        "experts": {str(layer.index): layer.experts for layer in view.blueprint.moe_layers},
-        "family": view.blueprint.family,
-        "target": request.target,
-        "stock": view.stock,
-        "layout": view.layout,
-        "packing": _packing(view),
-        "plugin": is_unequal(view.config),
-        "layers": [layer.facts() for layer in view.blueprint.layers],
-        "fitted": sorted(name for name in decided.fits if not is_part(name)),
-        "coverage": decided.coverage,
-        "scores": {str(unit): decided.scores[unit] for unit in sorted(decided.scores)},
-        "protected": [str(unit) for unit in sorted(decided.protected)],
-        "files": {file.name: _row(file) for file in files},
-        "nonfinite": nonfinite,
-        "trouble": [*decided.trouble, *kept],
-        "notes": [*decided.notes, *notes],
-        "seed": request.seed,
-        "versions": versions(),
-    } | apart  # fmt: skip
+    name = _hub_id(view) or view.checkpoint.folder.resolve().name
+    return Manifest(
+        moespresso=VERSION,
+        identity=order.identity,
+        source=Origin(name, view.source.family, view.source.digest),
+        recipe=shareable({key: value for key, value in order.recipe.items() if key != "model"}),
+        plan=view.plan,
+        cost=view.blueprint.cost(),
+        experts={layer.index: layer.experts for layer in view.blueprint.moe_layers},
+        family=view.blueprint.family,
+        target=order.target,
+        stock=view.stock,
+        layout=view.layout,
+        packing=_packing(view),
+        plugin=is_unequal(view.config),
+        layers=tuple(layer.facts() for layer in view.blueprint.layers),
+        fitted=tuple(sorted(name for name in decided.fits if not is_part(name))),
+        coverage=decided.coverage,
+        scores=decided.scores,
+        protected=frozenset(decided.protected),
+        files={file.name: _facts(file) for file in files},
+        nonfinite=nonfinite,
+        trouble=(*decided.trouble, *kept),
+        notes=(*decided.notes, *notes),
+        seed=order.seed,
+        versions=versions(),
+        apart=is_apart(view.checkpoint),
+    )
 
 
 def _packing(view: View) -> str:
@@ -138,51 +142,52 @@ def _packing(view: View) -> str:
     return engine if needs_engine(engine) else "stock" if one_format(view) else "own"
 
 
-def _report(
-    view: View,
-    out: Path,
-    manifest: dict[str, Any],
-    clock: Clock,
-    notes: tuple[str, ...] = (),
-    anonymous: int = 0,
-) -> Report:
-    made = Plan.from_json(json.dumps(manifest["plan"]))
+def _report(view: View, manifest: Manifest, clock: Clock) -> Report:
+    """What came of it, from what the folder says of itself and the model that it was made from."""
+    made = manifest.plan
     left = remains(made, view.source)
-    recipe = {"model": manifest["source"]["name"], **manifest["recipe"]}
     return Report(
-        recipe=recipe, plan=made, before=(view.origin or view.source).cost(), after=Cost(**manifest["cost"]),
-        scores={layer.index: _layer_scores(layer, made, manifest) for layer in view.source.moe_layers
+        recipe={"model": manifest.source.name, **manifest.recipe},
+        plan=made,
+        before=(view.origin or view.source).cost(),
+        after=manifest.cost,
+        scores={layer.index: _layer_scores(layer, manifest) for layer in view.source.moe_layers
                 if made.stages and layer.index in left.experts},
-        gone={unit: manifest["scores"].get(str(unit)) for unit in sorted(dropped_units(made))},
-        seconds=clock.seconds, machine=machine(), versions=manifest["versions"], out=str(out), plugin=manifest["plugin"],
-        packing=manifest.get("packing", ""),
-        trouble=tuple(manifest["trouble"]), notes=(*manifest["notes"], *notes), peak_rss_bytes=peak_rss_bytes(),
-        peak_anonymous_bytes=anonymous,
+        gone={unit: manifest.scores.get(unit) for unit in sorted(dropped_units(made))},
+        seconds=clock.seconds,
+        machine=machine(),
+        versions=manifest.versions,
+        plugin=manifest.plugin,
+        packing=manifest.packing,
+        trouble=manifest.trouble,
+        notes=manifest.notes,
+        peak_rss_bytes=peak_rss_bytes(),
     )  # fmt: skip
 
 
-def _layer_scores(layer: LayerSpec, made: Plan, manifest: dict[str, Any]) -> LayerScores:
+def _layer_scores(layer: LayerSpec, manifest: Manifest) -> LayerScores:
+    made = manifest.plan
     kept = made.kept_experts(layer.index, layer.experts)
-    units = [str(Unit(layer.index, "experts", expert)) for expert in range(layer.experts)]
-    values = [manifest["scores"].get(unit) for unit in units]
+    units = [Unit(layer.index, "experts", expert) for expert in range(layer.experts)]
+    values = [manifest.scores[unit] for unit in units if unit in manifest.scores]
     return LayerScores(
         kept=kept,
         dropped=tuple(expert for expert in range(layer.experts) if expert not in kept),
-        values=tuple(values) if all(value is not None for value in values) else (),
+        values=tuple(values) if len(values) == len(units) else (),
         name=str(made.stages[-1].method.get("score", "")),
         merged=merged_into(made, layer.index),
-        protected=tuple(expert for expert, unit in enumerate(units) if unit in manifest["protected"]),
+        protected=tuple(expert for expert, unit in enumerate(units) if unit in manifest.protected),
     )
 
 
-def _size_notes(view: View, request: Request) -> list[str]:
+def _size_notes(view: View, order: Order) -> list[str]:
     """Say when what remains is more than was asked for: amounts are chosen before it is known which layers go."""
     whole, got = (view.origin or view.source).cost().bytes, view.blueprint.cost().bytes
-    asked = parse_size(str(request.size), whole) if request.size is not None else got
+    asked = parse_size(order.size, whole) if order.size is not None else got
     if got <= asked:
         return []
     return [
-        f"--size {request.size} is {asked} bytes, but {got} remain, since lighter layers went than was reckoned with: ask for less"
+        f"--size {order.size} is {asked} bytes, but {got} remain, since lighter layers went than was reckoned with: ask for less"
     ]
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -21,10 +20,10 @@ from moespresso.checkpoint import (
     MANIFEST,
     TORCH_DTYPES,
     Checkpoint,
+    Manifest,
     Reader,
     count_nonfinite,
     open_checkpoint,
-    read_manifest,
 )
 from moespresso.core.blueprint import Blueprint
 from moespresso.core.errors import UserError
@@ -52,7 +51,7 @@ class Check:
 
 def verify(folder: Path, source: View | None, progress: Progress) -> list[Check]:
     """Run all checks on a folder we wrote; `source` is the original it was made from."""
-    manifest = read_manifest(folder)
+    manifest = Manifest.load(folder)
     found = [_run("files are the ones that were written", lambda: _digests(folder, manifest, progress))]
     state: dict[str, View] = {}
     found.append(_run("names, shapes and experts make the whole model", lambda: _complete(folder, state)))
@@ -61,7 +60,7 @@ def verify(folder: Path, source: View | None, progress: Progress) -> list[Check]
         found.append(_run("every value is finite", lambda: _finite(view, manifest, progress)))
         if view.formats:
             found.append(_run("every packed matrix decodes", lambda: _decodes(view)))
-        found.append(_run(_loads(view), lambda: _stock(folder, view, manifest["nonfinite"])))
+        found.append(_run(_loads(view), lambda: _stock(folder, view, manifest.nonfinite)))
         found.append(_run("counts are those of the plan", lambda: _planned_counts(view.blueprint, manifest)))
         if source is not None:
             found.append(_run("every tensor is what the plan makes of the original",
@@ -91,16 +90,16 @@ def _require(holds: bool, words: str) -> None:
         raise AssertionError(words)
 
 
-def _digests(folder: Path, manifest: dict[str, Any], progress: Progress) -> str:
-    files: dict[str, dict[str, Any]] = manifest["files"]
+def _digests(folder: Path, manifest: Manifest, progress: Progress) -> str:
+    files = manifest.files
     progress.stage("check files", len(files))
-    for name, row in files.items():
+    for name, facts in files.items():
         path = folder / name
         _require(path.is_file(), f"{name} is missing")
         _require(
-            path.stat().st_size == row["bytes"], f"{name} has {path.stat().st_size} bytes, not {row['bytes']}"
+            path.stat().st_size == facts.bytes, f"{name} has {path.stat().st_size} bytes, not {facts.bytes}"
         )
-        _require(_sha256(path) == row["sha256"], f"{name} was changed after it was written")
+        _require(_sha256(path) == facts.sha256, f"{name} was changed after it was written")
         progress.advance()
     strangers = sorted({path.name for path in folder.iterdir()} - set(files) - {MANIFEST})
     shards = [name for name in strangers if name.endswith((".safetensors", ".json"))]
@@ -124,7 +123,7 @@ def _complete(folder: Path, state: dict[str, View]) -> str:
     )
 
 
-def _finite(view: View, manifest: dict[str, Any], progress: Progress) -> str:
+def _finite(view: View, manifest: Manifest, progress: Progress) -> str:
     bad: dict[str, int] = {}
     progress.stage("check values", len(view.stored))
     with Reader(view.checkpoint.folder) as reader:
@@ -133,8 +132,10 @@ def _finite(view: View, manifest: dict[str, Any], progress: Progress) -> str:
             if count:
                 bad[piece.name] = count
             progress.advance()
-    allowed: dict[str, int] = manifest["nonfinite"]
-    _require(bad == allowed, f"not finite: {', '.join(f'{name} ({count})' for name, count in bad.items())}")
+    _require(
+        bad == manifest.nonfinite,
+        f"not finite: {', '.join(f'{name} ({count})' for name, count in bad.items())}",
+    )
     return f"{sum(bad.values())} non-finite values, as the manifest says" if bad else "all of them"
 
 
@@ -162,9 +163,9 @@ def _by_library(checkpoint: Checkpoint) -> str:
     return decoded_alike(checkpoint)
 
 
-def _planned_counts(blueprint: Blueprint, manifest: dict[str, Any]) -> str:
+def _planned_counts(blueprint: Blueprint, manifest: Manifest) -> str:
     """Every layer has the experts, and the parts, that the manifest says."""
-    planned: list[dict[str, Any]] = manifest["layers"]
+    planned = manifest.layers
     layers = [layer.facts() for layer in blueprint.layers]
     _require(len(layers) == len(planned), f"it has {len(layers)} layers, the plan says {len(planned)}")
     for layer, wanted in zip(layers, planned, strict=True):
@@ -175,7 +176,7 @@ def _planned_counts(blueprint: Blueprint, manifest: dict[str, Any]) -> str:
     return f"{len(layers)} layers, {' or '.join(map(str, counts))} experts in each of {len(blueprint.moe_layers)}"
 
 
-def _stock(folder: Path, view: View, nonfinite: dict[str, int]) -> str:
+def _stock(folder: Path, view: View, nonfinite: Mapping[str, int]) -> str:
     """Load with stock transformers and compare logits with the streamed forward of the same files."""
     if view.blueprint.cost().bytes > STOCK_BYTES:
         return (
@@ -239,7 +240,7 @@ def _same_logits(model: nn.Module, skeleton: Skeleton, vocab: int) -> str:
     return f"logits within {distance:.0e} of the largest"
 
 
-def _against(view: View, source: View, manifest: dict[str, Any], progress: Progress) -> str:
+def _against(view: View, source: View, manifest: Manifest, progress: Progress) -> str:
     _by_library(source.checkpoint)  # what was misread there would be wrong here in the same way
     wanted_view = _as_planned(view, source, manifest)
     config = wanted_view.config
@@ -279,14 +280,14 @@ def _against(view: View, source: View, manifest: dict[str, Any], progress: Progr
     return f"config.json, and {len(wanted) - fitted} tensors byte for byte{apart}"
 
 
-def _as_planned(view: View, source: View, manifest: dict[str, Any]) -> View:
+def _as_planned(view: View, source: View, manifest: Manifest) -> View:
     """What the plan makes of the original, in the family and form that it was written in."""
-    if manifest.get("apart"):
+    if manifest.apart:
         source = apart_view(source) or source
-    plan = validated(Plan.from_json(json.dumps(manifest["plan"])), source.source)
+    plan = validated(manifest.plan, source.source)
     houses = [each for each in (source, *rehoused_views(source)) if each.source.family == view.source.family]
     _require(bool(houses), f"it is a {view.source.family} model, the original {source.source.family}")
-    return replace(houses[0], plan=plan, stock=bool(manifest["stock"]), layout=manifest.get("layout"))
+    return replace(houses[0], plan=plan, stock=manifest.stock, layout=manifest.layout)
 
 
 def _same(chunks: Iterator[torch.Tensor], written: torch.Tensor) -> bool:
