@@ -23,7 +23,7 @@ from moespresso.core.errors import UserError
 from moespresso.core.layer import Layer
 from moespresso.model import Waiting
 from moespresso.model.experts import experts_forward
-from moespresso.statistics import Pulled
+from moespresso.statistics import FedGradient
 from moespresso.stream import back, stiffness, sweep, sweep_back
 from test_engine import close, skeleton_of
 from test_more_families import MIXTURES, _random_model
@@ -87,9 +87,9 @@ class Gather:
     """A visitor that keeps everything."""
 
     def __init__(self) -> None:
-        self.seen: dict[int, list[Pulled]] = {}
+        self.seen: dict[int, list[FedGradient]] = {}
 
-    def __call__(self, layer: Layer, batches: Iterator[Pulled]) -> None:
+    def __call__(self, layer: Layer, batches: Iterator[FedGradient]) -> None:
         self.seen[layer.spec.index] = list(batches)
 
     def all_of(self, layer: int, name: str) -> Tensor:
@@ -183,7 +183,7 @@ def test_batches_that_a_visitor_does_not_ask_for_go_on_all_the_same(zoo: Zoo, tm
     ids, mask = text_for(open_view(zoo("mixtral")), padded=True)
     whole, first = Gather(), Gather()
 
-    def only_the_first_layer(layer: Layer, batches: Iterator[Pulled]) -> None:
+    def only_the_first_layer(layer: Layer, batches: Iterator[FedGradient]) -> None:
         if layer.spec.index == 0:
             first(layer, batches)
 
@@ -197,7 +197,7 @@ def test_one_batch_is_remembered_at_a_time_and_a_layers_file_goes_with_it(zoo: Z
     held: list[int] = []
     files: list[int] = []
 
-    def watch(layer: Layer, batches: Iterator[Pulled]) -> None:
+    def watch(layer: Layer, batches: Iterator[FedGradient]) -> None:
         graphs: list[weakref.ref[Any]] = []
         hook = layer.module.register_forward_hook(lambda _, __, output: graphs.append(weakref.ref(output)))
         files.append(len(list(tmp_path.glob("back-*/*"))))
@@ -214,7 +214,7 @@ def test_one_batch_is_remembered_at_a_time_and_a_layers_file_goes_with_it(zoo: Z
 def test_weights_get_no_gradients(zoo: Zoo, tmp_path: Path):
     ids, mask = text_for(open_view(zoo("olmoe")), padded=False)
 
-    def look(layer: Layer, batches: Iterator[Pulled]) -> None:
+    def look(layer: Layer, batches: Iterator[FedGradient]) -> None:
         for _ in batches:
             assert all(p.grad is None and not p.requires_grad for p in layer.module.parameters())
 

@@ -31,8 +31,9 @@ from moespresso.core.runtime import Runtime
 from moespresso.data import Batches
 from moespresso.data.text import Source
 from moespresso.kernels import RoutedExperts
+from moespresso.methods import ExpertDrop, LayerDrop
 from moespresso.methods._awq import find_entrance, is_product
-from moespresso.methods.expert_drop import ExpertDrop, Score, expert_scores
+from moespresso.methods.expert_drop import Score, expert_scores
 from moespresso.model import Skeleton
 from moespresso.quality import score_tokens
 from moespresso.run import Clock, Decided, Request, decide, measure
@@ -225,8 +226,8 @@ def test_every_score_of_experts_is_near_float32s(name: str, models: Callable[[st
     found: dict[str, dict[str, Tensor]] = {}
     for dtype in ("float32", *HALVES):
         (tmp_path / dtype).mkdir()
-        needs = frozenset({"routing", "similarity"})
-        stats = measure(view, BATCHES, needs, tmp_path / dtype, Runtime(dtype=dtype))
+        steps = [ExpertDrop(), LayerDrop()]
+        stats = measure(view, BATCHES, steps, tmp_path / dtype, Runtime(dtype=dtype))
         layer = view.blueprint.moe_layers[-1]
         found[dtype] = {
             f"{score} {gates}": torch.tensor(

@@ -49,7 +49,7 @@ from moespresso.data import Batches
 from moespresso.methods import ExpertDrop
 from moespresso.methods.expert_drop import expert_scores, super_experts
 from moespresso.run import Clock, Decided, decide
-from moespresso.statistics import Measurer, weight_sums
+from moespresso.statistics import Measurer, Weights
 from moespresso.stream import sweep
 
 Zoo = Callable[[str], Path]
@@ -83,7 +83,7 @@ def measured(view: View, batches: Batches, *needs: str) -> Stats:
         sweep(skeleton, batches.ids, batches.mask, measurer)
         values = measurer.values
         if "weights" in needs:
-            for unit, row in weight_sums(view, reader, Silent()).items():
+            for unit, row in Weights().measure(view, reader, Silent()).items():
                 values[unit].update(row)
     return Stats("key", view.source.digest, batches.num_tokens, values, tuple(measurer.trouble))
 
@@ -190,7 +190,7 @@ def test_every_score_is_its_formula(name: str, zoo: Zoo):
 def test_aimer_is_its_formula(name: str, zoo: Zoo):
     view = open_view(zoo(name))
     with Reader(view.checkpoint.folder) as reader:
-        stats = Stats("key", view.source.digest, values=weight_sums(view, reader, Silent()))
+        stats = Stats("key", view.source.digest, values=Weights().measure(view, reader, Silent()))
     for layer in view.source.moe_layers:
         expected = []
         for expert in range(layer.experts):
@@ -728,6 +728,6 @@ def test_a_protected_expert_of_a_second_step_is_named_as_in_the_source(zoo: Zoo,
 def test_stats_without_what_a_score_needs_are_the_users_mistake(step: ExpertDrop, zoo: Zoo):
     view = open_view(zoo("mixtral"))
     with Reader(view.checkpoint.folder) as reader:
-        weights = Stats("key", view.source.digest, values=weight_sums(view, reader, Silent()))
+        weights = Stats("key", view.source.digest, values=Weights().measure(view, reader, Silent()))
     with pytest.raises(UserError, match="measure again with a step that needs it"):
         step.decide(weights, view.source)

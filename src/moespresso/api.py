@@ -52,7 +52,6 @@ from moespresso.run import (
     NotOnThisModel,
     Recipe,
     Request,
-    all_needs,
     decide,
     format_notes,
     housed,
@@ -61,6 +60,7 @@ from moespresso.run import (
     rehearse,
     row_length,
     say_shorter,
+    see_text,
     source_notes,
 )
 from moespresso.run import measure as measure_view
@@ -166,7 +166,7 @@ def measure(
     must_spill(view, batches, runtime)
     work_folder = out.parent / f".{out.name}.moespresso"
     with claim(work_folder, view.checkpoint.folder, resume=runtime.resume) as work:
-        stats = measure_view(view, batches, all_needs(request.steps), work, runtime)
+        stats = measure_view(view, batches, request.steps, work, runtime)
         write_text(out, stats.to_json())
         shutil.rmtree(work_folder)
     return stats
@@ -351,7 +351,7 @@ def _same_text(view: View, wanted: Mapping[str, Any], request: Request, where: s
 
 def _calibration(view: View, request: Request) -> tuple[Request, Batches | None]:
     """The text that the steps see, and the request with rows that are no longer than the model's positions."""
-    if not all_needs(request.steps) - {"weights"}:
+    if not see_text(request.steps):
         return request, None
     if not request.texts:
         raise UserError(
@@ -367,7 +367,7 @@ def _calibration(view: View, request: Request) -> tuple[Request, Batches | None]
 
 def _without_text(request: Request) -> str:
     """Which settings would need no text, for the steps that have such."""
-    hints = {step.without_text for step in request.steps if step.needs() - {"weights"} and step.without_text}
+    hints = {step.without_text for step in request.steps if see_text([step]) and step.without_text}
     return f" (or use {' and '.join(sorted(hints))}, which needs none)" if hints else ""
 
 

@@ -1,6 +1,6 @@
 """From a recipe to a result: rehearsed, carried out stage by stage, written and signed."""
 
-from moespresso.run.pipeline import Clock, Decided, all_needs, decide, measure
+from moespresso.run.pipeline import Clock, Decided, decide, measure, see_text
 from moespresso.run.recipe import Recipe, Request, parse_size, row_length, say_shorter
 from moespresso.run.rehearsal import NotOnThisModel, housed, in_some_form, rehearse
 from moespresso.run.result import format_notes, produce, source_notes
@@ -11,7 +11,6 @@ __all__ = [
     "NotOnThisModel",
     "Recipe",
     "Request",
-    "all_needs",
     "decide",
     "format_notes",
     "housed",
@@ -22,5 +21,6 @@ __all__ = [
     "rehearse",
     "row_length",
     "say_shorter",
+    "see_text",
     "source_notes",
 ]

@@ -8,7 +8,7 @@ through the layer again, this time remembered by autograd, and the gradient goes
 
 It passes the routed experts on its way, where the visitor hears it. Held are one layer, the graph of one batch and, on the way
 forth, what the embedding answered; on the disk, hidden states once for every layer. No weight gets a gradient. L is the sum over
-all predicted tokens, not their mean, so that gradients do not shrink with the length of the text (see `measure.curvature`).
+all predicted tokens, not their mean, so that gradients do not shrink with the length of the text (see `statistics.gradient_moments`).
 
 Gradients have the precision of the layers. float16 knows nothing below 6e-8 and little below 6e-5, so there each batch's is
 multiplied with a power of two before every layer, which brings its largest value to about 1; what is heard is freed of it again.
@@ -34,10 +34,10 @@ from moespresso.core.errors import UserError
 from moespresso.core.layer import Layer
 from moespresso.core.progress import Progress, Silent
 from moespresso.model import Skeleton, Waiting, expert_forward, quirks
-from moespresso.statistics import Pulled, Stiffness
+from moespresso.statistics import FedGradient, GradientMoments
 from moespresso.stream.sweep import begin, reserve, rows_at_once, within
 
-BackVisitor = Callable[[Layer, Iterator[Pulled]], None]
+BackVisitor = Callable[[Layer, Iterator[FedGradient]], None]
 # Logits computed at once: 64 MiB in float32 (their gradient and a few copies beside them).
 _LOGITS = 16 << 20
 
@@ -91,8 +91,8 @@ def stiffness(
     label: str = "layers",
 ) -> dict[int, Tensor]:
     """How steeply the loss bends along every column of the experts' down projections: [E, I] for each layer that has experts
-    (see `measure.curvature`)."""
-    found = Stiffness()
+    (see `statistics.gradient_moments`)."""
+    found = GradientMoments()
     sweep_back(skeleton, ids, mask, found, work=work, progress=progress, label=label)
     return found.values
 
@@ -216,12 +216,12 @@ def _back(
     pulls: list[Tensor],
     powers: list[int],
     device: torch.device,
-) -> Iterator[Pulled]:
+) -> Iterator[FedGradient]:
     """What the experts of the layer hear, batch by batch; takes each of `pulls`, which are multiplied by `powers` of two, from
     the layer's output to its input."""
     layer.module.requires_grad_(False)
     for number, (stop, valid, pull) in enumerate(zip(stops, masks, pulls, strict=True)):
-        found: list[Pulled] = []
+        found: list[FedGradient] = []
         hearing = _overheard(layer.experts, valid.to(device), found, 2.0 ** -powers[number])
         new, more = _centred(_pull_back(layer, stop, pull.to(device), hearing))
         pull.copy_(new)
@@ -239,7 +239,7 @@ def _pull_back(layer: Layer, stop: Waiting, pull: Tensor, hearing: AbstractConte
 
 @contextmanager
 def _overheard(
-    experts: nn.Module | None, valid: Tensor, found: list[Pulled], scale: float
+    experts: nn.Module | None, valid: Tensor, found: list[FedGradient], scale: float
 ) -> Generator[None]:
     """While the layer runs once on a batch with the mask `valid` [B, L]: as soon as the gradient with respect to the experts'
     answer is known, it is added to `found` in float32, times `scale`, with what they were given."""
@@ -252,7 +252,7 @@ def _overheard(
         answer = _weighted_sum(experts, hidden, index, weights)
         given = (hidden.detach()[tokens], index[tokens], weights.detach()[tokens].float())
         # A hook, since the family may go on to change the answer in place.
-        answer.register_hook(lambda grad: found.append(Pulled(*given, grad[tokens].float() * scale)))
+        answer.register_hook(lambda grad: found.append(FedGradient(*given, grad[tokens].float() * scale)))
         return answer
 
     experts.__dict__["moespresso_ear"] = on_experts
