@@ -272,6 +272,14 @@ def test_only_one_module_knows_how_an_index_is_written(path: Path):
     assert not marks or str(path.relative_to(SOURCE)) in INDEX_KNOWN_IN, f"lines {marks}"
 
 
+def test_only_one_module_writes_on_experts():
+    """Who wants to see what passes inside them says so to `model.observing`."""
+    writing = [
+        module_name(path) for path in MODULES if "experts.__dict__" in path.read_text(encoding="utf-8")
+    ]
+    assert writing == ["moespresso.model.experts"]
+
+
 # The front door is light
 
 

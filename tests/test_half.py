@@ -37,7 +37,7 @@ from moespresso.methods.expert_drop import Score, expert_scores
 from moespresso.model import Skeleton
 from moespresso.quality import score_tokens
 from moespresso.run import Clock, Decided, Request, decide, measure
-from moespresso.stream import Memento, stiffness, sweep
+from moespresso.stream import SweepState, gradient_moments, sweep
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # What may be lost, as a share of what float32's model loses, and how far the two may be from each other, as the same.
@@ -317,7 +317,9 @@ def test_gradients_that_float16_cannot_hold_are_as_in_float32(dtype: str, tmp_pa
     view = open_view(tmp_path / "model")
     with Reader(view.checkpoint.folder) as reader:
         whole, half = (
-            stiffness(make_skeleton(view, reader, Runtime(dtype=each)), BATCHES.ids, BATCHES.mask, tmp_path)
+            gradient_moments(
+                make_skeleton(view, reader, Runtime(dtype=each)), BATCHES.ids, BATCHES.mask, tmp_path
+            )
             for each in ("float32", dtype)
         )
     for layer, wanted in whole.items():
@@ -428,15 +430,15 @@ def test_a_run_in_16_bits_is_taken_up_where_it_was(
 ):
     view = models("mixtral").view
     whole = _decided(view, recipe, tmp_path / "whole", dtype)
-    save = Memento.save
+    save = SweepState.save
 
-    def dies(self: Memento, layer: int, hidden: list[Tensor]) -> None:
+    def dies(self: SweepState, layer: int, hidden: list[Tensor]) -> None:
         save(self, layer, hidden)
         assert hidden[0].dtype is HALVES[dtype]
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Memento, "save", dies)
+        patch.setattr(SweepState, "save", dies)
         with pytest.raises(KeyboardInterrupt):
             _decided(view, recipe, tmp_path / "killed", dtype)
     again = _decided(view, recipe, tmp_path / "killed", dtype)

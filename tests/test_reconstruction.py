@@ -72,13 +72,13 @@ class ByHand:
     def __init__(self, model: PreTrainedModel, layer: int, ids: Tensor) -> None:
         self.model, self.layer = model, layer
         self.experts, self.top_k = experts_of(model)[layer]
-        heard: list[Tensor] = []
+        observed: list[Tensor] = []
         block = moe_blocks(model)[layer]
-        handle = block.register_forward_pre_hook(lambda _, args: heard.append(args[0]))
+        handle = block.register_forward_pre_hook(lambda _, args: observed.append(args[0]))
         with torch.no_grad():
             model(ids, use_cache=False)
             handle.remove()
-            self.hidden = heard[0]
+            self.hidden = observed[0]
             self.whole = _output(block, self.hidden)
         # Cutting copies the model: leave in it only what is cut.
         self.bare = _only_layer(model, layer)

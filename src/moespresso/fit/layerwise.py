@@ -51,7 +51,7 @@ from moespresso.formats import Codes, decode, encode_parts, encode_plain
 from moespresso.kernels import RoutedExperts
 from moespresso.methods import LayerContext, LayerResult
 from moespresso.model import Skeleton
-from moespresso.stream import Memento, must_spill, stiffness, sweep
+from moespresso.stream import SweepOptions, SweepState, Watch, gradient_moments, must_spill, sweep
 
 # Raise when the same plan and text would give other codes.
 _VERSION = "1"
@@ -86,7 +86,7 @@ def slim(view: View, plan: Plan, batches: Batches, work: Path, runtime: Runtime)
         "slim", view.source.digest, plan.digest_of_stages, batches.digest, precision(view, runtime), _VERSION
     )[:16]
     files = [work / f"slim-{name}-{index:05d}.safetensors" for index in range(len(view.blueprint.layers))]
-    memento = Memento(work / f"sweep-{name}.safetensors", dict, lambda _: None)
+    state = SweepState(work / f"sweep-{name}.safetensors", dict, lambda _: None)
     if not all(file.is_file() for file in files):
         with Reader(view.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as reader:
             skeleton = make_skeleton(view, reader, runtime)
@@ -100,9 +100,10 @@ def slim(view: View, plan: Plan, batches: Batches, work: Path, runtime: Runtime)
                 )
             carry = "rebuilt" if step.sequential else "original"
             spill = work if must_spill(view, batches, runtime) else None
-            sweep(skeleton, batches.ids, batches.mask, visitor, carry=carry, memento=memento, spill=spill, progress=runtime.progress,
-                  label=f"{step.kind}, layers")  # fmt: skip
-    memento.path.unlink(missing_ok=True)
+            options = SweepOptions(carry, state, spill)
+            watch = Watch(runtime.progress, f"{step.kind}, layers")
+            sweep(skeleton, batches.ids, batches.mask, visitor, options, watch)
+    state.path.unlink(missing_ok=True)
     (work / f"curvature-{name}.safetensors").unlink(missing_ok=True)
     return _gathered(files)
 
@@ -111,8 +112,9 @@ def _curvature(skeleton: Skeleton, batches: Batches, file: Path, runtime: Runtim
     """By layer, how sharply the model's loss bends along every channel's output [E, I]; kept in `file` for a run that is killed
     later."""
     if not file.is_file():
-        found = stiffness(skeleton, batches.ids, batches.mask, file.parent, progress=runtime.progress)
-        _write(file, {str(layer): tensor for layer, tensor in found.items()}, {})
+        watch = Watch(runtime.progress)
+        moments = gradient_moments(skeleton, batches.ids, batches.mask, file.parent, watch)
+        _write(file, {str(layer): tensor for layer, tensor in moments.items()}, {})
     return {int(layer): tensor.to(skeleton.device) for layer, tensor in load_file(file).items()}
 
 

@@ -45,7 +45,9 @@ from moespresso.model import is_rehoused, tokenizer_config
 from moespresso.quality import token_kl
 from moespresso.statistics import Measurer, OfWeights, needs_text, restricted, statistics_of
 from moespresso.stream import (
-    Memento,
+    SweepOptions,
+    SweepState,
+    Watch,
     lanes_at_once,
     layer_bytes,
     must_spill,
@@ -110,11 +112,11 @@ def measure(
     values: dict[Unit, dict[str, float]] = {}
     trouble: list[str] = []
     nonfinite: dict[str, int] = {}
-    memento = work / f"sweep-{key[:16]}.safetensors"
+    state = work / f"sweep-{key[:16]}.safetensors"
     folder = view.checkpoint.folder
     if batches is not None and text:
         with Reader(folder, allow_nonfinite=runtime.allow_nonfinite) as reader:
-            measurer = _sweep(view, batches, needs, memento, reader, runtime)
+            measurer = _sweep(view, batches, needs, state, reader, runtime)
             values, trouble, nonfinite = measurer.values, measurer.trouble, reader.nonfinite
     for each in statistics_of(needs):
         if isinstance(each, OfWeights):
@@ -134,7 +136,7 @@ def measure(
         tuple(seen),
     )
     write_text(saved, stats.to_json())
-    memento.unlink(missing_ok=True)
+    state.unlink(missing_ok=True)
     return stats
 
 
@@ -148,10 +150,13 @@ def _sweep(
         measurer.recall(notes["measured"])
         reader.nonfinite = notes["nonfinite"]
 
-    memento = Memento(path, lambda: {"measured": measurer.notes(), "nonfinite": reader.nonfinite}, recall)
-    spill = path.parent if must_spill(view, batches, runtime) else None
-    sweep(skeleton, batches.ids, batches.mask, measurer, memento=memento if measurer.resumable else None, spill=spill, progress=runtime.progress,
-          label="measure layers")  # fmt: skip
+    state = SweepState(path, lambda: {"measured": measurer.notes(), "nonfinite": reader.nonfinite}, recall)
+    options = SweepOptions(
+        state=state if measurer.resumable else None,
+        spill=path.parent if must_spill(view, batches, runtime) else None,
+    )
+    watch = Watch(runtime.progress, "measure layers")
+    sweep(skeleton, batches.ids, batches.mask, measurer, options, watch)
     return measurer
 
 
@@ -249,7 +254,8 @@ def _searched(
         if runtime.max_memory is not None:
             left = runtime.max_memory - layer_bytes(view, source.dtype)
         _, spill = lanes_at_once(1, each, left, work)
-        truth = sweep(source, ids, mask, spill=spill, progress=runtime.progress, label="layers, original")
+        watch = Watch(runtime.progress, "layers, original")
+        truth = sweep(source, ids, mask, options=SweepOptions(spill=spill), watch=watch)
 
         def judge(candidates: Sequence[Cuts]) -> list[float]:
             losses: list[float] = []
@@ -259,8 +265,8 @@ def _searched(
                 logger.info("%d of %d cuts are tried at once, for lack of disk space", most, len(candidates))
             for first in range(0, len(candidates), most):
                 some = candidates[first : first + most]
-                with sweep_variants(model, ids, mask, some, spill=spill, progress=runtime.progress,
-                                    label=f"try {len(some)} cuts") as hidden:  # fmt: skip
+                watch = Watch(runtime.progress, f"try {len(some)} cuts")
+                with sweep_variants(model, ids, mask, some, spill=spill, watch=watch) as hidden:
                     losses += token_kl([model, source], hidden, truth, mask)
             return losses
 
