@@ -33,7 +33,7 @@ from moespresso.methods import BlockDrop, LayerDrop
 from moespresso.methods._depth import greedy
 from moespresso.model import PausedBatch, Skeleton
 from moespresso.run import Clock, Decided, decide
-from moespresso.statistics import similarity
+from moespresso.statistics import runs as runs_statistic
 from moespresso.stream import sweep, sweep_variants
 from test_engine import close
 from test_more_families import DENSE, MIXTURES, _random_model
@@ -95,7 +95,7 @@ def test_a_run_on_a_sample_of_tokens_is_near_the_whole(zoo: Zoo, monkeypatch: py
     view = open_view(zoo("mixtral"))
     batches = tokens_for(view, 12, 30, short=(7,))
     whole = measured(view, batches, "run@2").values[Unit(0)]["run@2"]
-    monkeypatch.setattr(similarity, "RUN_BYTES", 8 * 48 * 3 * 150)
+    monkeypatch.setattr(runs_statistic, "RUN_BYTES", 8 * 48 * 3 * 150)
     sample = measured(view, batches, "run@2").values[Unit(0)]["run@2"]
     assert sample != whole
     assert sample == pytest.approx(whole, abs=0.05)

@@ -41,11 +41,11 @@ def needs_text(needs: Iterable[str]) -> bool:
 
 def restricted(row: Mapping[str, float], kept: Sequence[int]) -> dict[str, float]:
     """What a unit's values still say when only the experts `kept` of its layer are left, by their new numbers."""
-    found: dict[str, float] = {}
+    valid: dict[str, float] = {}
     for cls in _STATISTICS.values():
         values = {name: value for name, value in row.items() if split_index(name)[0] in cls.measures}
-        found |= cls.restrict(values, kept)
-    return found
+        valid |= cls.restrict(values, kept)
+    return valid
 
 
 def _named(need: str) -> Statistic:
