@@ -37,7 +37,7 @@ from moespresso.fit.repairs import fit
 from moespresso.quality import score_tokens
 from moespresso.quality.compare import summary
 from moespresso.report import machine, versions
-from moespresso.run import Clock, Decided, all_needs, decide, measure
+from moespresso.run import Clock, Decided, decide, measure, see_text
 from moespresso.stream import sweep
 
 assert moespresso.methods  # importing it registers the step kinds
@@ -108,10 +108,10 @@ class Bench:
             )
         return summary(scored, self.heldout, compared=False)
 
-    def measure(self, needs: frozenset[str]) -> Stats:
+    def measure(self, steps: Sequence[str]) -> Stats:
         """Statistics that several steps are then decided on."""
         with tempfile.TemporaryDirectory() as work:
-            return measure(self.view, self.text(), needs, Path(work), Runtime())
+            return measure(self.view, self.text(), list(map(parse_step, steps)), Path(work), Runtime())
 
     def press(self, steps: Sequence[str], text: Batches | None = None, stats: Stats | None = None) -> Pressed:
         """The model after these steps."""
@@ -133,8 +133,8 @@ class Bench:
         self, steps: Sequence[str], seeds: int, size: Callable[[View], dict[str, float]]
     ) -> dict[str, Any]:
         """A row of results: KL on `seeds` samples of calibration text (one where no text is read), all else on the first."""
-        needs_text = all_needs([parse_step(step) for step in steps]) - {"weights"}
-        pressed = [self.press(steps, self.text(seed)) for seed in range(seeds if needs_text else 1)]
+        on_text = see_text(list(map(parse_step, steps)))
+        pressed = [self.press(steps, self.text(seed)) for seed in range(seeds if on_text else 1)]
         found = [self.compare(each.view) for each in pressed]
         first = {"perplexity_ratio": found[0]["perplexity_ratio"], "seconds": pressed[0].seconds}
         kl = {"kl": [each["kl"]["mean"] for each in found], "ci95": found[0]["kl"]["ci95"]}

@@ -36,7 +36,7 @@ from moespresso.kernels.channels import TURNS, portions
 from moespresso.kernels.joint_refit import joint_refit
 from moespresso.quality import score_tokens
 from moespresso.quality.compare import summary
-from moespresso.stream import sweep
+from moespresso.stream import SweepOptions, sweep
 
 DAMPING = 0.003
 # The joint menu: channels in steps, and factors that take these shares of a dense matrix's bytes (1: dense); it is chosen
@@ -74,9 +74,9 @@ def measured(bench: Bench, text: Batches, way: Way) -> dict[str, Any]:
     start = time.process_time()
     with Tensors(bench.view.checkpoint.folder) as reader:
         model = make_skeleton(bench.view, reader, Runtime())
-        sweep(model, text.ids, text.mask, visit, carry="rebuilt")
+        sweep(model, text.ids, text.mask, visit, SweepOptions("rebuilt"))
         seconds = time.process_time() - start
-        hidden = sweep(model, bench.heldout.ids, bench.heldout.mask, visit, carry="rebuilt")
+        hidden = sweep(model, bench.heldout.ids, bench.heldout.mask, visit, SweepOptions("rebuilt"))
         scored = score_tokens([model, model], [hidden, bench.original], bench.heldout)
     kl, cuts = summary(scored, bench.heldout, compared=True)["kl"], list(found.values())
     left = sum(cut.numbers for cut in cuts) / sum(cut.up.numel() + cut.down.numel() for cut in cuts)

@@ -137,13 +137,13 @@ def _instrument(log: Log, job: dict[str, Any]) -> None:
 
     from moespresso.checkpoint import Journal, journal
     from moespresso.statistics import Measurer
-    from moespresso.stream import Memento
+    from moespresso.stream import SweepState
 
     write = importlib.import_module("moespresso.build.write")
     if "shard_bytes" in job:
         write._SMALLEST = job["shard_bytes"]
     log.watch(Measurer, "__call__", lambda _, layer, taps: f"measure {layer.spec.index}")
-    log.watch(Memento, "save", lambda _, layer, hidden: f"remember {layer - 1}")
+    log.watch(SweepState, "save", lambda _, layer, hidden: f"remember {layer - 1}")
     log.watch(write, "write_shard", lambda folder, shard, tensors: f"shard {shard.name}")
     log.watch(Journal, "record", lambda _, written: f"record {written.name}")
     log.watch(torch, "from_file", lambda path, **_: f"map {_plain(path)}")

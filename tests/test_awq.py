@@ -23,7 +23,7 @@ from moespresso.core.format import Format
 from moespresso.formats import QuantizedWeights, decode, round_nearest
 from moespresso.kernels import RoutedExperts
 from moespresso.methods import Awq, LayerContext
-from moespresso.methods._awq import Untold, find_entrance, is_product
+from moespresso.methods._awq import UnknownEntrance, find_entrance, is_product
 from moespresso.methods.awq import candidates, divided
 from moespresso.model import experts as experts_function
 from test_engine import streamed_logits
@@ -105,7 +105,7 @@ def test_factors_that_move_change_nothing_of_what_a_model_computes(family: str):
 @torch.no_grad()
 def test_what_lets_no_factor_through_is_told():
     layer, experts = moe_layers(built("phimoe"))[0]  # a norm with a bias
-    with pytest.raises(Untold, match="does more than multiply"):
+    with pytest.raises(UnknownEntrance, match="does more than multiply"):
         find_entrance(layer, experts)
     assert not is_product(moe_layers(built("gpt_oss"))[0][1], 40)  # cut off, with biases
 
@@ -121,7 +121,7 @@ def test_what_lets_no_factor_through_is_told():
 
     layer, experts = moe_layers(built("qwen2_moe"))[0]
     layer.mlp = Greedy(layer.mlp)
-    with pytest.raises(Untold, match="in a way of its own"):
+    with pytest.raises(UnknownEntrance, match="in a way of its own"):
         find_entrance(layer, experts)
 
 
@@ -139,7 +139,7 @@ def test_without_factors_and_weights_it_is_rounding_to_nearest():
     shown = shown_layer()
     answer = Awq(inputs=False, inner=False, clip=False, unbiased=False).solve(shown)
     for name in ("up", "down"):
-        found: QuantizedWeights = getattr(answer, name)
+        found: QuantizedWeights = answer.numbers[name]
         wanted = round_nearest(
             getattr(shown.experts, name), shown.formats[name], torch.bfloat16, unbiased=False
         )

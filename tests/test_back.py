@@ -20,10 +20,10 @@ from conftest import Zoo
 from moespresso.build import Tensors, View, open_view
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Layer
-from moespresso.model import Waiting
+from moespresso.model import PausedBatch
 from moespresso.model.experts import experts_forward
-from moespresso.statistics import Pulled
-from moespresso.stream import back, stiffness, sweep, sweep_back
+from moespresso.statistics import FedGradient
+from moespresso.stream import back, gradient_moments, sweep, sweep_back
 from test_engine import close, skeleton_of
 from test_more_families import MIXTURES, _random_model
 
@@ -86,9 +86,9 @@ class Gather:
     """A visitor that keeps everything."""
 
     def __init__(self) -> None:
-        self.seen: dict[int, list[Pulled]] = {}
+        self.seen: dict[int, list[FedGradient]] = {}
 
-    def __call__(self, layer: Layer, batches: Iterator[Pulled]) -> None:
+    def __call__(self, layer: Layer, batches: Iterator[FedGradient]) -> None:
         self.seen[layer.spec.index] = list(batches)
 
     def all_of(self, layer: int, name: str) -> Tensor:
@@ -124,17 +124,17 @@ def test_stiffness_is_its_formula_token_by_token(family: str, zoo: Zoo, tmp_path
     ids, mask = text_for(view, padded=True, rows=3)
     _, wanted = truth(model, ids, mask)
     with Tensors(zoo(family)) as reader:
-        found = stiffness(skeleton_of(view, reader), ids, mask, tmp_path)
+        found = gradient_moments(skeleton_of(view, reader), ids, mask, tmp_path)
     assert found.keys() == wanted.keys()
     for layer, block in families.moe_blocks(model).items():
         down = block.experts.down_proj.detach()
         columns = down.mT if family == "gpt_oss" else down  # [E, H, I]
         for expert, matrix in enumerate(columns):
-            close(found[layer][expert], slow_stiffness(wanted[layer], expert, matrix))
+            close(found[layer][expert], slow_moments(wanted[layer], expert, matrix))
         assert found[layer].dtype == torch.float32
 
 
-def slow_stiffness(said: Truth, expert: int, down: Tensor) -> Tensor:
+def slow_moments(said: Truth, expert: int, down: Tensor) -> Tensor:
     """w_k^T G w_k with G [H, H] = mean of d d^T over the expert's tokens, d the gradient at its own answer."""
     moment, tokens = torch.zeros(len(down), len(down), dtype=torch.float64), 0
     for chosen, gates, grad in zip(said.index, said.weights, said.grad, strict=True):
@@ -150,7 +150,7 @@ def test_an_expert_without_a_token_is_not_stiff(zoo: Zoo, tmp_path: Path):
     found = Gather()
     swept(zoo("mixtral"), ids, mask, tmp_path, found)
     with Tensors(zoo("mixtral")) as reader:
-        values = stiffness(skeleton_of(view, reader), ids, mask, tmp_path)
+        values = gradient_moments(skeleton_of(view, reader), ids, mask, tmp_path)
     for layer, stiff in values.items():
         asked = set(found.all_of(layer, "index").flatten().tolist())
         assert asked < set(range(8))
@@ -160,7 +160,7 @@ def test_an_expert_without_a_token_is_not_stiff(zoo: Zoo, tmp_path: Path):
 
 def test_a_skeleton_that_was_swept_before_can_be_swept_back(zoo: Zoo, tmp_path: Path):
     """What `sweep` leaves behind was made in inference mode, which autograd must not meet. In bfloat16, for good measure:
-    what is heard is handed out in float32, and has no more digits than it came with."""
+    what is seen is handed out in float32, and has no more digits than it came with."""
     view = open_view(zoo("deepseek_v3"))
     ids, mask = text_for(view, padded=True)
     gathered = [Gather(), Gather()]
@@ -182,7 +182,7 @@ def test_batches_that_a_visitor_does_not_ask_for_go_on_all_the_same(zoo: Zoo, tm
     ids, mask = text_for(open_view(zoo("mixtral")), padded=True)
     whole, first = Gather(), Gather()
 
-    def only_the_first_layer(layer: Layer, batches: Iterator[Pulled]) -> None:
+    def only_the_first_layer(layer: Layer, batches: Iterator[FedGradient]) -> None:
         if layer.spec.index == 0:
             first(layer, batches)
 
@@ -196,7 +196,7 @@ def test_one_batch_is_remembered_at_a_time_and_a_layers_file_goes_with_it(zoo: Z
     held: list[int] = []
     files: list[int] = []
 
-    def watch(layer: Layer, batches: Iterator[Pulled]) -> None:
+    def watch(layer: Layer, batches: Iterator[FedGradient]) -> None:
         graphs: list[weakref.ref[Any]] = []
         hook = layer.module.register_forward_hook(lambda _, __, output: graphs.append(weakref.ref(output)))
         files.append(len(list(tmp_path.glob("back-*/*"))))
@@ -213,7 +213,7 @@ def test_one_batch_is_remembered_at_a_time_and_a_layers_file_goes_with_it(zoo: Z
 def test_weights_get_no_gradients(zoo: Zoo, tmp_path: Path):
     ids, mask = text_for(open_view(zoo("olmoe")), padded=False)
 
-    def look(layer: Layer, batches: Iterator[Pulled]) -> None:
+    def look(layer: Layer, batches: Iterator[FedGradient]) -> None:
         for _ in batches:
             assert all(p.grad is None and not p.requires_grad for p in layer.module.parameters())
 
@@ -279,28 +279,28 @@ def test_what_is_computed_between_layers_or_left_for_later_ones_is_refused(
     """No family of the zoo does either; gradients that leave it out would be wrong without a word."""
     ids, mask = text_for(open_view(zoo("mixtral")), padded=False)
 
-    def go_on(self: Waiting, output: Tensor) -> None:
+    def go_on(self: PausedBatch, output: Tensor) -> None:
         plain(self, output)
         self.hidden = self.hidden * 2
 
-    def run(self: Waiting, layer: Any, hidden: Tensor | None = None) -> Tensor:
-        self._kwargs["shared"].update(keys=hidden)
-        return layer(hidden, *self._args, **self._kwargs)
+    def run(self: PausedBatch, layer: Any, hidden: Tensor | None = None) -> Tensor:
+        self.kwargs["shared"].update(keys=hidden)
+        return layer(hidden, *self.args, **self.kwargs)
 
-    plain = Waiting.go_on
+    plain = PausedBatch.go_on
     with monkeypatch.context() as patch:
-        patch.setattr(Waiting, "go_on", go_on)
+        patch.setattr(PausedBatch, "go_on", go_on)
         with pytest.raises(UserError, match="hand on more"):
             swept(zoo("mixtral"), ids, mask, tmp_path, Gather())
     begin = back.begin
 
-    def with_a_box(*args: Any) -> list[Waiting]:
-        waiting = begin(*args)
-        for batch in waiting:
-            batch._kwargs["shared"] = {}
-        return waiting
+    def with_a_box(*args: Any) -> list[PausedBatch]:
+        batches = begin(*args)
+        for batch in batches:
+            batch.kwargs["shared"] = {}
+        return batches
 
     monkeypatch.setattr(back, "begin", with_a_box)
-    monkeypatch.setattr(Waiting, "run", run)
+    monkeypatch.setattr(PausedBatch, "run", run)
     with pytest.raises(UserError, match="hand on more"):
         swept(zoo("mixtral"), ids, mask, tmp_path, Gather())

@@ -1,6 +1,6 @@
 """How layers and blocks are chosen: cosines, runs of blocks, and true KL with swaps.
 
-Cosines are taken again from stock models overheard by hooks, KL from stock models in which every candidate was really
+Cosines are taken again from stock models observed by hooks, KL from stock models in which every candidate was really
 silenced. That many candidates share their work must not show in any of their hidden states.
 """
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 import families
 from conftest import Zoo, tiny_tokenizer
-from depth_by_hand import Cut, mean_cosine, overhear, parts, silenced, token_kl
+from depth_by_hand import Cut, mean_cosine, observe, parts, silenced, token_kl
 from moespresso import api
 from moespresso.build import Tensors, View, open_view
 from moespresso.core.plan import Plan, Stage, Treatment
@@ -30,9 +30,9 @@ from moespresso.data import Batches, Source, calibration
 from moespresso.effect import validated
 from moespresso.methods import BlockDrop, LayerDrop
 from moespresso.methods._depth import greedy
-from moespresso.model import Skeleton, Waiting
+from moespresso.model import PausedBatch, Skeleton
 from moespresso.run import Clock, Decided, decide
-from moespresso.statistics import similarity
+from moespresso.statistics import runs as runs_statistic
 from moespresso.stream import sweep, sweep_variants
 from test_engine import close
 from test_more_families import DENSE, MIXTURES, _random_model
@@ -61,9 +61,9 @@ def test_every_cosine_is_its_formula_and_padding_has_no_part_in_it(family: str, 
     view = open_view(zoo(family))
     batches = tokens_for(view, short=(11, 12))
     values = measured(view, batches, "similarity").values
-    heard = overhear(families.reference(zoo(family), torch.float64), batches.ids, batches.mask)
-    assert len(heard[0].before) == 3 * 16 - 5 - 4
-    for layer, said in zip(view.source.layers, heard, strict=True):
+    observed = observe(families.reference(zoo(family), torch.float64), batches.ids, batches.mask)
+    assert len(observed[0].before) == 3 * 16 - 5 - 4
+    for layer, said in zip(view.source.layers, observed, strict=True):
         attention, feed = layer.unit("attention"), layer.unit("mlp")
         assert feed.part == ("experts" if layer.experts else "dense")
         assert values[Unit(layer.index)]["cosine"] == pytest.approx(
@@ -82,9 +82,9 @@ def test_a_run_is_measured_across_exactly_its_blocks(family: str, length: int, z
     view = open_view(zoo(family))
     batches = tokens_for(view, short=(11, 12))
     values = measured(view, batches, f"run@{length}").values
-    heard = overhear(families.reference(zoo(family), torch.float64), batches.ids, batches.mask)
-    runs = {first: mean_cosine(heard[first].before, heard[first + length - 1].after)
-            for first in range(len(heard) - length + 1)}  # fmt: skip
+    observed = observe(families.reference(zoo(family), torch.float64), batches.ids, batches.mask)
+    runs = {first: mean_cosine(observed[first].before, observed[first + length - 1].after)
+            for first in range(len(observed) - length + 1)}  # fmt: skip
     assert values.keys() == {Unit(first) for first in runs}
     for first, wanted in runs.items():
         assert values[Unit(first)][f"run@{length}"] == pytest.approx(wanted, abs=1e-7)
@@ -94,7 +94,7 @@ def test_a_run_on_a_sample_of_tokens_is_near_the_whole(zoo: Zoo, monkeypatch: py
     view = open_view(zoo("mixtral"))
     batches = tokens_for(view, 12, 30, short=(7,))
     whole = measured(view, batches, "run@2").values[Unit(0)]["run@2"]
-    monkeypatch.setattr(similarity, "RUN_BYTES", 8 * 48 * 3 * 150)
+    monkeypatch.setattr(runs_statistic, "RUN_BYTES", 8 * 48 * 3 * 150)
     sample = measured(view, batches, "run@2").values[Unit(0)]["run@2"]
     assert sample != whole
     assert sample == pytest.approx(whole, abs=0.05)
@@ -103,10 +103,10 @@ def test_a_run_on_a_sample_of_tokens_is_near_the_whole(zoo: Zoo, monkeypatch: py
 @pytest.mark.parametrize(
     ("step", "cut"),
     [
-        ("layer_drop:drop=2", lambda heard: (heard.middle, heard.after)),
-        ("layer_drop:drop=2,score=cosine_moe", lambda heard: (heard.fed, heard.answer)),
-        ("layer_drop:drop=2,part=attention", lambda heard: (heard.before, heard.middle)),
-        ("block_drop:drop=2", lambda heard: (heard.before, heard.after)),
+        ("layer_drop:drop=2", lambda observed: (observed.middle, observed.after)),
+        ("layer_drop:drop=2,score=cosine_moe", lambda observed: (observed.fed, observed.answer)),
+        ("layer_drop:drop=2,part=attention", lambda observed: (observed.before, observed.middle)),
+        ("block_drop:drop=2", lambda observed: (observed.before, observed.after)),
     ],
 )
 def test_the_most_similar_go(step: str, cut: Callable[..., Any], zoo: Zoo, text: Path):
@@ -114,8 +114,8 @@ def test_the_most_similar_go(step: str, cut: Callable[..., Any], zoo: Zoo, text:
     plan = api.plan(
         zoo("gpt_oss"), steps=[step], texts=[text], samples=SAMPLES, length=LENGTH, target="plugin"
     )
-    heard = overhear(families.reference(zoo("gpt_oss")), rows_of(text).ids)
-    cosines = [mean_cosine(*cut(layer)) for layer in heard]
+    observed = observe(families.reference(zoo("gpt_oss")), rows_of(text).ids)
+    cosines = [mean_cosine(*cut(layer)) for layer in observed]
     best = sorted(sorted(range(4), key=lambda layer: -cosines[layer])[:2])
     part = {"layer_drop:drop=2,part=attention": ".attention", "block_drop:drop=2": ""}.get(step, ".experts")
     assert gone(plan) == [f"L{layer}{part}" for layer in best]
@@ -124,8 +124,8 @@ def test_the_most_similar_go(step: str, cut: Callable[..., Any], zoo: Zoo, text:
 def test_the_most_similar_run_goes(zoo: Zoo, text: Path):
     step = "block_drop:drop=2,contiguous=true"
     plan = api.plan(zoo("gpt_oss"), steps=[step], texts=[text], samples=SAMPLES, length=LENGTH)
-    heard = overhear(families.reference(zoo("gpt_oss")), rows_of(text).ids)
-    runs = [mean_cosine(heard[first].before, heard[first + 1].after) for first in range(3)]
+    observed = observe(families.reference(zoo("gpt_oss")), rows_of(text).ids)
+    runs = [mean_cosine(observed[first].before, observed[first + 1].after) for first in range(3)]
     first = max(range(3), key=lambda place: runs[place])
     assert gone(plan) == [f"L{first}", f"L{first + 1}"]
 
@@ -150,8 +150,8 @@ def test_dense_parts_go_where_there_are_no_experts_and_never_beside_them(
     dense = other_folder("llama", tmp_path)
     options: Any = {"texts": [text], "samples": SAMPLES, "length": LENGTH, "target": "plugin"}
     plan = api.plan(dense, steps=["layer_drop:drop=1"], **options)
-    heard = overhear(families.reference(dense), rows_of(text).ids)
-    cosines = [mean_cosine(layer.middle, layer.after) for layer in heard]
+    observed = observe(families.reference(dense), rows_of(text).ids)
+    cosines = [mean_cosine(layer.middle, layer.after) for layer in observed]
     assert gone(plan) == [f"L{max(range(3), key=lambda layer: cosines[layer])}.dense"]
     plan = api.plan(zoo("deepseek_v3"), steps=["layer_drop:drop=2"], **options)
     assert gone(plan) == ["L2.experts", "L3.experts"]
@@ -325,18 +325,18 @@ def test_a_round_loads_each_layer_once_and_runs_equal_beginnings_once(
 ):
     loads: Counter[int] = Counter()
     runs: Counter[int] = Counter()
-    load, run = Skeleton.layer, Waiting.run
+    load, run = Skeleton.layer, PausedBatch.run
 
     def layer(self: Skeleton, index: int) -> Any:
         loads[index] += 1
         return load(self, index)
 
-    def counted(self: Waiting, module: torch.nn.Module, hidden: Tensor | None = None) -> Tensor:
+    def counted(self: PausedBatch, module: torch.nn.Module, hidden: Tensor | None = None) -> Tensor:
         runs[len(loads) - 1] += 1
         return run(self, module, hidden)
 
     monkeypatch.setattr(Skeleton, "layer", layer)
-    monkeypatch.setattr(Waiting, "run", counted)
+    monkeypatch.setattr(PausedBatch, "run", counted)
     view = open_view(zoo("gpt_oss"))
     ids = families.random_ids(families.FAMILIES["gpt_oss"].config(), 2, 9)
     mask = torch.ones_like(ids, dtype=torch.bool)

@@ -1,7 +1,7 @@
 """What stands in for layers and blocks that go, without a new weight: is it the best there is, and does it lie right?
 
 Where the truth can be built, it is: branches that add exactly what a repair can make up for leave no trace when they
-go. Everywhere else numpy solves for the repair, on what hooks overhear in stock models, and a hook puts it in place.
+go. Everywhere else numpy solves for the repair, on what hooks observe in stock models, and a hook puts it in place.
 A linear map is solved for as a change D of the identity: the smallest |Y - h - M - D M|^2 + a |D|^2.
 """
 
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 import depth_by_hand
 import families
 from conftest import Zoo, tiny_tokenizer
-from depth_by_hand import Array, Cut, mapped, overhear, parts, silenced, stream
+from depth_by_hand import Array, Cut, mapped, observe, parts, silenced, stream
 from moespresso import api
 from moespresso.build import open_view
 from moespresso.core.errors import UserError
@@ -83,7 +83,7 @@ def overlooked(folder: Path, effect: Tensor) -> Path:
     """A mixtral whose attention in layer 1 adds `effect` [24, 24] times what the experts of layer 0 added.
 
     A window of one token leaves attention no choice. One channel is so loud, and so little heeded, that every norm is
-    the same constant. Channels 16 to 39 are written by the experts of layer 0 first, and only they are heard then.
+    the same constant. Channels 16 to 39 are written by the experts of layer 0 first, and only they are observed then.
     """
     model = families.build("mixtral", sliding_window=1)
     written, (first, second, *_) = list(WRITTEN), model.model.layers
@@ -329,14 +329,14 @@ def test_a_repair_brings_the_stream_no_farther_from_what_it_was(
 def stream_behind(model: PreTrainedModel, layer: int, branch: str, ids: Tensor) -> Tensor:
     """The stream behind a branch that may have lost its norm: before the next layer, or the feed-forward part."""
     if branch == "mlp":
-        heard: list[Tensor] = []
+        observed: list[Tensor] = []
         handle = model.model.layers[layer].register_forward_hook(
-            lambda _, __, out: heard.append(out[0] if isinstance(out, tuple) else out)
+            lambda _, __, out: observed.append(out[0] if isinstance(out, tuple) else out)
         )
         families.logits_of(model, ids)
         handle.remove()
-        return heard[0].flatten(0, 1).double()
-    return overhear(model, ids)[layer].middle
+        return observed[0].flatten(0, 1).double()
+    return observe(model, ids)[layer].middle
 
 
 def test_padding_has_no_part_in_what_is_fitted(plain: Zoo, tmp_path: Path):

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 import families
 from conftest import Zoo, tiny_tokenizer
-from depth_by_hand import Cut, body, mean_cosine, overhear, silenced
+from depth_by_hand import Cut, body, mean_cosine, observe, silenced
 from moespresso import api
 from moespresso.build import View, open_view
 from moespresso.core.errors import UserError
@@ -221,11 +221,13 @@ def test_two_steps_that_are_not_rescored_are_one(
 def test_a_rescored_second_step_sees_what_the_first_left(step: str, zoo: Zoo, text: Path, tmp_path: Path):
     plan = api.plan(zoo("gpt_oss"), texts=[text], steps=[step, step], target="plugin", **OPTIONS)
     (first,), (second,) = gone(plan, 0), gone(plan, 1)
-    heard = overhear(silenced(families.reference(zoo("gpt_oss")), *cuts_of([first])), rows_of(text).ids)
+    observed = observe(silenced(families.reference(zoo("gpt_oss")), *cuts_of([first])), rows_of(text).ids)
     ends = {"layer_drop": ("middle", "after"), "block_drop": ("before", "after")}.get(
         step, ("before", "middle")
     )
-    cosines = {layer: mean_cosine(*(getattr(said, end) for end in ends)) for layer, said in enumerate(heard)}
+    cosines = {
+        layer: mean_cosine(*(getattr(said, end) for end in ends)) for layer, said in enumerate(observed)
+    }
     del cosines[int(first[1])]
     assert int(second[1]) == max(cosines, key=lambda layer: cosines[layer])
 

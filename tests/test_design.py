@@ -250,6 +250,36 @@ def test_every_methods_file_is_registered():
     assert files == {cls.__module__.rpartition(".")[2] for cls in methods().values()}
 
 
+# Names with an index
+
+
+# Addresses as people type them (owner/name@revision) are no names of values.
+INDEX_KNOWN_IN = {"core/stats.py", "checkpoint/hub.py"}
+
+
+@every_module
+def test_only_one_module_knows_how_an_index_is_written(path: Path):
+    tree = TREES[path]
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    marks = [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and "@" in node.value
+        and id(node) not in docstrings
+    ]
+    assert not marks or str(path.relative_to(SOURCE)) in INDEX_KNOWN_IN, f"lines {marks}"
+
+
+def test_only_one_module_writes_on_experts():
+    """Who wants to see what passes inside them says so to `model.observing`."""
+    writing = [
+        module_name(path) for path in MODULES if "experts.__dict__" in path.read_text(encoding="utf-8")
+    ]
+    assert writing == ["moespresso.model.experts"]
+
+
 # The front door is light
 
 

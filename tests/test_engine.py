@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 import families
 from moespresso import api
@@ -25,8 +26,9 @@ from moespresso.core.unit import Unit
 from moespresso.data import Source
 from moespresso.effect import price, validated
 from moespresso.effect.rewrite import kept_by_layer
-from moespresso.model import Skeleton, read_blueprint, start
-from moespresso.stream import sweep
+from moespresso.model import Skeleton, observing, read_blueprint, start
+from moespresso.model.experts import experts_forward
+from moespresso.stream import SweepOptions, sweep
 
 FAMILIES = list(families.FAMILIES)
 TOLERANCE = 2e-5
@@ -182,7 +184,7 @@ def test_hidden_states_may_wait_on_disk(zoo: Zoo, tmp_path: Path) -> None:
     mask = torch.ones_like(ids, dtype=torch.bool)
     with Tensors(view.checkpoint.folder) as reader:
         in_memory = sweep(skeleton_of(view, reader), ids, mask)
-        on_disk = sweep(skeleton_of(view, reader), ids, mask, spill=tmp_path)
+        on_disk = sweep(skeleton_of(view, reader), ids, mask, options=SweepOptions(spill=tmp_path))
     assert torch.equal(in_memory, on_disk)
     assert not list(tmp_path.iterdir())
 
@@ -193,8 +195,8 @@ def test_one_mask_serves_all_batches_of_a_shape(zoo: Zoo) -> None:
     with Tensors(view.checkpoint.folder) as reader, torch.inference_mode():
         skeleton = skeleton_of(view, reader)
         with skeleton.outer():
-            waiting = start(skeleton.base, skeleton.layers_name, list(ids.split(2)), [None, None])
-        first, second = (batch._kwargs["position_embeddings"][0] for batch in waiting)
+            batches = start(skeleton.base, skeleton.layers_name, list(ids.split(2)), [None, None])
+        first, second = (batch.kwargs["position_embeddings"][0] for batch in batches)
         assert first.data_ptr() == second.data_ptr()
 
 
@@ -211,7 +213,7 @@ def test_rebuilt_weights_carry_on_to_the_next_layer(zoo: Zoo) -> None:
     for layer in reference.model.layers:
         layer.mlp.experts.down_proj.data.zero_()
     with Tensors(view.checkpoint.folder) as reader:
-        hidden = sweep(skeleton_of(view, reader), ids, mask, silence, carry="rebuilt")
+        hidden = sweep(skeleton_of(view, reader), ids, mask, silence, SweepOptions("rebuilt"))
     with torch.inference_mode():
         close(hidden, reference.model(ids, use_cache=False).last_hidden_state)
 
@@ -237,9 +239,9 @@ def test_batches_that_wait_at_the_experts_go_on_as_if_run_again(
         return {name: tensor / 2 for name, tensor in layer.module.named_parameters() if id(tensor) in changed}
 
     with Tensors(view.checkpoint.folder) as reader:
-        held = sweep(skeleton_of(view, reader), ids, mask, halve, carry="rebuilt")
+        held = sweep(skeleton_of(view, reader), ids, mask, halve, SweepOptions("rebuilt"))
         times = len(asked)
-        again = sweep(skeleton_of(view, reader), ids, mask, halve, carry="rebuilt", spill=tmp_path)
+        again = sweep(skeleton_of(view, reader), ids, mask, halve, SweepOptions("rebuilt", spill=tmp_path))
     assert torch.equal(held, again)
     assert times == len(view.source.moe_layers) * (1 + whole)
     assert len(asked) - times == 2 * len(view.source.moe_layers)
@@ -279,3 +281,28 @@ def test_press_measures_text_and_its_result_verifies(zoo: Zoo, text: Path, tmp_p
     assert api.verify(out, against=zoo("deepseek_v2"))["ok"]
     figures = api.evaluate(out, against=zoo("deepseek_v2"), texts=[Source(str(text))], length=32, limit=4)
     assert figures["kl"]["mean"] > 0
+
+
+def test_who_observes_experts_last_sees_them_and_the_one_before_again_afterwards():
+    experts, seen = torch.nn.Identity(), list[str]()
+    experts.num_experts = 0  # pyright: ignore[reportAttributeAccessIssue]
+    inputs = torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
+
+    def answer(name: str) -> Callable[..., Tensor]:
+        def before(*_: Tensor) -> Tensor:
+            seen.append(name)
+            return torch.full((2, 4), 7.0)
+
+        return before
+
+    def after(*_: Tensor) -> None:
+        seen.append("answers")
+
+    with observing(experts, before=answer("outer")):
+        with observing(experts, after=after):
+            assert float(experts_forward(experts, *inputs).sum()) == 0
+        with observing(experts, before=answer("inner")):
+            assert float(experts_forward(experts, *inputs).mean()) == 7
+        experts_forward(experts, *inputs)
+    experts_forward(experts, *inputs)
+    assert seen == ["answers", "inner", "outer"]

@@ -30,12 +30,13 @@ from moespresso.core.runtime import Runtime
 from moespresso.data import Batches
 from moespresso.data.text import Source
 from moespresso.kernels import RoutedExperts
+from moespresso.methods import ExpertDrop, LayerDrop
 from moespresso.methods._awq import find_entrance, is_product
-from moespresso.methods.expert_drop import ExpertDrop, Score, expert_scores
+from moespresso.methods.expert_drop import Score, expert_scores
 from moespresso.model import Skeleton
 from moespresso.quality import score_tokens
 from moespresso.run import Clock, Decided, Recipe, decide, measure
-from moespresso.stream import Memento, stiffness, sweep
+from moespresso.stream import SweepState, gradient_moments, sweep
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # What may be lost, as a share of what float32's model loses, and how far the two may be from each other, as the same.
@@ -226,8 +227,8 @@ def test_every_score_of_experts_is_near_float32s(name: str, models: Callable[[st
     found: dict[str, dict[str, Tensor]] = {}
     for dtype in ("float32", *HALVES):
         (tmp_path / dtype).mkdir()
-        needs = frozenset({"routing", "similarity"})
-        stats = measure(view, BATCHES, needs, tmp_path / dtype, Runtime(dtype=dtype))
+        steps = [ExpertDrop(), LayerDrop()]
+        stats = measure(view, BATCHES, steps, tmp_path / dtype, Runtime(dtype=dtype))
         layer = view.blueprint.moe_layers[-1]
         found[dtype] = {
             f"{score} {gates}": torch.tensor(
@@ -317,7 +318,9 @@ def test_gradients_that_float16_cannot_hold_are_as_in_float32(dtype: str, tmp_pa
     view = open_view(tmp_path / "model")
     with Tensors(view.checkpoint.folder) as reader:
         whole, half = (
-            stiffness(make_skeleton(view, reader, Runtime(dtype=each)), BATCHES.ids, BATCHES.mask, tmp_path)
+            gradient_moments(
+                make_skeleton(view, reader, Runtime(dtype=each)), BATCHES.ids, BATCHES.mask, tmp_path
+            )
             for each in ("float32", dtype)
         )
     for layer, wanted in whole.items():
@@ -428,15 +431,15 @@ def test_a_run_in_16_bits_is_taken_up_where_it_was(
 ):
     view = models("mixtral").view
     whole = _decided(view, recipe, tmp_path / "whole", dtype)
-    save = Memento.save
+    save = SweepState.save
 
-    def dies(self: Memento, layer: int, hidden: list[Tensor]) -> None:
+    def dies(self: SweepState, layer: int, hidden: list[Tensor]) -> None:
         save(self, layer, hidden)
         assert hidden[0].dtype is HALVES[dtype]
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Memento, "save", dies)
+        patch.setattr(SweepState, "save", dies)
         with pytest.raises(KeyboardInterrupt):
             _decided(view, recipe, tmp_path / "killed", dtype)
     again = _decided(view, recipe, tmp_path / "killed", dtype)

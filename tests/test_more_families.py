@@ -2,7 +2,7 @@
 
 The zoo of `families.py` has a hand-made reference for every family. Here one reference serves all: experts that no
 token of a text selects can go without changing a single logit, as long as the router scores them one by one and
-renormalises what it selects. Which ones those are is heard from stock transformers.
+renormalises what it selects. Which ones those are is observed from stock transformers.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from moespresso.run import Recipe
 from moespresso.statistics import MeanAnswers
 from moespresso.stream import sweep
 from test_merge_groups import answers_of
-from test_scores import edited, overhear, put, tokens_for
+from test_scores import edited, observe, put, tokens_for
 
 Zoo = Callable[[str], Path]
 # Layer -> expert -> what it answers instead, or None.
@@ -122,11 +122,11 @@ def _adding(vectors: Mapping[int, Tensor | None]) -> Callable[..., Tensor]:
 def means_of(model: PreTrainedModel, batches: Batches) -> dict[int, Tensor]:
     """Mean answer [E, H] of every expert over the tokens it is selected for, zeros where there are none."""
     found: dict[int, Tensor] = {}
-    for layer, heard in overhear(model, batches).items():
-        answers = answers_of(model, layer, heard.hidden)
+    for layer, observed in observe(model, batches).items():
+        answers = answers_of(model, layer, observed.hidden)
         found[layer] = torch.zeros_like(answers[0])
         for expert in range(len(found[layer])):
-            tokens = (heard.index == expert).any(-1)
+            tokens = (observed.index == expert).any(-1)
             if bool(tokens.any()):
                 found[layer][expert] = answers[tokens, expert].mean(0)
     return found

@@ -29,8 +29,7 @@ from moespresso.effect import price
 from moespresso.kernels import RoutedExperts, allocated
 from moespresso.run import Recipe
 from moespresso.runtime.widths import Ragged
-from moespresso.statistics import grid
-from moespresso.statistics.channels import Removals
+from moespresso.statistics import Measurement, Removal, grid
 from test_channel_prune import PLAIN, SHARED
 from test_depth_steps import plan_of
 from test_slim import OPTIONS, disk, disk_of, press, proven
@@ -314,10 +313,10 @@ def test_what_is_told_to_be_lost_is_the_error_of_the_best_refit():
     routed = SimpleNamespace(hidden=inputs, index=index, weights=gates)
     stream = torch.randn(1, tokens, hidden)
     call: Any = SimpleNamespace(routed=routed, valid=torch.ones(1, tokens, dtype=torch.bool), output=stream)
-    removals = Removals()
-    removals.add(call)
     layer: Any = SimpleNamespace(experts=module, spec=LayerSpec(0, "attention", 2))
-    rows = removals.values(layer)
+    removals = Removal().begin(layer, Measurement(tokens))
+    removals.add(call)
+    rows = removals.values()
     experts = RoutedExperts.of(module, removals._fed)
     for expert in range(2):
         mine, weights = experts.rows(expert)

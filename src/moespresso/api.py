@@ -56,7 +56,6 @@ from moespresso.run import (
     Options,
     Order,
     Recipe,
-    all_needs,
     decide,
     format_notes,
     housed,
@@ -65,6 +64,7 @@ from moespresso.run import (
     rehearse,
     row_length,
     say_shorter,
+    see_text,
     source_notes,
 )
 from moespresso.run import measure as measure_view
@@ -155,7 +155,7 @@ def measure(
     must_spill(view, batches, runtime)
     work_folder = out.parent / f".{out.name}.moespresso"
     with claim(work_folder, view.checkpoint.folder, resume=runtime.resume) as work:
-        stats = measure_view(view, batches, all_needs(steps), work, runtime)
+        stats = measure_view(view, batches, steps, work, runtime)
         write_text(out, stats.to_json())
         shutil.rmtree(work_folder)
     return stats
@@ -342,7 +342,7 @@ def _same_text(view: View, wanted: Mapping[str, Any], recipe: Recipe, where: str
 
 def _calibration(view: View, recipe: Recipe, steps: Sequence[Step]) -> tuple[Recipe, Batches | None]:
     """The text that the steps see, and the recipe with rows that are no longer than the model's positions."""
-    if not all_needs(steps) - {"weights"}:
+    if not see_text(steps):
         return recipe, None
     if not recipe.calibration.texts:
         raise text_missing("these steps see", _without_text(steps))
@@ -356,7 +356,7 @@ def _calibration(view: View, recipe: Recipe, steps: Sequence[Step]) -> tuple[Rec
 
 def _without_text(steps: Sequence[Step]) -> str:
     """Which settings would need no text, for the steps that have such."""
-    hints = {step.without_text for step in steps if step.needs() - {"weights"} and step.without_text}
+    hints = {step.without_text for step in steps if see_text([step]) and step.without_text}
     return f" (or use {' and '.join(sorted(hints))}, which needs none)" if hints else ""
 
 

@@ -86,8 +86,13 @@ class Step(ABC):
         settings = (each.name for each in fields(cast("Any", self)))
         return {"kind": self.kind} | {name: getattr(self, name) for name in settings}
 
+    @property
+    def sees_text(self) -> bool:
+        """Whether it is found on text itself, whatever else is measured for it."""
+        return False
+
     def needs(self) -> frozenset[str]:
-        """What must be measured for this step."""
+        """The statistics that must be measured for this step, by name."""
         return frozenset()
 
     def check(self, blueprint: Blueprint) -> None:
@@ -134,6 +139,11 @@ class Searches(Selects):
     @abstractmethod
     def searches(self) -> bool:
         """Whether it does, as it is set; else it goes by statistics."""
+
+    @property
+    def sees_text(self) -> bool:
+        """Candidates are tried on text."""
+        return self.searches
 
     @abstractmethod
     def search(self, blueprint: Blueprint, judge: Judge) -> Decision:
@@ -190,9 +200,10 @@ class Refits(Treats, Generic[ContextT, ResultT]):
         """What it wants to see beside the layer and its tokens."""
         return NOTHING
 
-    def needs(self) -> frozenset[str]:
-        """Nothing but text to see."""
-        return frozenset({"text"})
+    @property
+    def sees_text(self) -> bool:
+        """It is fitted on text."""
+        return True
 
     @abstractmethod
     def solve(self, context: ContextT) -> ResultT:

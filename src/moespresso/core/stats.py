@@ -1,7 +1,9 @@
 """What was measured on real text, and what went wrong.
 
 `values[unit][name]` are plain numbers, so a stats file is JSON that can be cached, shared and reused for other
-ratios. `key` is the digest of model, data and needs: two equal keys mean the same measurement.
+ratios. `key` is the digest of model, data and needs: two equal keys mean the same measurement. Where there are several values
+of a kind (one for each width, or for each other expert), their number is part of the name: how it is written, only `indexed`
+and `split_index` know.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ Values = Mapping[Unit, Mapping[str, float]]
 T = TypeVar("T")
 _CALLED: dict[type[Any], str] = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number",
                                  bool: "true or false"}  # fmt: skip
+# Between the name of a value and its index.
+_INDEX = "@"
 # What reading a file of somebody else's making can raise; the sentence is made where its kind is known.
 MALFORMED = (ValueError, TypeError, OSError, OverflowError, RecursionError)
 
@@ -55,6 +59,11 @@ class Stats:
             raise _not_measured(unit, name)
         return row[name]
 
+    def series(self, unit: Unit, name: str) -> dict[int, float]:
+        """The values of a unit that are indexed under `name`, by index; {} where there are none."""
+        parts = {split_index(each): value for each, value in self.values.get(unit, {}).items()}
+        return {index: value for (kind, index), value in parts.items() if kind == name and index is not None}
+
     def to_json(self) -> str:
         """The stats as JSON."""
         body = {"key": self.key, "blueprint": self.blueprint, "tokens": self.tokens, "trouble": list(self.trouble),
@@ -88,6 +97,17 @@ class Stats:
 
 def _not_measured(unit: Unit, name: str) -> UserError:
     return UserError(f"the stats hold no {name!r} for {unit}: measure again with a step that needs it")
+
+
+def indexed(name: str, index: int) -> str:
+    """The name of one of several values of a kind."""
+    return f"{name}{_INDEX}{index}"
+
+
+def split_index(name: str) -> tuple[str, int | None]:
+    """A name without its index, and the index; None where it has none."""
+    kind, mark, index = name.partition(_INDEX)
+    return (kind, int(index)) if mark and index.isdecimal() else (name, None)
 
 
 def stats_key(*parts: str) -> str:

@@ -28,7 +28,7 @@ from moespresso.fit.show import Showing
 from moespresso.fit.treated import Treated
 from moespresso.methods import LayerContext, LayerResult
 from moespresso.model import Skeleton
-from moespresso.stream import Memento, must_spill, stiffness, sweep
+from moespresso.stream import SweepOptions, SweepState, Watch, gradient_moments, must_spill, sweep
 
 # Raise when the same plan and text would give other codes.
 _VERSION = "1"
@@ -51,7 +51,7 @@ def slim(view: View, plan: Plan, batches: Batches, work: Path, runtime: Runtime)
         "slim", view.source.digest, plan.digest_of_stages, batches.digest, precision(view, runtime), _VERSION
     )[:16]
     files = [work / f"slim-{name}-{index:05d}.safetensors" for index in range(len(view.blueprint.layers))]
-    memento = Memento(work / f"sweep-{name}.safetensors", dict, lambda _: None)
+    state = SweepState(work / f"sweep-{name}.safetensors", dict, lambda _: None)
     bends = work / f"curvature-{name}.safetensors"
     if not all(file.is_file() for file in files):
         with Tensors(view.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as tensors:
@@ -64,9 +64,10 @@ def slim(view: View, plan: Plan, batches: Batches, work: Path, runtime: Runtime)
             showing = Showing(Treated(view, plan, skeleton), tensors, step.shows, curvature, original)
             carry = "rebuilt" if step.sequential else "original"
             spill = work if must_spill(view, batches, runtime) else None
-            sweep(skeleton, batches.ids, batches.mask, _Visitor(step, showing, files), carry=carry, memento=memento, spill=spill,
-                  progress=runtime.progress, label=f"{step.kind}, layers")  # fmt: skip
-    memento.path.unlink(missing_ok=True)
+            options = SweepOptions(carry, state, spill)
+            watch = Watch(runtime.progress, f"{step.kind}, layers")
+            sweep(skeleton, batches.ids, batches.mask, _Visitor(step, showing, files), options, watch)
+    state.path.unlink(missing_ok=True)
     bends.unlink(missing_ok=True)
     return gathered(files)
 
@@ -75,8 +76,9 @@ def _curvature(skeleton: Skeleton, batches: Batches, file: Path, runtime: Runtim
     """By layer, how sharply the model's loss bends along every channel's output [E, I]; kept in `file` for a run that is killed
     later."""
     if not file.is_file():
-        found = stiffness(skeleton, batches.ids, batches.mask, file.parent, progress=runtime.progress)
-        write_tensors(file, {str(layer): tensor for layer, tensor in found.items()}, {})
+        watch = Watch(runtime.progress)
+        moments = gradient_moments(skeleton, batches.ids, batches.mask, file.parent, watch)
+        write_tensors(file, {str(layer): tensor for layer, tensor in moments.items()}, {})
     return {int(layer): tensor.to(skeleton.device) for layer, tensor in load_file(file).items()}
 
 

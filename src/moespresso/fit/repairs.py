@@ -28,7 +28,7 @@ from moespresso.data import Batches
 from moespresso.effect import Cut, cuts, folds_into, is_left, key, needs_fit, remains
 from moespresso.model import Skeleton
 from moespresso.statistics import Folds, MeanAnswers, channel_order
-from moespresso.stream import sweep
+from moespresso.stream import Watch, sweep
 
 # Raise when the same plan and text would give other values.
 _FIT_VERSION = "2"
@@ -93,7 +93,7 @@ def _on_text(
     if not fitted and not novices:
         return {}
     both = _Both(Folds(fitted, others), MeanAnswers(set(novices)))
-    last = sweep(skeleton, batches.ids, batches.mask, both, progress=runtime.progress, label="fit layers")
+    last = sweep(skeleton, batches.ids, batches.mask, both, watch=Watch(runtime.progress, "fit layers"))
     both.folds.close([last])
     back = {_moved(cut, view).branches[0]: cut for cut in made}
     found: dict[str, Tensor] = {}

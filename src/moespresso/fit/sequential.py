@@ -20,7 +20,7 @@ from moespresso.core.unit import Unit
 from moespresso.data import Batches
 from moespresso.fit.repairs import orders_of
 from moespresso.statistics import Measurer
-from moespresso.stream import sweep
+from moespresso.stream import Watch, sweep
 
 
 @dataclass
@@ -66,7 +66,7 @@ def decide_in_sequence(
     with Tensors(now.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as tensors:
         visitor = _Sequence(step, now, Measurer(step.needs(), batches.num_tokens), tensors, runtime)
         skeleton = make_skeleton(now, tensors, runtime)
-        sweep(skeleton, batches.ids, batches.mask, visitor, progress=runtime.progress, label="decide layers")
+        sweep(skeleton, batches.ids, batches.mask, visitor, watch=Watch(runtime.progress, "decide layers"))
     return Decision(visitor.treatments, tuple(visitor.notes), visitor.scores), visitor.measurer.trouble
 
 

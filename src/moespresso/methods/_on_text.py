@@ -24,7 +24,7 @@ from moespresso.kernels import RoutedExperts
 class LayerContext:
     """One layer: `formats` of `up` and `down` of its experts and of every linear; `dtypes` that their scales (or what is left
     of them) are stored in; `channels` that each of its experts keeps, where some go or they differ; `curvature` [E, I] of the model's loss along the
-    output of every channel, for steps that go by gradients (`measure.Stiffness`); `missing` [T, H], what the layer's answer to
+    output of every channel, for steps that go by gradients (`statistics.GradientMoments`); `missing` [T, H], what the layer's answer to
     each token that reaches its experts lacks of the original layer's, where that may be something.
 
     `linears` maps a module's name to its weight [out, in] and the mean of x x^T [in, in] of its inputs, `means` to the mean of

@@ -135,8 +135,8 @@ class AttentionRank(OnText):
         return frozenset({"rows", "columns", "source"})
 
     def needs(self) -> frozenset[str]:
-        """What must be measured for this step: nothing but text to see, and by entropy how much blocks turn the stream."""
-        return frozenset({"text", "similarity"} if self.allocation == "entropy" else {"text"})
+        """What must be measured for this step: by entropy, how much blocks turn the stream."""
+        return frozenset({"similarity"} if self.allocation == "entropy" else ())
 
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""

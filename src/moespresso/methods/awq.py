@@ -26,7 +26,7 @@ from moespresso.core.unit import Unit
 from moespresso.effect import REFIT
 from moespresso.formats import QuantizedWeights, decode, encode, searched, unbias
 from moespresso.kernels import RoutedExperts, usable
-from moespresso.methods._awq import Entrance, Untold, find_entrance, is_product, narrowed
+from moespresso.methods._awq import Entrance, UnknownEntrance, find_entrance, is_product, narrowed
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText, joined
 from moespresso.methods._quantization import Quantization
 
@@ -124,7 +124,7 @@ class Awq(Quantization, OnText):
         """The factors [H] of what all experts are given; puts what else takes them into the answer."""
         try:
             entrance = find_entrance(context.module, experts.module)
-        except Untold as reason:
+        except UnknownEntrance as reason:
             result.trouble.append(f"L{context.layer}: the inputs of its experts are not scaled: {reason}")
             return None
         norm = context.parameter(entrance.norm)

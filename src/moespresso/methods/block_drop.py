@@ -17,7 +17,7 @@ from moespresso.core.errors import UserError
 from moespresso.core.method import Judge, Searches
 from moespresso.core.plan import Decision, Plan, Stage
 from moespresso.core.registry import method
-from moespresso.core.stats import Stats
+from moespresso.core.stats import Stats, indexed
 from moespresso.core.unit import Unit
 from moespresso.effect import remains
 from moespresso.methods._depth import (
@@ -70,8 +70,8 @@ class BlockDrop(Searches):
     def needs(self) -> frozenset[str]:
         """What must be measured for this step."""
         if self.searches:
-            return frozenset({"text"})
-        return frozenset({f"run@{self.drop}"} if self.contiguous else {"similarity"})
+            return frozenset()
+        return frozenset({self._run_name} if self.contiguous else {"similarity"})
 
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
@@ -111,8 +111,7 @@ class BlockDrop(Searches):
     def decide(self, stats: Stats, blueprint: Blueprint) -> Decision:
         """Choose the blocks, or the run, that turn the stream least."""
         if self.contiguous:
-            name = f"run@{self.drop}"
-            runs = {Unit(first): stats.at(Unit(first), name) for first in self._firsts(blueprint)}
+            runs = {Unit(first): stats.at(Unit(first), self._run_name) for first in self._firsts(blueprint)}
             [first], notes = most_similar(runs, 1)
             return self._run(first, notes, runs)
         values = {Unit(layer.index): stats.at(Unit(layer.index), "cosine") for layer in blueprint.layers}
@@ -130,6 +129,10 @@ class BlockDrop(Searches):
             {Unit(la.index): whole_block(la.index) for la in blueprint.layers}, self.drop, judge
         )
         return Decision({unit: treatment(self.repair) for unit in chosen}, tuple(notes), chosen)
+
+    @property
+    def _run_name(self) -> str:
+        return indexed("run", self.drop)
 
     def _firsts(self, blueprint: Blueprint) -> range:
         return range(len(blueprint.layers) - self.drop + 1)

@@ -152,8 +152,8 @@ class ChannelPrune(OnText):
         return f"per_expert=false,{amount}" if self.per_expert else amount
 
     def needs(self) -> frozenset[str]:
-        """What must be measured for this step: nothing but text to see, and for widths that differ what each expert would lose."""
-        return frozenset({"text", self._loss} if self.uneven else {"text"})
+        """What must be measured for this step: for widths that differ, what each expert would lose."""
+        return frozenset({self._loss} if self.uneven else ())
 
     @property
     def _loss(self) -> str:
@@ -298,13 +298,13 @@ class ChannelPrune(OnText):
 
     def _curve(self, stats: Stats, layer: LayerSpec, expert: int) -> Points:
         """How many channels of an expert may go, and what is lost without them."""
-        row, width = stats.values.get(Unit(layer.index, "experts", expert), {}), _widths(layer)[expert]
-        told = [kept for kept in grid(layer.width) if self.least <= kept < width]
-        if any(f"{self._loss}@{kept}" not in row for kept in told):
+        losses, width = stats.series(Unit(layer.index, "experts", expert), self._loss), _widths(layer)[expert]
+        measured = [kept for kept in grid(layer.width) if self.least <= kept < width]
+        if not losses.keys() >= set(measured):
             raise UserError(
                 f"these stats do not say what narrower experts of L{layer.index} would lose by score={self.score}: measure them again"
             )
-        return [(0, 0.0), *((width - kept, row[f"{self._loss}@{kept}"]) for kept in reversed(told))]
+        return [(0, 0.0), *((width - kept, losses[kept]) for kept in reversed(measured))]
 
     def _told(self, blueprint: Blueprint) -> list[str]:
         """Where a ratio could not be met to the channel."""

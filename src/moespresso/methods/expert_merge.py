@@ -28,7 +28,7 @@ from moespresso.core.errors import UserError
 from moespresso.core.method import Selects
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.registry import method
-from moespresso.core.stats import Stats
+from moespresso.core.stats import Stats, indexed
 from moespresso.core.unit import Unit
 from moespresso.effect import remains
 from moespresso.methods._counts import keep_count, outlined, refuse_skipped, refuse_widths
@@ -190,7 +190,7 @@ def _shares(group: Sequence[int], weights: Sequence[float]) -> dict[int, float]:
 
 def _table(stats: Stats, layer: LayerSpec, name: str, experts: Sequence[int]) -> np.ndarray:
     """A measured table of pairs, rows and columns of `experts`."""
-    columns = [stats.of(layer.index, layer.experts, f"{name}@{other}") for other in experts]
+    columns = [stats.of(layer.index, layer.experts, indexed(name, other)) for other in experts]
     return np.array([[column[expert] for column in columns] for expert in experts])
 
 

@@ -75,7 +75,7 @@ class LayerDrop(Searches):
 
     def needs(self) -> frozenset[str]:
         """What must be measured for this step."""
-        return frozenset({"text"} if self.searches else {"similarity"})
+        return frozenset(() if self.searches else {"similarity"})
 
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""

@@ -3,10 +3,10 @@
 from moespresso.model.blueprint import check_tensors, read_blueprint
 from moespresso.model.counts import is_unequal, skipping
 from moespresso.model.depth import with_dense
-from moespresso.model.experts import expert_forward
+from moespresso.model.experts import expert_forward, observing
 from moespresso.model.halves import without
 from moespresso.model.joined import joined, packed_alone, unreadable
-from moespresso.model.lockstep import Waiting, start
+from moespresso.model.lockstep import PausedBatch, start
 from moespresso.model.names import Names, stock_dtype
 from moespresso.model.rehouse import (
     adopt,
@@ -23,8 +23,8 @@ from moespresso.model.unstack import unstacked
 
 __all__ = [
     "Names",
+    "PausedBatch",
     "Skeleton",
-    "Waiting",
     "adopt",
     "build_meta",
     "check_tensors",
@@ -34,6 +34,7 @@ __all__ = [
     "is_rehoused",
     "is_unequal",
     "joined",
+    "observing",
     "obstacle",
     "packed_alone",
     "pressed_config",

@@ -16,7 +16,7 @@ from moespresso.core.progress import Progress
 from moespresso.data import Batches
 from moespresso.model import Skeleton
 from moespresso.quality.bootstrap import mean_interval
-from moespresso.stream import sweep
+from moespresso.stream import Watch, sweep
 
 # Logits computed at once: 64 MiB in float32.
 _LOGITS = 16 << 20
@@ -42,7 +42,7 @@ def evaluate(
     """Perplexity of `model` on the batches and, against `original`, mean token KL and top-1 agreement."""
     models = [model] if original is None else [model, original]
     labels = ["layers"] if original is None else ["layers, pressed", "layers, original"]
-    hidden = [sweep(skeleton, batches.ids, batches.mask, progress=progress, label=label)
+    hidden = [sweep(skeleton, batches.ids, batches.mask, watch=Watch(progress, label))
               for skeleton, label in zip(models, labels, strict=True)]  # fmt: skip
     return summary(score_tokens(models, hidden, batches), batches, compared=original is not None)
 

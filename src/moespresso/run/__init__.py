@@ -1,6 +1,6 @@
 """From a recipe to a result: rehearsed, carried out stage by stage, written and signed."""
 
-from moespresso.run.pipeline import Clock, Decided, all_needs, decide, measure
+from moespresso.run.pipeline import Clock, Decided, decide, measure, see_text
 from moespresso.run.recipe import Options, Recipe, parse_size, row_length, say_shorter
 from moespresso.run.rehearsal import NotOnThisModel, housed, in_some_form, rehearse
 from moespresso.run.result import Order, format_notes, produce, source_notes
@@ -12,7 +12,6 @@ __all__ = [
     "Options",
     "Order",
     "Recipe",
-    "all_needs",
     "decide",
     "format_notes",
     "housed",
@@ -23,5 +22,6 @@ __all__ = [
     "rehearse",
     "row_length",
     "say_shorter",
+    "see_text",
     "source_notes",
 ]

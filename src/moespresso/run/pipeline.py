@@ -32,9 +32,11 @@ from moespresso.data import Batches
 from moespresso.effect import validated
 from moespresso.fit import Slimmed, decide_in_sequence, found, in_source, numbered, unrepaired
 from moespresso.quality import token_kl
-from moespresso.statistics import PAIRS, Measurer, weight_sums
+from moespresso.statistics import Measurer, OfWeights, needs_text, restricted, statistics_of
 from moespresso.stream import (
-    Memento,
+    SweepOptions,
+    SweepState,
+    Watch,
     lanes_at_once,
     layer_bytes,
     must_spill,
@@ -66,23 +68,30 @@ class Clock:
 
 
 def all_needs(steps: Sequence[Step]) -> frozenset[str]:
-    """What all steps together must have measured."""
+    """The statistics that all steps together must have measured, by name."""
     return frozenset().union(*(step.needs() for step in steps))
 
 
+def see_text(steps: Sequence[Step]) -> bool:
+    """Whether any of the steps needs text, to be measured or found on."""
+    return any(step.sees_text for step in steps) or needs_text(all_needs(steps))
+
+
 def measure(
-    view: View, batches: Batches | None, needs: frozenset[str], work: Path, runtime: Runtime
+    view: View, batches: Batches | None, steps: Sequence[Step], work: Path, runtime: Runtime
 ) -> Stats:
-    """Measure `needs` on the view; a finished measurement in `work` is taken up, an unfinished one continued."""
-    text = needs - {"weights", "text"}
+    """Measure what the steps need on the view; a finished measurement in `work` is taken up, an unfinished one continued."""
+    needs = all_needs(steps)
+    text = needs_text(needs)
     if text:
         _needed(batches)
-    tokens = batches.digest if batches is not None and text else ""
+    # `text` stands among the needs where a step is found on text, though nothing is measured under that name.
+    seen = sorted(needs | ({"text"} if any(step.sees_text for step in steps) else set[str]()))
     key = stats_key(
         view.source.digest,
         view.plan.digest,
-        tokens,
-        *sorted(needs),
+        batches.digest if batches is not None and text else "",
+        *seen,
         precision(view, runtime) if text else "",
         _STATS_VERSION,
     )
@@ -92,17 +101,18 @@ def measure(
     values: dict[Unit, dict[str, float]] = {}
     trouble: list[str] = []
     nonfinite: dict[str, int] = {}
-    memento = work / f"sweep-{key[:16]}.safetensors"
+    state = work / f"sweep-{key[:16]}.safetensors"
     folder = view.checkpoint.folder
     if batches is not None and text:
         with Tensors(folder, allow_nonfinite=runtime.allow_nonfinite) as tensors:
-            measurer = _sweep(view, batches, text, memento, tensors, runtime)
+            measurer = _sweep(view, batches, needs, state, tensors, runtime)
             values, trouble, nonfinite = measurer.values, measurer.trouble, tensors.nonfinite
-    if "weights" in needs:
-        with Tensors(folder, allow_nonfinite=runtime.allow_nonfinite) as tensors:
-            for unit, row in weight_sums(view, tensors, runtime.progress).items():
-                values.setdefault(unit, {}).update(row)
-            nonfinite |= tensors.nonfinite
+    for each in statistics_of(needs):
+        if isinstance(each, OfWeights):
+            with Tensors(folder, allow_nonfinite=runtime.allow_nonfinite) as tensors:
+                for unit, row in each.measure(view, tensors, runtime.progress).items():
+                    values.setdefault(unit, {}).update(row)
+                nonfinite |= tensors.nonfinite
     trouble += [f"{name}: {count} NaN or infinite values" for name, count in sorted(nonfinite.items())]
     measured = batches if text else None
     stats = Stats(
@@ -112,10 +122,10 @@ def measure(
         values,
         tuple(trouble),
         measured.describe() if measured is not None else {},
-        tuple(sorted(needs)),
+        tuple(seen),
     )
     write_text(saved, stats.to_json())
-    memento.unlink(missing_ok=True)
+    state.unlink(missing_ok=True)
     return stats
 
 
@@ -129,12 +139,13 @@ def _sweep(
         measurer.recall(notes["measured"])
         tensors.nonfinite = notes["nonfinite"]
 
-    # What is held of runs of blocks is not kept: such a measurement starts afresh.
-    resumable = not any(need.startswith("run@") for need in needs)
-    memento = Memento(path, lambda: {"measured": measurer.notes(), "nonfinite": tensors.nonfinite}, recall)
-    spill = path.parent if must_spill(view, batches, runtime) else None
-    sweep(skeleton, batches.ids, batches.mask, measurer, memento=memento if resumable else None, spill=spill, progress=runtime.progress,
-          label="measure layers")  # fmt: skip
+    state = SweepState(path, lambda: {"measured": measurer.notes(), "nonfinite": tensors.nonfinite}, recall)
+    options = SweepOptions(
+        state=state if measurer.resumable else None,
+        spill=path.parent if must_spill(view, batches, runtime) else None,
+    )
+    watch = Watch(runtime.progress, "measure layers")
+    sweep(skeleton, batches.ids, batches.mask, measurer, options, watch)
     return measurer
 
 
@@ -211,8 +222,8 @@ def _measured(
     seen = now if step.rescore and done.plan.stages else view
     with clock.phase("measure"):
         shared = [other for other in steps if other is step or other is steps[0] or not other.rescore]
-        needs = all_needs(shared) if seen is view else step.needs()
-        stats = given if given is not None and seen is view else measure(seen, batches, needs, work, runtime)
+        asking = shared if seen is view else [step]
+        stats = given if given is not None and seen is view else measure(seen, batches, asking, work, runtime)
     if stats not in done.stats:
         done.stats.append(stats)
     with clock.phase("plan"):
@@ -232,7 +243,8 @@ def _searched(
         if runtime.max_memory is not None:
             left = runtime.max_memory - layer_bytes(view, source.dtype)
         _, spill = lanes_at_once(1, each, left, work)
-        truth = sweep(source, ids, mask, spill=spill, progress=runtime.progress, label="layers, original")
+        watch = Watch(runtime.progress, "layers, original")
+        truth = sweep(source, ids, mask, options=SweepOptions(spill=spill), watch=watch)
 
         def judge(candidates: Sequence[Cuts]) -> list[float]:
             losses: list[float] = []
@@ -242,8 +254,8 @@ def _searched(
                 logger.info("%d of %d cuts are tried at once, for lack of disk space", most, len(candidates))
             for first in range(0, len(candidates), most):
                 some = candidates[first : first + most]
-                with sweep_variants(model, ids, mask, some, spill=spill, progress=runtime.progress,
-                                    label=f"try {len(some)} cuts") as hidden:  # fmt: skip
+                watch = Watch(runtime.progress, f"try {len(some)} cuts")
+                with sweep_variants(model, ids, mask, some, spill=spill, watch=watch) as hidden:
                     losses += token_kl([model, source], hidden, truth, mask)
             return losses
 
@@ -281,18 +293,5 @@ def _restricted(stats: Stats, now: View) -> Stats:
         for old, new in units.items():
             row = stats.values.get(old)
             if row is not None:
-                values[new] = row if whole else _still_true(row, experts)
+                values[new] = row if whole else restricted(row, experts)
     return replace(stats, values=values)
-
-
-def _still_true(row: Mapping[str, float], experts: Sequence[int]) -> dict[str, float]:
-    """What a row of the original still says when others are gone: nothing of sets of experts or runs of blocks, and of
-    pairs what is left."""
-    found: dict[str, float] = {}
-    for name, value in row.items():
-        what, at, number = name.partition("@")
-        if not at:
-            found[name] = value
-        elif what in PAIRS and int(number) in experts:
-            found[f"{what}@{experts.index(int(number))}"] = value
-    return found

@@ -149,7 +149,7 @@ def _pairs(passed: _Open) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _repaired(repair: str, before: Tensor, added: Tensor, value: Tensor) -> Tensor:
-    given = value.to(added.dtype)
+    factor = value.to(added.dtype)
     if repair == "bias":
-        return before + added + given
-    return before + (added @ given.T if repair == "linear" else added * given)
+        return before + added + factor
+    return before + (added @ factor.T if repair == "linear" else added * factor)

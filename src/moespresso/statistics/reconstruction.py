@@ -12,11 +12,16 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from moespresso.core.layer import Layer
+from moespresso.core.layer import Call, Layer
+from moespresso.core.stats import indexed
+from moespresso.core.unit import Unit
+from moespresso.statistics.base import LayerSums, Measurement, OfExperts, Rows
+from moespresso.statistics.registry import statistic
 from moespresso.statistics.sample import Sample
 
 # Try all subsets of a size up to this many.
@@ -25,24 +30,52 @@ EXHAUSTIVE = 300
 _NEVER = -1e30
 
 
-class Reconstruction:
+@statistic
+@dataclass(frozen=True)
+class Reconstruction(OfExperts):
+    """Which experts a layer can lose: the order in which they go and, by number of experts, the best set."""
+
+    name = "reconstruction"
+    measures = ("reconstruction",)
+
+    def begin(self, layer: Layer, measurement: Measurement) -> ReconstructionSample:
+        """A sample of one layer's tokens."""
+        return ReconstructionSample(layer, Sample.of(layer, measurement.num_tokens))
+
+
+class ReconstructionSample(LayerSums):
     """Collects a sample of a layer's tokens, then searches for the experts to lose."""
 
-    def __init__(self, sample: Sample) -> None:
-        self._sample = sample
+    def __init__(self, layer: Layer, sample: Sample) -> None:
+        self._layer, self._sample = layer, sample
 
-    def search(self, layer: Layer) -> dict[str, list[float]]:
-        """Per expert: `reconstruction` (position in the greedy order of removal, last removed highest) and
-        `reconstruction@K` (1 in the best set of K, 0 outside) for every K whose sets were all tried."""
-        problem = _Problem(layer, self._sample)
-        spec = layer.spec
-        values = {"reconstruction": _greedy(problem, spec.experts, spec.groups, spec.floor)}
-        for keep in range(spec.floor, spec.experts):
-            if spec.groups == 1 and math.comb(spec.experts, keep) <= EXHAUSTIVE:
-                sets = list(itertools.combinations(range(spec.experts), keep))
-                best = min(sets, key=problem.error)
-                values[f"reconstruction@{keep}"] = [float(expert in best) for expert in range(spec.experts)]
-        return values
+    def add(self, call: Call) -> None:
+        """Take the batch's share."""
+        self._sample.add(call)
+
+    def values(self) -> Rows:
+        """Every expert's place in what was found."""
+        columns, spec = search(self._layer, self._sample), self._layer.spec
+        return {
+            Unit(spec.index, "experts", expert): {name: column[expert] for name, column in columns.items()}
+            for expert in range(spec.experts)
+        }
+
+
+def search(layer: Layer, sample: Sample) -> dict[str, list[float]]:
+    """Per expert: `reconstruction` (position in the greedy order of removal, last removed highest) and, indexed by K, 1 in the
+    best set of K and 0 outside, for every K whose sets were all tried."""
+    problem = _Problem(layer, sample)
+    spec = layer.spec
+    values = {"reconstruction": _greedy(problem, spec.experts, spec.groups, spec.floor)}
+    for keep in range(spec.floor, spec.experts):
+        if spec.groups == 1 and math.comb(spec.experts, keep) <= EXHAUSTIVE:
+            sets = list(itertools.combinations(range(spec.experts), keep))
+            best = min(sets, key=problem.error)
+            values[indexed("reconstruction", keep)] = [
+                float(expert in best) for expert in range(spec.experts)
+            ]
+    return values
 
 
 class _Problem:

@@ -9,11 +9,16 @@ Sums are float64; padding is left out of all of them.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moespresso.core.layer import Call, Layer, valid_tokens
+from moespresso.core.unit import Unit
+from moespresso.statistics.base import LayerSums, Measurement, OfExperts, Rows
+from moespresso.statistics.registry import statistic
 
 # name of a sum -> what it adds up; E values each
 SUMS = (
@@ -29,21 +34,35 @@ SUMS = (
 )
 
 
-class RoutingSums:
-    """Accumulates the sums of one MoE layer; `values()` gives them per expert."""
+@statistic
+@dataclass(frozen=True)
+class Routing(OfExperts):
+    """Sums per expert and, of a layer's experts together, its `tokens` and whether its gates are plain shares of one softmax."""
 
-    def __init__(self, experts: int) -> None:
-        self.experts = experts
-        self.total_tokens = 0
-        self._sums = {name: torch.zeros(experts, dtype=torch.float64) for name in SUMS}
-        self._largest = torch.zeros(experts, dtype=torch.float64)
+    name = "routing"
+    measures = (*SUMS, "largest", "softmax_gates")
+
+    def begin(self, layer: Layer, measurement: Measurement) -> RoutingSums:
+        """The sums of one layer."""
+        _ = measurement
+        return RoutingSums(layer)
+
+
+class RoutingSums(LayerSums):
+    """Accumulates the sums of one MoE layer."""
+
+    def __init__(self, layer: Layer) -> None:
+        self._layer, self._experts = layer, layer.spec.experts
+        self._total_tokens = 0
+        self._sums = {name: torch.zeros(self._experts, dtype=torch.float64) for name in SUMS}
+        self._largest = torch.zeros(self._experts, dtype=torch.float64)
         self._router_args: tuple[Tensor, ...] = ()
-        self.nonfinite = 0
+        self._nonfinite = 0
         self._one_stream = True
 
-    def add(self, layer: Layer, call: Call) -> None:
+    def add(self, call: Call) -> None:
         """Take in one batch."""
-        routed = call.routed
+        layer, routed = self._layer, call.routed
         assert routed is not None
         tokens = valid_tokens(call)
         index, gate = routed.index[tokens], routed.weights[tokens].float()
@@ -51,14 +70,14 @@ class RoutingSums:
         outputs = routed.outputs if bool(call.valid.all()) else routed.outputs[tokens]
         outputs, scores = outputs.float(), layer.scores(routed.logits[tokens])
         norm = outputs.norm(dim=-1)
-        self.nonfinite += int((~norm.isfinite()).sum())
+        self._nonfinite += int((~norm.isfinite()).sum())
         chosen = scores.gather(1, index)
         # Some families carry several hidden states a token: what an expert turns is then not to be told from outside.
         self._one_stream = call.output.shape == (*call.valid.shape, outputs.shape[-1])
         change = (
             _change(layer, call, tokens, outputs, gate) if self._one_stream else torch.zeros_like(norm[:, 0])
         )
-        self.total_tokens += tokens.numel()
+        self._total_tokens += tokens.numel()
         if not self._router_args:
             first, *rest = routed.router_args
             # One token, in as many dimensions as the router is used to.
@@ -69,20 +88,41 @@ class RoutingSums:
                     "norm_squared": norm**2, "gate_norm": gate * norm, "score_norm": chosen * norm,
                     "change_gate_norm": change.unsqueeze(1) * gate * norm}  # fmt: skip
         for name, values in per_slot.items():
-            self._sums[name] += _by_expert(values, index, self.experts)
+            self._sums[name] += _by_expert(values, index, self._experts)
         peaks = torch.linalg.vector_norm(outputs, math.inf, dim=-1).double().cpu().reshape(-1)
         self._largest.scatter_reduce_(0, index.reshape(-1).cpu(), peaks, "amax")
 
-    def values(self) -> dict[str, list[float]]:
-        """Every sum that could be told per expert, and `largest`, the largest absolute value an expert ever answered."""
-        told = {
-            name: sums for name, sums in self._sums.items() if self._one_stream or name != "change_gate_norm"
+    def values(self) -> Rows:
+        """Every sum that is defined per expert, and `largest`, the largest absolute value an expert ever answered; of the
+        layer its tokens, and whether its gates are plain shares of one softmax (1) or not (0)."""
+        index = self._layer.spec.index
+        columns = {
+            name: sums.tolist()
+            for name, sums in self._sums.items()
+            if self._one_stream or name != "change_gate_norm"
         }
-        return {name: sums.tolist() for name, sums in told.items()} | {"largest": self._largest.tolist()}
+        columns["largest"] = self._largest.tolist()
+        rows: Rows = {
+            Unit(index, "experts", expert): {name: column[expert] for name, column in columns.items()}
+            for expert in range(self._experts)
+        }
+        of_layer = {
+            "tokens": float(self._total_tokens),
+            "softmax_gates": float(self._softmax_gates(self._layer)),
+        }
+        return rows | {Unit(index, "experts"): of_layer}
 
-    def of_layer(self, layer: Layer) -> dict[str, float]:
-        """Values of the layer: its tokens, and whether its gates are plain shares of one softmax (1) or not (0)."""
-        return {"tokens": float(self.total_tokens), "softmax_gates": float(self._softmax_gates(layer))}
+    def warnings(self) -> list[str]:
+        """Experts that no token reached, and answers that are no numbers."""
+        return list(self._warnings(self._layer.spec.index))
+
+    def _warnings(self, layer: int) -> Iterator[str]:
+        unreached = [expert for expert, count in enumerate(self._sums["tokens"].tolist()) if count == 0]
+        if unreached:
+            names = ", ".join(str(Unit(layer, "experts", expert)) for expert in unreached)
+            yield f"no calibration token reached {names}: every score but routing puts them last"
+        if self._nonfinite:
+            yield f"L{layer}: {self._nonfinite} answers of experts were not finite"
 
     def _softmax_gates(self, layer: Layer) -> bool:
         """Gates are routing scores times one factor, the same for every expert on this text and for a token without

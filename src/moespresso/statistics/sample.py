@@ -30,6 +30,13 @@ class Sample:
         self._total = total
         self._calls: list[tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]] = []
 
+    @classmethod
+    def of(cls, layer: Layer, num_tokens: int) -> Sample:
+        """A sample of the layer's tokens, still empty, where so many will pass it."""
+        assert layer.router is not None
+        width = next(iter(layer.router.parameters())).shape[-1]
+        return cls(layer.spec.experts, width, num_tokens)
+
     def add(self, call: Call) -> None:
         """Take the batch's share, evenly spaced over its tokens."""
         assert call.routed is not None

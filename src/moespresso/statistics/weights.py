@@ -7,6 +7,7 @@ of |W| and W^2 per expert are gathered tensor by tensor.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.linalg import vector_norm
@@ -14,18 +15,28 @@ from torch.linalg import vector_norm
 from moespresso.build import Tensors, View
 from moespresso.core.progress import Progress
 from moespresso.core.unit import Unit
+from moespresso.statistics.base import OfWeights, Rows
+from moespresso.statistics.registry import statistic
 
 
-def weight_sums(view: View, tensors: Tensors, progress: Progress) -> dict[Unit, dict[str, float]]:
-    """`mean_abs` and `rms` of each expert of `view`, by position."""
-    sums: dict[Unit, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
-    progress.stage("experts' weights", len(view.pieces))
-    for piece in view.pieces:
-        progress.advance()
-        if piece.source.unit.part == "experts" and not (piece.source.unit.matrix or "").endswith("_bias"):
-            _add(sums, piece.unit, tensors.whole(piece))
-    return {unit: {"mean_abs": total / count, "rms": (squares / count) ** 0.5}
-            for unit, (count, total, squares) in sums.items()}  # fmt: skip
+@statistic
+@dataclass(frozen=True)
+class Weights(OfWeights):
+    """Sums over the weights of every expert."""
+
+    name = "weights"
+    measures = ("mean_abs", "rms")
+
+    def measure(self, view: View, tensors: Tensors, progress: Progress) -> Rows:
+        """`mean_abs` and `rms` of each expert of `view`, by position."""
+        sums: dict[Unit, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+        progress.stage("experts' weights", len(view.pieces))
+        for piece in view.pieces:
+            progress.advance()
+            if piece.source.unit.part == "experts" and not (piece.source.unit.matrix or "").endswith("_bias"):
+                _add(sums, piece.unit, tensors.whole(piece))
+        return {unit: {"mean_abs": total / count, "rms": (squares / count) ** 0.5}
+                for unit, (count, total, squares) in sums.items()}  # fmt: skip
 
 
 def _add(sums: dict[Unit, list[float]], unit: Unit, tensor: Tensor) -> None:

@@ -21,9 +21,8 @@ from moespresso.core.blueprint import BRANCHES, Branch
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Layer
 from moespresso.core.method import Cuts
-from moespresso.core.progress import Progress, Silent
-from moespresso.model import Skeleton, Waiting, quirks, without
-from moespresso.stream.sweep import begin, parking, rows_at_once, within
+from moespresso.model import PausedBatch, Skeleton, quirks, without
+from moespresso.stream.sweep import UNWATCHED, Watch, begin, parking, rows_at_once, within
 
 # Bytes of hidden states of all candidates together that are held in memory, whatever there is of it.
 LANE_BYTES = 1 << 30
@@ -34,7 +33,7 @@ class _Lane:
     """One candidate on its way: its batches, and what it has lost so far."""
 
     cuts: Cuts
-    waiting: list[Waiting]
+    batches: list[PausedBatch]
     begun: Cuts = frozenset()
 
 
@@ -67,8 +66,7 @@ def sweep_variants(
     variants: Sequence[Collection[tuple[int, Branch]]],
     *,
     spill: Path | None = None,
-    progress: Progress | None = None,
-    label: str = "layers",
+    watch: Watch = UNWATCHED,
 ) -> Iterator[list[list[Tensor]]]:
     """Last hidden states of the model without each of `variants` (layer and branch): batches [B, L, H], in their order.
 
@@ -80,17 +78,16 @@ def sweep_variants(
         raise UserError(
             f"candidates cannot be compared on {skeleton.place}: its layers hand on more than hidden states; use score=cosine"
         )
-    watch = progress or Silent()
     lanes, masks = _start(skeleton, ids, mask, variants), mask.split(_rows(skeleton, ids))
     with parking(spill) as parked:
-        watch.stage(label, len(skeleton.layers))
+        watch.begin(len(skeleton.layers))
         for index in range(len(skeleton.layers)):
             with skeleton.layer(index) as layer:
                 answers = _pass(layer, index, lanes, masks, skeleton.device, parked)
             _go_on(lanes, answers, skeleton.device, parked if index == len(skeleton.layers) - 1 else None)
             del answers
             watch.advance()
-        yield [[batch.hidden.cpu() for batch in lane.waiting] for lane in lanes]
+        yield [[batch.hidden.cpu() for batch in lane.batches] for lane in lanes]
 
 
 def _start(
@@ -123,7 +120,7 @@ def _pass(
             # Parked under the first lane with this beginning. Lanes only ever part, so the beginning kept its number
             # from the layer before, or has one that was never used. Also what a block that goes hands on as it was is
             # parked anew: it lies in a file of the beginning it parts from, which writes there again two layers on.
-            first = number * len(lane.waiting)
+            first = number * len(lane.batches)
             answers[lane.begun] = [
                 parked(first + at, output)
                 for at, output in enumerate(_run(layer, index, lane, masks, device))
@@ -137,10 +134,10 @@ def _run(
     """A lane's batches behind the layer, one after the other, so that each can be parked before the next."""
     gone: list[Branch] = [branch for branch in BRANCHES if (index, branch) in lane.begun]
     if len(gone) == len(BRANCHES) or (layer.spec.bodies and layer.spec.bodies.keys() <= set(gone)):
-        yield from (batch.hidden for batch in lane.waiting)
+        yield from (batch.hidden for batch in lane.batches)
         return
     with without(layer.module, layer.anatomy, gone):
-        for batch, valid in zip(lane.waiting, masks, strict=True):
+        for batch, valid in zip(lane.batches, masks, strict=True):
             yield within(batch.run(layer.module, batch.hidden.to(device)), valid, index)
 
 
@@ -152,7 +149,7 @@ def _go_on(
 ) -> None:
     """Let all candidates run on to the next layer; with `parked`, to the end, where each has states of its own."""
     for number, lane in enumerate(lanes):
-        for at, (batch, output) in enumerate(zip(lane.waiting, answers[lane.begun], strict=True)):
+        for at, (batch, output) in enumerate(zip(lane.batches, answers[lane.begun], strict=True)):
             batch.go_on(output if parked is None else output.to(device))
             if parked is not None:
-                batch.hidden = parked(number * len(lane.waiting) + at, batch.hidden)
+                batch.hidden = parked(number * len(lane.batches) + at, batch.hidden)

@@ -1,6 +1,7 @@
-"""What a layer says while it runs: its router, its experts, and the residual stream between its branches.
+"""What passes inside a layer while it runs: its router, its experts, and the residual stream between its branches.
 
-Nothing is computed twice: hooks on the modules that the layer's anatomy names hand out what passes by.
+Nothing is computed twice: hooks on the modules that the layer's anatomy names, and observers of its experts
+(`model.observing`), hand out what passes by.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from moespresso.core.layer import Fed, Layer, Routed
+from moespresso.model import observing
 from moespresso.runtime import hidden_of
 
 
 @dataclass(slots=True)
-class Heard:
-    """What one run of a layer said (see `core.layer.Call`)."""
+class Observed:
+    """What passed inside a layer in one run (see `core.layer.Call`)."""
 
     routed: Routed | None = None
     middle: Tensor | None = None
@@ -29,18 +31,18 @@ class Heard:
 
 
 @contextmanager
-def listening(layer: Layer) -> Generator[Heard]:
-    """While the layer runs once, hear what its parts say."""
-    heard = Heard()
+def observe_layer(layer: Layer) -> Generator[Observed]:
+    """While the layer runs once, take down what passes between its parts."""
+    observed = Observed()
     with ExitStack() as stack:
         if layer.experts is not None and layer.router is not None:
-            stack.enter_context(_experts_heard(layer.experts, layer.router, heard))
+            stack.enter_context(_experts_observed(layer.experts, layer.router, observed))
         if layer.anatomy is not None and layer.anatomy.mlp is not None:
-            stack.enter_context(_stream_heard(layer, heard))
-        yield heard
+            stack.enter_context(_stream_observed(layer, observed))
+        yield observed
 
 
-class Held:
+class HeldRun:
     """One run of a layer that waits where its experts are called, or is through where they never are.
 
     It goes on with the experts' weights as they are by then.
@@ -56,74 +58,68 @@ class Held:
 
 
 @contextmanager
-def overhearing(
+def observe_inputs(
     layer: Layer,
     valid: Tensor,
     watched: Mapping[str, Callable[[Tensor], None]],
-    found: list[Fed],
+    fed: list[Fed],
     *,
     hold: bool = False,
 ) -> Generator[None]:
-    """While the layer runs once on a batch with the mask `valid` [B, L]: its experts stay silent (with `hold`, a `Held` run
-    waits) and what they are given is added to `found`; modules that are `watched` hand on their inputs."""
+    """While the layer runs once on a batch with the mask `valid` [B, L]: its experts answer nothing (with `hold`, a `HeldRun`
+    waits) and their inputs are added to `fed`; modules that are `watched` hand on theirs."""
     tokens = torch.nonzero(valid.reshape(-1)).squeeze(-1)
 
     def on_experts(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
-        found.append(Fed(hidden[tokens], index[tokens], weights[tokens].float()))
+        fed.append(Fed(hidden[tokens], index[tokens], weights[tokens].float()))
         if not hold:
             return torch.zeros_like(hidden)
         driver = getcurrent().parent
         assert driver is not None
         return driver.switch(None)
 
-    def told(tell: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _, args: tell(args[0].reshape(-1, args[0].shape[-1])[tokens])
+    def handing_to(take: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, args: take(args[0].reshape(-1, args[0].shape[-1])[tokens])
 
-    handles = [
-        layer.module.get_submodule(name).register_forward_pre_hook(told(tell))
-        for name, tell in watched.items()
-    ]
-    if layer.experts is not None:
-        layer.experts.__dict__["moespresso_ear"] = on_experts
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for name, take in watched.items():
+            handle = layer.module.get_submodule(name).register_forward_pre_hook(handing_to(take))
+            stack.callback(handle.remove)
         if layer.experts is not None:
-            del layer.experts.__dict__["moespresso_ear"]
+            stack.enter_context(observing(layer.experts, before=on_experts))
+        yield
 
 
 @contextmanager
-def _experts_heard(experts: nn.Module, router: nn.Module, heard: Heard) -> Generator[None]:
-    said: dict[str, Any] = {}
+def _experts_observed(experts: nn.Module, router: nn.Module, observed: Observed) -> Generator[None]:
+    of_router: dict[str, Any] = {}
 
     def on_router(_: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        said["args"], said["logits"] = args, output[0]
+        of_router["args"], of_router["logits"] = args, output[0]
 
     def on_experts(hidden: Tensor, index: Tensor, weights: Tensor, outputs: Tensor) -> None:
-        logits = said["logits"].reshape(hidden.shape[0], -1)
-        heard.routed = Routed(hidden, logits, index, weights, outputs, said["args"])
+        logits = of_router["logits"].reshape(hidden.shape[0], -1)
+        observed.routed = Routed(hidden, logits, index, weights, outputs, of_router["args"])
 
     handle = router.register_forward_hook(on_router)
-    experts.__dict__["moespresso_tap"] = on_experts
     try:
-        yield
+        with observing(experts, after=on_experts):
+            yield
     finally:
         handle.remove()
-        del experts.__dict__["moespresso_tap"]
 
 
 @contextmanager
-def _stream_heard(layer: Layer, heard: Heard) -> Generator[None]:
+def _stream_observed(layer: Layer, observed: Observed) -> Generator[None]:
     branch = layer.anatomy.mlp
     body = layer.module.get_submodule(branch.body)
 
     def on_entry(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        heard.middle = hidden_of(args, kwargs)
+        observed.middle = hidden_of(args, kwargs)
 
     def on_body(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        heard.fed, heard.answer = hidden_of(args, kwargs), output[0] if isinstance(output, tuple) else output
+        observed.fed = hidden_of(args, kwargs)
+        observed.answer = output[0] if isinstance(output, tuple) else output
 
     entry = body if branch.pre is None else layer.module.get_submodule(branch.pre)
     handles = [

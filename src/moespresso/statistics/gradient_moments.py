@@ -1,4 +1,4 @@
-"""How steeply the loss bends where a channel of an expert writes.
+"""Second moments of the loss's gradient along what every channel of an expert writes.
 
 Expert j answers f = sum_k a_k w_k, the columns w_k of its down projection times what its channels hold, and is weighted with
 the gate g. The empirical Fisher information G_j = E[d d^T], with d = dL/df = g dL/dy (y: the weighted sum of all experts),
@@ -25,20 +25,20 @@ from moespresso.kernels import RoutedExperts
 
 
 @dataclass(frozen=True, slots=True)
-class Pulled(Fed):
+class FedGradient(Fed):
     """What reaches the routed experts of a layer, and `grad` [T, H]: the gradient of the summed loss with respect to what
     they answer together (the sum weighted by the gate)."""
 
     grad: Tensor
 
 
-class Stiffness:
+class GradientMoments:
     """Visits the layers of a sweep back and keeps `values[layer]` [E, I]: w_k^T G_j w_k, zeros for experts without a token."""
 
     def __init__(self) -> None:
         self.values: dict[int, Tensor] = {}
 
-    def __call__(self, layer: Layer, batches: Iterable[Pulled]) -> None:
+    def __call__(self, layer: Layer, batches: Iterable[FedGradient]) -> None:
         """Measure one layer."""
         experts: Any = layer.experts
         down = experts.down_proj.mT if experts.is_transposed else experts.down_proj
@@ -47,13 +47,13 @@ class Stiffness:
         for batch in batches:
             routed = RoutedExperts.of(experts, [batch])
             tokens += routed.tokens
-            for expert, along in _along_columns(routed, batch.grad, down):
-                sums[expert] += along.square().sum(0)
+            for expert, slopes in _slopes(routed, batch.grad, down):
+                sums[expert] += slopes.square().sum(0)
         self.values[layer.spec.index] = sums / tokens.clamp_min(1).unsqueeze(1)
 
 
-def _along_columns(routed: RoutedExperts, grad: Tensor, down: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """What every column of an expert's `down` [H, I] is pulled with by each of its tokens [n, I]."""
+def _slopes(routed: RoutedExperts, grad: Tensor, down: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The gradient along every column of an expert's `down` [H, I], at each of its tokens [n, I]."""
     for expert in routed.tokens.nonzero().flatten().tolist():
         rows, gates = routed.rows(expert)
         yield expert, gates.float().unsqueeze(1) * (grad[rows].float() @ down[expert].float())
