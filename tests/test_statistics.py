@@ -10,8 +10,7 @@ import pytest
 
 import moespresso.statistics
 from conftest import Zoo
-from moespresso.build import make_skeleton, open_view
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, make_skeleton, open_view
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Call, Layer
 from moespresso.core.runtime import Runtime
@@ -72,7 +71,7 @@ def test_a_statistic_of_ones_own_is_one_class(zoo: Zoo):
     view = open_view(zoo("mixtral"))
     batches = tokens_for(view)
     measurer = Measurer(["seen", "routing"], batches.num_tokens)
-    with Reader(view.checkpoint.folder) as reader:
+    with Tensors(view.checkpoint.folder) as reader:
         sweep(make_skeleton(view, reader, Runtime()), batches.ids, batches.mask, measurer)
     assert needs_text(["seen"])
     for layer in range(3):
