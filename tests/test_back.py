@@ -119,7 +119,7 @@ def test_gradients_and_loss_are_those_of_the_whole_model(family: str, padded: bo
 
 
 @over_families
-def test_stiffness_is_its_formula_token_by_token(family: str, zoo: Zoo, tmp_path: Path):
+def test_gradient_moments_are_their_formula_token_by_token(family: str, zoo: Zoo, tmp_path: Path):
     view, model = open_view(zoo(family)), families.reference(zoo(family))
     ids, mask = text_for(view, padded=True, rows=3)
     _, wanted = truth(model, ids, mask)
