@@ -33,11 +33,12 @@ from moespresso.core.registry import parse_step
 from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats
 from moespresso.data import Batches, Source, calibration, load_tokenizer, sequences
+from moespresso.fit import Job, measure, see_text
 from moespresso.fit.repairs import fit
 from moespresso.quality import score_tokens
 from moespresso.quality.compare import summary
 from moespresso.report import machine, versions
-from moespresso.run import Clock, Decided, decide, measure, see_text
+from moespresso.run import Decided, decide
 from moespresso.stream import sweep
 
 assert moespresso.methods  # importing it registers the step kinds
@@ -46,7 +47,7 @@ assert moespresso.methods  # importing it registers the step kinds
 SAMPLES, LENGTH, STRIDE = 48, 512, 10
 HERE = Path(__file__).parent
 HELDOUT = Source(str(TEXT / "heldout"))
-Job, Row = TypeVar("Job"), TypeVar("Row")
+Task, Row = TypeVar("Task"), TypeVar("Row")
 
 
 def folder_of(model: str | Path) -> Path:
@@ -111,7 +112,7 @@ class Bench:
     def measure(self, steps: Sequence[str]) -> Stats:
         """Statistics that several steps are then decided on."""
         with tempfile.TemporaryDirectory() as work:
-            return measure(self.view, self.text(), list(map(parse_step, steps)), Path(work), Runtime())
+            return measure(Job(self.view, Path(work), self.text()), list(map(parse_step, steps)), self.view)
 
     def press(self, steps: Sequence[str], text: Batches | None = None, stats: Stats | None = None) -> Pressed:
         """The model after these steps."""
@@ -119,14 +120,14 @@ class Bench:
         with tempfile.TemporaryDirectory() as work:
             start = time.process_time()
             batches = text or self.text()
-            decided = decide(self.view, settings, batches, stats, Path(work), Runtime(), Clock())
+            decided = decide(Job(self.view, Path(work), batches), settings, stats)
             seconds = time.process_time() - start
         return Pressed(replace(self.view, plan=decided.plan, fits=decided.fits), decided, seconds)
 
     def fitted(self, plan: Plan) -> View:
         """The model after a plan, with what the plan needs that is found on text."""
         with tempfile.TemporaryDirectory() as work:
-            fits = fit(self.view, plan, self.text(), Path(work), Runtime())
+            fits = fit(Job(self.view, Path(work), self.text()), self.view, plan)
         return replace(self.view, plan=plan, fits=fits)
 
     def sampled(
@@ -181,8 +182,8 @@ def sizes(asked: argparse.Namespace, stride: int = STRIDE, samples: int = SAMPLE
 
 
 def side_by_side(
-    run: Callable[[Job], Row], jobs: Sequence[Job], workers: int = 2
-) -> Iterator[tuple[Job, Row]]:
+    run: Callable[[Task], Row], jobs: Sequence[Task], workers: int = 2
+) -> Iterator[tuple[Task, Row]]:
     """Every job with what it came to, in order, in processes of their own."""
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         yield from zip(jobs, pool.map(run, jobs), strict=True)

@@ -22,18 +22,21 @@ from conftest import Zoo, tiny_tokenizer
 from depth_by_hand import Cut, mean_cosine, observe, parts, silenced, token_kl
 from moespresso import api
 from moespresso.build import Tensors, View, open_view
+from moespresso.core.format import Format
+from moespresso.core.method import Candidate
 from moespresso.core.plan import Plan, Stage, Treatment
-from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.data import Batches, Source, calibration
 from moespresso.effect import validated
+from moespresso.fit import Job, Judge
 from moespresso.methods import BlockDrop, LayerDrop
 from moespresso.methods._depth import greedy
 from moespresso.model import PausedBatch, Skeleton
-from moespresso.run import Clock, Decided, decide
+from moespresso.quality import token_kl as kl_of_states
+from moespresso.run import Decided, decide
 from moespresso.statistics import runs as runs_statistic
-from moespresso.stream import sweep, sweep_variants
+from moespresso.stream import Variant, sweep, sweep_variants
 from test_engine import close
 from test_more_families import DENSE, MIXTURES, _random_model
 from test_scores import measured, tokens_for
@@ -46,7 +49,7 @@ A, B, C = (Unit(layer, "experts") for layer in range(3))
 
 def settled(view: View, *steps: Any, batches: Batches, folder: Path) -> Decided:
     """What the conductor decides, with its notes in a folder."""
-    return decide(view, steps, batches, None, folder, Runtime(), Clock())
+    return decide(Job(view, folder, batches), steps)
 
 
 def gone(plan: Plan, stage: int = -1) -> list[str]:
@@ -252,8 +255,8 @@ def fake_judge(
     """A judge that has an opinion on every set of the candidates A, B and C."""
     letters = dict(enumerate("ABC"))
 
-    def judge(variants: Sequence[frozenset[tuple[int, str]]]) -> list[float]:
-        names = ["".join(sorted(letters[layer] for layer, _ in cuts)) for cuts in variants]
+    def judge(candidates: Sequence[Candidate]) -> list[float]:
+        names = ["".join(sorted(letters[unit.layer or 0] for unit in each)) for each in candidates]
         if asked is not None:
             asked.append(names)
         return [losses[name] for name in names]
@@ -261,7 +264,7 @@ def fake_judge(
     return judge
 
 
-CANDIDATES: Any = {unit: frozenset({(unit.layer, "mlp")}) for unit in (A, B, C)}
+CANDIDATES = {unit: {unit: Treatment(drop=True)} for unit in (A, B, C)}
 
 
 def test_the_pass_of_swaps_finds_the_pair_that_greedy_misses():
@@ -307,7 +310,10 @@ def test_hidden_states_of_candidates_are_those_of_views_with_the_plan(family: st
     mask[1, 8:] = False
     specs = view.source.layers
     asked = [frozenset(at for at in cuts if at[1] in specs[at[0]].bodies) for cuts in VARIANTS]
-    with Tensors(folder) as reader, sweep_variants(skeleton_of(view, reader), ids, mask, asked) as found:
+    with (
+        Tensors(folder) as reader,
+        sweep_variants(skeleton_of(view, reader), (ids, mask), list(map(Variant, asked))) as found,
+    ):
         for cuts, hidden in zip(asked, map(torch.cat, found), strict=True):
             treatments = {specs[layer].unit(branch): Treatment(drop=True) for layer, branch in cuts}
             plan = validated(Plan(view.source.digest, (Stage({"kind": "by hand"}, treatments),)), view.source)
@@ -342,11 +348,11 @@ def test_a_round_loads_each_layer_once_and_runs_equal_beginnings_once(
     mask = torch.ones_like(ids, dtype=torch.bool)
     for what in ("mlp", "attention", "block"):
         loads.clear(), runs.clear()
-        candidates = [frozenset(parts((layer, what))) for layer in range(4)]
+        candidates = [Variant(frozenset(parts((layer, what)))) for layer in range(4)]
         spill = tmp_path if spilled else None
         with (
             Tensors(zoo("gpt_oss")) as reader,
-            sweep_variants(skeleton_of(view, reader), ids, mask, candidates, spill=spill),
+            sweep_variants(skeleton_of(view, reader), (ids, mask), candidates, spill=spill),
         ):
             assert len(list(tmp_path.iterdir())) == spilled
         assert not list(tmp_path.iterdir())
@@ -354,3 +360,42 @@ def test_a_round_loads_each_layer_once_and_runs_equal_beginnings_once(
         # Behind layer l: those that have lost something up to it, and one for all others; a block that goes needs none.
         beginnings = {layer: layer + 1 + (layer < 3) - (what == "block") for layer in range(4)}
         assert runs == beginnings
+
+
+def test_plans_of_any_kind_are_judged_at_once(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Experts, bits, branches and mixtures of them: each loss is that of the model the plan makes, run by itself."""
+    view = open_view(zoo("mixtral"))
+    batches = tokens_for(view, 3, 13)
+    keep, four = Treatment(keep=(0, 1, 2, 3, 5)), Treatment(format=Format("integer", 4, 8))
+    drop, rtn = {"kind": "expert_drop"}, {"kind": "rtn", "group_size": 8}
+    stages = [
+        [],
+        [Stage(drop, {Unit(1, "experts"): keep})],
+        [Stage(drop, {Unit(1, "experts"): keep, Unit(2, "experts"): keep})],
+        [Stage(rtn, {Unit(0, "experts"): four})],
+        [Stage(drop, {Unit(1, "experts"): keep}), Stage(rtn, {Unit(1, "experts"): four})],
+        [Stage({"kind": "layer_drop"}, {Unit(1, "attention"): Treatment(drop=True)}), Stage(rtn, {Unit(1, "experts"): four})],
+        [Stage({"kind": "block_drop"}, {Unit(2): Treatment(drop=True)}), Stage(drop, {Unit(1, "experts"): keep})],
+    ]  # fmt: skip
+    plans = [validated(Plan(view.source.digest, tuple(each)), view.source) for each in stages]
+    loads: Counter[int] = Counter()
+    load = Skeleton.layer
+
+    def layer(self: Skeleton, index: int) -> Any:
+        loads[index] += 1
+        return load(self, index)
+
+    with Judge.of(Job(view, tmp_path, batches), view, 3) as judge:
+        monkeypatch.setattr(Skeleton, "layer", layer)
+        losses = judge(plans)
+        monkeypatch.undo()
+        # Once as it is, and once in each of its forms: L1 fewer experts, 4 bits, and both.
+        assert loads == {0: 2, 1: 4, 2: 2}
+        for plan, loss in zip(plans, losses, strict=True):
+            alone = replace(view, plan=plan)
+            skeleton = skeleton_of(alone, judge.tensors)
+            hidden = sweep(skeleton, batches.ids, batches.mask)
+            (wanted,) = kl_of_states([skeleton, judge.source], [[hidden]], judge.truth, batches.mask)
+            assert loss == pytest.approx(wanted, rel=1e-4, abs=1e-9)
+    assert losses[0] == pytest.approx(0, abs=1e-9)
+    assert min(losses[1:]) > 0

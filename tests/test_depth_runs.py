@@ -142,9 +142,9 @@ def test_what_cannot_be_is_refused_before_any_work(
     def measuring(*_: Any, **__: Any) -> Tensor:
         raise AssertionError("something was measured")
 
-    for place in ("run.pipeline", "fit.repairs"):
-        monkeypatch.setattr(f"moespresso.{place}.sweep", measuring)
-    monkeypatch.setattr("moespresso.run.pipeline.sweep_variants", measuring)
+    for place in ("measured", "repairs", "searching", "sequential", "layerwise"):
+        monkeypatch.setattr(f"moespresso.fit.{place}.sweep", measuring)
+    monkeypatch.setattr("moespresso.fit.searching.sweep_variants", measuring)
     folder = zoo(family) if family in families.FAMILIES else other_folder(family, tmp_path)
     run = [
         folder,

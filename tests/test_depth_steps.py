@@ -28,11 +28,11 @@ from moespresso.build import View, open_view
 from moespresso.core.errors import UserError
 from moespresso.core.method import Selects
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
-from moespresso.core.runtime import Runtime
 from moespresso.core.unit import Unit
 from moespresso.effect import price
+from moespresso.fit import Job
 from moespresso.methods import ExpertDrop
-from moespresso.run import Clock, decide
+from moespresso.run import decide
 from test_depth_kl import LENGTH, SAMPLES, gone, other_folder, rows_of
 from test_engine import close, streamed_logits
 from test_resume import contents, same
@@ -325,7 +325,7 @@ def test_steps_in_any_order_keep_what_they_would_keep_in_memory(
             made.append(Chosen(Unit(place, part)))
             expected.append({str(Unit(hand.layers[place], part)): None})
             hand.lose(place, what)
-    done = decide(view, made, None, None, tmp_path_factory.mktemp("work"), Runtime(), Clock())
+    done = decide(Job(view, tmp_path_factory.mktemp("work")), made)
     assert [
         {str(unit): what.keep for unit, what in stage.treatments.items()} for stage in done.plan.stages
     ] == expected
@@ -336,7 +336,7 @@ def test_steps_in_any_order_keep_what_they_would_keep_in_memory(
 
 def followed(hand: ByHand, view: View, made: list[Any], work: Path) -> None:
     """Take up a random choice: only how many, and from which, is known beforehand."""
-    treatments = decide(view, made, None, None, work, Runtime(), Clock()).plan.stages[-1].treatments
+    treatments = decide(Job(view, work), made).plan.stages[-1].treatments
     chosen = {unit.layer: list(what.keep or ()) for unit, what in treatments.items()}
     assert chosen.keys() == hand.kept.keys()
     assert all(

@@ -29,13 +29,14 @@ from moespresso.core.layer import Fed
 from moespresso.core.runtime import Runtime
 from moespresso.data import Batches
 from moespresso.data.text import Source
+from moespresso.fit import Job, measure
 from moespresso.kernels import RoutedExperts
 from moespresso.methods import ExpertDrop, LayerDrop
 from moespresso.methods._awq import find_entrance, is_product
 from moespresso.methods.expert_drop import Score, expert_scores
 from moespresso.model import Skeleton
 from moespresso.quality import score_tokens
-from moespresso.run import Clock, Decided, Recipe, decide, measure
+from moespresso.run import Decided, Recipe, decide
 from moespresso.stream import SweepState, gradient_moments, sweep
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -189,7 +190,7 @@ def _decided(view: View, recipe: str, work: Path, dtype: str) -> Decided:
     steps = (
         Recipe().with_options(model=view.checkpoint.folder, steps=recipe.split("|"), target="plugin").steps
     )
-    return decide(view, steps, BATCHES, None, work, Runtime(dtype=dtype), Clock())
+    return decide(Job(view, work, BATCHES, Runtime(dtype=dtype)), steps)
 
 
 def _kl(one: tuple[Skeleton, Tensor], other: tuple[Skeleton, Tensor]) -> float:
@@ -228,7 +229,7 @@ def test_every_score_of_experts_is_near_float32s(name: str, models: Callable[[st
     for dtype in ("float32", *HALVES):
         (tmp_path / dtype).mkdir()
         steps = [ExpertDrop(), LayerDrop()]
-        stats = measure(view, BATCHES, steps, tmp_path / dtype, Runtime(dtype=dtype))
+        stats = measure(Job(view, tmp_path / dtype, BATCHES, Runtime(dtype=dtype)), steps, view)
         layer = view.blueprint.moe_layers[-1]
         found[dtype] = {
             f"{score} {gates}": torch.tensor(

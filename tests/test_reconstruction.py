@@ -29,12 +29,11 @@ from families import (
 from moespresso.build import Tensors, View, open_view
 from moespresso.core.blueprint import LayerSpec
 from moespresso.core.layer import Call, Layer, Routed, Taps
-from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.data import Batches
+from moespresso.fit import Job, measure
 from moespresso.methods import ExpertDrop
-from moespresso.run import measure
 from moespresso.statistics import Measurer, reconstruction
 from moespresso.statistics.reconstruction import _only, search
 from moespresso.statistics.sample import Sample
@@ -305,7 +304,7 @@ def test_a_text_shorter_than_the_sample_is_looked_at_as_a_whole(
     view = open_view(zoo("deepseek_v2"))
     ids = random_ids(FAMILIES["deepseek_v2"].config(), rows, length)
     batches = Batches(ids, torch.ones_like(ids, dtype=torch.bool), {})
-    measure(view, batches, [ExpertDrop(score="reconstruction")], tmp_path, Runtime())
+    measure(Job(view, tmp_path, batches), [ExpertDrop(score="reconstruction")], view)
     assert [len(hidden) for hidden in looked_at] == [rows * length] * 2
 
 
@@ -313,7 +312,7 @@ def test_padding_is_not_looked_at(zoo: Zoo, looked_at: list[Tensor], tmp_path: P
     view = open_view(zoo("deepseek_v2"))
     ids = random_ids(FAMILIES["deepseek_v2"].config(), 1, 20)
     mask = torch.arange(20)[None] < 13
-    measure(view, Batches(ids, mask, {}), [ExpertDrop(score="reconstruction")], tmp_path, Runtime())
+    measure(Job(view, tmp_path, Batches(ids, mask, {})), [ExpertDrop(score="reconstruction")], view)
     assert [len(hidden) for hidden in looked_at] == [13, 13]
 
 

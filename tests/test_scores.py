@@ -41,13 +41,13 @@ from moespresso.core.blueprint import Blueprint, LayerSpec
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Decision, Plan
 from moespresso.core.progress import Silent
-from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.data import Batches
+from moespresso.fit import Job
 from moespresso.methods import ExpertDrop
 from moespresso.methods.expert_drop import expert_scores, super_experts
-from moespresso.run import Clock, Decided, decide
+from moespresso.run import Decided, decide
 from moespresso.statistics import Measurer, Weights
 from moespresso.stream import sweep
 
@@ -647,7 +647,7 @@ def conducted(
 ) -> Decided:
     """Let the conductor decide, with its notes in a folder of its own."""
     work = Path(tempfile.mkdtemp(dir=folder))
-    return decide(view, steps, batches or tokens_for(view), None, work, Runtime(), Clock())
+    return decide(Job(view, work, batches or tokens_for(view)), steps)
 
 
 FIRST = {"mixtral": 6, "deepseek_v2": 9, "granitemoe": 6}

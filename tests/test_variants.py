@@ -17,10 +17,11 @@ from conftest import Zoo
 from depth_by_hand import parts
 from moespresso.build import Tensors, open_view
 from moespresso.core.runtime import Runtime
+from moespresso.fit import Job
 from moespresso.methods import LayerDrop
 from moespresso.model import Skeleton
-from moespresso.run import Clock, Decided, decide
-from moespresso.stream import lanes_at_once, state_bytes, sweep_variants
+from moespresso.run import Decided, decide
+from moespresso.stream import Variant, lanes_at_once, state_bytes, sweep_variants
 from moespresso.stream.sweep import begin
 from test_depth_kl import other_folder, skeleton_of
 from test_more_families import DENSE, _random_model
@@ -56,7 +57,9 @@ def found(
     mask[1, 7:] = False
     with (
         Tensors(folder) as reader,
-        sweep_variants(skeleton_of(view, reader), ids, mask, cuts, spill=spill) as states,
+        sweep_variants(
+            skeleton_of(view, reader), (ids, mask), list(map(Variant, cuts)), spill=spill
+        ) as states,
     ):
         assert {len(batches) for batches in states} == {3}
         return [torch.cat(batches) for batches in states]
@@ -86,7 +89,7 @@ def test_a_candidate_has_two_files_a_batch_at_most(zoo: Zoo, tmp_path: Path):
         skeleton = skeleton_of(view, reader)
         each = state_bytes(skeleton, ids, mask)
         assert each == 4 * ids.numel() * view.source.hidden
-        with sweep_variants(skeleton, ids, mask, ROWS, spill=tmp_path) as states:
+        with sweep_variants(skeleton, (ids, mask), list(map(Variant, ROWS)), spill=tmp_path) as states:
             files = [path.stat().st_size for path in tmp_path.glob("hidden-*/*")]
             assert all(lies_in(tmp_path, batch) for batches in states for batch in batches)
             assert len({batch.data_ptr() for batches in states for batch in batches}) == len(ROWS)
@@ -139,7 +142,7 @@ def states_alive(ids: Tensor) -> set[int]:
 def searched(zoo: Zoo, folder: Path, **options: Any) -> Decided:
     view = open_view(zoo("gpt_oss"))
     step = LayerDrop(drop=2, score="kl")
-    return decide(view, [step], tokens_for(view, 2, 15), None, folder, Runtime(**options), Clock())
+    return decide(Job(view, folder, tokens_for(view, 2, 15), Runtime(**options)), [step])
 
 
 @pytest.fixture
@@ -190,7 +193,7 @@ def test_only_a_full_disk_parts_the_candidates_and_it_is_said(
     leave_free(monkeypatch, 2 * 2 * 3 * each)
     with caplog.at_level("INFO", "moespresso"):
         parted = searched(zoo, tmp_path)
-    assert caplog.messages[0] == "3 of 4 cuts are tried at once, for lack of disk space"
+    assert caplog.messages[0] == "3 of 4 candidates are tried at once, for lack of disk space"
     assert len(caplog.messages) == 1
     assert loads == dict.fromkeys(range(4), ROUNDS + 1)
     assert (parted.plan, parted.notes) == (whole.plan, whole.notes)

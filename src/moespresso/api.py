@@ -44,19 +44,20 @@ from moespresso.core.stats import Stats, stats_key
 from moespresso.data import Batches, Source, calibration, load_tokenizer, sequences
 from moespresso.effect import needs_fit, rounds_on_text, slims, step_of, validated
 from moespresso.export import check_even, formed
-from moespresso.fit import found, unrepaired
+from moespresso.fit import Clock, Job, see_text
+from moespresso.fit import measure as measure_view
 from moespresso.formats import codec_in, codecs
 from moespresso.model import is_rehoused, is_unequal, quiet_transformers
 from moespresso.quality import evaluate as evaluate_models
 from moespresso.report import Report, describe_methods
 from moespresso.run import (
-    Clock,
     Decided,
     NotOnThisModel,
     Options,
     Order,
     Recipe,
     decide,
+    fit_again,
     format_notes,
     housed,
     in_some_form,
@@ -64,10 +65,8 @@ from moespresso.run import (
     rehearse,
     row_length,
     say_shorter,
-    see_text,
     source_notes,
 )
-from moespresso.run import measure as measure_view
 from moespresso.stream import must_spill
 from moespresso.verify import verify as verify_folder
 
@@ -155,7 +154,7 @@ def measure(
     must_spill(view, batches, runtime)
     work_folder = out.parent / f".{out.name}.moespresso"
     with claim(work_folder, view.checkpoint.folder, resume=runtime.resume) as work:
-        stats = measure_view(view, batches, steps, work, runtime)
+        stats = measure_view(Job(view, work, batches, runtime), steps, view)
         write_text(out, stats.to_json())
         shutil.rmtree(work_folder)
     return stats
@@ -211,7 +210,7 @@ def plan(
     else:
         batches = _same_text(view, given.calibration, recipe, "these stats were measured on")
     with tempfile.TemporaryDirectory() as work:
-        decided = decide(view, steps, batches, given, Path(work), runtime, Clock())
+        decided = decide(Job(view, Path(work), batches, runtime), steps, given)
     made = _signed(decided, recipe.seed, batches).plan
     formed(recipe.target, replace(view, plan=made))
     if file is not None:
@@ -264,7 +263,7 @@ def press(
     )
 
     def make(work: Path) -> Decided:
-        return _signed(decide(view, steps, batches, None, work, runtime, clock), recipe.seed, batches)
+        return _signed(decide(Job(view, work, batches, runtime, clock), steps), recipe.seed, batches)
 
     return produce(view, order, make, runtime, clock)
 
@@ -298,21 +297,9 @@ def build(
     order = Order(place(out, "--out"), identity, target, said, made.seed)
 
     def make(work: Path) -> Decided:
-        with clock.phase("fit"):
-            return _fitted(view, made, batches, work, runtime)
+        return fit_again(Job(view, work, batches, runtime, clock), made)
 
     return produce(view, order, make, runtime, clock)
-
-
-def _fitted(view: View, made: Plan, batches: Batches | None, work: Path, runtime: Runtime) -> Decided:
-    """The plan with what each of its stages needs, found again on the text it was made on."""
-    done = Decided(made)
-    for stage in range(len(made.stages)):
-        before = replace(view, plan=replace(made, stages=made.stages[:stage]), fits=dict(done.fits))
-        this_far = replace(made, stages=made.stages[: stage + 1])
-        done.add(found(before, this_far, batches, work, runtime))
-        done.notes += unrepaired(this_far, before)
-    return done
 
 
 def _text_of_plan(view: View, made: Plan, recipe: Recipe) -> Batches | None:
@@ -346,12 +333,12 @@ def _calibration(view: View, recipe: Recipe, steps: Sequence[Step]) -> tuple[Rec
         return recipe, None
     if not recipe.calibration.texts:
         raise text_missing("these steps see", _without_text(steps))
-    fitted = recipe.within(num_positions(view))
-    asked = fitted.calibration
-    batches = calibration(asked.texts, load_tokenizer(view.checkpoint.folder), asked.samples, asked.length, fitted.seed,
+    shorter = recipe.within(num_positions(view))
+    asked = shorter.calibration
+    batches = calibration(asked.texts, load_tokenizer(view.checkpoint.folder), asked.samples, asked.length, shorter.seed,
                           asked.mode, view.source.vocab)  # fmt: skip
     say_shorter(asked.length, recipe.calibration.length)
-    return fitted, batches
+    return shorter, batches
 
 
 def _without_text(steps: Sequence[Step]) -> str:

@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
-from moespresso.core.blueprint import Blueprint, Branch
+from moespresso.core.blueprint import Blueprint
 from moespresso.core.format import Format
+from moespresso.core.unit import Unit
 
 if TYPE_CHECKING:  # a stage of a plan knows its step
-    from moespresso.core.plan import Decision, Plan, Stage
+    from moespresso.core.plan import Decision, Plan, Stage, Treatment
     from moespresso.core.stats import Stats
 
 # What a step wants to see beside the layer and the tokens that the router sends to its experts: what the original layer
@@ -38,9 +39,9 @@ NOTHING: frozenset[Sight] = frozenset()
 # Parts of a model whose matrices can be given another form.
 SLIM_PARTS = ("experts", "shared", "attention", "dense", "head")
 
-# Branches that a candidate of a search is without, and the loss of the model without each of some candidates.
-Cuts = frozenset[tuple[int, Branch]]
-Judge = Callable[[Sequence[Cuts]], list[float]]
+# What a candidate of a search does to the model as it is, and the losses of the model as each of some candidates leaves it.
+Candidate = Mapping[Unit, "Treatment"]
+Losses = Callable[[Sequence[Candidate]], list[float]]
 
 ContextT = TypeVar("ContextT")
 ResultT = TypeVar("ResultT")
@@ -146,7 +147,7 @@ class Searches(Selects):
         return self.searches
 
     @abstractmethod
-    def search(self, blueprint: Blueprint, judge: Judge) -> Decision:
+    def search(self, blueprint: Blueprint, judge: Losses) -> Decision:
         """Choose by the losses that `judge` finds."""
 
 

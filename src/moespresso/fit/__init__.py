@@ -1,7 +1,23 @@
 """Runs one step: what it measures, decides, searches and fits, layer by layer."""
 
-from moespresso.fit.layerwise import Slimmed, found
+from moespresso.fit.job import Clock, Job
+from moespresso.fit.keep import Slimmed
+from moespresso.fit.layerwise import found
+from moespresso.fit.measured import all_needs, measure, see_text
 from moespresso.fit.repairs import unrepaired
-from moespresso.fit.sequential import decide_in_sequence, in_source, numbered
+from moespresso.fit.searching import Judge
+from moespresso.fit.step import Found, run_step
 
-__all__ = ["Slimmed", "decide_in_sequence", "found", "in_source", "numbered", "unrepaired"]
+__all__ = [
+    "Clock",
+    "Found",
+    "Job",
+    "Judge",
+    "Slimmed",
+    "all_needs",
+    "found",
+    "measure",
+    "run_step",
+    "see_text",
+    "unrepaired",
+]

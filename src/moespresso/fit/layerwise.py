@@ -12,15 +12,13 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moespresso.build import Tensors, View, make_skeleton, precision
-from moespresso.core.errors import text_missing
+from moespresso.build import View, make_skeleton, precision
 from moespresso.core.layer import Layer, LayerWeights, Taps
 from moespresso.core.method import Refits
 from moespresso.core.plan import Plan
-from moespresso.core.runtime import Runtime
 from moespresso.core.stats import stats_key
-from moespresso.data import Batches
 from moespresso.effect import rounds_on_text, step_of
+from moespresso.fit.job import Job
 from moespresso.fit.keep import Slimmed, coverage_of, gathered, kept, write_layer, write_tensors
 from moespresso.fit.place import check_finite, placed
 from moespresso.fit.repairs import fit
@@ -28,55 +26,57 @@ from moespresso.fit.show import Showing
 from moespresso.fit.treated import Treated
 from moespresso.methods import LayerContext, LayerResult
 from moespresso.model import Skeleton
-from moespresso.stream import SweepOptions, SweepState, Watch, gradient_moments, must_spill, sweep
+from moespresso.stream import SweepOptions, SweepState, gradient_moments, sweep
 
 # Raise when the same plan and text would give other codes.
 _VERSION = "1"
 
 
-def found(view: View, plan: Plan, batches: Batches | None, work: Path, runtime: Runtime) -> Slimmed:
+def found(job: Job, view: View, plan: Plan) -> Slimmed:
     """Whatever the last stage of `plan` needs beside the decision, `view` being the model before it."""
     if not rounds_on_text(plan.stages[-1]):
-        return Slimmed(fit(view, plan, batches, work, runtime))
-    if batches is None:
-        raise text_missing("this plan is fitted on", ", as it was made with")
-    return slim(view, plan, batches, work, runtime)
+        return Slimmed(fit(job, view, plan))
+    job.text("this plan is fitted on", ", as it was made with")
+    return slim(job, view, plan)
 
 
-def slim(view: View, plan: Plan, batches: Batches, work: Path, runtime: Runtime) -> Slimmed:
-    """Everything that the last stage of `plan`, which rounds on text, needs; `view` is the model before it."""
-    step = step_of(plan.stages[-1])
+def slim(job: Job, view: View, plan: Plan) -> Slimmed:
+    """Everything that the last stage of `plan`, which fits on text, needs; `view` is the model before it."""
+    step, batches, work = step_of(plan.stages[-1]), job.text(), job.work
     assert isinstance(step, Refits)
     name = stats_key(
-        "slim", view.source.digest, plan.digest_of_stages, batches.digest, precision(view, runtime), _VERSION
+        "slim",
+        view.source.digest,
+        plan.digest_of_stages,
+        batches.digest,
+        precision(view, job.runtime),
+        _VERSION,
     )[:16]
     files = [work / f"slim-{name}-{index:05d}.safetensors" for index in range(len(view.blueprint.layers))]
     state = SweepState(work / f"sweep-{name}.safetensors", dict, lambda _: None)
     bends = work / f"curvature-{name}.safetensors"
     if not all(file.is_file() for file in files):
-        with Tensors(view.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as tensors:
-            skeleton = make_skeleton(view, tensors, runtime)
+        with job.tensors() as tensors:
+            skeleton = make_skeleton(view, tensors, job.runtime)
             original = None
             if "original" in step.shows and view.plan.stages:
                 whole = replace(view, plan=replace(view.plan, stages=()), fits={})
-                original = make_skeleton(whole, tensors, runtime)
-            curvature = _curvature(skeleton, batches, bends, runtime) if "gradient" in step.shows else {}
+                original = make_skeleton(whole, tensors, job.runtime)
+            curvature = _curvature(job, skeleton, bends) if "gradient" in step.shows else {}
             showing = Showing(Treated(view, plan, skeleton), tensors, step.shows, curvature, original)
-            carry = "rebuilt" if step.sequential else "original"
-            spill = work if must_spill(view, batches, runtime) else None
-            options = SweepOptions(carry, state, spill)
-            watch = Watch(runtime.progress, f"{step.kind}, layers")
+            options = SweepOptions("rebuilt" if step.sequential else "original", state, job.spill(view))
+            watch = job.watch(f"{step.kind}, layers")
             sweep(skeleton, batches.ids, batches.mask, _Visitor(step, showing, files), options, watch)
     state.path.unlink(missing_ok=True)
     bends.unlink(missing_ok=True)
     return gathered(files)
 
 
-def _curvature(skeleton: Skeleton, batches: Batches, file: Path, runtime: Runtime) -> dict[int, Tensor]:
+def _curvature(job: Job, skeleton: Skeleton, file: Path) -> dict[int, Tensor]:
     """By layer, how sharply the model's loss bends along every channel's output [E, I]; kept in `file` for a run that is killed
     later."""
     if not file.is_file():
-        watch = Watch(runtime.progress)
+        batches, watch = job.text(), job.watch("")
         moments = gradient_moments(skeleton, batches.ids, batches.mask, file.parent, watch)
         write_tensors(file, {str(layer): tensor for layer, tensor in moments.items()}, {})
     return {int(layer): tensor.to(skeleton.device) for layer, tensor in load_file(file).items()}

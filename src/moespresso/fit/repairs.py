@@ -9,53 +9,47 @@ them up again.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from moespresso.build import Tensors, View, make_skeleton, precision
+from moespresso.build import View, make_skeleton, precision
 from moespresso.checkpoint import write_file
 from moespresso.core.blueprint import Branch
-from moespresso.core.errors import text_missing
 from moespresso.core.layer import Layer, Taps
 from moespresso.core.plan import Plan
-from moespresso.core.runtime import Runtime
 from moespresso.core.stats import stats_key
 from moespresso.core.unit import Unit
-from moespresso.data import Batches
 from moespresso.effect import Cut, cuts, folds_into, is_left, key, needs_fit, remains
+from moespresso.fit.job import Job
 from moespresso.model import Skeleton
 from moespresso.statistics import Folds, MeanAnswers, channel_order
-from moespresso.stream import Watch, sweep
+from moespresso.stream import sweep
 
 # Raise when the same plan and text would give other values.
 _FIT_VERSION = "2"
 
 
-def fit(view: View, plan: Plan, batches: Batches | None, work: Path, runtime: Runtime) -> dict[str, Tensor]:
+def fit(job: Job, view: View, plan: Plan) -> dict[str, Tensor]:
     """Everything that the last stage of `plan` needs, `view` being the model before it; {} where it needs nothing."""
-    stage = len(plan.stages) - 1
-    needs = needs_fit(plan, stage)
+    needs = needs_fit(plan, len(plan.stages) - 1)
     if not needs:
         return {}
-    if "text" in needs and batches is None:
-        raise text_missing("this plan is fitted on", ", as it was made with")
-    tokens = batches.digest if batches is not None and "text" in needs else ""
+    tokens = job.text("this plan is fitted on", ", as it was made with").digest if "text" in needs else ""
     name = stats_key(
-        "fit", view.source.digest, plan.digest_of_stages, tokens, precision(view, runtime), _FIT_VERSION
+        "fit", view.source.digest, plan.digest_of_stages, tokens, precision(view, job.runtime), _FIT_VERSION
     )
-    path = work / f"fit-{name[:16]}.safetensors"
+    path = job.work / f"fit-{name[:16]}.safetensors"
     if path.is_file():
         return load_file(path)
-    with Tensors(view.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as tensors:
-        skeleton = make_skeleton(view, tensors, runtime)
+    with job.tensors() as tensors:
+        skeleton = make_skeleton(view, tensors, job.runtime)
         found: dict[str, Tensor] = {}
-        if "text" in needs and batches is not None:
-            found |= _on_text(view, plan, stage, batches, skeleton, runtime)
+        if "text" in needs:
+            found |= _on_text(job, view, plan, skeleton)
         if "weights" in needs:
-            found |= _on_weights(view, plan, stage, skeleton, runtime)
+            found |= _on_weights(job, view, plan, skeleton)
     write_file(path, [memoryview(save({name: value.contiguous() for name, value in sorted(found.items())}))])
     return found
 
@@ -81,9 +75,8 @@ class _Both:
         self.folds(layer, taps)
 
 
-def _on_text(
-    view: View, plan: Plan, stage: int, batches: Batches, skeleton: Skeleton, runtime: Runtime
-) -> dict[str, Tensor]:
+def _on_text(job: Job, view: View, plan: Plan, skeleton: Skeleton) -> dict[str, Tensor]:
+    stage, batches = len(plan.stages) - 1, job.text()
     made = cuts(plan, stage, view.source)
     homes = {cut.branches[0]: home for cut in made if (home := _home(cut, view)) is not None}
     here = [_moved(cut, view) for cut in made]
@@ -93,7 +86,7 @@ def _on_text(
     if not fitted and not novices:
         return {}
     both = _Both(Folds(fitted, others), MeanAnswers(set(novices)))
-    last = sweep(skeleton, batches.ids, batches.mask, both, watch=Watch(runtime.progress, "fit layers"))
+    last = sweep(skeleton, batches.ids, batches.mask, both, watch=job.watch("fit layers"))
     both.folds.close([last])
     back = {_moved(cut, view).branches[0]: cut for cut in made}
     found: dict[str, Tensor] = {}
@@ -144,18 +137,17 @@ def _novices(view: View, plan: Plan, stage: int) -> dict[int, tuple[Unit, tuple[
     return found
 
 
-def _on_weights(
-    view: View, plan: Plan, stage: int, skeleton: Skeleton, runtime: Runtime
-) -> dict[str, Tensor]:
+def _on_weights(job: Job, view: View, plan: Plan, skeleton: Skeleton) -> dict[str, Tensor]:
     """The order of neurons of every expert that is put in line with the one it merges into."""
+    stage = len(plan.stages) - 1
     layers = sorted({unit.layer for unit, treatment in plan.stages[stage].treatments.items()
                      if treatment.repair == "align" and unit.layer is not None})  # fmt: skip
     found: dict[str, Tensor] = {}
-    runtime.progress.stage("align experts", len(layers))
+    job.runtime.progress.stage("align experts", len(layers))
     for index in layers:
         with skeleton.layer(view.left.position(index)) as layer:
             found |= orders_of(view, plan, layer)
-        runtime.progress.advance()
+        job.runtime.progress.advance()
     return found
 
 

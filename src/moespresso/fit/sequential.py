@@ -17,10 +17,11 @@ from moespresso.core.plan import Decision, Stage, Treatment
 from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
-from moespresso.data import Batches
+from moespresso.fit.job import Job
+from moespresso.fit.numbers import in_source, numbered
 from moespresso.fit.repairs import orders_of
 from moespresso.statistics import Measurer
-from moespresso.stream import Watch, sweep
+from moespresso.stream import sweep
 
 
 @dataclass
@@ -59,30 +60,11 @@ class _Sequence:
         return replace(self.now, plan=plan, fits={**self.now.fits, **orders})
 
 
-def decide_in_sequence(
-    step: Selects, now: View, batches: Batches, runtime: Runtime
-) -> tuple[Decision, list[str]]:
+def decide_in_sequence(job: Job, step: Selects, now: View) -> tuple[Decision, list[str]]:
     """What a step decides on the model `now`, layer after layer; and what went wrong while measuring."""
-    with Tensors(now.checkpoint.folder, allow_nonfinite=runtime.allow_nonfinite) as tensors:
-        visitor = _Sequence(step, now, Measurer(step.needs(), batches.num_tokens), tensors, runtime)
-        skeleton = make_skeleton(now, tensors, runtime)
-        sweep(skeleton, batches.ids, batches.mask, visitor, watch=Watch(runtime.progress, "decide layers"))
+    batches = job.text()
+    with job.tensors() as tensors:
+        visitor = _Sequence(step, now, Measurer(step.needs(), batches.num_tokens), tensors, job.runtime)
+        skeleton = make_skeleton(now, tensors, job.runtime)
+        sweep(skeleton, batches.ids, batches.mask, visitor, watch=job.watch("decide layers"))
     return Decision(visitor.treatments, tuple(visitor.notes), visitor.scores), visitor.measurer.trouble
-
-
-def in_source(unit: Unit, now: View) -> Unit:
-    """A unit of the model as it is now, in the source's numbers."""
-    if unit.layer is None:  # the head has none
-        return unit
-    layer = now.left.layers[unit.layer]
-    expert = None if unit.expert is None else now.left.experts[layer][unit.expert]
-    return replace(unit, layer=layer, expert=expert)
-
-
-def numbered(unit: Unit, treatment: Treatment, now: View) -> Treatment:
-    """A treatment with the source's numbers of experts in it."""
-    if unit.layer is None:
-        return treatment
-    there = now.left.experts.get(now.left.layers[unit.layer], ())
-    kept = None if treatment.keep is None else tuple(there[position] for position in treatment.keep)
-    return replace(treatment, keep=kept, into=None if treatment.into is None else there[treatment.into])

@@ -14,8 +14,8 @@ from typing import ClassVar, Literal
 
 from moespresso.core.blueprint import Blueprint
 from moespresso.core.errors import UserError
-from moespresso.core.method import Judge, Searches
-from moespresso.core.plan import Decision, Plan, Stage
+from moespresso.core.method import Losses, Searches
+from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.registry import method
 from moespresso.core.stats import Stats, indexed
 from moespresso.core.unit import Unit
@@ -26,7 +26,6 @@ from moespresso.methods._depth import (
     greedy,
     most_similar,
     treatment,
-    whole_block,
 )
 
 
@@ -118,15 +117,19 @@ class BlockDrop(Searches):
         chosen, notes = most_similar(values, self.drop)
         return Decision({unit: treatment(self.repair) for unit in chosen}, tuple(notes), values)
 
-    def search(self, blueprint: Blueprint, judge: Judge) -> Decision:
+    def search(self, blueprint: Blueprint, judge: Losses) -> Decision:
         """Choose the blocks, or the run, that the whole model misses least."""
         if self.contiguous:
             firsts = self._firsts(blueprint)
-            losses = judge([frozenset().union(*map(whole_block, self._blocks(first))) for first in firsts])
+            losses = judge(
+                [{Unit(la): Treatment(drop=True) for la in self._blocks(first)} for first in firsts]
+            )
             runs = {Unit(first): loss for first, loss in zip(firsts, losses, strict=True)}
             return self._run(min(runs, key=lambda unit: (runs[unit], unit)), [], runs)
         chosen, notes = greedy(
-            {Unit(la.index): whole_block(la.index) for la in blueprint.layers}, self.drop, judge
+            {Unit(la.index): {Unit(la.index): Treatment(drop=True)} for la in blueprint.layers},
+            self.drop,
+            judge,
         )
         return Decision({unit: treatment(self.repair) for unit in chosen}, tuple(notes), chosen)
 

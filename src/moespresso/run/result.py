@@ -31,10 +31,11 @@ from moespresso.core.runtime import Runtime
 from moespresso.core.unit import Unit
 from moespresso.effect import dropped_units, is_part, merged_into, remains
 from moespresso.export import formed
+from moespresso.fit import Clock
 from moespresso.formats import codec_named, codec_of
 from moespresso.model import is_apart, is_unequal
 from moespresso.report import LayerScores, Report, machine, model_card, shareable, source_licence, versions
-from moespresso.run.pipeline import Clock, Decided
+from moespresso.run.pipeline import Decided
 from moespresso.run.recipe import Target, parse_size
 from moespresso.stream import PeakMemory, peak_rss_bytes
 
