@@ -32,7 +32,7 @@ from moespresso.core.plan import Plan
 from moespresso.core.registry import parse_step
 from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats
-from moespresso.data import Batches, Source, calibration, load_tokenizer, sequences
+from moespresso.data import Batches, Sampling, Source, calibration, load_tokenizer, sequences
 from moespresso.fit import Job, measure, see_text
 from moespresso.fit.repairs import fit
 from moespresso.quality import score_tokens
@@ -60,7 +60,7 @@ def calibration_rows(
 ) -> Batches:
     """Rows of the bundled text in the model's tokens: another `seed` draws other rows."""
     source = Source(str(TEXT / split))
-    return calibration([source], load_tokenizer(folder_of(model)), samples, length, seed)
+    return calibration([source], load_tokenizer(folder_of(model)), Sampling(samples, length, seed))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from moespresso.core.method import Candidate
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
-from moespresso.data import Batches, Source, calibration
+from moespresso.data import Batches, Sampling, Source, calibration
 from moespresso.effect import validated
 from moespresso.fit import Job, Judge
 from moespresso.methods import BlockDrop, LayerDrop
@@ -169,7 +169,7 @@ def other_folder(family: str, folder: Path) -> Path:
 
 def rows_of(text: Path) -> Batches:
     """The rows that a run with this text calibrates on."""
-    return calibration([Source(str(text))], tiny_tokenizer(), SAMPLES, LENGTH)
+    return calibration([Source(str(text))], tiny_tokenizer(), Sampling(SAMPLES, LENGTH))
 
 
 # True KL

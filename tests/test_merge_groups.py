@@ -29,7 +29,7 @@ from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan, Treatment
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
-from moespresso.data import Source, calibration
+from moespresso.data import Sampling, Source, calibration
 from moespresso.methods import ExpertMerge
 from test_scores import SIGMOID, Observed, edited, measured, observe, put, sketch, tokens_for
 
@@ -256,7 +256,7 @@ def test_in_sequence_each_layer_is_decided_on_what_the_merged_ones_before_it_let
               steps=[f"expert_merge:keep={keep},method={method},sequential=true,align=true"])  # fmt: skip
     plan = json.loads((tmp_path / "out" / "moespresso.json").read_text())["plan"]
     merges = read_stage(plan["stages"][0])
-    text_rows = calibration([Source(str(text))], tiny_tokenizer(), 6, 32)
+    text_rows = calibration([Source(str(text))], tiny_tokenizer(), Sampling(6, 32))
     for index, merge in merges.items():
         earlier = {number: other for number, other in merges.items() if number < index}
         model = merge_by_hand(families.reference(source), earlier).double()

@@ -24,7 +24,7 @@ from merged_by_hand import merge_by_hand, read_stage
 from moespresso import api
 from moespresso.build import Tensors, open_view
 from moespresso.core.errors import UserError
-from moespresso.data import Batches, Source, calibration
+from moespresso.data import Batches, Sampling, Source, calibration
 from moespresso.run import Recipe
 from moespresso.statistics import MeanAnswers
 from moespresso.stream import sweep
@@ -68,7 +68,7 @@ def kept(treatments: Mapping[str, Any]) -> dict[int, list[int]]:
 
 
 def batches_of(text: Path) -> Batches:
-    return calibration([Source(str(text))], tiny_tokenizer(), SAMPLES, LENGTH)
+    return calibration([Source(str(text))], tiny_tokenizer(), Sampling(SAMPLES, LENGTH))
 
 
 def close(found: Tensor, wanted: Tensor) -> None:

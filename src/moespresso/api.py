@@ -320,8 +320,9 @@ def _same_text(view: View, wanted: Mapping[str, Any], recipe: Recipe, where: str
     asked = recipe.calibration
     if not asked.texts:
         return None
-    found = calibration(asked.texts, load_tokenizer(view.checkpoint.folder), int(wanted.get("samples", asked.samples)),
-                        int(wanted.get("length", asked.length)), int(wanted.get("seed", recipe.seed)), wanted.get("mode", asked.mode), view.source.vocab)  # fmt: skip
+    known = {name: wanted[name] for name in ("samples", "length", "seed", "mode") if name in wanted}
+    tokenizer = load_tokenizer(view.checkpoint.folder)
+    found = calibration(asked.texts, tokenizer, replace(recipe.sampling, **known), view.source.vocab)
     if found.digest != wanted.get("digest", found.digest):
         raise UserError(f"the text given is not the one {where}: give the same files in the same order")
     return found
@@ -334,10 +335,9 @@ def _calibration(view: View, recipe: Recipe, steps: Sequence[Step]) -> tuple[Rec
     if not recipe.calibration.texts:
         raise text_missing("these steps see", _without_text(steps))
     shorter = recipe.within(num_positions(view))
-    asked = shorter.calibration
-    batches = calibration(asked.texts, load_tokenizer(view.checkpoint.folder), asked.samples, asked.length, shorter.seed,
-                          asked.mode, view.source.vocab)  # fmt: skip
-    say_shorter(asked.length, recipe.calibration.length)
+    tokenizer = load_tokenizer(view.checkpoint.folder)
+    batches = calibration(shorter.calibration.texts, tokenizer, shorter.sampling, view.source.vocab)
+    say_shorter(shorter.calibration.length, recipe.calibration.length)
     return shorter, batches
 
 

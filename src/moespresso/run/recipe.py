@@ -37,7 +37,7 @@ from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.later import not_yet
 from moespresso.core.place import place, typed
 from moespresso.core.registry import opened, parse_step
-from moespresso.data import Mode, Source
+from moespresso.data import Mode, Sampling, Source
 from moespresso.run.recipe_file import Place, line_of, read_yaml
 
 if TYPE_CHECKING:
@@ -300,6 +300,12 @@ class Recipe(_Section):
             raise UserError(_complaint(error.errors()[0])) from error
         _say_overrides(self, asked, said)
         return asked
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its text is drawn."""
+        asked = self.calibration
+        return Sampling(asked.samples, asked.length, self.seed, asked.mode)
 
     def within(self, positions: int | None) -> Recipe:
         """The same for a model with so many positions (see `row_length`)."""
