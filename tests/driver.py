@@ -1,4 +1,4 @@
-"""A small press house for tests: runs the command line in real processes that can be killed, starved or cut short.
+"""A small press equivalent for tests: runs the command line in real processes that can be killed, starved or cut short.
 
 Started once, it imports everything and then forks a child per job, so that a test of twenty kills pays for one
 import of torch. Jobs come as JSON lines on standard input, exit codes go out the same way. In the child every step
@@ -37,7 +37,7 @@ class Outcome:
 
 
 class Driver:
-    """The press house; a context manager."""
+    """The press equivalent; a context manager."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -131,15 +131,13 @@ def _child(job: dict[str, Any], main: Callable[[list[str]], int]) -> int:
 
 
 def _instrument(log: Log, job: dict[str, Any]) -> None:
-    import importlib
-
     import torch
 
+    from moespresso.build import write
     from moespresso.checkpoint import Journal, journal
     from moespresso.statistics import Measurer
     from moespresso.stream import SweepState
 
-    write = importlib.import_module("moespresso.build.write")
     if "shard_bytes" in job:
         write._SMALLEST = job["shard_bytes"]
     log.watch(Measurer, "__call__", lambda _, layer, taps: f"measure {layer.spec.index}")

@@ -420,7 +420,7 @@ def test_a_size_is_met_by_bits(source: Path, tmp_path: Path):
 def test_spilled_hidden_states_give_the_same_bytes(
     source: Path, packed: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("moespresso.fit.layerwise.must_spill", lambda *_: True)
+    monkeypatch.setattr("moespresso.fit.job.must_spill", lambda *_: True)
     same_tensors(press(source, tmp_path / "out", "gptq:group_size=32", text=text), packed)
 
 

@@ -4,12 +4,12 @@ from moespresso.build.loading import load_model
 from moespresso.build.opening import (
     apart_view,
     config_view,
-    make_skeleton,
+    equivalent_views,
+    make_meta_model,
     open_view,
     pick_device,
     pick_dtype,
     precision,
-    rehoused_views,
 )
 from moespresso.build.packing import (
     engine_of,
@@ -25,7 +25,7 @@ from moespresso.build.packing import (
 from moespresso.build.reach import num_positions
 from moespresso.build.tensors import Lazy, Tensors
 from moespresso.build.view import View
-from moespresso.build.write import write
+from moespresso.build.write import write_folder
 
 __all__ = [
     "Lazy",
@@ -34,10 +34,11 @@ __all__ = [
     "apart_view",
     "config_view",
     "engine_of",
+    "equivalent_views",
     "half_packed",
     "in_order",
     "load_model",
-    "make_skeleton",
+    "make_meta_model",
     "needs_engine",
     "num_positions",
     "one_format",
@@ -47,8 +48,7 @@ __all__ = [
     "pick_device",
     "pick_dtype",
     "precision",
-    "rehoused_views",
     "tied_head",
-    "write",
+    "write_folder",
     "zeros_of",
 ]

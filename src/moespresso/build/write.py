@@ -29,7 +29,7 @@ from moespresso.checkpoint import (
 from moespresso.core.format import DTYPE_BYTES
 from moespresso.core.runtime import Runtime
 from moespresso.effect import Piece
-from moespresso.model import is_rehoused, tokenizer_config
+from moespresso.model import is_converted, tokenizer_config
 
 _SMALLEST, _LARGEST, _AIM = 256 << 20, 4 << 30, 32
 
@@ -73,7 +73,9 @@ def _aligned(group: list[Piece]) -> list[Piece]:
     return sorted(group, key=lambda piece: -DTYPE_BYTES[piece.ref.dtype])
 
 
-def write(view: View, folder: Path, journal: Journal, runtime: Runtime) -> tuple[list[Written], list[str]]:
+def write_folder(
+    view: View, folder: Path, journal: Journal, runtime: Runtime
+) -> tuple[list[Written], list[str]]:
     """Write the view's tensors, config and side files; finished ones are not done again. Returns files and notes."""
     source = view.checkpoint.folder
     shards = shards_of(view.stored, shard_limit(sum(piece.ref.nbytes for piece in view.stored)))
@@ -101,7 +103,7 @@ def _sidecar(view: View, folder: Path, name: str) -> Written:
     source = view.checkpoint.folder
     if (
         name != "tokenizer_config.json"
-        or not is_rehoused(view.checkpoint)
+        or not is_converted(view.checkpoint)
         or not (source / "tokenizer.json").is_file()
     ):
         return copy_sidecar(source, folder, name)

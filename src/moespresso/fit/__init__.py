@@ -1,7 +1,7 @@
 """Runs one step: what it measures, decides, searches and fits, layer by layer."""
 
 from moespresso.fit.job import Clock, Job
-from moespresso.fit.keep import Slimmed
+from moespresso.fit.keep import Fitted
 from moespresso.fit.layerwise import found
 from moespresso.fit.measured import all_needs, measure, see_text
 from moespresso.fit.repairs import unrepaired
@@ -10,10 +10,10 @@ from moespresso.fit.step import Found, run_step
 
 __all__ = [
     "Clock",
+    "Fitted",
     "Found",
     "Job",
     "Judge",
-    "Slimmed",
     "all_needs",
     "found",
     "measure",

@@ -209,7 +209,7 @@ class LowRank(OnMatrices, OnText):
         result.weights = {"up": up, "down": down}
         silent = (experts.tokens == 0).nonzero().flatten().tolist()
         result.remedies |= dict.fromkeys(silent, "what the others were given, and no refit")
-        result.trouble += thin(context.layer, raised)
+        result.warnings += thin(context.layer, raised)
 
     def _importance(self, experts: RoutedExperts) -> Tensor:
         """What an error in each row counts [E, R]: the root of how much the answer moves with it, between all alike and what
@@ -228,6 +228,7 @@ class LowRank(OnMatrices, OnText):
         return _DAMPING[self.method] if self.damping is None else self.damping
 
     def form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
+        """Factors of the rank that leaves the bytes asked for, or bases that experts share."""
         if not self._shares_bases:
             return lambda entry, layer: Format("factors", rank=self._rank(*entry.ref.shape))
         groups = self._groups(chosen)

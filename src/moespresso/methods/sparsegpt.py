@@ -96,12 +96,13 @@ class SparseGpt(PruningOnText):
     ) -> tuple[Tensor | QuantizedWeights, list[tuple[int, str]]]:
         """`weights` [N, out, in] with zeros for those that go, or their codes."""
         code = format if self.bits else None
-        new, _, codes, trouble = solve(weights, seen, self.sparsity.pattern, damping=self.damping, block=self.block,
+        new, _, codes, warnings = solve(weights, seen, self.sparsity.pattern, damping=self.damping, block=self.block,
                                        code=code, dtype=dtype, halves=halves)  # fmt: skip
         told = [(number, f"its second moment was not positive, damping raised to {damping:g}")
-                for number, damping in sorted(trouble.damped.items())]  # fmt: skip
+                for number, damping in sorted(warnings.damped.items())]  # fmt: skip
         told += [
-            (number, "its second moment was not finite, pruned by size alone") for number in trouble.nonfinite
+            (number, "its second moment was not finite, pruned by size alone")
+            for number in warnings.nonfinite
         ]
         return codes if codes is not None else new, told
 
@@ -112,6 +113,7 @@ class SparseGpt(PruningOnText):
         return half_quadratic(new, format, dtype, unbiased=False) if self.bits else new
 
     def form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
+        """Pruned in its pattern, and rounded where bits are asked for."""
         if not self.bits:
             return PruningOnText.form(self, chosen)
         grid = Format("integer", self.bits, self.group_size, self.symmetric)

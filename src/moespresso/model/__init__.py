@@ -3,35 +3,36 @@
 from moespresso.model.blueprint import check_tensors, read_blueprint
 from moespresso.model.counts import is_unequal, skipping
 from moespresso.model.depth import with_dense
+from moespresso.model.equivalent import (
+    adopt,
+    converted,
+    equivalents_of,
+    is_apart,
+    is_converted,
+    obstacle,
+    tokenizer_config,
+)
 from moespresso.model.experts import expert_forward, observing
 from moespresso.model.halves import without
 from moespresso.model.joined import joined, packed_alone, unreadable
 from moespresso.model.lockstep import PausedBatch, start
+from moespresso.model.meta_model import MetaModel, build_meta, quiet_transformers, read_config
 from moespresso.model.names import Names, stock_dtype
-from moespresso.model.rehouse import (
-    adopt,
-    houses_of,
-    is_apart,
-    is_rehoused,
-    obstacle,
-    rehoused,
-    tokenizer_config,
-)
-from moespresso.model.skeleton import Skeleton, build_meta, quiet_transformers, read_config
 from moespresso.model.unequal import pressed_config
 from moespresso.model.unstack import unstacked
 
 __all__ = [
+    "MetaModel",
     "Names",
     "PausedBatch",
-    "Skeleton",
     "adopt",
     "build_meta",
     "check_tensors",
+    "converted",
+    "equivalents_of",
     "expert_forward",
-    "houses_of",
     "is_apart",
-    "is_rehoused",
+    "is_converted",
     "is_unequal",
     "joined",
     "observing",
@@ -41,7 +42,6 @@ __all__ = [
     "quiet_transformers",
     "read_blueprint",
     "read_config",
-    "rehoused",
     "skipping",
     "start",
     "stock_dtype",

@@ -31,8 +31,7 @@ from moespresso.model.depth import period
 from moespresso.model.experts import is_experts
 from moespresso.model.heads import find_heads
 from moespresso.model.lacking import not_whole
-from moespresso.model.names import Names
-from moespresso.model.skeleton import (
+from moespresso.model.meta_model import (
     build_meta,
     decoder_layers,
     find_router,
@@ -42,6 +41,7 @@ from moespresso.model.skeleton import (
     read_config,
     scores_groups_by_two,
 )
+from moespresso.model.names import Names
 from moespresso.runtime import MIXERS, Anatomy, NotResidual, Silent, SilentMixer, find_anatomy
 from moespresso.runtime import Branch as BranchParts
 
@@ -69,7 +69,7 @@ def read_blueprint(checkpoint: Checkpoint) -> Blueprint:
     text = config.get_text_config()
     return Blueprint(
         family=config.model_type,
-        source=place,
+        place=place,
         digest=checkpoint.digest,
         hidden=text.hidden_size,
         vocab=text.vocab_size,

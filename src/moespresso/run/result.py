@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moespresso._versions import VERSION
-from moespresso.build import View, engine_of, needs_engine, one_format, write
+from moespresso.build import View, engine_of, needs_engine, one_format, write_folder
 from moespresso.checkpoint import (
     MANIFEST,
     FileFacts,
@@ -67,7 +67,7 @@ def produce(
         decided = make(work)
         pressed = formed(order.target, replace(view, plan=decided.plan, fits=decided.fits))
         with clock.phase("build"):
-            files, left = write(pressed, out, journal, runtime)
+            files, left = write_folder(pressed, out, journal, runtime)
         told = [*left, *source_notes(view), *form_notes(pressed), *_size_notes(pressed, order),
                 *_coverage_notes(decided.coverage)]  # fmt: skip
         manifest = _manifest(pressed, order, files, decided, told)
@@ -127,7 +127,7 @@ def _manifest(
         protected=frozenset(decided.protected),
         files={file.name: _facts(file) for file in files},
         nonfinite=nonfinite,
-        trouble=(*decided.trouble, *kept),
+        warnings=(*decided.warnings, *kept),
         notes=(*decided.notes, *notes),
         seed=order.seed,
         versions=versions(),
@@ -160,7 +160,7 @@ def _report(view: View, manifest: Manifest, clock: Clock) -> Report:
         versions=manifest.versions,
         plugin=manifest.plugin,
         packing=manifest.packing,
-        trouble=manifest.trouble,
+        warnings=manifest.warnings,
         notes=manifest.notes,
         peak_rss_bytes=peak_rss_bytes(),
     )  # fmt: skip
@@ -205,7 +205,7 @@ def form_notes(view: View) -> list[str]:
         )
     if view.stubs:
         width = view.blueprint.layers[view.stubs[0]].width
-        names = ", ".join(f"L{view.left.layers[position]}" for position in view.stubs)
+        names = ", ".join(f"L{view.remains.layers[position]}" for position in view.stubs)
         notes.append(f"in place of what {names} lost stands a dense part of zeros, {width} wide")
     notes += format_notes(view)
     whole = [piece.name for piece in view.pieces if piece.joins]
