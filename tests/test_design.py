@@ -20,6 +20,7 @@ import moespresso
 import moespresso.methods
 from moespresso.core.method import Prunes, Quantizes, Refits, Selects
 from moespresso.core.registry import methods
+from moespresso.formats import codecs as all_codecs
 
 SOURCE = Path(moespresso.__file__).parent
 MODULES = sorted(path for path in SOURCE.rglob("*.py"))
@@ -289,3 +290,91 @@ def test_importing_moespresso_does_not_import_torch():
         run_python(f"import sys, moespresso\nprint([name for name in {heavy} if name in sys.modules])")
         == "[]"
     )
+
+
+# Rooms
+
+
+def rooms_of(name: str) -> tuple[str, ...]:
+    """The parts of a module's name behind the package's own."""
+    return tuple(name.split(".")[1:])
+
+
+def imports(tree: ast.AST) -> Iterator[ast.ImportFrom | ast.Import]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom | ast.Import))
+
+
+def test_nobody_goes_past_a_rooms_door():
+    """What a room offers to others stands in its door; `core` has none, and what begins with `_` lies outside of all rooms."""
+    rooms = {room.name for room in ROOMS if room != SOURCE}
+    past: list[str] = []
+    for path, tree in TREES.items():
+        own = rooms_of(module_name(path))[:1]
+        for node in imports(tree):
+            parts = rooms_of(node.module or "") if isinstance(node, ast.ImportFrom) else ()
+            if len(parts) > 1 and parts[0] in rooms and parts[:1] != own:
+                past.append(f"{module_name(path)}:{node.lineno} {node.module}")
+    assert past == []
+
+
+# What is imported only when it is needed: an extra that may be missing, what would make every start slow, and the command
+# line and the hook, which must not pull in torch.
+LATE = {
+    "moespresso._hook": "moespresso.runtime",
+    "moespresso.data.files": "pyarrow",
+    "moespresso.data.hub": "datasets",
+    "moespresso.runtime.saving": "compressed_tensors",
+    "moespresso.verify.checks": "moespresso.verify.library",
+}
+
+
+def test_imports_stand_at_the_top():
+    late: list[str] = []
+    for path, tree in TREES.items():
+        name = module_name(path)
+        inside = (node for function in functions(tree) for node in imports(function))
+        for node in inside:
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name
+            allowed = name.startswith("moespresso.cli") or module.startswith(LATE.get(name, " "))
+            if not allowed:
+                late.append(f"{name}:{node.lineno} {module}")
+    assert late == []
+
+
+def test_nobody_but_codecs_asks_how_a_matrix_is_stored():
+    """Kinds of formats and layouts are compared in `formats` alone: a new one must be one file."""
+    codecs = {word for held in all_codecs() for word in (held.layout, *held.kinds)} - {"rows", "columns"}
+    asking: list[str] = []
+    for path, tree in TREES.items():
+        if path.parent.name == "formats":
+            continue
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Compare):
+                continue
+            sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
+            words = {part.value for side in (node.left, *node.comparators) for part in ast.walk(side)
+                     if isinstance(part, ast.Constant) and isinstance(part.value, str)}  # fmt: skip
+            kinds = any(re.search(r"(\bformat|packed)\w*\.(kind|layout)\b", side) for side in sides)
+            if (kinds and "kinds" not in sides) or (
+                words & codecs and any("layout" in side or "kind" in side for side in sides)
+            ):
+                asking.append(f"{module_name(path)}:{node.lineno} {ast.unparse(node)}")
+    assert asking == []
+
+
+def test_functions_take_few_arguments():
+    many: list[str] = []
+    for path, tree in TREES.items():
+        if path.parent.name == "cli":  # an option is an argument there
+            continue
+        for node in functions(tree):
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            names = [argument.arg for argument in given if argument.arg not in ("self", "cls")]
+            if len(names) > 6:
+                many.append(f"{module_name(path)}.{node.name}: {len(names)}")
+    assert many == []
+
+
+def test_the_ground_floor_stays_small():
+    core = (path for path in MODULES if path.parent.name == "core")
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in core) < 1500

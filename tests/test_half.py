@@ -203,7 +203,7 @@ def test_every_step_comes_out_near_float32(
     name: str, recipe: str, models: Callable[[str], Model], tmp_path: Path
 ):
     model = models(name)
-    original = model.skeleton, model.states
+    original = model.meta, model.states
     whole: tuple[MetaModel, Tensor] | None = None
     lost = 0.0
     for dtype in ("float32", *HALVES):

@@ -14,10 +14,10 @@ from pyarrow import parquet
 
 from conftest import write_wide, write_words
 from moespresso import api
+from moespresso._place import typed
 from moespresso.build import pick_device
 from moespresso.cli import main
 from moespresso.core.errors import UserError
-from moespresso.core.place import typed
 from moespresso.core.registry import parse_step
 from moespresso.data import Sampling, Source, calibration
 from moespresso.data.text import documents

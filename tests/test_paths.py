@@ -13,10 +13,10 @@ import pytest
 
 from conftest import write_wide, write_words
 from moespresso import api
+from moespresso._place import place, typed
 from moespresso.checkpoint import locate
 from moespresso.cli import main
 from moespresso.core.errors import UserError
-from moespresso.core.place import place, typed
 from moespresso.data import Source
 from moespresso.data.hub import hub_dataset
 from moespresso.data.text import documents

@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 import moespresso.methods  # noqa: F401  (registers them)
+from moespresso._place import place, real, sayable, typed
 from moespresso._versions import VERSION
 from moespresso.build import (
     Tensors,
@@ -37,7 +38,6 @@ from moespresso.checkpoint import claim, locate, read_json, write_text
 from moespresso.core.errors import UserError, did_you_mean, text_missing
 from moespresso.core.later import not_yet
 from moespresso.core.method import Step
-from moespresso.core.place import place, real, sayable, typed
 from moespresso.core.plan import Plan
 from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats, stats_key

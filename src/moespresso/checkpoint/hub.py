@@ -12,8 +12,10 @@ import os
 import re
 from pathlib import Path
 
+import huggingface_hub
+
+from moespresso._place import sayable, typed
 from moespresso.core.errors import UserError
-from moespresso.core.place import sayable, typed
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +60,9 @@ def _there(path: Path) -> bool:
 
 
 def _fetched(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
     try:
-        return Path(snapshot_download(name, revision=revision, ignore_patterns=IGNORED))
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, ignore_patterns=IGNORED))  # pyright: ignore[reportUnknownMemberType]
     except Exception as error:  # the hub client raises a dozen kinds of errors
         first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(

@@ -19,10 +19,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moespresso._place import real, sayable
 from moespresso.checkpoint.manifest import MANIFEST, WORK, Manifest
 from moespresso.checkpoint.writer import Written, write_text
 from moespresso.core.errors import UserError
-from moespresso.core.place import real, sayable
 
 # Ways in which a path leads to no place for a folder.
 NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ELOOP)

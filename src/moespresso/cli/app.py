@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from moespresso._place import place
 from moespresso._versions import VERSION as __version__
 from moespresso.cli.options import (
     ALLOW_NONFINITE,
@@ -46,7 +47,6 @@ from moespresso.cli.options import (
 from moespresso.cli.show import call, failed, run, show
 from moespresso.core.errors import CheckFailed, UserError
 from moespresso.core.later import LATER, not_yet
-from moespresso.core.place import place
 
 app = typer.Typer(
     name="moespresso",

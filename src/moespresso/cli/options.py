@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moespresso._place import place
 from moespresso.core.errors import UserError, did_you_mean
-from moespresso.core.place import place
 
 if TYPE_CHECKING:
     from moespresso.core.progress import Progress

@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import Environment, TemplateError, meta
+
 from moespresso.core.errors import UserError, reason
 from moespresso.data.chat import REASONING, Chat, Turn, calls_of, opened, part_text
 from moespresso.data.spots import CALL, CALLS, Spot, altered, spots_of
@@ -183,7 +185,6 @@ def _shown(part: Mapping[str, Any], rendered: str) -> bool:
 
 def _variables(sources: list[str]) -> set[str]:
     """The names that templates take from outside; nothing where one cannot be parsed, which rendering will say."""
-    from jinja2 import Environment, TemplateError, meta
 
     known = Environment(extensions=["jinja2.ext.loopcontrols"])
     found: set[str] = set()

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from moespresso._place import typed, unquoted
 from moespresso.core.errors import UserError, did_you_mean
-from moespresso.core.place import typed, unquoted
 from moespresso.data.chat import TURNS, Chat, conversation, is_turn, opened, plain
 from moespresso.data.files import JSON, json_records, kind_of, open_text, parquet_records, readable, seems
 from moespresso.data.hub import READY, hub_dataset, load_records, repo_of

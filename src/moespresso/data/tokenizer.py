@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers import AutoTokenizer
+
 from moespresso.core.errors import UserError, reason
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ PACKAGES = ("sentencepiece", "tiktoken", "protobuf", "mistral-common", "blobfile
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer; raises `UserError` with the library's reason when there is none."""
-    from transformers import AutoTokenizer
 
     try:
         found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -17,7 +17,7 @@ from moespresso.core.format import Format
 from moespresso.core.plan import Stage
 from moespresso.core.unit import Unit
 from moespresso.effect.cuts import Repair
-from moespresso.formats import codec_named, pack
+from moespresso.formats import codec_in, codec_named, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +191,10 @@ def led(piece: Piece, *, leads: bool) -> Piece:
 def laid_out(piece: Piece, layout: str) -> Piece:
     """The piece, if it is packed, in another layout, or as what it decodes to."""
     packed = piece.ref.packed
-    if packed is None or packed.layout == layout:
+    target = codec_named(layout)
+    if packed is None or codec_in(piece.ref) is target:
         return piece
-    if not codec_named(layout).packs:
+    if not target.packs:
         assert piece.encoding is None, "only what is stored is laid out plainly"
         return replace(piece, plain=True)
     how = piece.encoding or Encoding(packed.format, packed.layout)

@@ -57,8 +57,9 @@ def _parts(treated: Treated, piece: Piece, result: LayerResult, layer: Layer) ->
     format, held = treated.format(piece), codec_of(treated.format(piece))
     expert = piece.unit.expert
     # Not all experts are as wide as the widest.
-    rows, columns = (narrowed(piece.source, treated.after) if expert is not None else piece.shape)[-2:]
-    if piece.unit.part == "experts":
+    experts = piece.unit.part == "experts"
+    rows, columns = (narrowed(piece.source, treated.after) if experts else piece.shape)[-2:]
+    if experts:
         name, first = _place(piece.unit.matrix or "", result, layer)
     else:
         name, first = treated.module(piece, layer), 0
@@ -71,7 +72,7 @@ def _parts(treated: Treated, piece: Piece, result: LayerResult, layer: Layer) ->
         which = slice(None) if expert is None else slice(expert, expert + 1)
         numbers = whole[which, some, :columns].to(TORCH_DTYPES[piece.ref.dtype])
     if not held.packs:
-        return {"dense": numbers.view(piece.shape) if expert is None else numbers[0]}
+        return {"dense": numbers if len(piece.shape) == 3 else numbers[0]}
     parts = held.encode(numbers, format)
     shapes = held.shapes(format, rows, columns, piece.ref.dtype) if held.own else {}
     return {

@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
+from huggingface_hub.repocard import metadata_load
 
 from moespresso.report import words
 from moespresso.report.report import LayerScores, Report
@@ -65,7 +66,6 @@ class Licence:
 
 def source_licence(folder: Path) -> Licence:
     """The licence that the card (README.md) of a source folder states, if it has one that can be read."""
-    from huggingface_hub.repocard import metadata_load
 
     card = folder / "README.md"
     try:

@@ -32,10 +32,10 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 
 import moespresso.methods  # noqa: F401  # pyright: ignore[reportUnusedImport]  (registers the step kinds)
+from moespresso._place import place, typed
 from moespresso.core import method
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.later import not_yet
-from moespresso.core.place import place, typed
 from moespresso.core.registry import opened, parse_step
 from moespresso.data import Mode, Sampling, Source
 from moespresso.run.recipe_file import Place, line_of, read_yaml
