@@ -160,6 +160,13 @@ class Codec(ABC):
         """The whole section of the config, where it says `one_format` for all `packed` modules, and which others stay `plain`."""
         raise NotImplementedError
 
+    def read_section(self, said: Mapping[str, Any]) -> Format | None:
+        """The one format that such a section says; None where another room reads it (`checkpoint.section`: GPTQ's and AWQ's).
+
+        Raises `UserError` for what it does not understand: a key that is passed over is gone from the result.
+        """
+        _ = said
+
     def check_parts(self, parts: Parts, format: Format, shape: tuple[int, int]) -> None:
         """Raise `UserError` where parts are missing or are not those of matrices of `shape`."""
         scaled = parts.get(self.scaled)
