@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import moespresso.methods
-from moespresso.build import Tensors, View, make_skeleton, open_view
+from moespresso.build import Tensors, View, make_meta_model, open_view
 from moespresso.bundled import MODELS, TEXT
 from moespresso.core.plan import Plan
 from moespresso.core.registry import parse_step
@@ -92,12 +92,12 @@ class Bench:
     def hidden(self, view: View) -> Tensor:
         """Last hidden states of the held-out text."""
         with Tensors(view.checkpoint.folder) as reader:
-            return sweep(make_skeleton(view, reader, Runtime()), self.heldout.ids, self.heldout.mask)
+            return sweep(make_meta_model(view, reader, Runtime()), self.heldout.ids, self.heldout.mask)
 
     def compare(self, view: View) -> dict[str, Any]:
         """The figures of a view against the original."""
         with Tensors(view.checkpoint.folder) as reader:
-            models = [make_skeleton(v, reader, Runtime()) for v in (view, self.view)]
+            models = [make_meta_model(v, reader, Runtime()) for v in (view, self.view)]
             scored = score_tokens(models, [self.hidden(view), self.original], self.heldout)
         return summary(scored, self.heldout, compared=True)
 
@@ -105,7 +105,7 @@ class Bench:
         """The figures of the original by itself."""
         with Tensors(self.view.checkpoint.folder) as reader:
             scored = score_tokens(
-                [make_skeleton(self.view, reader, Runtime())], [self.original], self.heldout
+                [make_meta_model(self.view, reader, Runtime())], [self.original], self.heldout
             )
         return summary(scored, self.heldout, compared=False)
 

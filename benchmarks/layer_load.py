@@ -13,7 +13,7 @@ from pathlib import Path
 
 from harness import parser
 
-from moespresso.build import Tensors, make_skeleton, open_view
+from moespresso.build import Tensors, make_meta_model, open_view
 from moespresso.core.runtime import Runtime
 from moespresso.stream import PeakMemory
 
@@ -27,10 +27,10 @@ def main() -> None:
     view = open_view(asked.work / f"olmoe-{asked.layers}")
     for dtype in ("float32", "bfloat16"):
         with Tensors(view.checkpoint.folder) as reader:
-            skeleton = make_skeleton(view, reader, Runtime(dtype=dtype))
+            meta = make_meta_model(view, reader, Runtime(dtype=dtype))
             for index in range(min(2, asked.layers)):
                 start = time.perf_counter()
-                with PeakMemory() as memory, skeleton.layer(index) as layer:
+                with PeakMemory() as memory, meta.layer(index) as layer:
                     size = sum(parameter.nbytes for parameter in layer.module.parameters())
                     seconds = time.perf_counter() - start
                 print(

@@ -44,7 +44,7 @@ def run(job: Job) -> dict[str, Any]:
     return {
         "perplexity": bench.alone()["perplexity"],
         "tokens": bench.heldout.num_tokens,
-        "trouble": list(stats.trouble),
+        "warnings": list(stats.warnings),
         "scores": rows,
     }
 

@@ -28,7 +28,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from moespresso.build import Tensors, make_skeleton
+from moespresso.build import Tensors, make_meta_model
 from moespresso.core.runtime import Runtime
 from moespresso.data import Batches
 from moespresso.kernels import RoutedExperts, factored, last, removal, truncated
@@ -73,7 +73,7 @@ def measured(bench: Bench, text: Batches, way: Way) -> dict[str, Any]:
 
     start = time.process_time()
     with Tensors(bench.view.checkpoint.folder) as reader:
-        model = make_skeleton(bench.view, reader, Runtime())
+        model = make_meta_model(bench.view, reader, Runtime())
         sweep(model, text.ids, text.mask, visit, SweepOptions("rebuilt"))
         seconds = time.process_time() - start
         hidden = sweep(model, bench.heldout.ids, bench.heldout.mask, visit, SweepOptions("rebuilt"))
@@ -430,7 +430,7 @@ def main() -> None:
         saved.add("milliseconds", f"{tokens} tokens", timed(tokens))
     for model in asked.models if {"joint", "blocks"} & {*asked.parts} else ():
         bench, name = Bench(model, *sizes(asked)), folder_of(model).name
-        tried = [each for part in asked.parts for each in ways(part, asked.left)]
+        tried = [each for part in asked.parts for each in ways(part, asked.remains)]
         for label, way in tried:
             if label not in saved.body.get(name, {}):
                 saved.add(name, label, measured(bench, bench.text(), way))

@@ -1,4 +1,4 @@
-"""A small press house for tests: runs the command line in real processes that can be killed, starved or cut short.
+"""A small press equivalent for tests: runs the command line in real processes that can be killed, starved or cut short.
 
 Started once, it imports everything and then forks a child per job, so that a test of twenty kills pays for one
 import of torch. Jobs come as JSON lines on standard input, exit codes go out the same way. In the child every step
@@ -37,7 +37,7 @@ class Outcome:
 
 
 class Driver:
-    """The press house; a context manager."""
+    """The press equivalent; a context manager."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -129,7 +129,7 @@ def test_what_lets_no_factor_through_is_told():
 def test_a_layer_that_takes_no_factors_is_rounded_without_and_says_so():
     answer = Awq().solve(shown_layer("phimoe"))
     assert not answer.replaced
-    assert answer.trouble == [
+    assert answer.warnings == [
         "L0: the inputs of its experts are not scaled: post_attention_layernorm does more than multiply by its weight"
     ]
 

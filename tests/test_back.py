@@ -24,7 +24,7 @@ from moespresso.model import PausedBatch
 from moespresso.model.experts import experts_forward
 from moespresso.statistics import FedGradient
 from moespresso.stream import back, gradient_moments, sweep, sweep_back
-from test_engine import close, skeleton_of
+from test_engine import close, meta_of
 from test_more_families import MIXTURES, _random_model
 
 FAMILIES = ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe", "gpt_oss", "jamba", "granitemoe"]  # fmt: skip
@@ -97,7 +97,7 @@ class Gather:
 
 def swept(folder: Path, ids: Tensor, mask: Tensor, work: Path, visit: Any) -> float:
     with Tensors(folder) as reader:
-        return sweep_back(skeleton_of(open_view(folder), reader), ids, mask, visit, work=work)
+        return sweep_back(meta_of(open_view(folder), reader), ids, mask, visit, work=work)
 
 
 @over_families
@@ -124,7 +124,7 @@ def test_gradient_moments_are_their_formula_token_by_token(family: str, zoo: Zoo
     ids, mask = text_for(view, padded=True, rows=3)
     _, wanted = truth(model, ids, mask)
     with Tensors(zoo(family)) as reader:
-        found = gradient_moments(skeleton_of(view, reader), ids, mask, tmp_path)
+        found = gradient_moments(meta_of(view, reader), ids, mask, tmp_path)
     assert found.keys() == wanted.keys()
     for layer, block in families.moe_blocks(model).items():
         down = block.experts.down_proj.detach()
@@ -150,7 +150,7 @@ def test_an_expert_without_a_token_is_not_stiff(zoo: Zoo, tmp_path: Path):
     found = Gather()
     swept(zoo("mixtral"), ids, mask, tmp_path, found)
     with Tensors(zoo("mixtral")) as reader:
-        values = gradient_moments(skeleton_of(view, reader), ids, mask, tmp_path)
+        values = gradient_moments(meta_of(view, reader), ids, mask, tmp_path)
     for layer, stiff in values.items():
         asked = set(found.all_of(layer, "index").flatten().tolist())
         assert asked < set(range(8))
@@ -166,11 +166,11 @@ def test_a_skeleton_that_was_swept_before_can_be_swept_back(zoo: Zoo, tmp_path: 
     gathered = [Gather(), Gather()]
     with Tensors(zoo("deepseek_v3")) as reader:
         for found in gathered:
-            skeleton = skeleton_of(view, reader, torch.bfloat16)
+            meta = meta_of(view, reader, torch.bfloat16)
             if found is gathered[1]:
-                sweep(skeleton, ids, mask)
-            sweep_back(skeleton, ids, mask, found, work=tmp_path)
-            assert all(parameter.is_meta for parameter in skeleton.layers.parameters())
+                sweep(meta, ids, mask)
+            sweep_back(meta, ids, mask, found, work=tmp_path)
+            assert all(parameter.is_meta for parameter in meta.layers.parameters())
     for layer in gathered[0].seen:
         fresh, again = (found.all_of(layer, "grad") for found in gathered)
         assert fresh.dtype == torch.float32

@@ -18,7 +18,7 @@ from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.registry import parse_step
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
-from moespresso.model.rehouse import adopt, houses_of, obstacle
+from moespresso.model.equivalent import adopt, equivalents_of, obstacle
 from test_rehouse import TINY
 
 Body = dict[str, Any]
@@ -30,7 +30,7 @@ PLAN: Body = {
                 "treatments": {"L1.experts": {"keep": [0, 2], "scale": 1}, "L2": {"drop": True, "repair": "scale"}}}],
 }  # fmt: skip
 STATS: Body = {
-    "key": "k", "blueprint": "b", "tokens": 7, "trouble": ["oh"], "calibration": {"samples": 2}, "needs": ["routing"],
+    "key": "k", "blueprint": "b", "tokens": 7, "warnings": ["oh"], "calibration": {"samples": 2}, "needs": ["routing"],
     "values": {"L1.E0": {"gate": 0.5, "tokens": 7}, "L1.experts": {"kept": float("nan")}},
 }  # fmt: skip
 
@@ -214,8 +214,8 @@ STATS_FAULTS: list[tuple[str, str]] = [
     (changed(STATS, tokens=True), "tokens True is not a whole number"),
     (changed(STATS, tokens="7"), "tokens '7' is not a whole number"),
     (changed(STATS, tokens=-1), "tokens -1 is less than 0"),
-    (changed(STATS, trouble="oh"), "trouble 'oh' is not a list"),
-    (changed(STATS, trouble=[1]), "trouble: 1 is not text"),
+    (changed(STATS, warnings="oh"), "warnings 'oh' is not a list"),
+    (changed(STATS, warnings=[1]), "warnings: 1 is not text"),
     (changed(STATS, needs="routing"), "needs 'routing' is not a list"),
     (changed(STATS, needs={}), r"needs \{\} is not a list"),
     (changed(STATS, calibration=[]), r"calibration \[\] is not an object"),
@@ -246,7 +246,7 @@ def test_sound_stats_are_read(tmp_path: Path) -> None:
     stats = Stats.load(tmp_path / "stats.json")
     assert stats.values[Unit(1, "experts", 0)] == {"gate": 0.5, "tokens": 7.0}
     assert stats.values[Unit(1, "experts")]["kept"] != stats.values[Unit(1, "experts")]["kept"]
-    assert (stats.trouble, stats.needs, stats.tokens) == (("oh",), ("routing",), 7)
+    assert (stats.warnings, stats.needs, stats.tokens) == (("oh",), ("routing",), 7)
 
 
 # Steps
@@ -287,8 +287,8 @@ CONFIGS: list[tuple[Body, str]] = [
 
 @pytest.mark.parametrize(("changes", "reason"), CONFIGS, ids=[json.dumps(changes) for changes, _ in CONFIGS])
 def test_a_deepseek_config_that_cannot_be_read_is_refused_in_one_clause(changes: Body, reason: str) -> None:
-    (house,) = houses_of("deepseek")
-    assert obstacle(house, TINY | changes) == reason
+    (equivalent,) = equivalents_of("deepseek")
+    assert obstacle(equivalent, TINY | changes) == reason
     with pytest.raises(UserError, match=rf"^somewhere: .* cannot be presented as qwen2_moe \({reason}\)$"):
         adopt(Checkpoint(Path("somewhere"), TINY | changes, {}))
 

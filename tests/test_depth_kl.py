@@ -32,7 +32,7 @@ from moespresso.effect import validated
 from moespresso.fit import Job, Judge
 from moespresso.methods import BlockDrop, LayerDrop
 from moespresso.methods._depth import greedy
-from moespresso.model import PausedBatch, Skeleton
+from moespresso.model import PausedBatch, MetaModel
 from moespresso.quality import token_kl as kl_of_states
 from moespresso.run import Decided, decide
 from moespresso.statistics import runs as runs_statistic
@@ -312,17 +312,17 @@ def test_hidden_states_of_candidates_are_those_of_views_with_the_plan(family: st
     asked = [frozenset(at for at in cuts if at[1] in specs[at[0]].bodies) for cuts in VARIANTS]
     with (
         Tensors(folder) as reader,
-        sweep_variants(skeleton_of(view, reader), (ids, mask), list(map(Variant, asked))) as found,
+        sweep_variants(meta_of(view, reader), (ids, mask), list(map(Variant, asked))) as found,
     ):
         for cuts, hidden in zip(asked, map(torch.cat, found), strict=True):
             treatments = {specs[layer].unit(branch): Treatment(drop=True) for layer, branch in cuts}
             plan = validated(Plan(view.source.digest, (Stage({"kind": "by hand"}, treatments),)), view.source)
-            wanted = sweep(skeleton_of(replace(view, plan=plan), reader), ids, mask)
+            wanted = sweep(meta_of(replace(view, plan=plan), reader), ids, mask)
             close(hidden[mask], wanted[mask])
 
 
-def skeleton_of(view: View, reader: Tensors) -> Skeleton:
-    return view.skeleton(reader, torch.float32, torch.device("cpu"))
+def meta_of(view: View, reader: Tensors) -> MetaModel:
+    return view.meta_model(reader, torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("spilled", [False, True])
@@ -331,9 +331,9 @@ def test_a_round_loads_each_layer_once_and_runs_equal_beginnings_once(
 ):
     loads: Counter[int] = Counter()
     runs: Counter[int] = Counter()
-    load, run = Skeleton.layer, PausedBatch.run
+    load, run = MetaModel.layer, PausedBatch.run
 
-    def layer(self: Skeleton, index: int) -> Any:
+    def layer(self: MetaModel, index: int) -> Any:
         loads[index] += 1
         return load(self, index)
 
@@ -341,7 +341,7 @@ def test_a_round_loads_each_layer_once_and_runs_equal_beginnings_once(
         runs[len(loads) - 1] += 1
         return run(self, module, hidden)
 
-    monkeypatch.setattr(Skeleton, "layer", layer)
+    monkeypatch.setattr(MetaModel, "layer", layer)
     monkeypatch.setattr(PausedBatch, "run", counted)
     view = open_view(zoo("gpt_oss"))
     ids = families.random_ids(families.FAMILIES["gpt_oss"].config(), 2, 9)
@@ -352,7 +352,7 @@ def test_a_round_loads_each_layer_once_and_runs_equal_beginnings_once(
         spill = tmp_path if spilled else None
         with (
             Tensors(zoo("gpt_oss")) as reader,
-            sweep_variants(skeleton_of(view, reader), (ids, mask), candidates, spill=spill),
+            sweep_variants(meta_of(view, reader), (ids, mask), candidates, spill=spill),
         ):
             assert len(list(tmp_path.iterdir())) == spilled
         assert not list(tmp_path.iterdir())
@@ -379,23 +379,23 @@ def test_plans_of_any_kind_are_judged_at_once(zoo: Zoo, tmp_path: Path, monkeypa
     ]  # fmt: skip
     plans = [validated(Plan(view.source.digest, tuple(each)), view.source) for each in stages]
     loads: Counter[int] = Counter()
-    load = Skeleton.layer
+    load = MetaModel.layer
 
-    def layer(self: Skeleton, index: int) -> Any:
+    def layer(self: MetaModel, index: int) -> Any:
         loads[index] += 1
         return load(self, index)
 
     with Judge.of(Job(view, tmp_path, batches), view, 3) as judge:
-        monkeypatch.setattr(Skeleton, "layer", layer)
+        monkeypatch.setattr(MetaModel, "layer", layer)
         losses = judge(plans)
         monkeypatch.undo()
         # Once as it is, and once in each of its forms: L1 fewer experts, 4 bits, and both.
         assert loads == {0: 2, 1: 4, 2: 2}
         for plan, loss in zip(plans, losses, strict=True):
             alone = replace(view, plan=plan)
-            skeleton = skeleton_of(alone, judge.tensors)
-            hidden = sweep(skeleton, batches.ids, batches.mask)
-            (wanted,) = kl_of_states([skeleton, judge.source], [[hidden]], judge.truth, batches.mask)
+            meta = meta_of(alone, judge.tensors)
+            hidden = sweep(meta, batches.ids, batches.mask)
+            (wanted,) = kl_of_states([meta, judge.source], [[hidden]], judge.truth, batches.mask)
             assert loss == pytest.approx(wanted, rel=1e-4, abs=1e-9)
     assert losses[0] == pytest.approx(0, abs=1e-9)
     assert min(losses[1:]) > 0

@@ -119,12 +119,12 @@ STOCK = {
 def test_where_stock_can_say_so_a_layer_without_a_mixture_is_a_dense_one_of_zeros(
     case: str, text: Path, tmp_path: Path
 ):
-    family, changes, house, width = STOCK[case]
+    family, changes, equivalent, width = STOCK[case]
     source = lively(family, tmp_path / "source", **changes)
     report = api.press(source, out=tmp_path / "out", texts=[text], steps=["layer_drop"], **OPTIONS)
     out = tmp_path / "out"
     config = json.loads((out / "config.json").read_text())
-    assert (config["model_type"], "per_layer_config" in config) == (house, False)
+    assert (config["model_type"], "per_layer_config" in config) == (equivalent, False)
     (unit,) = gone(plan_of(out))
     assert any(
         f"in place of what {unit[:2]} lost stands a dense part of zeros, {width} wide" in note
@@ -351,7 +351,7 @@ def followed(hand: ByHand, view: View, made: list[Any], work: Path) -> None:
 FORMS = {
     "plugin": ("gpt_oss", "layer_drop:part=attention", "plugin"),
     "stock": ("qwen2_moe", "layer_drop", "transformers"),
-    "re-housed": ("mixtral", "layer_drop", "transformers"),
+    "re-in_equivalent": ("mixtral", "layer_drop", "transformers"),
 }
 
 

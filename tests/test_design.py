@@ -1,4 +1,4 @@
-"""The house rules, enforced: one door per room, a story per module, types, sizes, and the contract of a method."""
+"""The equivalent rules, enforced: one door per room, a story per module, types, sizes, and the contract of a method."""
 
 from __future__ import annotations
 

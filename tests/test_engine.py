@@ -26,7 +26,7 @@ from moespresso.core.unit import Unit
 from moespresso.data import Source
 from moespresso.effect import price, validated
 from moespresso.effect.rewrite import kept_by_layer
-from moespresso.model import Skeleton, observing, read_blueprint, start
+from moespresso.model import MetaModel, observing, read_blueprint, start
 from moespresso.model.experts import experts_forward
 from moespresso.stream import SweepOptions, sweep
 
@@ -41,17 +41,17 @@ def view_of(folder: Path) -> View:
     return View(checkpoint, blueprint, Plan(blueprint.digest))
 
 
-def skeleton_of(view: View, reader: Tensors, dtype: torch.dtype = torch.float32) -> Skeleton:
-    return view.skeleton(reader, dtype, torch.device("cpu"))
+def meta_of(view: View, reader: Tensors, dtype: torch.dtype = torch.float32) -> MetaModel:
+    return view.meta_model(reader, dtype, torch.device("cpu"))
 
 
 def streamed_logits(view: View, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     with Tensors(view.checkpoint.folder) as reader:
-        skeleton = skeleton_of(view, reader)
-        hidden = sweep(skeleton, ids, mask)
-        with skeleton.outer(), torch.inference_mode():
-            return skeleton.logits(hidden.flatten(0, 1)).view(*ids.shape, -1)
+        meta = meta_of(view, reader)
+        hidden = sweep(meta, ids, mask)
+        with meta.outer(), torch.inference_mode():
+            return meta.logits(hidden.flatten(0, 1)).view(*ids.shape, -1)
 
 
 def quarter_dropped(view: View, seed: int = 3) -> Plan:
@@ -148,15 +148,15 @@ def test_a_layers_state_goes_back_to_the_names_and_values_on_disk(zoo: Zoo, fami
     """Reversal, with another layer loaded between load and reversal (the loader forgets the mapping it did not use)."""
     view = view_of(zoo(family))
     with Tensors(view.checkpoint.folder) as reader:
-        skeleton = skeleton_of(view, reader)
+        meta = meta_of(view, reader)
         for layer in view.source.moe_layers:
-            with skeleton.layer(layer.index):
-                state = {name: tensor.clone() for name, tensor in skeleton.layer_state(layer.index).items()}
+            with meta.layer(layer.index):
+                state = {name: tensor.clone() for name, tensor in meta.layer_state(layer.index).items()}
             dense = [spec.index for spec in view.source.layers if not spec.experts]
-            with skeleton.layer(dense[0] if dense else 0):
+            with meta.layer(dense[0] if dense else 0):
                 pass
             on_disk = {entry.ref.name: entry.ref for entry in view.source.by_layer[layer.index]}
-            back = skeleton.to_disk(state)
+            back = meta.to_disk(state)
             assert back.keys() == on_disk.keys()
             for name, tensor in back.items():
                 assert torch.equal(tensor.float(), reader.reader.tensor(on_disk[name]).float()), name
@@ -168,10 +168,10 @@ def test_precision_follows_stock_loading_in_bfloat16(zoo: Zoo, family: str) -> N
     reference = families.reference(zoo(family), dtype=torch.bfloat16)
     view = view_of(zoo(family))
     with Tensors(view.checkpoint.folder) as reader:
-        skeleton = skeleton_of(view, reader, torch.bfloat16)
-        for index in range(len(skeleton.layers)):
-            with skeleton.layer(index):
-                loaded = skeleton.layer_state(index)
+        meta = meta_of(view, reader, torch.bfloat16)
+        for index in range(len(meta.layers)):
+            with meta.layer(index):
+                loaded = meta.layer_state(index)
             for name, tensor in loaded.items():
                 stock = reference.state_dict()[name]
                 assert tensor.dtype == stock.dtype, name
@@ -183,8 +183,8 @@ def test_hidden_states_may_wait_on_disk(zoo: Zoo, tmp_path: Path) -> None:
     ids = torch.randint(view.source.vocab, (300, 20), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids, dtype=torch.bool)
     with Tensors(view.checkpoint.folder) as reader:
-        in_memory = sweep(skeleton_of(view, reader), ids, mask)
-        on_disk = sweep(skeleton_of(view, reader), ids, mask, options=SweepOptions(spill=tmp_path))
+        in_memory = sweep(meta_of(view, reader), ids, mask)
+        on_disk = sweep(meta_of(view, reader), ids, mask, options=SweepOptions(spill=tmp_path))
     assert torch.equal(in_memory, on_disk)
     assert not list(tmp_path.iterdir())
 
@@ -193,9 +193,9 @@ def test_one_mask_serves_all_batches_of_a_shape(zoo: Zoo) -> None:
     view = view_of(zoo("gpt_oss"))
     ids = torch.randint(view.source.vocab, (4, 10))
     with Tensors(view.checkpoint.folder) as reader, torch.inference_mode():
-        skeleton = skeleton_of(view, reader)
-        with skeleton.outer():
-            batches = start(skeleton.base, skeleton.layers_name, list(ids.split(2)), [None, None])
+        meta = meta_of(view, reader)
+        with meta.outer():
+            batches = start(meta.base, meta.layers_name, list(ids.split(2)), [None, None])
         first, second = (batch.kwargs["position_embeddings"][0] for batch in batches)
         assert first.data_ptr() == second.data_ptr()
 
@@ -213,7 +213,7 @@ def test_rebuilt_weights_carry_on_to_the_next_layer(zoo: Zoo) -> None:
     for layer in reference.model.layers:
         layer.mlp.experts.down_proj.data.zero_()
     with Tensors(view.checkpoint.folder) as reader:
-        hidden = sweep(skeleton_of(view, reader), ids, mask, silence, SweepOptions("rebuilt"))
+        hidden = sweep(meta_of(view, reader), ids, mask, silence, SweepOptions("rebuilt"))
     with torch.inference_mode():
         close(hidden, reference.model(ids, use_cache=False).last_hidden_state)
 
@@ -239,9 +239,9 @@ def test_batches_that_wait_at_the_experts_go_on_as_if_run_again(
         return {name: tensor / 2 for name, tensor in layer.module.named_parameters() if id(tensor) in changed}
 
     with Tensors(view.checkpoint.folder) as reader:
-        held = sweep(skeleton_of(view, reader), ids, mask, halve, SweepOptions("rebuilt"))
+        held = sweep(meta_of(view, reader), ids, mask, halve, SweepOptions("rebuilt"))
         times = len(asked)
-        again = sweep(skeleton_of(view, reader), ids, mask, halve, SweepOptions("rebuilt", spill=tmp_path))
+        again = sweep(meta_of(view, reader), ids, mask, halve, SweepOptions("rebuilt", spill=tmp_path))
     assert torch.equal(held, again)
     assert times == len(view.source.moe_layers) * (1 + whole)
     assert len(asked) - times == 2 * len(view.source.moe_layers)

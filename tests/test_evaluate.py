@@ -23,7 +23,7 @@ from families import FAMILIES, random_ids, reference, tensor_files, write_checkp
 from moespresso.build import Tensors, open_view
 from moespresso.core.progress import Silent
 from moespresso.data import Batches
-from moespresso.model import Skeleton
+from moespresso.model import MetaModel
 from moespresso.quality import compare, evaluate, mean_interval
 
 # A plain head, one that scales its logits (and is tied), one with a bias.
@@ -61,11 +61,11 @@ def edited(folder: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
 
 
 @contextmanager
-def skeletons(*folders: Path) -> Iterator[list[Skeleton]]:
+def skeletons(*folders: Path) -> Iterator[list[MetaModel]]:
     """The models in these folders, ready to stream."""
     with ExitStack() as stack:
         readers = [stack.enter_context(Tensors(folder, allow_nonfinite=True)) for folder in folders]
-        yield [open_view(folder).skeleton(reader, torch.float32, torch.device("cpu"))
+        yield [open_view(folder).meta_model(reader, torch.float32, torch.device("cpu"))
                for folder, reader in zip(folders, readers, strict=True)]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from conftest import Zoo
 from moespresso import api
 from moespresso.build import open_view
 from moespresso.core.errors import UserError
-from moespresso.core.method import SLIM_PARTS, Treats
+from moespresso.core.method import MATRIX_PARTS, Treats
 from moespresso.core.plan import Plan
 from moespresso.core.registry import methods
 from moespresso.effect import validated
@@ -51,13 +51,13 @@ def treats() -> dict[str, tuple[str, ...]]:
 
 def cases() -> list[tuple[str, str]]:
     """Every step with all of its parts at once, and one with each of them alone."""
-    alone = [("magnitude", part) for part in SLIM_PARTS]
+    alone = [("magnitude", part) for part in MATRIX_PARTS]
     return [*((kind, "+".join(able)) for kind, able in treats().items()), *alone]
 
 
 def test_every_step_that_treats_parts_is_here():
     assert treats().keys() == STEPS.keys()
-    assert {part for able in treats().values() for part in able} == set(SLIM_PARTS)
+    assert {part for able in treats().values() for part in able} == set(MATRIX_PARTS)
 
 
 def pressed(model: Path, step: str, text: Path, out: Path) -> Path:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from conftest import tiny_tokenizer, write_words
 from families import build, read_tensor, tensor_files, write_checkpoint
 from moespresso import api
-from moespresso.build import Tensors, View, make_skeleton, open_view, pick_dtype, precision
+from moespresso.build import Tensors, View, make_meta_model, open_view, pick_dtype, precision
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Fed
 from moespresso.core.runtime import Runtime
@@ -34,7 +34,7 @@ from moespresso.kernels import RoutedExperts
 from moespresso.methods import ExpertDrop, LayerDrop, scores
 from moespresso.methods._awq import find_entrance, is_product
 from moespresso.methods.expert_drop import expert_scores
-from moespresso.model import Skeleton
+from moespresso.model import MetaModel
 from moespresso.quality import score_tokens
 from moespresso.run import Decided, Recipe, decide
 from moespresso.stream import SweepState, gradient_moments, sweep
@@ -160,7 +160,7 @@ class Model:
 
     view: View
     reader: Tensors
-    skeleton: Skeleton
+    meta: MetaModel
     states: Tensor
 
 
@@ -180,9 +180,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
     return model
 
 
-def _run(view: View, reader: Tensors) -> tuple[Skeleton, Tensor]:
-    skeleton = make_skeleton(view, reader, Runtime(dtype="float32"))
-    return skeleton, sweep(skeleton, BATCHES.ids, BATCHES.mask)
+def _run(view: View, reader: Tensors) -> tuple[MetaModel, Tensor]:
+    meta = make_meta_model(view, reader, Runtime(dtype="float32"))
+    return meta, sweep(meta, BATCHES.ids, BATCHES.mask)
 
 
 def _decided(view: View, recipe: str, work: Path, dtype: str) -> Decided:
@@ -193,7 +193,7 @@ def _decided(view: View, recipe: str, work: Path, dtype: str) -> Decided:
     return decide(Job(view, work, BATCHES, Runtime(dtype=dtype)), steps)
 
 
-def _kl(one: tuple[Skeleton, Tensor], other: tuple[Skeleton, Tensor]) -> float:
+def _kl(one: tuple[MetaModel, Tensor], other: tuple[MetaModel, Tensor]) -> float:
     scored = score_tokens([one[0], other[0]], [one[1], other[1]], BATCHES)
     return float(scored.kl.sum() / scored.compared.sum())
 
@@ -204,7 +204,7 @@ def test_every_step_comes_out_near_float32(
 ):
     model = models(name)
     original = model.skeleton, model.states
-    whole: tuple[Skeleton, Tensor] | None = None
+    whole: tuple[MetaModel, Tensor] | None = None
     lost = 0.0
     for dtype in ("float32", *HALVES):
         made = _decided(model.view, recipe, tmp_path / dtype, dtype)
@@ -218,7 +218,7 @@ def test_every_step_comes_out_near_float32(
         assert found <= more * lost + SLACK, (dtype, found, lost)
         assert _kl(pressed, whole) <= apart * lost + SLACK, (dtype, lost)
         assert all(tensor.isfinite().all() for tensor in made.fits.values() if tensor.is_floating_point())
-        assert not [line for line in made.trouble if "finite" in line]
+        assert not [line for line in made.warnings if "finite" in line]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -320,7 +320,7 @@ def test_gradients_that_float16_cannot_hold_are_as_in_float32(dtype: str, tmp_pa
     with Tensors(view.checkpoint.folder) as reader:
         whole, half = (
             gradient_moments(
-                make_skeleton(view, reader, Runtime(dtype=each)), BATCHES.ids, BATCHES.mask, tmp_path
+                make_meta_model(view, reader, Runtime(dtype=each)), BATCHES.ids, BATCHES.mask, tmp_path
             )
             for each in ("float32", dtype)
         )

@@ -294,7 +294,7 @@ def published(
 @pytest.mark.parametrize("seed", range(3))
 def test_codes_are_those_of_the_published_algorithm(format: Format, act_order: bool, seed: int):
     weights, hessians = problem(seed)
-    codes, trouble = solve(
+    codes, warnings = solve(
         weights, hessians, format, torch.float32, act_order=act_order, block=16, damping=0.01, **PUBLISHED
     )
     for number in range(len(weights)):
@@ -305,7 +305,7 @@ def test_codes_are_those_of_the_published_algorithm(format: Format, act_order: b
     scale, zero = searched(weights, format, torch.float32)
     assert torch.equal(codes.scale, scale)
     assert torch.equal(codes.zero, zero)
-    assert trouble.damped == {}
+    assert warnings.damped == {}
 
 
 @pytest.mark.parametrize("size", [0, 3])
@@ -461,17 +461,17 @@ def test_all_shapes(count: int, rows: int, width: int, size: int, source: torch.
         assert float((decode(codes).float() - weights.float()).abs().mean()) < 0.01
 
 
-# --- trouble -------------------------------------------------------------------------------------------------------------------
+# --- warnings -------------------------------------------------------------------------------------------------------------------
 
 
 def test_inputs_that_never_fired_are_rounded_to_nearest_and_counted():
     format, (weights, hessians) = Format("integer", 4, 8, True), problem(14)
     hessians[1, 5], hessians[1, :, 5] = 0.0, 0.0
     hessians[2] = 0.0
-    codes, trouble = solve(weights, hessians, format, torch.float32, **PUBLISHED)
+    codes, warnings = solve(weights, hessians, format, torch.float32, **PUBLISHED)
     nearest = round_nearest(weights, format, torch.float32, unbiased=False)
-    assert trouble.dead == 1 + 40
-    assert trouble.damped == {}
+    assert warnings.dead == 1 + 40
+    assert warnings.damped == {}
     assert torch.equal(codes.values[1, :, 5], nearest.values[1, :, 5])
     assert torch.equal(codes.values[2], nearest.values[2])
 
@@ -479,9 +479,9 @@ def test_inputs_that_never_fired_are_rounded_to_nearest_and_counted():
 def test_a_singular_matrix_is_damped_alone_and_reported():
     format, (weights, hessians) = Format("integer", 4, 8, True), problem(15)
     hessians[1] = 1.0
-    codes, trouble = solve(weights, hessians, format, torch.float32, damping=0.0)
-    assert set(trouble.damped) == {1}
-    assert trouble.damped[1] > 0
+    codes, warnings = solve(weights, hessians, format, torch.float32, damping=0.0)
+    assert set(warnings.damped) == {1}
+    assert warnings.damped[1] > 0
     alone, _ = solve(weights[[0]], hessians[[0]], format, torch.float32, damping=0.0)
     assert torch.equal(codes.values[0], alone.values[0])
     assert float(output_error(weights, codes, hessians)[1]) < 1e-2
@@ -503,8 +503,8 @@ def test_damping_goes_up_tenfold_until_it_does():
 def test_a_hessian_that_is_not_finite_falls_back_to_rounding_to_nearest(place: tuple[int, ...], value: float):
     format, (weights, hessians) = Format("integer", 4, 8, True), problem(16)
     hessians[place] = value
-    codes, trouble = solve(weights, hessians, format, torch.float32, **PUBLISHED)
-    assert trouble.nonfinite == (0,)
+    codes, warnings = solve(weights, hessians, format, torch.float32, **PUBLISHED)
+    assert warnings.nonfinite == (0,)
     nearest = round_nearest(weights, format, torch.float32, unbiased=False)
     assert torch.equal(codes.values[0], nearest.values[0])
 
@@ -515,14 +515,14 @@ def test_a_hessian_that_is_not_finite_falls_back_to_rounding_to_nearest(place: t
 def test_scales_are_never_zero_nor_infinite(format: Format, dtype: torch.dtype, size: float):
     weights, hessians = problem(17)
     weights = weights.sign() * size
-    found, trouble = solve(weights, hessians, format, dtype)
+    found, warnings = solve(weights, hessians, format, dtype)
     everything = [found] + [make(weights, format, dtype) for make in (round_nearest, half_quadratic)]
     for codes in everything:
         assert bool(codes.scale.isfinite().all())
         assert bool((codes.scale != 0).all())
         if size == 0:
             assert not bool(decode(codes).any())
-    assert (trouble.clipped > 0) == (size == 1e38 and dtype == torch.float16)
+    assert (warnings.clipped > 0) == (size == 1e38 and dtype == torch.float16)
 
 
 # --- shrinkage of Hessians -------------------------------------------------------------------------------------------------------

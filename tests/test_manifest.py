@@ -18,7 +18,7 @@ from moespresso.run import Recipe
 # Order and names are part of the file's bytes, which the same recipe must give again.
 KEYS = [
     "moespresso", "identity", "source", "recipe", "plan", "cost", "experts", "family", "target", "stock", "layout",
-    "packing", "plugin", "layers", "fitted", "coverage", "scores", "protected", "files", "nonfinite", "trouble", "notes",
+    "packing", "plugin", "layers", "fitted", "coverage", "scores", "protected", "files", "nonfinite", "warnings", "notes",
     "seed", "versions",
 ]  # fmt: skip
 

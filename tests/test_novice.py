@@ -159,7 +159,7 @@ def found_means(folder: Path, batches: Batches) -> dict[int, Tensor]:
     view = open_view(folder)
     visitor = MeanAnswers({layer.index for layer in view.source.moe_layers})
     with Tensors(folder) as reader:
-        sweep(view.skeleton(reader, torch.float64, torch.device("cpu")), batches.ids, batches.mask, visitor)
+        sweep(view.meta_model(reader, torch.float64, torch.device("cpu")), batches.ids, batches.mask, visitor)
     return visitor.values
 
 

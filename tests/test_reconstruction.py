@@ -59,8 +59,8 @@ def searched(view: View, ids: Tensor, layers: Sequence[int]) -> dict[int, dict[s
             found[layer.spec.index] = search(layer, sample)
 
     with Tensors(view.checkpoint.folder) as reader:
-        skeleton = view.skeleton(reader, torch.float32, torch.device("cpu"))
-        sweep(skeleton, ids, torch.ones_like(ids, dtype=torch.bool), visit)
+        meta = view.meta_model(reader, torch.float32, torch.device("cpu"))
+        sweep(meta, ids, torch.ones_like(ids, dtype=torch.bool), visit)
     return found
 
 
@@ -197,8 +197,8 @@ def grouped_error(truth: ByHand, kept: set[int]) -> float:
 def measured(view: View, ids: Tensor) -> Stats:
     measurer = Measurer(["reconstruction"], ids.numel())
     with Tensors(view.checkpoint.folder) as reader:
-        skeleton = view.skeleton(reader, torch.float32, torch.device("cpu"))
-        sweep(skeleton, ids, torch.ones_like(ids, dtype=torch.bool), measurer)
+        meta = view.meta_model(reader, torch.float32, torch.device("cpu"))
+        sweep(meta, ids, torch.ones_like(ids, dtype=torch.bool), measurer)
     return Stats("key", view.source.digest, values=measurer.values)
 
 

@@ -78,13 +78,13 @@ def measured(view: View, batches: Batches, *needs: str) -> Stats:
     """What the product measures, in float64 so that only formulas can differ."""
     measurer = Measurer(needs or ["routing"], batches.num_tokens)
     with Tensors(view.checkpoint.folder) as reader:
-        skeleton = view.skeleton(reader, torch.float64, torch.device("cpu"))
-        sweep(skeleton, batches.ids, batches.mask, measurer)
+        meta = view.meta_model(reader, torch.float64, torch.device("cpu"))
+        sweep(meta, batches.ids, batches.mask, measurer)
         values = measurer.values
         if "weights" in needs:
             for unit, row in Weights().measure(view, reader, Silent()).items():
                 values[unit].update(row)
-    return Stats("key", view.source.digest, batches.num_tokens, values, tuple(measurer.trouble))
+    return Stats("key", view.source.digest, batches.num_tokens, values, tuple(measurer.warnings))
 
 
 @dataclass
@@ -241,7 +241,7 @@ def shunned(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
 def test_an_expert_without_tokens_is_reported_by_name(family: str, shunned: dict[str, tuple[View, Stats]]):
     view, stats = shunned[family]
     assert stats.of(2, view.source.layers[2].experts, "tokens")[5] == 0
-    (line,) = [line for line in stats.trouble if "L2.E5" in line]
+    (line,) = [line for line in stats.warnings if "L2.E5" in line]
     assert line.startswith("no calibration token reached L2.E5: ")
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import moespresso.statistics
 from conftest import Zoo
-from moespresso.build import Tensors, make_skeleton, open_view
+from moespresso.build import Tensors, make_meta_model, open_view
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Call, Layer
 from moespresso.core.runtime import Runtime
@@ -72,12 +72,12 @@ def test_a_statistic_of_ones_own_is_one_class(zoo: Zoo):
     batches = tokens_for(view)
     measurer = Measurer(["seen", "routing"], batches.num_tokens)
     with Tensors(view.checkpoint.folder) as reader:
-        sweep(make_skeleton(view, reader, Runtime()), batches.ids, batches.mask, measurer)
+        sweep(make_meta_model(view, reader, Runtime()), batches.ids, batches.mask, measurer)
     assert needs_text(["seen"])
     for layer in range(3):
         row = measurer.values[Unit(layer)]
         assert (row["seen"], row["so_far"]) == (batches.num_tokens, batches.num_tokens * (layer + 1))
-    assert [line for line in measurer.trouble if "counts" in line] == ["L0 counts", "L1 counts", "L2 counts"]
+    assert [line for line in measurer.warnings if "counts" in line] == ["L0 counts", "L1 counts", "L2 counts"]
 
 
 def test_what_needs_text_says_so_itself():

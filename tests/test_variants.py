@@ -19,11 +19,11 @@ from moespresso.build import Tensors, open_view
 from moespresso.core.runtime import Runtime
 from moespresso.fit import Job
 from moespresso.methods import LayerDrop
-from moespresso.model import Skeleton
+from moespresso.model import MetaModel
 from moespresso.run import Decided, decide
 from moespresso.stream import Variant, lanes_at_once, state_bytes, sweep_variants
 from moespresso.stream.sweep import begin
-from test_depth_kl import other_folder, skeleton_of
+from test_depth_kl import other_folder, meta_of
 from test_more_families import DENSE, _random_model
 from test_scores import tokens_for
 
@@ -58,7 +58,7 @@ def found(
     with (
         Tensors(folder) as reader,
         sweep_variants(
-            skeleton_of(view, reader), (ids, mask), list(map(Variant, cuts)), spill=spill
+            meta_of(view, reader), (ids, mask), list(map(Variant, cuts)), spill=spill
         ) as states,
     ):
         assert {len(batches) for batches in states} == {3}
@@ -86,10 +86,10 @@ def test_a_candidate_has_two_files_a_batch_at_most(zoo: Zoo, tmp_path: Path):
     ids = families.random_ids(families.reference(zoo("gpt_oss")).config, 2, 9)
     mask = torch.ones_like(ids, dtype=torch.bool)
     with Tensors(zoo("gpt_oss")) as reader:
-        skeleton = skeleton_of(view, reader)
-        each = state_bytes(skeleton, ids, mask)
+        meta = meta_of(view, reader)
+        each = state_bytes(meta, ids, mask)
         assert each == 4 * ids.numel() * view.source.hidden
-        with sweep_variants(skeleton, (ids, mask), list(map(Variant, ROWS)), spill=tmp_path) as states:
+        with sweep_variants(meta, (ids, mask), list(map(Variant, ROWS)), spill=tmp_path) as states:
             files = [path.stat().st_size for path in tmp_path.glob("hidden-*/*")]
             assert all(lies_in(tmp_path, batch) for batches in states for batch in batches)
             assert len({batch.data_ptr() for batches in states for batch in batches}) == len(ROWS)
@@ -111,9 +111,9 @@ def test_candidates_that_start_hold_one_answer_of_the_embedding(family: str, zoo
     ids = families.random_ids(families.reference(folder).config, 4, 700)
     mask = torch.ones_like(ids, dtype=torch.bool)
     with Tensors(folder) as reader, torch.inference_mode():
-        skeleton = skeleton_of(open_view(folder), reader)
-        one, _ = started(skeleton, ids, mask, 1)
-        many, waiting = started(skeleton, ids, mask, 6)
+        meta = meta_of(open_view(folder), reader)
+        one, _ = started(meta, ids, mask, 1)
+        many, waiting = started(meta, ids, mask, 6)
     places = [batch.hidden.data_ptr() for batch in waiting]
     assert places == places[:2] * 6
     assert len(set(places)) == 2
@@ -125,10 +125,10 @@ def folder_of(family: str, folder: Path) -> Path:
     return folder
 
 
-def started(skeleton: Skeleton, ids: Tensor, mask: Tensor, count: int) -> tuple[int, list[Any]]:
+def started(meta: MetaModel, ids: Tensor, mask: Tensor, count: int) -> tuple[int, list[Any]]:
     """Start so many candidates of two batches; how many tensors of the size of hidden states there are more, by memory."""
     before = states_alive(ids)
-    waiting = begin(skeleton, ids.split(2) * count, mask.split(2) * count)
+    waiting = begin(meta, ids.split(2) * count, mask.split(2) * count)
     return len(states_alive(ids) - before), waiting
 
 
@@ -149,13 +149,13 @@ def searched(zoo: Zoo, folder: Path, **options: Any) -> Decided:
 def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """How often each layer was loaded."""
     counts: Counter[int] = Counter()
-    load = Skeleton.layer
+    load = MetaModel.layer
 
-    def layer(self: Skeleton, index: int) -> Any:
+    def layer(self: MetaModel, index: int) -> Any:
         counts[index] += 1
         return load(self, index)
 
-    monkeypatch.setattr(Skeleton, "layer", layer)
+    monkeypatch.setattr(MetaModel, "layer", layer)
     return counts
 
 

@@ -27,7 +27,7 @@ from moespresso.build import (
     View,
     config_view,
     load_model,
-    make_skeleton,
+    make_meta_model,
     num_positions,
     one_format,
     open_view,
@@ -42,12 +42,12 @@ from moespresso.core.plan import Plan
 from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats, stats_key
 from moespresso.data import Batches, Source, calibration, load_tokenizer, sequences
-from moespresso.effect import needs_fit, rounds_on_text, slims, step_of, validated
+from moespresso.effect import needs_fit, fits_on_text, treats_matrices, step_of, validated
 from moespresso.export import check_even, formed
 from moespresso.fit import Clock, Job, see_text
 from moespresso.fit import measure as measure_view
 from moespresso.formats import codec_in, codecs
-from moespresso.model import is_rehoused, is_unequal, quiet_transformers
+from moespresso.model import is_converted, is_unequal, quiet_transformers
 from moespresso.quality import evaluate as evaluate_models
 from moespresso.report import Report, describe_methods
 from moespresso.run import (
@@ -59,7 +59,7 @@ from moespresso.run import (
     decide,
     fit_again,
     format_notes,
-    housed,
+    in_equivalent,
     in_some_form,
     produce,
     rehearse,
@@ -90,7 +90,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
         notes.append("priced from its config alone: no tensor was seen")
     if is_unequal(view.checkpoint.config):
         notes.append("its layers differ: transformers loads it where moespresso is imported")
-    if is_rehoused(view.checkpoint):
+    if is_converted(view.checkpoint):
         notes.append(
             f"read as {blueprint.family}, whose code computes the same: transformers does not have its own family"
         )
@@ -223,7 +223,7 @@ def _given_stats(path: Path, view: View) -> Stats:
     stats = Stats.load(path)
     if stats.blueprint != view.source.digest:
         raise UserError(
-            f"{path} was measured on another checkpoint than {view.source.source}: measure this one"
+            f"{path} was measured on another checkpoint than {view.source.place}: measure this one"
         )
     return stats
 
@@ -285,9 +285,9 @@ def build(
 
         def tried(form: View) -> View:
             validated(made, form.source, steps=True)
-            return housed(form, lambda at_home: formed(target, replace(at_home, plan=made)).check_fits())
+            return in_equivalent(form, lambda form: formed(target, replace(form, plan=made)).check_fits())
 
-        steps = [step_of(stage) for stage in made.stages if slims(stage)]
+        steps = [step_of(stage) for stage in made.stages if treats_matrices(stage)]
         view = in_some_form(open_view(locate(model)), steps, tried)
     batches = _text_of_plan(view, made, recipe)
     said = {"calibration": dict(made.calibration), "steps": [dict(stage.method) for stage in made.stages],
@@ -306,7 +306,7 @@ def _text_of_plan(view: View, made: Plan, recipe: Recipe) -> Batches | None:
     """The text given to `build`, which must be the text the plan was made on; a plan that is fitted needs it."""
     wanted = made.calibration
     fitted = any(
-        "text" in needs_fit(made, number) or rounds_on_text(stage) for number, stage in enumerate(made.stages)
+        "text" in needs_fit(made, number) or fits_on_text(stage) for number, stage in enumerate(made.stages)
     )
     if not recipe.calibration.texts and fitted:
         raise text_missing("this plan is fitted on", ", as it was made with")
@@ -415,11 +415,11 @@ def evaluate(
     )
     say_shorter(rows, length or EVALUATED)
     with Tensors(view.checkpoint.folder, allow_nonfinite=True) as tensors:
-        skeleton = make_skeleton(view, tensors, runtime)
+        meta = make_meta_model(view, tensors, runtime)
         if other is None:
-            return evaluate_models(skeleton, None, batches, runtime.progress)
+            return evaluate_models(meta, None, batches, runtime.progress)
         with Tensors(other.checkpoint.folder, allow_nonfinite=True) as second:
-            return evaluate_models(skeleton, make_skeleton(other, second, runtime), batches, runtime.progress)
+            return evaluate_models(meta, make_meta_model(other, second, runtime), batches, runtime.progress)
 
 
 def methods(kind: str | None = None) -> list[dict[str, Any]]:

@@ -4,12 +4,12 @@ from moespresso.build.loading import load_model
 from moespresso.build.opening import (
     apart_view,
     config_view,
-    make_skeleton,
+    make_meta_model,
     open_view,
     pick_device,
     pick_dtype,
     precision,
-    rehoused_views,
+    equivalent_views,
 )
 from moespresso.build.packing import (
     engine_of,
@@ -37,7 +37,7 @@ __all__ = [
     "half_packed",
     "in_order",
     "load_model",
-    "make_skeleton",
+    "make_meta_model",
     "needs_engine",
     "num_positions",
     "one_format",
@@ -47,7 +47,7 @@ __all__ = [
     "pick_device",
     "pick_dtype",
     "precision",
-    "rehoused_views",
+    "equivalent_views",
     "tied_head",
     "write",
     "zeros_of",

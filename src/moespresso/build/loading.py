@@ -24,7 +24,7 @@ from moespresso.build.view import View
 from moespresso.checkpoint import SECTION
 from moespresso.core.errors import UserError, did_you_mean, reason
 from moespresso.effect import Piece
-from moespresso.model import is_rehoused, read_config
+from moespresso.model import is_converted, read_config
 
 
 def load_model(
@@ -66,7 +66,7 @@ def _plain_to_transformers(view: View) -> bool:
     """Whether transformers reads the folder on its own. It does not where an index says nothing of the shards as a whole, and
     where the section of packed matrices is there and empty."""
     checkpoint = view.checkpoint
-    if view.formats or is_rehoused(checkpoint) or checkpoint.config.get(SECTION) is not None:
+    if view.formats or is_converted(checkpoint) or checkpoint.config.get(SECTION) is not None:
         return False
     return isinstance(checkpoint.metadata, dict)
 
@@ -81,7 +81,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _decoded(view: View, dtype: torch.dtype) -> PreTrainedModel:
-    config = read_config(view.config, view.source.source)
+    config = read_config(view.config, view.source.place)
     folder, kind = view.checkpoint.folder, cast("Any", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     with Tensors(folder, allow_nonfinite=True) as tensors:
         lock = Lock()

@@ -16,15 +16,15 @@ from moespresso.core.errors import UserError, reason
 from moespresso.core.plan import Plan
 from moespresso.core.runtime import Runtime
 from moespresso.model import (
-    Skeleton,
+    MetaModel,
     adopt,
     build_meta,
-    houses_of,
+    equivalents_of,
     is_unequal,
     obstacle,
     read_blueprint,
     read_config,
-    rehoused,
+    converted,
     stock_dtype,
     unstacked,
 )
@@ -62,13 +62,13 @@ def config_view(path: Path) -> View:
     return _view(Checkpoint(path, bare.config, refs))
 
 
-def rehoused_views(view: View) -> list[View]:
+def equivalent_views(view: View) -> list[View]:
     """The same checkpoint as one of every other family whose code computes the same."""
     config = view.checkpoint.config
-    if is_unequal(config):  # a house knows the family's ordinary config only
+    if is_unequal(config):  # a equivalent knows the family's ordinary config only
         return []
-    houses = [house for house in houses_of(view.source.family) if obstacle(house, config) is None]
-    return [replace(_view(rehoused(view.checkpoint, house)), origin=view.source) for house in houses]
+    equivalents = [equivalent for equivalent in equivalents_of(view.source.family) if obstacle(equivalent, config) is None]
+    return [replace(_view(converted(view.checkpoint, equivalent)), origin=view.source) for equivalent in equivalents]
 
 
 def apart_view(view: View) -> View | None:
@@ -84,10 +84,10 @@ def _view(checkpoint: Checkpoint) -> View:
     return View(checkpoint, blueprint, Plan(blueprint.digest))
 
 
-def make_skeleton(view: View, tensors: Tensors, runtime: Runtime) -> Skeleton:
+def make_meta_model(view: View, tensors: Tensors, runtime: Runtime) -> MetaModel:
     """The view's model on `meta`, for the runtime's device and precision."""
     device = pick_device(runtime.device)
-    return view.skeleton(tensors, pick_dtype(runtime.dtype, view, device), device)
+    return view.meta_model(tensors, pick_dtype(runtime.dtype, view, device), device)
 
 
 def precision(view: View, runtime: Runtime) -> str:
@@ -114,7 +114,7 @@ def own_dtype(view: View) -> torch.dtype:
     checkpoint = view.checkpoint
     files = [str(checkpoint.folder / file) for file in checkpoint.files]
     metadata = checkpoint.metadata if isinstance(checkpoint.metadata, dict) else {}
-    config = read_config(checkpoint.config, view.source.source)
+    config = read_config(checkpoint.config, view.source.place)
     said = config.dtype
     try:
         found = stock_dtype(config, files, metadata)

@@ -221,7 +221,7 @@ class Tensors:
         if not self._allow:
             raise NonFiniteError(
                 f"tensor {name} in {self._folder / piece.source.ref.file} holds {count} NaN or infinite values: repair "
-                "the source, or pass --allow-nonfinite to count them as trouble and go on"
+                "the source, or pass --allow-nonfinite to count them as warnings and go on"
             )
         self.nonfinite[name] = self.nonfinite.get(name, 0) + count
 

@@ -1,6 +1,6 @@
 """A checkpoint as a plan leaves it, before anything is written.
 
-A `View` answers with the edited config, the tensors to write (`pieces`) and a `Skeleton` that loads them: so a later
+A `View` answers with the edited config, the tensors to write (`pieces`) and a `MetaModel` that loads them: so a later
 step is measured on the model as the earlier ones leave it, pricing and writing agree by construction, and `verify`
 compares files with what they ought to be. With an empty plan it is the checkpoint itself.
 
@@ -28,7 +28,7 @@ from moespresso.effect import Fits, Piece, Remains, laid_out, pieces, pressed_bl
 from moespresso.formats import codec_named
 from moespresso.model import (
     Names,
-    Skeleton,
+    MetaModel,
     build_meta,
     check_tensors,
     joined,
@@ -80,17 +80,17 @@ class View:
         found = pieces(self.source, self.plan, self.fits, stock=self.stock)
         grown = self._grown(found)
         laid = grown if self.layout is None else [laid_out(piece, self.layout) for piece in grown]
-        return [*joined(laid, self.checkpoint.config, self.source.source), *self._stub_pieces()]
+        return [*joined(laid, self.checkpoint.config, self.source.place), *self._stub_pieces()]
 
     @cached_property
     def unreadable(self) -> list[str]:
         """Names of plain tensors that stock transformers cannot read beside the packed ones."""
-        return unreadable(self.pieces, self.checkpoint.config, self.source.source)
+        return unreadable(self.pieces, self.checkpoint.config, self.source.place)
 
     @cached_property
     def packed_alone(self) -> list[str]:
         """Names of packed matrices that stock transformers would leave random: it has no linear layer there."""
-        return packed_alone(self.pieces, self.checkpoint.config, self.source.source)
+        return packed_alone(self.pieces, self.checkpoint.config, self.source.place)
 
     @cached_property
     def stored(self) -> list[Piece]:
@@ -119,7 +119,7 @@ class View:
     def _modules(self, config: dict[str, Any]) -> tuple[dict[str, Format], set[str]]:
         """The formats of packed modules, and the other modules with a matrix; by their names on disk and in memory, since loaders look
         them up by either."""
-        place = self.source.source
+        place = self.source.place
         model = build_meta(read_config(config, place), torch.bfloat16, place)
         names, formats = Names(model), dict(self.formats)
         for piece in self.pieces:
@@ -159,7 +159,7 @@ class View:
             replace(self.left, cut=whole, experts=experts, widths=widths),
             stock=self.stock,
         )
-        return with_dense(config, self.stubs, self.source.source)
+        return with_dense(config, self.stubs, self.source.place)
 
     def _body(self, position: int) -> str:
         layer = self.left.layers[position]
@@ -169,7 +169,7 @@ class View:
         """Shared experts as wide as the config says: where its one width of experts counts them."""
         if not self.stock or not self.left.widths:
             return found
-        config, place = self._config[0], self.source.source
+        config, place = self._config[0], self.source.place
         model = build_meta(read_config(config, place), torch.bfloat16, place)
         names, state = Names(model), model.state_dict()
         grown: list[Piece] = []
@@ -187,7 +187,7 @@ class View:
         """The zeros that stand where feed-forward parts were, as the model of the config has them."""
         if not self.stubs:
             return []
-        place = self.source.source
+        place = self.source.place
         state = build_meta(read_config(self._config[0], place), torch.bfloat16, place).state_dict()
         dtypes = self.source.dtypes
         made: list[Piece] = []
@@ -207,15 +207,15 @@ class View:
     def check_fits(self) -> None:
         """Raise `UserError` when the tensors to write are not the ones that the model of the edited config asks for."""
         try:
-            check_tensors(self.config, [piece.ref for piece in self.pieces], self.source.source)
+            check_tensors(self.config, [piece.ref for piece in self.pieces], self.source.place)
         except UserError as error:
             raise UserError(f"the plan's tensors do not fit the model its config makes: {error}") from error
 
-    def skeleton(self, tensors: Tensors, dtype: torch.dtype, device: torch.device) -> Skeleton:
+    def meta(self, tensors: Tensors, dtype: torch.dtype, device: torch.device) -> MetaModel:
         """The model on `meta`, ready to load the pieces layer by layer."""
         lazy = {piece.name: Lazy(tensors, piece) for piece in self.pieces}
-        return Skeleton(
-            self.config, lazy, self.blueprint.layers, place=self.source.source, dtype=dtype, device=device
+        return MetaModel(
+            self.config, lazy, self.blueprint.layers, place=self.source.place, dtype=dtype, device=device
         )
 
 

@@ -29,7 +29,7 @@ from moespresso.checkpoint import (
 from moespresso.core.format import DTYPE_BYTES
 from moespresso.core.runtime import Runtime
 from moespresso.effect import Piece
-from moespresso.model import is_rehoused, tokenizer_config
+from moespresso.model import is_converted, tokenizer_config
 
 _SMALLEST, _LARGEST, _AIM = 256 << 20, 4 << 30, 32
 
@@ -101,7 +101,7 @@ def _sidecar(view: View, folder: Path, name: str) -> Written:
     source = view.checkpoint.folder
     if (
         name != "tokenizer_config.json"
-        or not is_rehoused(view.checkpoint)
+        or not is_converted(view.checkpoint)
         or not (source / "tokenizer.json").is_file()
     ):
         return copy_sidecar(source, folder, name)

@@ -71,7 +71,7 @@ class Manifest:
     protected: frozenset[Unit] = frozenset()
     files: Mapping[str, FileFacts]
     nonfinite: Mapping[str, int]
-    trouble: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     seed: int = 0
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -140,6 +140,6 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     "scores": _scores,
     "protected": _units,
     "files": lambda rows: {name: FileFacts(**row) for name, row in rows.items()},
-    "trouble": tuple,
+    "warnings": tuple,
     "notes": tuple,
 }

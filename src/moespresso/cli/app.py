@@ -119,7 +119,7 @@ def measure(
     from moespresso.report import render_stats
 
     stats = run(ctx, lambda api, asked, how: api.measure(asked.model, out=out, recipe=asked, runtime=how))
-    found = {"out": str(out), "key": stats.key, "tokens": stats.tokens, "needs": stats.needs, "trouble": stats.trouble,
+    found = {"out": str(out), "key": stats.key, "tokens": stats.tokens, "needs": stats.needs, "warnings": stats.warnings,
              "calibration": stats.calibration}  # fmt: skip
     show(ctx, found, lambda: render_stats(stats, str(out)))
 

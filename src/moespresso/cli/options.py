@@ -65,7 +65,7 @@ DEVICE = _how("--device", str, "auto, cpu, cuda, cuda:1, ...", default="auto")
 DTYPE = _how("--dtype", str, "Precision to measure in: auto, float32, bfloat16, float16.", default="auto")
 MAX_MEMORY = _how("--max-memory", str | None, "Memory to stay under: 8GiB or 50%.", metavar="SIZE")
 NO_RESUME = _how("--no-resume", bool, "Start over in this folder.", default=False)
-ALLOW_NONFINITE = _how("--allow-nonfinite", bool, "Count NaN in the weights as trouble.", default=False)
+ALLOW_NONFINITE = _how("--allow-nonfinite", bool, "Count NaN in the weights as warnings.", default=False)
 JSON = _how("--json", bool, "One JSON object on standard output.", default=False)
 
 WHAT = (RECIPE, STEP, SIZE, TARGET, SEED)

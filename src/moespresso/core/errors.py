@@ -3,7 +3,7 @@
 ```
 MoespressoError
 ├── UserError         the user's mistake: one sentence with the place and the cure; exit code 2
-│   └── NonFiniteError    a NaN or infinity in the weights (settings can turn it into trouble)
+│   └── NonFiniteError    a NaN or infinity in the weights (settings can turn it into warnings)
 └── CheckFailed       a check did not hold (`verify`); exit code 3
 ```
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # a stage of a plan knows its step
 Sight = Literal["original", "gradient", "all_tokens"]
 NOTHING: frozenset[Sight] = frozenset()
 # Parts of a model whose matrices can be given another form.
-SLIM_PARTS = ("experts", "shared", "attention", "dense", "head")
+MATRIX_PARTS = ("experts", "shared", "attention", "dense", "head")
 
 # What a candidate of a search does to the model as it is, and the losses of the model as each of some candidates leaves it.
 Candidate = Mapping[Unit, "Treatment"]
@@ -156,7 +156,7 @@ class Treats(Step):
 
     __slots__ = ()
 
-    able: ClassVar[tuple[str, ...]] = SLIM_PARTS
+    able: ClassVar[tuple[str, ...]] = MATRIX_PARTS
 
     @property
     def kinds(self) -> frozenset[str]:

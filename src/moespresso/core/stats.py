@@ -31,13 +31,13 @@ MALFORMED = (ValueError, TypeError, OSError, OverflowError, RecursionError)
 
 @dataclass(frozen=True)
 class Stats:
-    """Measured values per unit; `calibration` describes the text, `trouble` counts what went wrong."""
+    """Measured values per unit; `calibration` describes the text, `warnings` counts what went wrong."""
 
     key: str
     blueprint: str
     tokens: int = 0
     values: Values = field(default_factory=dict[Unit, dict[str, float]])
-    trouble: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     calibration: Mapping[str, Any] = field(default_factory=dict[str, Any])
     needs: tuple[str, ...] = ()
 
@@ -66,7 +66,7 @@ class Stats:
 
     def to_json(self) -> str:
         """The stats as JSON."""
-        body = {"key": self.key, "blueprint": self.blueprint, "tokens": self.tokens, "trouble": list(self.trouble),
+        body = {"key": self.key, "blueprint": self.blueprint, "tokens": self.tokens, "warnings": list(self.warnings),
                 "calibration": dict(self.calibration), "needs": list(self.needs),
                 "values": {str(unit): dict(self.values[unit]) for unit in sorted(self.values)}}  # fmt: skip
         return json.dumps(body, indent=1) + "\n"
@@ -89,9 +89,9 @@ class Stats:
         rows = given(body, "values", dict[str, Any])
         values = {unit: {name: float(given(rows[text], name, float)) for name in given(rows, text, dict[str, Any])}
                   for text, unit in units_of(rows).items()}  # fmt: skip
-        trouble, needs = (each(given(body, name, list[Any]), str, name) for name in ("trouble", "needs"))
+        warnings, needs = (each(given(body, name, list[Any]), str, name) for name in ("warnings", "needs"))
         tokens = at_least(0, given(body, "tokens", int), "tokens")
-        return cls(given(body, "key", str), given(body, "blueprint", str), tokens, values, tuple(trouble),
+        return cls(given(body, "key", str), given(body, "blueprint", str), tokens, values, tuple(warnings),
                    described(given(body, "calibration", dict[str, Any])), tuple(needs))  # fmt: skip
 
 

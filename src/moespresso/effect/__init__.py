@@ -13,9 +13,9 @@ from moespresso.effect.slim import (
     is_matrix,
     is_stack,
     narrowed,
-    rounds_on_text,
+    fits_on_text,
     scale_dtypes,
-    slims,
+    treats_matrices,
     step_of,
 )
 
@@ -52,9 +52,9 @@ __all__ = [
     "pressed_layers",
     "price",
     "remains",
-    "rounds_on_text",
+    "fits_on_text",
     "scale_dtypes",
-    "slims",
+    "treats_matrices",
     "step_of",
     "stored",
     "validated",

@@ -26,7 +26,7 @@ def validated(plan: Plan, blueprint: Blueprint, *, steps: bool = False) -> Plan:
     if plan.blueprint != blueprint.digest:
         raise UserError(
             f"the plan was made for another checkpoint (digest {plan.blueprint[:12]}, "
-            f"{blueprint.source} has {blueprint.digest[:12]}): make a new plan for this one"
+            f"{blueprint.place} has {blueprint.digest[:12]}): make a new plan for this one"
         )
     check_plan(plan, blueprint, steps=steps)
     return plan
@@ -73,7 +73,7 @@ def _check_treatment(unit: Unit, treatment: Treatment, layer: LayerSpec, bluepri
 
 def _nothing_there(unit: Unit, blueprint: Blueprint) -> UserError:
     return UserError(
-        f"the plan treats {unit}, but {blueprint.source} has no routed experts there "
+        f"the plan treats {unit}, but {blueprint.place} has no routed experts there "
         "(this version treats them layer by layer, as L3.experts, lets blocks and branches go, and merges experts)"
     )
 
@@ -85,13 +85,13 @@ def _check_dropped(unit: Unit, treatment: Treatment, layer: LayerSpec, blueprint
         )
     if treatment.repair is not None and blueprint.indivisible:
         raise UserError(
-            f"what {unit} leaves cannot be repaired in {blueprint.source} ({blueprint.indivisible}): leave the repair out"
+            f"what {unit} leaves cannot be repaired in {blueprint.place} ({blueprint.indivisible}): leave the repair out"
         )
     if unit == Unit(layer.index):
         return
     if unit not in {layer.unit(branch) for branch in BRANCHES if branch in layer.bodies}:
         why = f" ({blueprint.indivisible})" if blueprint.indivisible else ""
-        raise UserError(f"the plan drops {unit}, but {blueprint.source} has no such part to drop{why}")
+        raise UserError(f"the plan drops {unit}, but {blueprint.place} has no such part to drop{why}")
 
 
 def _check_experts(unit: Unit, treatment: Treatment, layer: LayerSpec) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError
 from moespresso.core.format import DTYPE_BYTES, Format
-from moespresso.core.method import SLIM_PARTS, Refits, Treats
+from moespresso.core.method import MATRIX_PARTS, Refits, Treats
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.unit import Part, Unit
 from moespresso.effect.cuts import REPAIRS
@@ -30,7 +30,7 @@ def is_matrix(entry: Entry) -> bool:
     shape = entry.ref.shape
     return (
         entry.in_graph
-        and entry.unit.part in SLIM_PARTS
+        and entry.unit.part in MATRIX_PARTS
         and entry.ref.name.endswith(".weight")
         and len(shape) == 2
         and shape[0] > 1
@@ -102,7 +102,7 @@ def scale_dtypes(blueprint: Blueprint) -> dict[int | None, str]:
     return found
 
 
-def slims(stage: Stage) -> bool:
+def treats_matrices(stage: Stage) -> bool:
     """Whether a stage encodes matrices, prunes them or takes channels out of them."""
     return any(
         treatment.format is not None or treatment.channels is not None
@@ -110,9 +110,9 @@ def slims(stage: Stage) -> bool:
     )
 
 
-def rounds_on_text(stage: Stage) -> bool:
+def fits_on_text(stage: Stage) -> bool:
     """Whether a stage encodes by a step that takes calibration text."""
-    return slims(stage) and isinstance(step_of(stage), Refits)
+    return treats_matrices(stage) and isinstance(step_of(stage), Refits)
 
 
 def step_of(stage: Stage) -> Treats:
@@ -121,7 +121,7 @@ def step_of(stage: Stage) -> Treats:
     step = stage.step
     if not isinstance(step, Treats):
         raise UserError(
-            f"the plan gives formats or channels by {method.get('kind')!r}, which is no step that slims weights"
+            f"the plan gives formats or channels by {method.get('kind')!r}, which is no step that treats_matrices weights"
         )
     return step
 
@@ -131,7 +131,7 @@ def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
     earlier stage encoded."""
     stage = plan.stages[number]
     before = plan.stages[:number]
-    slimmed = any(map(slims, before))
+    slimmed = any(map(treats_matrices, before))
     for unit, treatment in stage.treatments.items():
         if treatment.format is not None and treatment != Treatment(format=treatment.format):
             raise UserError(
@@ -139,12 +139,12 @@ def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
             )
         _check_values(unit, treatment, slimmed, _formats_before(unit, before))
     refitted = _refitted(stage)
-    if not slims(stage):
+    if not treats_matrices(stage):
         return
     # Shared experts may be those of the family that the checkpoint is presented as, so only the layer is looked up.
     known = {Unit(layer.index, part) for layer in blueprint.moe_layers for part in REFIT_PARTS}
     if refitted - known:
-        raise UserError(f"the plan rescales {min(refitted - known)}, but {blueprint.source} has no such part")
+        raise UserError(f"the plan rescales {min(refitted - known)}, but {blueprint.place} has no such part")
     met: set[Unit] = set()
     left = remains(Plan(plan.blueprint, plan.stages[: number + 1]), blueprint)
     treated: list[tuple[Entry, Format, tuple[int, ...]]] = []
@@ -159,7 +159,7 @@ def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
     check_all_storable(treated)
     for unit, treatment in stage.treatments.items():
         if treatment.format is not None and unit not in met:
-            raise UserError(f"the plan gives {unit} a format, but {blueprint.source} has no matrices there")
+            raise UserError(f"the plan gives {unit} a format, but {blueprint.place} has no matrices there")
 
 
 def _formats_before(unit: Unit, before: Collection[Stage]) -> set[Format]:
@@ -181,9 +181,9 @@ def _refitted(stage: Stage) -> set[Unit]:
 def check_step(stage: Stage, blueprint: Blueprint) -> None:
     """Raise `UserError` where a stage's step cannot make the formats it is said to give, or on text would be shown some matrices
     of experts and not the others, which it solves together. Needs the step to be known: a plan is priced without."""
-    if (refitted := _refitted(stage)) and not rounds_on_text(stage):
+    if (refitted := _refitted(stage)) and not fits_on_text(stage):
         raise UserError(f"the plan rescales {min(refitted)} in a step that does not round weights on text")
-    if not slims(stage):
+    if not treats_matrices(stage):
         return
     step = step_of(stage)
     kinds, able = step.kinds, step.able
@@ -217,9 +217,9 @@ def _check_values(unit: Unit, treatment: Treatment, slimmed: bool, formats: Coll
         raise UserError(
             f"the plan {what} {unit} after a step that rounds or prunes weights: put that step last"
         )
-    trouble = _trouble(treatment, formats)
-    if trouble is not None:
-        raise UserError(f"the plan {trouble.format(unit=unit)}: {_in_order(treatment, formats)}")
+    warnings = _trouble(treatment, formats)
+    if warnings is not None:
+        raise UserError(f"the plan {warnings.format(unit=unit)}: {_in_order(treatment, formats)}")
 
 
 def _trouble(treatment: Treatment, formats: Collection[Format]) -> str | None:
@@ -275,7 +275,7 @@ def _check_fused(entry: Entry, stage: Stage, blueprint: Blueprint, left: Remains
     differ = len(set(left.widths.get(entry.unit.layer or 0, {}).values())) > 1
     if treated and (packs or differ or not is_stack(entry)):
         raise UserError(
-            f"{blueprint.source} ({blueprint.family}) stores all experts of a layer in one tensor ({entry.ref.name}), for which no "
+            f"{blueprint.place} ({blueprint.family}) stores all experts of a layer in one tensor ({entry.ref.name}), for which no "
             "packed form and no widths of their own are known to load: drop experts, or narrow all alike"
         )
 

@@ -10,12 +10,12 @@ from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any
 
-from moespresso.build import View, rehoused_views
+from moespresso.build import View, equivalent_views
 from moespresso.core.errors import UserError
 from moespresso.core.method import Treats
 from moespresso.core.plan import Plan, Stage
 from moespresso.core.registry import parse_step
-from moespresso.effect import slims, validated
+from moespresso.effect import treats_matrices, validated
 from moespresso.formats import codec_of
 
 Load = Callable[[View], Any]
@@ -23,7 +23,7 @@ Load = Callable[[View], Any]
 
 def stored_plainly(view: View, load: Load) -> str:
     """What to do instead of storing matrices with a mask, in part or as factors."""
-    stages = [stage for stage in view.plan.stages if slims(stage)]
+    stages = [stage for stage in view.plan.stages if treats_matrices(stage)]
     if len(stages) == 1:
         step = _step(stages[0])
         return "pack=false" if "pack" in step.describe() else _near(step, view, load)
@@ -75,7 +75,7 @@ def _holds(words: str, view: View, load: Load) -> bool:
 def repaired_otherwise(view: View, load: Load) -> str | None:
     """The repair that stands in for a bias on this model, under any name that its family has; None where the part cannot go."""
     stages = tuple(_mapped(stage) for stage in view.plan.stages)
-    for form in (view, *rehoused_views(view)):
+    for form in (view, *equivalent_views(view)):
         with suppress(UserError):
             load(replace(form, plan=Plan(form.source.digest, stages)))
             return "repair=linear or repair=scale"

@@ -62,7 +62,7 @@ def formed(name: str, view: View) -> View:
 
 def _stock(target: Target, view: View) -> View:
     _check_experts(target, view)
-    cut = [f"L{layer}" for layer, branch in sorted(view.left.cut) if branch == "attention"]
+    cut = [f"L{layer}" for layer, branch in sorted(view.remains.cut) if branch == "attention"]
     if cut:
         raise _beyond(target, f"leaves {_some(cut)} without attention", _blocks(view, len(cut)))
     biased = [f"L{layer}" for layer, _ in sorted(biased_stubs(view.source, view.plan))]
@@ -71,7 +71,7 @@ def _stock(target: Target, view: View) -> View:
         raise _beyond(target, f"leaves a constant where {_some(biased)} lost a part", instead)
     made = _stubbed(target, replace(view, stock=True))
     _check_widths(target, made)
-    odd = [f"L{view.left.layers[position]}" for position in skipping(made.config)]
+    odd = [f"L{view.remains.layers[position]}" for position in skipping(made.config)]
     if odd:
         raise _beyond(
             target, f"keeps layers that lack a part already ({_some(odd)})", _blocks(view, len(odd))
@@ -147,7 +147,7 @@ def _check_formats(target: Target, view: View) -> None:
 
 def _check_experts(target: Target, view: View) -> None:
     layers = _moe_layers(view)
-    gone = [f"L{layer}" for layer in view.left.gone]
+    gone = [f"L{layer}" for layer in view.remains.gone]
     if gone:
         raise _beyond(
             target,
@@ -178,7 +178,7 @@ def _check_widths(target: Target, view: View) -> None:
             f"leaves experts of unequal width ({min(widths)} to {max(widths)} channels)",
             f"channel_prune:scope=layer,width={mean}",
         )
-    if view.left.widths and is_unequal(view.config):
+    if view.remains.widths and is_unequal(view.config):
         raise _beyond(
             target,
             f"narrows experts to {widths[0]} channels, which the config of a {view.source.family} model cannot say without "
@@ -204,7 +204,7 @@ def check_even(view: View, layout: str) -> None:
 
 
 def _moe_layers(view: View) -> list[LayerSpec]:
-    kept: Mapping[int, tuple[int, ...]] = view.left.experts
+    kept: Mapping[int, tuple[int, ...]] = view.remains.experts
     return [
         replace(layer, experts=len(kept[layer.index]))
         for layer in view.source.moe_layers
@@ -216,7 +216,7 @@ def _stubbed(target: Target, view: View) -> View:
     """The stock form: what lost its feed-forward part has a dense one of zeros, where the family can say so."""
     if not view.stubs:
         return view
-    names = [f"L{view.left.layers[position]}" for position in view.stubs]
+    names = [f"L{view.remains.layers[position]}" for position in view.stubs]
     what = f"leaves {_some(names)} without a feed-forward part"
     instead = _blocks(view, len(names))
     if not view.source.moe_layers:

@@ -1,7 +1,7 @@
 """Runs one step: what it measures, decides, searches and fits, layer by layer."""
 
 from moespresso.fit.job import Clock, Job
-from moespresso.fit.keep import Slimmed
+from moespresso.fit.keep import Fitted
 from moespresso.fit.layerwise import found
 from moespresso.fit.measured import all_needs, measure, see_text
 from moespresso.fit.repairs import unrepaired
@@ -13,7 +13,7 @@ __all__ = [
     "Found",
     "Job",
     "Judge",
-    "Slimmed",
+    "Fitted",
     "all_needs",
     "found",
     "measure",

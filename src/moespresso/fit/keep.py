@@ -27,11 +27,11 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass
-class Slimmed:
+class Fitted:
     """Fitted tensors by name, what went wrong, and by layer how many tokens reached each expert and which were helped."""
 
     fits: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    trouble: list[str] = field(default_factory=list[str])
+    warnings: list[str] = field(default_factory=list[str])
     coverage: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
 
 
@@ -92,7 +92,7 @@ def write_layer(
     path: Path, tensors: Mapping[str, Tensor], result: LayerResult, coverage: Mapping[str, Any]
 ) -> None:
     """Keep what a layer's answer comes to, and what is said of it."""
-    write_tensors(path, tensors, {"notes": json.dumps({"trouble": result.trouble, "coverage": coverage})})
+    write_tensors(path, tensors, {"notes": json.dumps({"warnings": result.warnings, "coverage": coverage})})
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -110,13 +110,13 @@ def coverage_of(context: LayerContext, result: LayerResult) -> dict[str, Any]:
     return {f"L{context.layer}": {"tokens": context.experts.tokens.tolist(), "remedies": remedies}}
 
 
-def gathered(files: list[Path]) -> Slimmed:
+def gathered(files: list[Path]) -> Fitted:
     """What all layers found; tensors stay in their files until they are looked at."""
-    everything = Slimmed()
+    everything = Fitted()
     for file in files:
         everything.fits |= load_file(file)
         with safe_open(file, "pt") as opened:
             notes = json.loads(opened.metadata()["notes"])
-        everything.trouble += notes["trouble"]
+        everything.warnings += notes["warnings"]
         everything.coverage |= notes["coverage"]
     return everything

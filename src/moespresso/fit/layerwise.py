@@ -12,35 +12,35 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moespresso.build import View, make_skeleton, precision
+from moespresso.build import View, make_meta_model, precision
 from moespresso.core.layer import Layer, LayerWeights, Taps
 from moespresso.core.method import Refits
 from moespresso.core.plan import Plan
 from moespresso.core.stats import stats_key
-from moespresso.effect import rounds_on_text, step_of
+from moespresso.effect import fits_on_text, step_of
 from moespresso.fit.job import Job
-from moespresso.fit.keep import Slimmed, coverage_of, gathered, kept, write_layer, write_tensors
+from moespresso.fit.keep import Fitted, coverage_of, gathered, kept, write_layer, write_tensors
 from moespresso.fit.place import check_finite, placed
 from moespresso.fit.repairs import fit
 from moespresso.fit.show import Showing
 from moespresso.fit.treated import Treated
 from moespresso.methods import LayerContext, LayerResult
-from moespresso.model import Skeleton
+from moespresso.model import MetaModel
 from moespresso.stream import SweepOptions, SweepState, gradient_moments, sweep
 
 # Raise when the same plan and text would give other codes.
 _VERSION = "1"
 
 
-def found(job: Job, view: View, plan: Plan) -> Slimmed:
+def found(job: Job, view: View, plan: Plan) -> Fitted:
     """Whatever the last stage of `plan` needs beside the decision, `view` being the model before it."""
-    if not rounds_on_text(plan.stages[-1]):
-        return Slimmed(fit(job, view, plan))
+    if not fits_on_text(plan.stages[-1]):
+        return Fitted(fit(job, view, plan))
     job.text("this plan is fitted on", ", as it was made with")
     return slim(job, view, plan)
 
 
-def slim(job: Job, view: View, plan: Plan) -> Slimmed:
+def slim(job: Job, view: View, plan: Plan) -> Fitted:
     """Everything that the last stage of `plan`, which fits on text, needs; `view` is the model before it."""
     step, batches, work = step_of(plan.stages[-1]), job.text(), job.work
     assert isinstance(step, Refits)
@@ -57,29 +57,29 @@ def slim(job: Job, view: View, plan: Plan) -> Slimmed:
     bends = work / f"curvature-{name}.safetensors"
     if not all(file.is_file() for file in files):
         with job.tensors() as tensors:
-            skeleton = make_skeleton(view, tensors, job.runtime)
+            meta = make_meta_model(view, tensors, job.runtime)
             original = None
             if "original" in step.shows and view.plan.stages:
                 whole = replace(view, plan=replace(view.plan, stages=()), fits={})
-                original = make_skeleton(whole, tensors, job.runtime)
-            curvature = _curvature(job, skeleton, bends) if "gradient" in step.shows else {}
-            showing = Showing(Treated(view, plan, skeleton), tensors, step.shows, curvature, original)
+                original = make_meta_model(whole, tensors, job.runtime)
+            curvature = _curvature(job, meta, bends) if "gradient" in step.shows else {}
+            showing = Showing(Treated(view, plan, meta), tensors, step.shows, curvature, original)
             options = SweepOptions("rebuilt" if step.sequential else "original", state, job.spill(view))
             watch = job.watch(f"{step.kind}, layers")
-            sweep(skeleton, batches.ids, batches.mask, _Visitor(step, showing, files), options, watch)
+            sweep(meta, batches.ids, batches.mask, _Visitor(step, showing, files), options, watch)
     state.path.unlink(missing_ok=True)
     bends.unlink(missing_ok=True)
     return gathered(files)
 
 
-def _curvature(job: Job, skeleton: Skeleton, file: Path) -> dict[int, Tensor]:
+def _curvature(job: Job, meta: MetaModel, file: Path) -> dict[int, Tensor]:
     """By layer, how sharply the model's loss bends along every channel's output [E, I]; kept in `file` for a run that is killed
     later."""
     if not file.is_file():
         batches, watch = job.text(), job.watch("")
-        moments = gradient_moments(skeleton, batches.ids, batches.mask, file.parent, watch)
+        moments = gradient_moments(meta, batches.ids, batches.mask, file.parent, watch)
         write_tensors(file, {str(layer): tensor for layer, tensor in moments.items()}, {})
-    return {int(layer): tensor.to(skeleton.device) for layer, tensor in load_file(file).items()}
+    return {int(layer): tensor.to(meta.device) for layer, tensor in load_file(file).items()}
 
 
 @dataclass(frozen=True)

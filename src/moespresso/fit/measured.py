@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moespresso.build import Tensors, View, make_skeleton, precision
+from moespresso.build import Tensors, View, make_meta_model, precision
 from moespresso.checkpoint import write_text
 from moespresso.core.method import Step
 from moespresso.core.plan import Decision
@@ -63,26 +63,26 @@ def measure(job: Job, steps: Sequence[Step], view: View) -> Stats:
     if saved.is_file():
         return Stats.load(saved)
     values: dict[Unit, dict[str, float]] = {}
-    trouble: list[str] = []
+    warnings: list[str] = []
     nonfinite: dict[str, int] = {}
     state = job.work / f"sweep-{key[:16]}.safetensors"
     if text:
         with job.tensors() as tensors:
             measurer = _sweep(job, view, needs, state, tensors)
-            values, trouble, nonfinite = measurer.values, measurer.trouble, tensors.nonfinite
+            values, warnings, nonfinite = measurer.values, measurer.warnings, tensors.nonfinite
     for each in statistics_of(needs):
         if isinstance(each, OfWeights):
             with job.tensors() as tensors:
                 for unit, row in each.measure(view, tensors, job.runtime.progress).items():
                     values.setdefault(unit, {}).update(row)
                 nonfinite |= tensors.nonfinite
-    trouble += [f"{name}: {count} NaN or infinite values" for name, count in sorted(nonfinite.items())]
+    warnings += [f"{name}: {count} NaN or infinite values" for name, count in sorted(nonfinite.items())]
     stats = Stats(
         key,
         view.source.digest,
         batches.num_tokens if batches is not None else 0,
         values,
-        tuple(trouble),
+        tuple(warnings),
         batches.describe() if batches is not None else {},
         tuple(seen),
     )
@@ -93,7 +93,7 @@ def measure(job: Job, steps: Sequence[Step], view: View) -> Stats:
 
 def _sweep(job: Job, view: View, needs: frozenset[str], path: Path, tensors: Tensors) -> Measurer:
     batches = job.text()
-    skeleton = make_skeleton(view, tensors, job.runtime)
+    meta = make_meta_model(view, tensors, job.runtime)
     measurer = Measurer(needs, batches.num_tokens)
 
     def recall(notes: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ def _sweep(job: Job, view: View, needs: frozenset[str], path: Path, tensors: Ten
 
     state = SweepState(path, lambda: {"measured": measurer.notes(), "nonfinite": tensors.nonfinite}, recall)
     options = SweepOptions(state=state if measurer.resumable else None, spill=job.spill(view))
-    sweep(skeleton, batches.ids, batches.mask, measurer, options, job.watch("measure layers"))
+    sweep(meta, batches.ids, batches.mask, measurer, options, job.watch("measure layers"))
     return measurer
 
 
@@ -110,8 +110,8 @@ def _restricted(stats: Stats, now: View) -> Stats:
     """Stats of the original, renumbered to what is left (`rescore: false`)."""
     whole = not now.plan.stages
     values: dict[Unit, Mapping[str, float]] = {}
-    for position, layer in enumerate(now.left.layers):
-        experts = now.left.experts.get(layer, ())
+    for position, layer in enumerate(now.remains.layers):
+        experts = now.remains.experts.get(layer, ())
         units = {Unit(layer): Unit(position)}
         units |= {Unit(layer, part): Unit(position, part) for part in ("attention", "experts", "dense")}
         units |= {Unit(layer, "experts", e): Unit(position, "experts", at) for at, e in enumerate(experts)}

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from moespresso.build import View, make_skeleton, precision
+from moespresso.build import View, make_meta_model, precision
 from moespresso.checkpoint import write_file
 from moespresso.core.blueprint import Branch
 from moespresso.core.layer import Layer, Taps
@@ -23,7 +23,7 @@ from moespresso.core.stats import stats_key
 from moespresso.core.unit import Unit
 from moespresso.effect import Cut, cuts, folds_into, is_left, key, needs_fit, remains
 from moespresso.fit.job import Job
-from moespresso.model import Skeleton
+from moespresso.model import MetaModel
 from moespresso.statistics import Folds, MeanAnswers, channel_order
 from moespresso.stream import sweep
 
@@ -44,12 +44,12 @@ def fit(job: Job, view: View, plan: Plan) -> dict[str, Tensor]:
     if path.is_file():
         return load_file(path)
     with job.tensors() as tensors:
-        skeleton = make_skeleton(view, tensors, job.runtime)
+        meta = make_meta_model(view, tensors, job.runtime)
         found: dict[str, Tensor] = {}
         if "text" in needs:
-            found |= _on_text(job, view, plan, skeleton)
+            found |= _on_text(job, view, plan, meta)
         if "weights" in needs:
-            found |= _on_weights(job, view, plan, skeleton)
+            found |= _on_weights(job, view, plan, meta)
     write_file(path, [memoryview(save({name: value.contiguous() for name, value in sorted(found.items())}))])
     return found
 
@@ -75,7 +75,7 @@ class _Both:
         self.folds(layer, taps)
 
 
-def _on_text(job: Job, view: View, plan: Plan, skeleton: Skeleton) -> dict[str, Tensor]:
+def _on_text(job: Job, view: View, plan: Plan, meta: MetaModel) -> dict[str, Tensor]:
     stage, batches = len(plan.stages) - 1, job.text()
     made = cuts(plan, stage, view.source)
     homes = {cut.branches[0]: home for cut in made if (home := _home(cut, view)) is not None}
@@ -86,7 +86,7 @@ def _on_text(job: Job, view: View, plan: Plan, skeleton: Skeleton) -> dict[str, 
     if not fitted and not novices:
         return {}
     both = _Both(Folds(fitted, others), MeanAnswers(set(novices)))
-    last = sweep(skeleton, batches.ids, batches.mask, both, watch=job.watch("fit layers"))
+    last = sweep(meta, batches.ids, batches.mask, both, watch=job.watch("fit layers"))
     both.folds.close([last])
     back = {_moved(cut, view).branches[0]: cut for cut in made}
     found: dict[str, Tensor] = {}
@@ -101,8 +101,8 @@ def _on_text(job: Job, view: View, plan: Plan, skeleton: Skeleton) -> dict[str, 
 def _going(view: View, plan: Plan) -> list[tuple[int, Branch]]:
     """All branches that go in the last stage, in the numbers of the model as it is before it."""
     after = remains(plan, view.source)
-    gone = [at for at in view.source.branches if is_left(at, view.left) and not is_left(at, after)]
-    return [(view.left.position(layer), branch) for layer, branch in gone]
+    gone = [at for at in view.source.branches if is_left(at, view.remains) and not is_left(at, after)]
+    return [(view.remains.position(layer), branch) for layer, branch in gone]
 
 
 def _home(cut: Cut, view: View) -> tuple[int, Branch] | None:
@@ -116,7 +116,7 @@ def _moved(cut: Cut, view: View) -> Cut:
     """A cut in the numbers of the model as it is before the stage."""
 
     def here(at: tuple[int, Branch]) -> tuple[int, Branch]:
-        return view.left.position(at[0]), at[1]
+        return view.remains.position(at[0]), at[1]
 
     branches = tuple(here(at) for at in cut.branches)
     return replace(cut, branches=branches, before=here(cut.before) if cut.before else None)
@@ -131,13 +131,13 @@ def _novices(view: View, plan: Plan, stage: int) -> dict[int, tuple[Unit, tuple[
     found: dict[int, tuple[Unit, tuple[int, ...]]] = {}
     for unit, treatment in plan.stages[stage].treatments.items():
         if treatment.repair == "novice" and unit.layer is not None:
-            there = view.left.experts[unit.layer]
+            there = view.remains.experts[unit.layer]
             gone = tuple(place for place, expert in enumerate(there) if expert not in (treatment.keep or ()))
-            found[view.left.position(unit.layer)] = unit, gone
+            found[view.remains.position(unit.layer)] = unit, gone
     return found
 
 
-def _on_weights(job: Job, view: View, plan: Plan, skeleton: Skeleton) -> dict[str, Tensor]:
+def _on_weights(job: Job, view: View, plan: Plan, meta: MetaModel) -> dict[str, Tensor]:
     """The order of neurons of every expert that is put in line with the one it merges into."""
     stage = len(plan.stages) - 1
     layers = sorted({unit.layer for unit, treatment in plan.stages[stage].treatments.items()
@@ -145,7 +145,7 @@ def _on_weights(job: Job, view: View, plan: Plan, skeleton: Skeleton) -> dict[st
     found: dict[str, Tensor] = {}
     job.runtime.progress.stage("align experts", len(layers))
     for index in layers:
-        with skeleton.layer(view.left.position(index)) as layer:
+        with meta.layer(view.remains.position(index)) as layer:
             found |= orders_of(view, plan, layer)
         job.runtime.progress.advance()
     return found
@@ -153,8 +153,8 @@ def _on_weights(job: Job, view: View, plan: Plan, skeleton: Skeleton) -> dict[st
 
 def orders_of(view: View, plan: Plan, layer: Layer) -> dict[str, Tensor]:
     """The same for one layer, loaded as it is before the last stage of `plan`."""
-    stage, index = len(plan.stages) - 1, view.left.layers[layer.spec.index]
-    there = view.left.experts.get(index, ())
+    stage, index = len(plan.stages) - 1, view.remains.layers[layer.spec.index]
+    there = view.remains.experts.get(index, ())
     experts: Any = layer.experts
     return {
         key(stage, unit, "order"): channel_order(experts, there.index(unit.expert), there.index(treatment.into))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from moespresso.build import Tensors, View, make_skeleton
+from moespresso.build import Tensors, View, make_meta_model
 from moespresso.core.blueprint import BRANCHES, Branch
 from moespresso.core.layer import Layer
 from moespresso.core.method import Candidate, Searches, Step
@@ -22,7 +22,7 @@ from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.unit import Unit
 from moespresso.fit.job import Job
 from moespresso.fit.numbers import in_source, numbered
-from moespresso.model import Skeleton
+from moespresso.model import MetaModel
 from moespresso.quality import token_kl
 from moespresso.stream import (
     SweepOptions,
@@ -63,8 +63,8 @@ class Judge:
     job: Job
     now: View
     tensors: Tensors
-    model: Skeleton
-    source: Skeleton
+    model: MetaModel
+    source: MetaModel
     text: tuple[Tensor, Tensor]
     truth: Tensor
 
@@ -75,7 +75,7 @@ class Judge:
         batches = job.text()
         ids, mask = batches.ids[:rows], batches.mask[:rows]
         with job.tensors() as tensors:
-            model, source = (make_skeleton(each, tensors, job.runtime) for each in (now, job.view))
+            model, source = (make_meta_model(each, tensors, job.runtime) for each in (now, job.view))
             _, spill = lanes_at_once(1, state_bytes(source, ids, mask), _memory(job, source), job.work)
             options = SweepOptions(spill=spill)
             truth = sweep(source, ids, mask, options=options, watch=job.watch("layers, original"))
@@ -98,7 +98,7 @@ class Judge:
             @contextmanager
             def load(index: int, form: Hashable, forms: Mapping[Hashable, Plan] = forms) -> Iterator[Layer]:
                 changed = replace(self.now, plan=forms[form])
-                with make_skeleton(changed, self.tensors, self.job.runtime).layer(index) as layer:
+                with make_meta_model(changed, self.tensors, self.job.runtime).layer(index) as layer:
                     yield layer
 
             with sweep_variants(
@@ -108,7 +108,7 @@ class Judge:
         return losses
 
 
-def _memory(job: Job, source: Skeleton) -> int:
+def _memory(job: Job, source: MetaModel) -> int:
     """What is left beside a layer, in bytes."""
     limit = job.runtime.max_memory
     return sys.maxsize if limit is None else limit - layer_bytes(job.view, source.dtype)
@@ -121,7 +121,7 @@ def _variant(plan: Plan, now: View, forms: dict[Hashable, Plan]) -> Variant:
     for stage in plan.stages[len(now.plan.stages) :]:
         by_layer: dict[int, dict[Unit, Treatment]] = {}
         for unit, treatment in sorted(stage.treatments.items(), key=lambda item: item[0]):
-            position = now.left.position(unit.layer or 0)
+            position = now.remains.position(unit.layer or 0)
             if treatment.drop:
                 cut |= {(position, branch) for branch in _branches(unit)}
             else:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from moespresso.build import Tensors, View, make_skeleton
+from moespresso.build import Tensors, View, make_meta_model
 from moespresso.core.layer import Layer, Taps
 from moespresso.core.method import Selects
 from moespresso.core.plan import Decision, Stage, Treatment
@@ -47,7 +47,7 @@ class _Sequence:
         self.scores |= decision.scores
         self.notes += [note for note in decision.notes if note not in self.notes]
         after = self._changed(layer, decision)
-        with make_skeleton(after, self.tensors, self.runtime).layer(layer.spec.index) as rebuilt:
+        with make_meta_model(after, self.tensors, self.runtime).layer(layer.spec.index) as rebuilt:
             for number, output in enumerate(taps.through(rebuilt.module)):
                 taps.put(number, output)
 
@@ -65,6 +65,6 @@ def decide_in_sequence(job: Job, step: Selects, now: View) -> tuple[Decision, li
     batches = job.text()
     with job.tensors() as tensors:
         visitor = _Sequence(step, now, Measurer(step.needs(), batches.num_tokens), tensors, job.runtime)
-        skeleton = make_skeleton(now, tensors, job.runtime)
-        sweep(skeleton, batches.ids, batches.mask, visitor, watch=job.watch("decide layers"))
-    return Decision(visitor.treatments, tuple(visitor.notes), visitor.scores), visitor.measurer.trouble
+        meta = make_meta_model(now, tensors, job.runtime)
+        sweep(meta, batches.ids, batches.mask, visitor, watch=job.watch("decide layers"))
+    return Decision(visitor.treatments, tuple(visitor.notes), visitor.scores), visitor.measurer.warnings

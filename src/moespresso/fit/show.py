@@ -25,7 +25,7 @@ from moespresso.effect import Piece
 from moespresso.fit.treated import Treated
 from moespresso.kernels import RoutedExperts
 from moespresso.methods import LayerContext
-from moespresso.model import Skeleton
+from moespresso.model import MetaModel
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,18 @@ class Showing:
     tensors: Tensors
     sights: frozenset[Sight]
     curvature: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
-    original: Skeleton | None = None
+    original: MetaModel | None = None
 
     @contextmanager
     def stored(self, layer: Layer, pieces: list[Piece]) -> Iterator[Layer]:
         """The layer with its experts in a precision that holds them as they are stored: itself, if it does."""
-        skeleton = self.treated.skeleton
+        meta = self.treated.meta_model
         kinds = {TORCH_DTYPES[piece.ref.dtype] for piece in pieces if piece.unit.part == "experts"}
-        if reduce(torch.promote_types, kinds, skeleton.dtype) == skeleton.dtype:
+        if reduce(torch.promote_types, kinds, meta.dtype) == meta.dtype:
             yield layer
             return
         widest = reduce(torch.promote_types, kinds)
-        exact = self.treated.view.skeleton(self.tensors, widest, skeleton.device)
+        exact = self.treated.view.meta_model(self.tensors, widest, meta.device)
         with exact.layer(layer.spec.index) as loaded:
             yield loaded
 
@@ -59,7 +59,7 @@ class Showing:
         fed = taps.fed({name: total.add for name, total in sums.items()})
         formats, dtypes = self._formats(layer, pieces)
         everyone = "all_tokens" in self.sights
-        widths = treated.after.widths.get(view.left.layers[index], {})
+        widths = treated.after.widths.get(view.remains.layers[index], {})
         return LayerContext(
             index,
             stored.module,
@@ -115,7 +115,7 @@ class Showing:
 
     def _missing(self, layer: Layer, taps: Taps) -> Tensor | None:
         """What the layer's answer to every token that is no padding lacks of the original layer's on the same input."""
-        source = self.treated.view.left.layers[layer.spec.index]
+        source = self.treated.view.remains.layers[layer.spec.index]
         mlp = layer.anatomy and layer.anatomy.mlp
         if self.original is None or source not in self._changed or mlp is None or mlp.post is not None:
             return None

@@ -12,7 +12,7 @@ from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.effect import validated
 from moespresso.fit.job import Job
-from moespresso.fit.keep import Slimmed
+from moespresso.fit.keep import Fitted
 from moespresso.fit.layerwise import found
 from moespresso.fit.measured import measured
 from moespresso.fit.numbers import in_source, numbered
@@ -27,12 +27,12 @@ class Found:
     what a reader wants to know of the choice."""
 
     plan: Plan
-    fitted: Slimmed
+    fitted: Fitted
     stats: Stats | None
     notes: list[str]
     scores: dict[Unit, float]
     protected: set[Unit]
-    trouble: list[str]
+    warnings: list[str]
 
 
 def run_step(
@@ -40,7 +40,7 @@ def run_step(
 ) -> Found:
     """Do one step on the model `now`; `shared` steps and `given` stats as in `measured`."""
     step.check(now.blueprint)
-    decision, stats, trouble = _decided(job, step, now, shared or [step], given)
+    decision, stats, warnings = _decided(job, step, now, shared or [step], given)
     stage = Stage(
         step.describe(),
         {in_source(unit, now): numbered(unit, what, now) for unit, what in decision.treatments.items()},
@@ -55,7 +55,7 @@ def run_step(
         [*decision.notes, *unrepaired(plan, now)],
         {in_source(unit, now): score for unit, score in decision.scores.items()},
         {in_source(unit, now) for unit in decision.protected},
-        trouble,
+        warnings,
     )
 
 
@@ -69,7 +69,7 @@ def _decided(
                 return searched(job, step, now), None, []
         case Selects(sequential=True):
             with job.clock.phase("measure"):
-                decision, trouble = decide_in_sequence(job, step, now)
-            return decision, None, trouble
+                decision, warnings = decide_in_sequence(job, step, now)
+            return decision, None, warnings
         case _:
             return *measured(job, step, now, shared, given), []

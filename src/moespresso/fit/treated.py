@@ -15,16 +15,16 @@ from moespresso.core.format import Format
 from moespresso.core.layer import Layer
 from moespresso.core.plan import Plan, Stage
 from moespresso.effect import Piece, Remains, channels_of, format_of, remains, scale_dtypes
-from moespresso.model import Skeleton
+from moespresso.model import MetaModel
 
 
 @dataclass(frozen=True)
 class Treated:
-    """What the last stage of `plan` treats of `view`, the model before it, which `skeleton` loads."""
+    """What the last stage of `plan` treats of `view`, the model before it, which `meta` loads."""
 
     view: View
     plan: Plan
-    skeleton: Skeleton
+    meta: MetaModel
 
     @property
     def number(self) -> int:
@@ -57,8 +57,8 @@ class Treated:
         """What is stored of every layer, by its number and the name in it."""
         pieces: dict[tuple[int | None, str], Piece] = {}
         for piece in self.view.pieces:
-            prefix = f"{self.skeleton.layers_name}.{piece.unit.layer}."
-            pieces[piece.unit.layer, self.skeleton.in_memory(piece.name).removeprefix(prefix)] = piece
+            prefix = f"{self.meta_model.layers_name}.{piece.unit.layer}."
+            pieces[piece.unit.layer, self.meta_model.in_memory(piece.name).removeprefix(prefix)] = piece
         return pieces
 
     @cached_property
@@ -82,8 +82,8 @@ class Treated:
 
     def module(self, piece: Piece, layer: Layer) -> str:
         """The name, in its layer, of the module that holds a matrix."""
-        prefix = f"{self.skeleton.layers_name}.{layer.spec.index}."
-        name = self.skeleton.in_memory(piece.name).removeprefix(prefix).removesuffix(".weight")
+        prefix = f"{self.meta_model.layers_name}.{layer.spec.index}."
+        name = self.meta_model.in_memory(piece.name).removeprefix(prefix).removesuffix(".weight")
         module = dict(layer.module.named_modules()).get(name)
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or tuple(weight.shape) != piece.shape:

@@ -31,7 +31,7 @@ def check_divisible(kind: str, blueprint: Blueprint) -> None:
     """Raise `UserError` where the layers are no plain sum of branches, of which one could go."""
     if blueprint.indivisible:
         raise UserError(
-            f"{kind}: the layers of {blueprint.source} ({blueprint.family}) cannot lose a part ({blueprint.indivisible}); "
+            f"{kind}: the layers of {blueprint.place} ({blueprint.family}) cannot lose a part ({blueprint.indivisible}); "
             "drop whole blocks (block_drop) or experts"
         )
 
@@ -40,7 +40,7 @@ def check_comparable(kind: str, blueprint: Blueprint) -> None:
     """Raise `UserError` where candidates cannot go through the model side by side."""
     if blueprint.family in quirks.HANDS_ON:
         raise UserError(
-            f"{kind}: candidates cannot be compared on {blueprint.source}, whose layers hand on more than hidden states: "
+            f"{kind}: candidates cannot be compared on {blueprint.place}, whose layers hand on more than hidden states: "
             "use score=cosine"
         )
 

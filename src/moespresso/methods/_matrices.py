@@ -16,7 +16,7 @@ from typing import ClassVar
 from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import Format
-from moespresso.core.method import SLIM_PARTS, Refits, Treats
+from moespresso.core.method import MATRIX_PARTS, Refits, Treats
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
@@ -59,7 +59,7 @@ class OnMatrices(Treats):
     # What the step does to a matrix, and what that then is.
     verb: ClassVar[tuple[str, str]] = ("round", "rounded")
     # Parts that the method can treat.
-    able: ClassVar[tuple[str, ...]] = SLIM_PARTS
+    able: ClassVar[tuple[str, ...]] = MATRIX_PARTS
 
     parts: Words = EXPERTS
     exclude: Words = NOTHING
@@ -69,8 +69,8 @@ class OnMatrices(Treats):
         for name in ("parts", "exclude"):
             object.__setattr__(self, name, Words(getattr(self, name)))
         for part in self.parts.each():
-            if part not in SLIM_PARTS:
-                raise UserError(f"{self.kind}: parts={part!r} is unknown{did_you_mean(part, SLIM_PARTS)}")
+            if part not in MATRIX_PARTS:
+                raise UserError(f"{self.kind}: parts={part!r} is unknown{did_you_mean(part, MATRIX_PARTS)}")
             if part not in self.able:
                 raise UserError(
                     f"{self.kind} {self.verb[0]}s {' and '.join(self.able)} only, not {part}: use {self.without_text} for it"
@@ -105,7 +105,7 @@ class OnMatrices(Treats):
         ]
         if fused and "experts" in self.parts.each():
             raise UserError(
-                f"{self.kind}: {blueprint.source} ({blueprint.family}) stores all experts of a layer in one tensor "
+                f"{self.kind}: {blueprint.place} ({blueprint.family}) stores all experts of a layer in one tensor "
                 f"({fused[0].ref.name}), which this version cannot {self.verb[0]}: {self._instead(fused[0], blueprint)}"
             )
         self._check_exclude(blueprint)
@@ -115,7 +115,7 @@ class OnMatrices(Treats):
                 why = (
                     f"exclude={self.exclude} leaves nothing of"
                     if self.exclude
-                    else f"{blueprint.source} has no matrices in"
+                    else f"{blueprint.place} has no matrices in"
                 )
                 raise UserError(f"{self.kind}: {why} its {part} to {self.verb[0]}: change parts")
         check_all_storable([(entry, format, entry.ref.shape) for entry, format in self._formats(blueprint)])
@@ -150,7 +150,7 @@ class OnMatrices(Treats):
         for pattern in self.exclude.each():
             if not any(fnmatch(address, pattern) for address in addresses):
                 raise UserError(
-                    f"{self.kind}: exclude={pattern!r} matches no part of {blueprint.source} that is {self.verb[1]}: name parts or "
+                    f"{self.kind}: exclude={pattern!r} matches no part of {blueprint.place} that is {self.verb[1]}: name parts or "
                     "projections of layers, such as L0.* or L3.experts.down (single experts share their layer's format)"
                 )
 

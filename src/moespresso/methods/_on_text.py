@@ -56,14 +56,14 @@ class LayerResult:
 
     `numbers` are what the codec of a matrix's format stores: of `up` (gate and up, one above the other) and `down`, or of `gate`,
     `up` and `down` apart; of a linear as a stack of one. `weights` are the matrices that stay plain, or what those come to:
-    `up` [E, R, H], `down` [E, H, I], a linear [out, in]. `replaced` are tensors by their name in the layer; `trouble` stands in
+    `up` [E, R, H], `down` [E, H, I], a linear [out, in]. `replaced` are tensors by their name in the layer; `warnings` stands in
     sentences, `remedies` by expert for those that could not be treated as the others.
     """
 
     numbers: dict[str, Any] = field(default_factory=dict[str, Any])
     weights: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     replaced: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    trouble: list[str] = field(default_factory=list[str])
+    warnings: list[str] = field(default_factory=list[str])
     remedies: dict[int, str] = field(default_factory=dict[int, str])
 
     def rows(self, name: str) -> int:

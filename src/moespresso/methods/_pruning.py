@@ -165,14 +165,14 @@ class PruningOnText(Pruning, OnText):
         if context.experts is not None:
             self._experts(context, context.experts, result)
         for name, (weight, moment) in context.linears.items():
-            found, trouble = self.left(
+            found, warnings = self.left(
                 weight[None], self.of_moment(moment), context.formats[name], context.dtypes[name]
             )
             if isinstance(found, QuantizedWeights):
                 result.numbers[name] = found
             else:
                 result.weights[name] = found[0]
-            result.trouble += [f"L{context.layer}.{name}: {what}" for _, what in trouble]
+            result.warnings += [f"L{context.layer}.{name}: {what}" for _, what in warnings]
         return result
 
     def _experts(self, context: LayerContext, experts: RoutedExperts, result: LayerResult) -> None:
@@ -207,11 +207,11 @@ class PruningOnText(Pruning, OnText):
         assert context.experts is not None
         format, dtype, weights = context.formats[matrix], context.dtypes[matrix], weights.float()
         halves = weights.shape[1] // context.experts.down.shape[2] if matrix == "up" else 1
-        found, trouble = self.left(weights, seen, format, dtype, halves)
+        found, warnings = self.left(weights, seen, format, dtype, halves)
         empty = [at for at, expert in enumerate(some) if not len(context.experts.rows(expert)[0])]
         result.remedies |= {some[at]: "magnitude" for at in empty}
-        result.trouble += [
-            f"L{context.layer}.E{some[at]}.{matrix}: {what}" for at, what in trouble if at not in empty
+        result.warnings += [
+            f"L{context.layer}.E{some[at]}.{matrix}: {what}" for at, what in warnings if at not in empty
         ]
         if not empty:
             return found

@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Self
 from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import Format
-from moespresso.core.method import SLIM_PARTS
+from moespresso.core.method import MATRIX_PARTS
 from moespresso.methods._matrices import OnMatrices
 
 # Words for what bits can be said of: projections of experts, and parts.
-PLACES = ("gate_up", "down", *(part for part in SLIM_PARTS if part != "experts"))
+PLACES = ("gate_up", "down", *(part for part in MATRIX_PARTS if part != "experts"))
 BITS = (8, 4, 3, 2)
 # Tried in this order where no group size is given.
 GROUPS = (128, 64, 32)
@@ -127,7 +127,7 @@ class Quantization(OnMatrices):
         beyond = [layer for layer in self.layers.table if layer >= len(blueprint.layers)]
         if beyond:
             raise UserError(
-                f"{self.kind}: layers names L{beyond[0]}, but {blueprint.source} has {len(blueprint.layers)} layers"
+                f"{self.kind}: layers names L{beyond[0]}, but {blueprint.place} has {len(blueprint.layers)} layers"
             )
         OnMatrices.check(self, blueprint)
 

@@ -142,7 +142,7 @@ class AttentionRank(OnText):
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
         layers = _layers(blueprint)
         if not layers:
-            raise UserError(f"attention_rank: {blueprint.source} has no attention whose heads could be cut")
+            raise UserError(f"attention_rank: {blueprint.place} has no attention whose heads could be cut")
         for layer in layers:
             assert layer.heads is not None
             reasons = {"qk": layer.heads.no_qk, "vo": layer.heads.no_vo}
@@ -150,7 +150,7 @@ class AttentionRank(OnText):
                 other = next((side for side in SIDES if not reasons[side]), None)
                 cure = f"modules={other}" if other else "low_rank:parts=attention with --target plugin"
                 raise UserError(
-                    f"attention_rank: the attention of L{layer.index} of {blueprint.source} ({blueprint.family}) "
+                    f"attention_rank: the attention of L{layer.index} of {blueprint.place} ({blueprint.family}) "
                     f"{' and '.join(dict.fromkeys(reasons[side] for side in self.modules.each()))}: use {cure}"
                 )
         for part in self._parts(blueprint, layers):
@@ -310,7 +310,7 @@ def _check_stored(part: _Part, blueprint: Blueprint) -> None:
         wide = part.dims * _owners(heads, matrix)
         if matrix not in found or found[matrix].ref.shape[0 if kind == "rows" else 1] != wide:
             raise UserError(
-                f"attention_rank: {blueprint.source} ({blueprint.family}) does not store {matrix} of L{part.layer.index} as a "
+                f"attention_rank: {blueprint.place} ({blueprint.family}) does not store {matrix} of L{part.layer.index} as a "
                 "matrix of its own: use low_rank:parts=attention with --target plugin"
             )
 

@@ -125,7 +125,7 @@ class Awq(Quantization, OnText):
         try:
             entrance = find_entrance(context.module, experts.module)
         except UnknownEntrance as reason:
-            result.trouble.append(f"L{context.layer}: the inputs of its experts are not scaled: {reason}")
+            result.warnings.append(f"L{context.layer}: the inputs of its experts are not scaled: {reason}")
             return None
         norm = context.parameter(entrance.norm)
         scales = candidates(experts.hidden.float().square().sum(0), self.alphas())

@@ -80,7 +80,7 @@ class BlockDrop(Searches):
         if self.drop >= there:
             what = "run of them" if self.contiguous else "one of them"
             raise UserError(
-                f"block_drop: drop={self.drop}, but {blueprint.source} has {there} blocks and one must stay, so no such "
+                f"block_drop: drop={self.drop}, but {blueprint.place} has {there} blocks and one must stay, so no such "
                 f"{what} exists: drop at most {there - 1}"
             )
         self._check_period(blueprint)
@@ -94,7 +94,7 @@ class BlockDrop(Searches):
         whole = min(range(every, there, every), key=lambda drop: abs(drop - self.drop), default=None)
         cure = f"say block_drop:drop={whole},contiguous=true" if whole else "drop experts or layers"
         raise UserError(
-            f"block_drop: {blueprint.source} ({blueprint.family}) repeats a pattern of {every} unlike blocks, and its config "
+            f"block_drop: {blueprint.place} ({blueprint.family}) repeats a pattern of {every} unlike blocks, and its config "
             f"can say no other, so only whole patterns in a row can go: {cure}"
         )
 

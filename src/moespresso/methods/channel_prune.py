@@ -332,7 +332,7 @@ class ChannelPrune(OnText):
         assert keep is not None
         result = LayerResult()
         self._check_curvature(context)
-        result.trouble += self._few(context)
+        result.warnings += self._few(context)
         kept: list[Tensor] = []
         up = experts.up.new_zeros(
             experts.count, experts.up.shape[1] // experts.down.shape[2] * max(keep), experts.up.shape[2]
@@ -349,7 +349,7 @@ class ChannelPrune(OnText):
             down, raised = refitted_layer(
                 experts, up, down, kept, damping=shares, sweeps=self.sweeps, missing=context.missing
             )
-            result.trouble += thin(context.layer, raised)
+            result.warnings += thin(context.layer, raised)
         result.weights = {"up": up, "down": down}
         return result
 
@@ -382,7 +382,7 @@ class ChannelPrune(OnText):
             raised |= {same[at]: ridge for at, ridge in more.items()}
             for at, here, each in zip(same, kept, new, strict=True):
                 found[at] = here, down[at].float()[:, here] if at in empty else each
-        result.trouble += thin(
+        result.warnings += thin(
             context.layer, {some[at]: ridge for at, ridge in raised.items() if at not in empty}
         )
         return [found[at] for at in range(len(some))]

@@ -106,12 +106,12 @@ class ExpertDrop(Selects):
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
         if not blueprint.moe_layers:
             raise UserError(
-                f"expert_drop needs routed experts, but {blueprint.source} ({blueprint.family}) is dense"
+                f"expert_drop needs routed experts, but {blueprint.place} ({blueprint.family}) is dense"
             )
         refuse_skipped(self.kind, blueprint)
         if self.replace == "novice" and blueprint.indivisible:
             raise UserError(
-                f"expert_drop: replace=novice cannot be placed in {blueprint.source} ({blueprint.indivisible}): leave it out"
+                f"expert_drop: replace=novice cannot be placed in {blueprint.place} ({blueprint.indivisible}): leave it out"
             )
         for layer in blueprint.moe_layers:
             self._keep_count(layer)

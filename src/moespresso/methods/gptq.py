@@ -22,7 +22,7 @@ from moespresso.core.format import Format
 from moespresso.core.method import Sight
 from moespresso.core.registry import method
 from moespresso.formats import QuantizedWeights, decode
-from moespresso.kernels import RoutedExperts, Trouble, half_quadratic, shrunk
+from moespresso.kernels import RoutedExperts, Warnings, half_quadratic, shrunk
 from moespresso.kernels.gptq import solve
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText, joined, patched
 from moespresso.methods._quantization import Quantization
@@ -77,12 +77,12 @@ class Gptq(Quantization, OnText):
         if context.experts is not None:
             self._experts(context, context.experts, result)
         for name, (weight, moment) in context.linears.items():
-            codes, trouble = self.solved(
+            codes, warnings = self.solved(
                 weight[None], moment[None], context.formats[name], context.dtypes[name]
             )
             result.numbers[name] = codes
-            result.trouble += _told(trouble, lambda _, name=name: f"L{context.layer}.{name}")
-            result.trouble += _refilled(weight[None], codes, f"L{context.layer}.{name}")
+            result.warnings += _told(warnings, lambda _, name=name: f"L{context.layer}.{name}")
+            result.warnings += _refilled(weight[None], codes, f"L{context.layer}.{name}")
         return result
 
     def _experts(self, context: LayerContext, experts: RoutedExperts, result: LayerResult) -> None:
@@ -120,9 +120,9 @@ class Gptq(Quantization, OnText):
     ) -> QuantizedWeights:
         """Codes of one projection of `some` experts [N, out, in]; `empty` ones without any token's help."""
         format, dtype = context.formats[matrix], context.dtypes[matrix]
-        codes, trouble = self.solved(weights, moments, format, dtype)
-        result.trouble += _told(trouble, lambda number: f"L{context.layer}.E{some[number]}.{matrix}")
-        result.trouble += _refilled(
+        codes, warnings = self.solved(weights, moments, format, dtype)
+        result.warnings += _told(warnings, lambda number: f"L{context.layer}.E{some[number]}.{matrix}")
+        result.warnings += _refilled(
             weights, codes, f"L{context.layer}.E{some[0]}.{matrix} and those beside it"
         )
         places = [expert - some.start for expert in empty]
@@ -130,7 +130,7 @@ class Gptq(Quantization, OnText):
 
     def solved(
         self, weights: Tensor, moments: Tensor, format: Format, dtype: torch.dtype
-    ) -> tuple[QuantizedWeights, Trouble]:
+    ) -> tuple[QuantizedWeights, Warnings]:
         """Codes of `weights` [N, out, in] under the second moments [N, in, in] of their inputs, and what went wrong."""
         return solve(
             weights, moments, format, dtype, damping=self.damping, act_order=self.act_order, sweeps=self.sweeps,
@@ -154,16 +154,16 @@ def _refilled(weights: Tensor, codes: QuantizedWeights, name: str) -> list[str]:
     )
 
 
-def _told(trouble: Trouble, name: Callable[[int], str]) -> list[str]:
+def _told(warnings: Warnings, name: Callable[[int], str]) -> list[str]:
     """What went wrong with matrices, called by their numbers, in sentences."""
     lines = [f"{name(number)}: its second moment was not positive, damping raised to {damping:g}"
-             for number, damping in sorted(trouble.damped.items())]  # fmt: skip
+             for number, damping in sorted(warnings.damped.items())]  # fmt: skip
     lines += [
         f"{name(number)}: its second moment was not finite, rounded to nearest"
-        for number in trouble.nonfinite
+        for number in warnings.nonfinite
     ]
-    if trouble.clipped:
+    if warnings.clipped:
         lines.append(
-            f"{name(0)} and those beside it: {trouble.clipped} scales were too large for their dtype and were clipped"
+            f"{name(0)} and those beside it: {warnings.clipped} scales were too large for their dtype and were clipped"
         )
     return lines

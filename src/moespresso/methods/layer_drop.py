@@ -91,7 +91,7 @@ class LayerDrop(Searches):
                 else "a dense feed-forward part"
             )
             raise UserError(
-                f"layer_drop: drop={self.drop}, but {blueprint.source} has only {there} layers with {what} to drop"
+                f"layer_drop: drop={self.drop}, but {blueprint.place} has only {there} layers with {what} to drop"
             )
 
     def amounts(self, blueprint: Blueprint) -> list[LayerDrop]:

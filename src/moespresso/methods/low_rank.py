@@ -209,7 +209,7 @@ class LowRank(OnMatrices, OnText):
         result.weights = {"up": up, "down": down}
         silent = (experts.tokens == 0).nonzero().flatten().tolist()
         result.remedies |= dict.fromkeys(silent, "what the others were given, and no refit")
-        result.trouble += thin(context.layer, raised)
+        result.warnings += thin(context.layer, raised)
 
     def _importance(self, experts: RoutedExperts) -> Tensor:
         """What an error in each row counts [E, R]: the root of how much the answer moves with it, between all alike and what

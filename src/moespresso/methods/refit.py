@@ -88,14 +88,14 @@ class Refit(OnText):
         assert widths is not None
         result = LayerResult(weights={"up": experts.up, "down": experts.down})
         if context.missing is None:
-            result.trouble.append(
+            result.warnings.append(
                 f"refit: L{context.layer} stays as it is: no earlier step of this recipe changed it, or its answer is normed before "
                 "it is added"
             )
             return result
         down, raised = made_up(experts, context.missing, widths, damping=self.damping, sweeps=self.sweeps)
         result.weights["down"] = down
-        result.trouble += thin(context.layer, raised)
+        result.warnings += thin(context.layer, raised)
         return result
 
 

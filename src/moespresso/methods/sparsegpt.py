@@ -96,12 +96,12 @@ class SparseGpt(PruningOnText):
     ) -> tuple[Tensor | QuantizedWeights, list[tuple[int, str]]]:
         """`weights` [N, out, in] with zeros for those that go, or their codes."""
         code = format if self.bits else None
-        new, _, codes, trouble = solve(weights, seen, self.sparsity.pattern, damping=self.damping, block=self.block,
+        new, _, codes, warnings = solve(weights, seen, self.sparsity.pattern, damping=self.damping, block=self.block,
                                        code=code, dtype=dtype, halves=halves)  # fmt: skip
         told = [(number, f"its second moment was not positive, damping raised to {damping:g}")
-                for number, damping in sorted(trouble.damped.items())]  # fmt: skip
+                for number, damping in sorted(warnings.damped.items())]  # fmt: skip
         told += [
-            (number, "its second moment was not finite, pruned by size alone") for number in trouble.nonfinite
+            (number, "its second moment was not finite, pruned by size alone") for number in warnings.nonfinite
         ]
         return codes if codes is not None else new, told
 

@@ -8,30 +8,30 @@ from moespresso.model.halves import without
 from moespresso.model.joined import joined, packed_alone, unreadable
 from moespresso.model.lockstep import PausedBatch, start
 from moespresso.model.names import Names, stock_dtype
-from moespresso.model.rehouse import (
+from moespresso.model.equivalent import (
     adopt,
-    houses_of,
+    equivalents_of,
     is_apart,
-    is_rehoused,
+    is_converted,
     obstacle,
-    rehoused,
+    converted,
     tokenizer_config,
 )
-from moespresso.model.skeleton import Skeleton, build_meta, quiet_transformers, read_config
+from moespresso.model.meta_model import MetaModel, build_meta, quiet_transformers, read_config
 from moespresso.model.unequal import pressed_config
 from moespresso.model.unstack import unstacked
 
 __all__ = [
     "Names",
     "PausedBatch",
-    "Skeleton",
+    "MetaModel",
     "adopt",
     "build_meta",
     "check_tensors",
     "expert_forward",
-    "houses_of",
+    "equivalents_of",
     "is_apart",
-    "is_rehoused",
+    "is_converted",
     "is_unequal",
     "joined",
     "observing",
@@ -41,7 +41,7 @@ __all__ = [
     "quiet_transformers",
     "read_blueprint",
     "read_config",
-    "rehoused",
+    "converted",
     "skipping",
     "start",
     "stock_dtype",

@@ -32,7 +32,7 @@ from moespresso.model.experts import is_experts
 from moespresso.model.heads import find_heads
 from moespresso.model.lacking import not_whole
 from moespresso.model.names import Names
-from moespresso.model.skeleton import (
+from moespresso.model.meta_model import (
     build_meta,
     decoder_layers,
     find_router,

@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moespresso.core.errors import UserError
 from moespresso.model import quirks
 from moespresso.model.experts import is_experts
-from moespresso.model.skeleton import build_meta, read_config
+from moespresso.model.meta_model import build_meta, read_config
 from moespresso.runtime import OWN_WIDTHS
 
 

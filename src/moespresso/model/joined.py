@@ -20,7 +20,7 @@ from moespresso.checkpoint import SECTION
 from moespresso.effect import Piece
 from moespresso.formats import CompressedTensors, codec_in
 from moespresso.model.names import Names
-from moespresso.model.skeleton import build_meta, read_config
+from moespresso.model.meta_model import build_meta, read_config
 
 Config = Mapping[str, Any]
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from moespresso.core.progress import Progress
 from moespresso.data import Batches
-from moespresso.model import Skeleton
+from moespresso.model import MetaModel
 from moespresso.quality.bootstrap import mean_interval
 from moespresso.stream import Watch, sweep
 
@@ -37,13 +37,13 @@ class Scored:
 
 
 def evaluate(
-    model: Skeleton, original: Skeleton | None, batches: Batches, progress: Progress
+    model: MetaModel, original: MetaModel | None, batches: Batches, progress: Progress
 ) -> dict[str, Any]:
     """Perplexity of `model` on the batches and, against `original`, mean token KL and top-1 agreement."""
     models = [model] if original is None else [model, original]
     labels = ["layers"] if original is None else ["layers, pressed", "layers, original"]
-    hidden = [sweep(skeleton, batches.ids, batches.mask, watch=Watch(progress, label))
-              for skeleton, label in zip(models, labels, strict=True)]  # fmt: skip
+    hidden = [sweep(meta, batches.ids, batches.mask, watch=Watch(progress, label))
+              for meta, label in zip(models, labels, strict=True)]  # fmt: skip
     return summary(score_tokens(models, hidden, batches), batches, compared=original is not None)
 
 
@@ -69,7 +69,7 @@ def _exp(value: float) -> float:
 
 
 @torch.inference_mode()
-def score_tokens(models: Sequence[Skeleton], hidden: Sequence[Tensor], batches: Batches) -> Scored:
+def score_tokens(models: Sequence[MetaModel], hidden: Sequence[Tensor], batches: Batches) -> Scored:
     """Compute heads chunk by chunk from last hidden states [N, L, H] of one model, or of the pressed and the original."""
     sequences, length = batches.ids.shape
     sums = {name: torch.zeros(sequences, dtype=torch.float64)
@@ -79,12 +79,12 @@ def score_tokens(models: Sequence[Skeleton], hidden: Sequence[Tensor], batches: 
     positions = torch.nonzero(batches.mask.reshape(-1)).squeeze(-1)
     flat = [states.reshape(sequences * length, -1) for states in hidden]
     with ExitStack() as stack:
-        for skeleton in models:
-            stack.enter_context(skeleton.outer())
+        for meta in models:
+            stack.enter_context(meta.outer())
         rows = max(1, _LOGITS // models[0].model.config.get_text_config().vocab_size)
         for chunk in positions.split(rows):
-            logs = [F.log_softmax(skeleton.logits(states[chunk].to(skeleton.device)).float(), -1)
-                    for skeleton, states in zip(models, flat, strict=True)]  # fmt: skip
+            logs = [F.log_softmax(meta.logits(states[chunk].to(meta.device)).float(), -1)
+                    for meta, states in zip(models, flat, strict=True)]  # fmt: skip
             for name, values in _per_token(logs, targets[chunk], has_target[chunk]).items():
                 sums[name].index_add_(0, chunk // length, values.double().cpu())
     return Scored(**sums)
@@ -92,7 +92,7 @@ def score_tokens(models: Sequence[Skeleton], hidden: Sequence[Tensor], batches: 
 
 @torch.inference_mode()
 def token_kl(
-    models: Sequence[Skeleton], candidates: Sequence[Sequence[Tensor]], original: Tensor, mask: Tensor
+    models: Sequence[MetaModel], candidates: Sequence[Sequence[Tensor]], original: Tensor, mask: Tensor
 ) -> list[float]:
     """Mean token KL(original || candidate) of every candidate.
 
@@ -104,8 +104,8 @@ def token_kl(
     sizes = [len(batch) for batch in candidates[0]]
     model, source = models
 
-    def logs(skeleton: Skeleton, states: Tensor) -> Tensor:
-        return F.log_softmax(skeleton.logits(states.to(skeleton.device)).float(), -1)
+    def logs(meta: MetaModel, states: Tensor) -> Tensor:
+        return F.log_softmax(meta.logits(states.to(meta.device)).float(), -1)
 
     with model.outer(), source.outer():
         rows = max(1, _LOGITS // model.model.config.get_text_config().vocab_size)

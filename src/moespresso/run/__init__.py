@@ -2,7 +2,7 @@
 
 from moespresso.run.pipeline import Decided, decide, fit_again
 from moespresso.run.recipe import Options, Recipe, parse_size, row_length, say_shorter
-from moespresso.run.rehearsal import NotOnThisModel, housed, in_some_form, rehearse
+from moespresso.run.rehearsal import NotOnThisModel, in_equivalent, in_some_form, rehearse
 from moespresso.run.result import Order, format_notes, produce, source_notes
 
 __all__ = [
@@ -14,7 +14,7 @@ __all__ = [
     "decide",
     "fit_again",
     "format_notes",
-    "housed",
+    "in_equivalent",
     "in_some_form",
     "parse_size",
     "produce",

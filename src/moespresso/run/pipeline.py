@@ -17,7 +17,7 @@ from moespresso.core.method import Step
 from moespresso.core.plan import Plan
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
-from moespresso.fit import Found, Job, Slimmed, found, run_step, unrepaired
+from moespresso.fit import Found, Job, Fitted, found, run_step, unrepaired
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Decided:
     notes: list[str] = field(default_factory=list[str])
     scores: dict[Unit, float] = field(default_factory=dict[Unit, float])
     protected: set[Unit] = field(default_factory=set[Unit])
-    more_trouble: list[str] = field(default_factory=list[str])
+    more_warnings: list[str] = field(default_factory=list[str])
     coverage: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
 
     def take(self, found: Found) -> None:
@@ -42,20 +42,20 @@ class Decided:
         self.notes += found.notes
         self.scores |= found.scores
         self.protected |= found.protected
-        self.more_trouble += found.trouble
+        self.more_warnings += found.warnings
         self.add(found.fitted)
 
-    def add(self, fitted: Slimmed) -> None:
+    def add(self, fitted: Fitted) -> None:
         """Take up what a stage needs."""
         self.fits |= fitted.fits
-        self.more_trouble += fitted.trouble
+        self.more_warnings += fitted.warnings
         self.coverage |= fitted.coverage
 
     @property
-    def trouble(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """What went wrong while measuring, each once."""
-        lines = [line for stats in self.stats for line in stats.trouble]
-        return list(dict.fromkeys([*lines, *self.more_trouble]))
+        lines = [line for stats in self.stats for line in stats.warnings]
+        return list(dict.fromkeys([*lines, *self.more_warnings]))
 
 
 def decide(job: Job, steps: Sequence[Step], given: Stats | None = None) -> Decided:

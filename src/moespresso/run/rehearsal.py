@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
 
-from moespresso.build import View, apart_view, rehoused_views
+from moespresso.build import View, apart_view, equivalent_views
 from moespresso.core.errors import UserError
 from moespresso.core.method import Step
 from moespresso.core.plan import Plan
@@ -25,7 +25,7 @@ T = TypeVar("T")
 def rehearse(view: View, recipe: Recipe) -> tuple[View, tuple[Step, ...]]:
     """Walk through all steps on shapes alone: what cannot be done, or not be loaded by the target, shows here.
 
-    Returns the view in the house that the target can load the result from, and the steps with their amounts filled in
+    Returns the view in the equivalent that the target can load the result from, and the steps with their amounts filled in
     where the recipe has a budget.
     """
     find_target(recipe.target)
@@ -35,7 +35,7 @@ def rehearse(view: View, recipe: Recipe) -> tuple[View, tuple[Step, ...]]:
 
     def tried(form: View) -> tuple[View, tuple[Step, ...]]:
         steps = recipe.steps if size is None else _fit_budget(form, recipe.steps, size)
-        return housed(form, lambda at_home: _walk(at_home, steps, recipe.target)), steps
+        return in_equivalent(form, lambda form: _walk(form, steps, recipe.target)), steps
 
     return in_some_form(view, recipe.steps, tried)
 
@@ -58,7 +58,7 @@ def in_some_form(view: View, steps: Iterable[Step], do: Callable[[View], T]) -> 
     return do(apart)
 
 
-def housed(view: View, try_out: Callable[[View], None]) -> View:
+def in_equivalent(view: View, try_out: Callable[[View], None]) -> View:
     """The view, or the same checkpoint under another family's name, in which `try_out` raises no `UserError`; its first
     complaint where there is none, or where no other name helps."""
     try:
@@ -66,7 +66,7 @@ def housed(view: View, try_out: Callable[[View], None]) -> View:
     except NotOnThisModel:
         raise
     except UserError as error:
-        for other in rehoused_views(view):
+        for other in equivalent_views(view):
             with suppress(UserError):
                 try_out(other)
                 return other

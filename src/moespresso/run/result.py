@@ -127,7 +127,7 @@ def _manifest(
         protected=frozenset(decided.protected),
         files={file.name: _facts(file) for file in files},
         nonfinite=nonfinite,
-        trouble=(*decided.trouble, *kept),
+        warnings=(*decided.warnings, *kept),
         notes=(*decided.notes, *notes),
         seed=order.seed,
         versions=versions(),
@@ -160,7 +160,7 @@ def _report(view: View, manifest: Manifest, clock: Clock) -> Report:
         versions=manifest.versions,
         plugin=manifest.plugin,
         packing=manifest.packing,
-        trouble=manifest.trouble,
+        warnings=manifest.warnings,
         notes=manifest.notes,
         peak_rss_bytes=peak_rss_bytes(),
     )  # fmt: skip
@@ -205,7 +205,7 @@ def form_notes(view: View) -> list[str]:
         )
     if view.stubs:
         width = view.blueprint.layers[view.stubs[0]].width
-        names = ", ".join(f"L{view.left.layers[position]}" for position in view.stubs)
+        names = ", ".join(f"L{view.remains.layers[position]}" for position in view.stubs)
         notes.append(f"in place of what {names} lost stands a dense part of zeros, {width} wide")
     notes += format_notes(view)
     whole = [piece.name for piece in view.pieces if piece.joins]

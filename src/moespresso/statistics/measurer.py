@@ -12,13 +12,13 @@ from moespresso.statistics.registry import statistics_of
 
 
 class Measurer:
-    """Visits the layers of a sweep and keeps `values[unit][name]` and `trouble`; statistics of weights alone are not its matter."""
+    """Visits the layers of a sweep and keeps `values[unit][name]` and `warnings`; statistics of weights alone are not its matter."""
 
     def __init__(self, needs: Iterable[str], num_tokens: int) -> None:
         self._statistics = [each for each in statistics_of(needs) if isinstance(each, OfText)]
         self._measurement = Measurement(num_tokens)
         self.values: Rows = {}
-        self.trouble: list[str] = []
+        self.warnings: list[str] = []
 
     @property
     def resumable(self) -> bool:
@@ -36,13 +36,13 @@ class Measurer:
         for sums in begun:
             for unit, row in sums.values().items():
                 self.values.setdefault(unit, {}).update(row)
-            self.trouble += sums.warnings()
+            self.warnings += sums.warnings()
 
     def notes(self) -> dict[str, Any]:
         """What has been measured so far, as plain data."""
-        return {"values": {str(unit): row for unit, row in self.values.items()}, "trouble": self.trouble}
+        return {"values": {str(unit): row for unit, row in self.values.items()}, "warnings": self.warnings}
 
     def recall(self, notes: dict[str, Any]) -> None:
         """Take up what `notes` gave."""
         self.values = {Unit.parse(unit): row for unit, row in notes["values"].items()}
-        self.trouble = list(notes["trouble"])
+        self.warnings = list(notes["warnings"])

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Layer
-from moespresso.model import PausedBatch, Skeleton, expert_forward, observing, quirks
+from moespresso.model import PausedBatch, MetaModel, expert_forward, observing, quirks
 from moespresso.statistics import FedGradient, GradientMoments
 from moespresso.stream.sweep import UNWATCHED, Watch, begin, reserve, rows_at_once, within
 
@@ -42,7 +42,7 @@ _LOGITS = 16 << 20
 
 @torch.no_grad()
 def sweep_back(
-    skeleton: Skeleton,
+    meta: MetaModel,
     ids: Tensor,
     mask: Tensor,
     visit: BackVisitor,
@@ -56,19 +56,19 @@ def sweep_back(
     for. Their `grad` is that of the summed, not of the mean cross-entropy. Hidden states wait in files in the folder `work`.
     Raises `UserError` for families whose layers hand on more than hidden states, and when the disk is full.
     """
-    if skeleton.config.model_type in quirks.HANDS_ON:
-        raise _no_way_back(skeleton)
-    count = len(skeleton.layers)
-    rows = rows_at_once(ids.shape[1], skeleton.specs, skeleton.config.get_text_config().hidden_size)
+    if meta.config.model_type in quirks.HANDS_ON:
+        raise _no_way_back(meta)
+    count = len(meta.layers)
+    rows = rows_at_once(ids.shape[1], meta.specs, meta.config.get_text_config().hidden_size)
     masks = mask.split(rows)
-    paused = begin(skeleton, ids.split(rows), masks)
+    paused = begin(meta, ids.split(rows), masks)
     watch.begin(2 * count)
     with _shelf(work, [batch.hidden for batch in paused], count + 1) as shelf:
-        stops, last = _forth(skeleton, paused, masks, shelf, watch)
-        loss, powers = _head(skeleton, paused, last, ids.split(rows), masks)
+        stops, last = _forth(meta, paused, masks, shelf, watch)
+        loss, powers = _head(meta, paused, last, ids.split(rows), masks)
         for index in reversed(range(count)):
-            with skeleton.layer(index) as layer:
-                batches = _back(layer, stops.pop(), masks, last, powers, skeleton.device)
+            with meta.layer(index) as layer:
+                batches = _back(layer, stops.pop(), masks, last, powers, meta.device)
                 if layer.experts is not None:
                     visit(layer, batches)
                 for _ in batches:  # what nobody asked for has to be gone through all the same
@@ -79,12 +79,12 @@ def sweep_back(
 
 
 def gradient_moments(
-    skeleton: Skeleton, ids: Tensor, mask: Tensor, work: Path, watch: Watch = UNWATCHED
+    meta: MetaModel, ids: Tensor, mask: Tensor, work: Path, watch: Watch = UNWATCHED
 ) -> dict[int, Tensor]:
     """Second moments of the loss's gradient along every column of the experts' down projections: [E, I] for each layer that has
     experts (see `statistics.gradient_moments`)."""
     moments = GradientMoments()
-    sweep_back(skeleton, ids, mask, moments, work=work, watch=watch)
+    sweep_back(meta, ids, mask, moments, work=work, watch=watch)
     return moments.values
 
 
@@ -92,44 +92,44 @@ def gradient_moments(
 
 
 def _forth(
-    skeleton: Skeleton, paused: list[PausedBatch], masks: Sequence[Tensor], shelf: _Shelf, watch: Watch
+    meta: MetaModel, paused: list[PausedBatch], masks: Sequence[Tensor], shelf: _Shelf, watch: Watch
 ) -> tuple[list[list[PausedBatch]], list[Tensor]]:
     """Take all batches through the layers: how each paused before each layer, and what the last layer answers."""
     hidden = [shelf.put(0, number, batch.hidden) for number, batch in enumerate(paused)]
     stops: list[list[PausedBatch]] = []
-    for index in range(len(skeleton.layers)):
+    for index in range(len(meta.layers)):
         if index:
             for batch, output in zip(paused, hidden, strict=True):
-                _go_on(skeleton, batch, output)
+                _go_on(meta, batch, output)
         stops.append([batch.snapshot(states) for batch, states in zip(paused, hidden, strict=True)])
-        with skeleton.layer(index) as layer:
+        with meta.layer(index) as layer:
             hidden = [
-                shelf.put(index + 1, number, within(_answer(skeleton, layer.module, stop), valid, index))
+                shelf.put(index + 1, number, within(_answer(meta, layer.module, stop), valid, index))
                 for number, (stop, valid) in enumerate(zip(stops[-1], masks, strict=True))
             ]
         watch.advance()
     return stops, hidden
 
 
-def _go_on(skeleton: Skeleton, batch: PausedBatch, output: Tensor) -> None:
+def _go_on(meta: MetaModel, batch: PausedBatch, output: Tensor) -> None:
     batch.go_on(output)
     if batch.hidden is not output:  # what is computed between layers, autograd would not see
-        raise _no_way_back(skeleton)
+        raise _no_way_back(meta)
 
 
-def _answer(skeleton: Skeleton, layer: nn.Module, stop: PausedBatch) -> Tensor:
+def _answer(meta: MetaModel, layer: nn.Module, stop: PausedBatch) -> Tensor:
     """The layer's output, unless the layer also leaves something for later ones where they look for it (keys and values)."""
     boxes = [value for value in stop.kwargs.values() if isinstance(value, MutableMapping)]
     before = [len(box) for box in boxes]
-    output = stop.run(layer, stop.hidden.to(skeleton.device))
+    output = stop.run(layer, stop.hidden.to(meta.device))
     if before != [len(box) for box in boxes]:
-        raise _no_way_back(skeleton)
+        raise _no_way_back(meta)
     return output
 
 
-def _no_way_back(skeleton: Skeleton) -> UserError:
+def _no_way_back(meta: MetaModel) -> UserError:
     return UserError(
-        f"no gradients can be taken on {skeleton.place}: its layers hand on more than hidden states; "
+        f"no gradients can be taken on {meta.place}: its layers hand on more than hidden states; "
         "choose a score that needs no gradients"
     )
 
@@ -138,7 +138,7 @@ def _no_way_back(skeleton: Skeleton) -> UserError:
 
 
 def _head(
-    skeleton: Skeleton,
+    meta: MetaModel,
     paused: list[PausedBatch],
     last: list[Tensor],
     ids: Sequence[Tensor],
@@ -147,14 +147,14 @@ def _head(
     """The mean loss from what the last layer answers; puts the summed loss's gradient in its place, and says by which power of two
     each batch's is multiplied."""
     total, predicted, powers = 0.0, 0, list[int]()
-    with skeleton.outer():
-        skeleton.model.requires_grad_(False)
+    with meta.outer():
+        meta.model.requires_grad_(False)
         for batch, hidden, tokens, valid in zip(paused, last, ids, masks, strict=True):
             at = torch.nonzero(valid[:, :-1] & valid[:, 1:])
-            leaf = hidden.to(skeleton.device).detach().requires_grad_()
+            leaf = hidden.to(meta.device).detach().requires_grad_()
             with torch.enable_grad():
                 batch.go_on(leaf)  # through whatever the family has behind its layers
-            loss, gradient = _loss(skeleton, batch.hidden.detach(), tokens.to(skeleton.device), at)
+            loss, gradient = _loss(meta, batch.hidden.detach(), tokens.to(meta.device), at)
             gradient, power = _centred(gradient)
             gradient, more = _centred(torch.autograd.grad(batch.hidden, leaf, gradient)[0])
             hidden.copy_(gradient)
@@ -164,16 +164,16 @@ def _head(
     return total / predicted, powers
 
 
-def _loss(skeleton: Skeleton, hidden: Tensor, ids: Tensor, at: Tensor) -> tuple[float, Tensor]:
+def _loss(meta: MetaModel, hidden: Tensor, ids: Tensor, at: Tensor) -> tuple[float, Tensor]:
     """Summed cross-entropy of the tokens behind the positions `at` [n, 2], and its gradient with respect to the last hidden
     states [B, L, H]; never the logits of all of them."""
     total, gradient = 0.0, torch.zeros_like(hidden)
-    rows = max(1, _LOGITS // skeleton.config.get_text_config().vocab_size)
+    rows = max(1, _LOGITS // meta.config.get_text_config().vocab_size)
     for chunk in at.to(hidden.device).split(rows):
         row, place = chunk.unbind(1)
         states = hidden[row, place].requires_grad_()
         with torch.enable_grad():
-            logits = skeleton.logits(states).float()
+            logits = meta.logits(states).float()
             loss = F.cross_entropy(logits, ids[row, place + 1], reduction="sum")
         (gradient[row, place],) = torch.autograd.grad(loss, states)
         total += loss.item()

@@ -28,7 +28,7 @@ from moespresso.core.blueprint import BRANCHES, Branch, LayerSpec, TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Call, Fed, Layer, LayerWeights, Taps
 from moespresso.core.progress import Progress, Silent
-from moespresso.model import PausedBatch, Skeleton, start, without
+from moespresso.model import PausedBatch, MetaModel, start, without
 from moespresso.stream.observe import HeldRun, observe_inputs, observe_layer
 
 Visitor = Callable[[Layer, Taps], LayerWeights | None]
@@ -101,7 +101,7 @@ PLAIN, UNWATCHED = SweepOptions(), Watch()
 
 @torch.inference_mode()
 def sweep(
-    skeleton: Skeleton,
+    meta: MetaModel,
     ids: Tensor,
     mask: Tensor,
     visit: Visitor | None = None,
@@ -116,15 +116,15 @@ def sweep(
     next_layer, remembered = state.load() if state else (0, [])
     with ExitStack() as stack:
         parked = stack.enter_context(parking(options.spill))
-        rows = rows_at_once(ids.shape[1], skeleton.specs, skeleton.config.get_text_config().hidden_size)
+        rows = rows_at_once(ids.shape[1], meta.specs, meta.config.get_text_config().hidden_size)
         masks = mask.split(rows)
-        batches = begin(skeleton, ids.split(rows), masks)
-        watch.begin(len(skeleton.layers))
-        for index in range(len(skeleton.layers)):
+        batches = begin(meta, ids.split(rows), masks)
+        watch.begin(len(meta.layers))
+        for index in range(len(meta.layers)):
             if index < next_layer:
-                _skip(batches, remembered if index == next_layer - 1 else None, skeleton.device)
+                _skip(batches, remembered if index == next_layer - 1 else None, meta.device)
             else:
-                _pass(skeleton, index, _Batches(batches, masks), visit, options, parked)
+                _pass(meta, index, _Batches(batches, masks), visit, options, parked)
                 if state:
                     state.save(index + 1, [batch.hidden for batch in batches])
             watch.advance()
@@ -137,13 +137,13 @@ def rows_at_once(length: int, specs: Sequence[LayerSpec], hidden: int) -> int:
     return max(1, min(BATCH_TOKENS, ANSWER_BYTES // answers if answers else BATCH_TOKENS) // length)
 
 
-def begin(skeleton: Skeleton, ids: Sequence[Tensor], mask: Sequence[Tensor]) -> list[PausedBatch]:
+def begin(meta: MetaModel, ids: Sequence[Tensor], mask: Sequence[Tensor]) -> list[PausedBatch]:
     """Start the batches `ids` [B, L]; all of them pause at the first layer."""
-    device = skeleton.device
+    device = meta.device
     # Without padding no mask is built at all, and the attention kernels take their causal path.
     masks = [None if bool(part.all()) else part.long().to(device) for part in mask]
-    with skeleton.outer():
-        return start(skeleton.base, skeleton.layers_name, [part.to(device) for part in ids], masks)
+    with meta.outer():
+        return start(meta.base, meta.layers_name, [part.to(device) for part in ids], masks)
 
 
 def _skip(batches: list[PausedBatch], remembered: list[Tensor] | None, device: torch.device) -> None:
@@ -160,7 +160,7 @@ class _Batches:
 
 
 def _pass(
-    skeleton: Skeleton,
+    meta: MetaModel,
     index: int,
     batches: _Batches,
     visit: Visitor | None,
@@ -168,7 +168,7 @@ def _pass(
     parked: Callable[[int, Tensor], Tensor],
 ) -> None:
     """Take all batches through one layer."""
-    with skeleton.layer(index) as layer:
+    with meta.layer(index) as layer:
         taps = _LayerTaps(layer, batches, hold=options.spill is None)
         _show(layer, taps, visit, options.carry)
         outputs = taps.outputs(parked)

@@ -20,7 +20,7 @@ from torch import Tensor
 from moespresso.core.blueprint import BRANCHES, Branch
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Layer
-from moespresso.model import PausedBatch, Skeleton, quirks, without
+from moespresso.model import PausedBatch, MetaModel, quirks, without
 from moespresso.stream.sweep import UNWATCHED, Watch, begin, parking, rows_at_once, within
 
 # Bytes of hidden states of all candidates together that are held in memory, whatever there is of it.
@@ -62,7 +62,7 @@ class _Lane:
 class _Round:
     """One pass of all candidates over the layers."""
 
-    skeleton: Skeleton
+    meta: MetaModel
     lanes: list[_Lane]
     masks: Sequence[Tensor]
     parked: Callable[[int, Tensor], Tensor]
@@ -70,9 +70,9 @@ class _Round:
 
 
 @torch.inference_mode()
-def state_bytes(skeleton: Skeleton, ids: Tensor, mask: Tensor) -> int:
+def state_bytes(meta: MetaModel, ids: Tensor, mask: Tensor) -> int:
     """Bytes of the hidden states of `ids` [N, L] between two layers, seen on the first row."""
-    return len(ids) * begin(skeleton, [ids[:1]], [mask[:1]])[0].hidden.nbytes
+    return len(ids) * begin(meta, [ids[:1]], [mask[:1]])[0].hidden.nbytes
 
 
 def lanes_at_once(count: int, each: int, memory: int, folder: Path) -> tuple[int, Path | None]:
@@ -92,7 +92,7 @@ def lanes_at_once(count: int, each: int, memory: int, folder: Path) -> tuple[int
 @contextmanager
 @torch.inference_mode()
 def sweep_variants(
-    skeleton: Skeleton,
+    meta: MetaModel,
     text: tuple[Tensor, Tensor],
     variants: Sequence[Variant],
     *,
@@ -106,33 +106,33 @@ def sweep_variants(
     With `spill`, a folder, hidden states wait in files there; they last as long as the context does. Raises `UserError` for
     families whose layers hand on more than hidden states, and when the disk is full.
     """
-    if skeleton.config.model_type in quirks.HANDS_ON:
+    if meta.config.model_type in quirks.HANDS_ON:
         raise UserError(
-            f"candidates cannot be compared on {skeleton.place}: its layers hand on more than hidden states; use score=cosine"
+            f"candidates cannot be compared on {meta.place}: its layers hand on more than hidden states; use score=cosine"
         )
     ids, mask = text
-    lanes, masks = _start(skeleton, ids, mask, variants), mask.split(_rows(skeleton, ids))
+    lanes, masks = _start(meta, ids, mask, variants), mask.split(_rows(meta, ids))
     with parking(spill) as parked:
-        this = _Round(skeleton, lanes, masks, parked, load)
-        watch.begin(len(skeleton.layers))
-        for index in range(len(skeleton.layers)):
+        this = _Round(meta, lanes, masks, parked, load)
+        watch.begin(len(meta.layers))
+        for index in range(len(meta.layers)):
             answers = _pass(this, index)
-            _go_on(lanes, answers, skeleton.device, parked if index == len(skeleton.layers) - 1 else None)
+            _go_on(lanes, answers, meta.device, parked if index == len(meta.layers) - 1 else None)
             del answers
             watch.advance()
         yield [[batch.hidden.cpu() for batch in lane.batches] for lane in lanes]
 
 
-def _start(skeleton: Skeleton, ids: Tensor, mask: Tensor, variants: Sequence[Variant]) -> list[_Lane]:
+def _start(meta: MetaModel, ids: Tensor, mask: Tensor, variants: Sequence[Variant]) -> list[_Lane]:
     """All candidates at the first layer, where they hold the same hidden states."""
-    rows = _rows(skeleton, ids)
-    started = begin(skeleton, ids.split(rows) * len(variants), mask.split(rows) * len(variants))
+    rows = _rows(meta, ids)
+    started = begin(meta, ids.split(rows) * len(variants), mask.split(rows) * len(variants))
     each = len(started) // len(variants)
     return [_Lane(variant, started[at * each : (at + 1) * each]) for at, variant in enumerate(variants)]
 
 
-def _rows(skeleton: Skeleton, ids: Tensor) -> int:
-    return rows_at_once(ids.shape[1], skeleton.specs, skeleton.config.get_text_config().hidden_size)
+def _rows(meta: MetaModel, ids: Tensor) -> int:
+    return rows_at_once(ids.shape[1], meta.specs, meta.config.get_text_config().hidden_size)
 
 
 def _pass(this: _Round, index: int) -> dict[Beginning, list[Tensor]]:
@@ -160,7 +160,7 @@ def _pass(this: _Round, index: int) -> dict[Beginning, list[Tensor]]:
 
 def _layer(this: _Round, index: int, form: Hashable) -> AbstractContextManager[Layer]:
     if form is None:
-        return this.skeleton.layer(index)
+        return this.meta_model.layer(index)
     assert this.load is not None, "somebody must load layers that have another form"
     return this.load(index, form)
 
@@ -173,7 +173,7 @@ def _run(this: _Round, layer: Layer, index: int, lane: _Lane) -> Iterator[Tensor
         return
     with without(layer.module, layer.anatomy, gone):
         for batch, valid in zip(lane.batches, this.masks, strict=True):
-            yield within(batch.run(layer.module, batch.hidden.to(this.skeleton.device)), valid, index)
+            yield within(batch.run(layer.module, batch.hidden.to(this.meta_model.device)), valid, index)
 
 
 def _go_on(

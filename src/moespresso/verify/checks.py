@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from moespresso.build import Tensors, View, apart_view, load_model, other_layout, own_packing, rehoused_views
+from moespresso.build import Tensors, View, apart_view, load_model, other_layout, own_packing, equivalent_views
 from moespresso.checkpoint import (
     MANIFEST,
     TORCH_DTYPES,
@@ -31,7 +31,7 @@ from moespresso.core.plan import Plan
 from moespresso.core.progress import Progress
 from moespresso.effect import validated
 from moespresso.formats import codec_in
-from moespresso.model import Skeleton, is_unequal, read_blueprint
+from moespresso.model import MetaModel, is_unequal, read_blueprint
 from moespresso.stream import sweep
 
 _CHUNK = 16 << 20
@@ -183,23 +183,23 @@ def _stock(folder: Path, view: View, nonfinite: Mapping[str, int]) -> str:
             f"not run: the model is larger than {STOCK_BYTES >> 30} GiB (names and shapes were checked above)"
         )
     with Tensors(folder, allow_nonfinite=True) as tensors:
-        skeleton = view.skeleton(tensors, torch.float32, torch.device("cpu"))
+        meta = view.meta_model(tensors, torch.float32, torch.device("cpu"))
         if other_layout(view):
             return "not run: GPTQ and AWQ layouts need an engine of their own; names, shapes and codes were checked"
         if own_packing(view):
             whole = load_model(view, torch.float32, "cpu")
-            return f"stock loaders stop at its format; {_same_logits(whole, skeleton, view.blueprint.vocab)}"
-        model, info = _loaded(folder, view, skeleton)
-        outside = {skeleton.in_memory(entry.ref.name) for entry in view.blueprint.outside}
+            return f"stock loaders stop at its format; {_same_logits(whole, meta, view.blueprint.vocab)}"
+        model, info = _loaded(folder, view, meta)
+        outside = {meta.in_memory(entry.ref.name) for entry in view.blueprint.outside}
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             wrong = {str(key) for key in info[kind]} - outside
             _require(not wrong, f"{kind.replace('_', ' ')}: {', '.join(sorted(wrong)[:3])}")
         if nonfinite:
             return "no key missing, unexpected or mismatched; logits not compared, since the source was not finite"
-        return f"no key missing, unexpected or mismatched; {_same_logits(model.eval(), skeleton, view.blueprint.vocab)}"
+        return f"no key missing, unexpected or mismatched; {_same_logits(model.eval(), meta, view.blueprint.vocab)}"
 
 
-def _loaded(folder: Path, view: View, skeleton: Skeleton) -> tuple[nn.Module, dict[str, Any]]:
+def _loaded(folder: Path, view: View, meta: MetaModel) -> tuple[nn.Module, dict[str, Any]]:
     """What stock transformers loads, in float32, and what it says about the tensors."""
     with redirect_stderr(StringIO()):  # unpacking shows progress bars of its own
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -207,16 +207,16 @@ def _loaded(folder: Path, view: View, skeleton: Skeleton) -> tuple[nn.Module, di
         )
         model, info = loaded
         if view.formats:
-            _unpack(model, view, skeleton)
+            _unpack(model, view, meta)
     return model, info
 
 
-def _unpack(model: Any, view: View, skeleton: Skeleton) -> None:
+def _unpack(model: Any, view: View, meta: MetaModel) -> None:
     """Unpack the matrices that the loader left packed (it would at the first forward), and compute in float32.
 
     Scales must have the dtype they are stored in again, since weights are rounded to that.
     """
-    packed = {skeleton.in_memory(piece.name).removesuffix("weight") + "weight_scale": piece.ref.dtype for piece in view.pieces
+    packed = {meta.in_memory(piece.name).removesuffix("weight") + "weight_scale": piece.ref.dtype for piece in view.pieces
               if piece.ref.packed is not None}  # fmt: skip
     for name, parameter in model.named_parameters():
         if name in packed:
@@ -227,12 +227,12 @@ def _unpack(model: Any, view: View, skeleton: Skeleton) -> None:
 
 
 @torch.inference_mode()
-def _same_logits(model: nn.Module, skeleton: Skeleton, vocab: int) -> str:
+def _same_logits(model: nn.Module, meta: MetaModel, vocab: int) -> str:
     ids = torch.randint(vocab, (2, 32), generator=torch.Generator().manual_seed(0))
     stock = model(input_ids=ids, use_cache=False).logits.float()
-    hidden = sweep(skeleton, ids, torch.ones_like(ids, dtype=torch.bool))
-    with skeleton.outer():
-        streamed = skeleton.logits(hidden.flatten(0, 1)).view_as(stock)
+    hidden = sweep(meta, ids, torch.ones_like(ids, dtype=torch.bool))
+    with meta.outer():
+        streamed = meta.logits(hidden.flatten(0, 1)).view_as(stock)
     distance = float((stock - streamed).abs().max() / stock.abs().max())
     _require(
         distance <= _TOLERANCE, f"its logits differ from the streamed ones by {distance:.1e} of the largest"
@@ -284,10 +284,10 @@ def _as_planned(view: View, source: View, manifest: Manifest) -> View:
     """What the plan makes of the original, in the family and form that it was written in."""
     if manifest.apart:
         source = apart_view(source) or source
-    plan = validated(manifest.plan, source.source)
-    houses = [each for each in (source, *rehoused_views(source)) if each.source.family == view.source.family]
-    _require(bool(houses), f"it is a {view.source.family} model, the original {source.source.family}")
-    return replace(houses[0], plan=plan, stock=manifest.stock, layout=manifest.layout)
+    plan = validated(manifest.plan, source.place)
+    equivalents = [each for each in (source, *equivalent_views(source)) if each.source.family == view.source.family]
+    _require(bool(equivalents), f"it is a {view.source.family} model, the original {source.place.family}")
+    return replace(equivalents[0], plan=plan, stock=manifest.stock, layout=manifest.layout)
 
 
 def _same(chunks: Iterator[torch.Tensor], written: torch.Tensor) -> bool:

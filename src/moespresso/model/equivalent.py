@@ -1,7 +1,7 @@
-"""Re-housing: a checkpoint of one family, presented as one of another whose stock code computes the same function.
+"""Equivalent architectures: a checkpoint of one family, presented as one of another whose stock code computes the same function.
 
 Some configs cannot say what a plan wants ("this layer has no mixture"), and one old family is not in transformers at
-all. Where another family's code computes the same, a `House` says how to move: the config's words, the tensors' names,
+all. Where another family's code computes the same, a `Equivalent` says how to move: the config's words, the tensors' names,
 zeros for parts that only the other family has, and factors that are powers of two, so that every stored value stays
 exact. It is done on the `Checkpoint`, and nothing above it knows: blueprint, plan, shards and verify see the other family.
 
@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from moespresso.checkpoint import Checkpoint
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import UserError
-from moespresso.model.skeleton import read_config
+from moespresso.model.meta_model import read_config
 from moespresso.model.unstack import Unstacked
 
 Config = Mapping[str, Any]
@@ -57,7 +57,7 @@ class Filler:
 
 
 @dataclass(frozen=True)
-class House:
+class Equivalent:
     """How checkpoints of `source` become checkpoints of `target`.
 
     `config` makes the entries of the new config that differ from the source's, `gone` are keys that the target does
@@ -76,7 +76,7 @@ class House:
 
 
 @dataclass(frozen=True)
-class Rehoused(Checkpoint):
+class Converted(Checkpoint):
     """A checkpoint under another family's config and names; plans and stats stay those of `source`."""
 
     source: Checkpoint = field(kw_only=True, repr=False)
@@ -87,56 +87,56 @@ class Rehoused(Checkpoint):
         return self.source.digest
 
 
-def houses_of(family: str) -> tuple[House, ...]:
-    """All houses that a family's checkpoints may move to, the best one first."""
-    return tuple(house for house in HOUSES if house.source == family)
+def equivalents_of(family: str) -> tuple[Equivalent, ...]:
+    """All equivalents that a family's checkpoints may move to, the best one first."""
+    return tuple(equivalent for equivalent in EQUIVALENTS if equivalent.source == family)
 
 
-def house_for(config: Config) -> House | None:
-    """The first house that nothing in a config.json stands against."""
-    return next((house for house in houses_of(config["model_type"]) if obstacle(house, config) is None), None)
+def equivalent_for(config: Config) -> Equivalent | None:
+    """The first equivalent that nothing in a config.json stands against."""
+    return next((equivalent for equivalent in equivalents_of(config["model_type"]) if obstacle(equivalent, config) is None), None)
 
 
-def obstacle(house: House, config: Config) -> str | None:
-    """Why a config.json of the house's source family cannot move, in one clause; None when it can."""
-    said = _said(house, config)
-    return next((reason for reason, holds in house.unless if holds(said)), None)
+def obstacle(equivalent: Equivalent, config: Config) -> str | None:
+    """Why a config.json of the equivalent's source family cannot move, in one clause; None when it can."""
+    said = _said(equivalent, config)
+    return next((reason for reason, holds in equivalent.unless if holds(said)), None)
 
 
-def rehoused(checkpoint: Checkpoint, house: House) -> Rehoused:
-    """The checkpoint as one of `house.target`; raises `UserError` when something stands against it."""
-    reason = obstacle(house, checkpoint.config)
+def converted(checkpoint: Checkpoint, equivalent: Equivalent) -> Converted:
+    """The checkpoint as one of `equivalent.target`; raises `UserError` when something stands against it."""
+    reason = obstacle(equivalent, checkpoint.config)
     if reason is not None:
         raise UserError(
-            f"{checkpoint.folder}: this {house.source} model cannot be presented as {house.target} ({reason})"
+            f"{checkpoint.folder}: this {equivalent.source} model cannot be presented as {equivalent.target} ({reason})"
         )
-    said = _said(house, checkpoint.config)
-    config = _new_config(house, said)
-    fillers = [filler for filler in house.fillers if not (filler.unless and said[filler.unless])]
-    moved = (_moved(ref, house.renames) for ref in checkpoint.tensors.values())
+    said = _said(equivalent, checkpoint.config)
+    config = _new_config(equivalent, said)
+    fillers = [filler for filler in equivalent.fillers if not (filler.unless and said[filler.unless])]
+    moved = (_moved(ref, equivalent.renames) for ref in checkpoint.tensors.values())
     tensors = {ref.name: ref for old in moved for ref in (old, *_filled(old, fillers, config))}
-    return Rehoused(checkpoint.folder, config, tensors, checkpoint.files, source=checkpoint)
+    return Converted(checkpoint.folder, config, tensors, checkpoint.files, source=checkpoint)
 
 
-def is_rehoused(checkpoint: Checkpoint) -> bool:
+def is_converted(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint stands under another family's name than its files."""
-    return isinstance(checkpoint, Rehoused)
+    return isinstance(checkpoint, Converted)
 
 
 def is_apart(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint has experts apart that its files have in stacks."""
-    return isinstance(checkpoint.source if isinstance(checkpoint, Rehoused) else checkpoint, Unstacked)
+    return isinstance(checkpoint.source if isinstance(checkpoint, Converted) else checkpoint, Unstacked)
 
 
 def adopt(checkpoint: Checkpoint) -> Checkpoint:
-    """Re-house a checkpoint whose family transformers does not have but computes under another name.
+    """Re-equivalent a checkpoint whose family transformers does not have but computes under another name.
 
     Everything else is returned as it is. Raises `UserError` for what the other family's config cannot say.
     """
     family = str(checkpoint.config.get("model_type"))
-    if family in CONFIG_MAPPING or not houses_of(family):
+    if family in CONFIG_MAPPING or not equivalents_of(family):
         return checkpoint
-    return rehoused(checkpoint, houses_of(family)[0])
+    return converted(checkpoint, equivalents_of(family)[0])
 
 
 def tokenizer_config(config: Config) -> dict[str, Any]:
@@ -148,18 +148,18 @@ def tokenizer_config(config: Config) -> dict[str, Any]:
     return {**config, "tokenizer_class": "PreTrainedTokenizerFast"}
 
 
-def _new_config(house: House, said: Config) -> dict[str, Any]:
-    kept = {key: value for key, value in said.items() if key not in house.gone}
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[house.target]
-    return kept | house.config(said) | {"model_type": house.target, "architectures": [architecture]}
+def _new_config(equivalent: Equivalent, said: Config) -> dict[str, Any]:
+    kept = {key: value for key, value in said.items() if key not in equivalent.gone}
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[equivalent.target]
+    return kept | equivalent.config(said) | {"model_type": equivalent.target, "architectures": [architecture]}
 
 
-def _said(house: House, config: Config) -> dict[str, Any]:
+def _said(equivalent: Equivalent, config: Config) -> dict[str, Any]:
     """A config.json with everything that it leaves to the defaults of its family."""
-    if house.source in CONFIG_MAPPING:
+    if equivalent.source in CONFIG_MAPPING:
         said = json.loads(read_config(config, "this checkpoint").to_json_string())
     else:
-        said = {**house.defaults, **config}
+        said = {**equivalent.defaults, **config}
     said.pop("auto_map", None)  # custom code has no part in the other family
     return said
 
@@ -319,8 +319,8 @@ _DOTS1_ONLY = frozenset({
     "norm_topk_prob", "sliding_window", "max_window_layers", "layer_types",
 })  # fmt: skip
 
-HOUSES: tuple[House, ...] = (
-    House(
+EQUIVALENTS: tuple[Equivalent, ...] = (
+    Equivalent(
         "mixtral",
         "qwen2_moe",
         _mixtral_to_qwen2,
@@ -341,7 +341,7 @@ HOUSES: tuple[House, ...] = (
         # Qwen2-MoE's config can name a window, but its code hands none to flash attention.
         unless=(("its attention has a sliding window", lambda c: c["sliding_window"] is not None),),
     ),
-    House(
+    Equivalent(
         "deepseek",
         "qwen2_moe",
         _deepseek_to_qwen2,
@@ -367,7 +367,7 @@ HOUSES: tuple[House, ...] = (
         ),
         defaults=_DEEPSEEK_DEFAULTS,
     ),
-    House(
+    Equivalent(
         "deepseek_v3",
         "glm4_moe_lite",
         _deepseek3_to_glm4_lite,
@@ -379,7 +379,7 @@ HOUSES: tuple[House, ...] = (
             ),
         ),
     ),
-    House(
+    Equivalent(
         "dots1",
         "hy_v3",
         _dots1_to_hy3,

@@ -1,6 +1,6 @@
 """The model without its weights: built on `meta` from a config, filled one layer at a time.
 
-`Skeleton` holds transformers' own model with every parameter on `meta`. `outer()` loads what lies outside the decoder
+`MetaModel` holds transformers' own model with every parameter on `meta`. `outer()` loads what lies outside the decoder
 layers, `layer(i)` one decoder layer; both take it away again. Buffers that no checkpoint stores (rotary tables) are
 made by the family's own initialiser.
 """
@@ -157,7 +157,7 @@ def layer_config(config: PreTrainedConfig, index: int) -> PreTrainedConfig:
     return text.per_layer_config[index] if getattr(text, "per_layer_config", None) else text
 
 
-class Skeleton:
+class MetaModel:
     """One model, on `meta` but for what is being used.
 
     `tensors` maps on-disk names to anything that answers `[...]` with a tensor (see `checkpoint.reader.Lazy`);

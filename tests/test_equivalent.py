@@ -1,6 +1,6 @@
-"""Re-housing: the same function under another family's name, as stock transformers computes both.
+"""Equivalent architectures: the same function under another family's name, as stock transformers computes both.
 
-Every house is entered by tiny random checkpoints of odd shapes; what stock code computes before and after the move is
+Every equivalent is entered by tiny random checkpoints of odd shapes; what stock code computes before and after the move is
 compared bit by bit. The one family that transformers does not have is checked against its paper's equations, written
 out below in plain torch. Then what a move is for: a layer without its mixture, said in the new config's own words.
 """
@@ -33,14 +33,14 @@ from moespresso.core.plan import Plan
 from moespresso.core.unit import Unit
 from moespresso.effect import Piece
 from moespresso.model import read_blueprint
-from moespresso.model.rehouse import (
-    HOUSES,
-    Rehoused,
+from moespresso.model.equivalent import (
+    EQUIVALENTS,
+    Converted,
     adopt,
-    house_for,
-    houses_of,
+    equivalent_for,
+    equivalents_of,
     obstacle,
-    rehoused,
+    converted,
     tokenizer_config,
 )
 from test_engine import close, quarter_dropped, streamed_logits
@@ -74,10 +74,10 @@ def stored(folder: Path, case: str) -> Checkpoint:
     return open_checkpoint(folder)
 
 
-def moved(checkpoint: Checkpoint) -> Rehoused:
-    house = house_for(checkpoint.config)
-    assert house is not None
-    return rehoused(checkpoint, house)
+def moved(checkpoint: Checkpoint) -> Converted:
+    equivalent = equivalent_for(checkpoint.config)
+    assert equivalent is not None
+    return converted(checkpoint, equivalent)
 
 
 def view_of(checkpoint: Checkpoint) -> View:
@@ -219,7 +219,7 @@ class Silent(nn.Module):
         return torch.zeros_like(hidden)
 
 
-def without_mixture(checkpoint: Rehoused, layer: int) -> Rehoused:
+def without_mixture(checkpoint: Converted, layer: int) -> Converted:
     """The same with a dense MLP of zeros where a layer's mixture was."""
     config, prefix = dict(checkpoint.config), f"model.layers.{layer}.mlp."
     if "mlp_only_layers" in config:
@@ -253,22 +253,22 @@ def test_plans_and_stats_stay_the_sources(tmp_path: Path, case: str) -> None:
 @every_case
 def test_the_old_words_are_gone_from_the_config(tmp_path: Path, case: str) -> None:
     checkpoint = stored(tmp_path, case)
-    (house,) = houses_of(checkpoint.config["model_type"])
-    assert house.gone.isdisjoint(moved(checkpoint).config)
+    (equivalent,) = equivalents_of(checkpoint.config["model_type"])
+    assert equivalent.gone.isdisjoint(moved(checkpoint).config)
 
 
 @every_case
 def test_there_is_nowhere_to_go_from_the_new_house(tmp_path: Path, case: str) -> None:
     move = moved(stored(tmp_path, case))
-    assert houses_of(move.config["model_type"]) == ()
-    assert house_for(move.config) is None
+    assert equivalents_of(move.config["model_type"]) == ()
+    assert equivalent_for(move.config) is None
     assert adopt(move) is move
 
 
 def test_the_table_is_of_houses_that_transformers_can_build() -> None:
-    assert {house.target for house in HOUSES} <= MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
-    assert {house.source for house in HOUSES}.isdisjoint(house.target for house in HOUSES)
-    factors = [rename.factor for house in HOUSES for rename in house.renames]
+    assert {equivalent.target for equivalent in EQUIVALENTS} <= MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    assert {equivalent.source for equivalent in EQUIVALENTS}.isdisjoint(equivalent.target for equivalent in EQUIVALENTS)
+    factors = [rename.factor for equivalent in EQUIVALENTS for rename in equivalent.renames]
     assert all(math.frexp(factor)[0] == 0.5 for factor in factors), "a factor is no power of two"
 
 
@@ -303,19 +303,19 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(("family", "changes", "reason"), OBSTACLES)
 def test_an_obstacle_is_said_in_one_clause(family: str, changes: dict[str, Any], reason: str) -> None:
     config = config_of(family, **changes)
-    (house,) = houses_of(family)
-    assert obstacle(house, config) == reason
-    assert house_for(config) is None
-    assert obstacle(house, config_of(family)) is None
+    (equivalent,) = equivalents_of(family)
+    assert obstacle(equivalent, config) == reason
+    assert equivalent_for(config) is None
+    assert obstacle(equivalent, config_of(family)) is None
     with pytest.raises(
-        UserError, match=f"this {family} model cannot be presented as {house.target} .{reason}"
+        UserError, match=f"this {family} model cannot be presented as {equivalent.target} .{reason}"
     ):
-        rehoused(Checkpoint(Path("somewhere"), config, {}), house)
+        converted(Checkpoint(Path("somewhere"), config, {}), equivalent)
 
 
 def test_a_family_without_a_house_has_none() -> None:
-    assert houses_of("olmoe") == ()
-    assert house_for({"model_type": "olmoe"}) is None
+    assert equivalents_of("olmoe") == ()
+    assert equivalent_for({"model_type": "olmoe"}) is None
 
 
 # DeepSeek-MoE, by the equations of its paper (arXiv 2401.06066) and of rotary attention (arXiv 2104.09864)
@@ -496,7 +496,7 @@ def test_zeros_never_stand_where_the_source_has_values(tmp_path: Path) -> None:
 
 def test_adoption_is_for_those_who_have_no_home(tmp_path: Path) -> None:
     adopted = adopt(write_deepseek(tmp_path / "deepseek", TINY))
-    assert isinstance(adopted, Rehoused)
+    assert isinstance(adopted, Converted)
     assert adopted.digest == adopted.source.digest
     assert "auto_map" not in adopted.config
     assert adopt(adopted) is adopted
