@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_rehouse import TINY
 
 from conftest import Zoo
 from moespresso.checkpoint.index import Checkpoint
@@ -19,7 +20,6 @@ from moespresso.core.registry import parse_step
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.model.equivalent import adopt, equivalents_of, obstacle
-from test_rehouse import TINY
 
 Body = dict[str, Any]
 

@@ -32,7 +32,7 @@ from moespresso.effect import validated
 from moespresso.fit import Job, Judge
 from moespresso.methods import BlockDrop, LayerDrop
 from moespresso.methods._depth import greedy
-from moespresso.model import PausedBatch, MetaModel
+from moespresso.model import MetaModel, PausedBatch
 from moespresso.quality import token_kl as kl_of_states
 from moespresso.run import Decided, decide
 from moespresso.statistics import runs as runs_statistic

@@ -37,10 +37,10 @@ from moespresso.model.equivalent import (
     EQUIVALENTS,
     Converted,
     adopt,
+    converted,
     equivalent_for,
     equivalents_of,
     obstacle,
-    converted,
     tokenizer_config,
 )
 from test_engine import close, quarter_dropped, streamed_logits
@@ -267,7 +267,9 @@ def test_there_is_nowhere_to_go_from_the_new_house(tmp_path: Path, case: str) ->
 
 def test_the_table_is_of_houses_that_transformers_can_build() -> None:
     assert {equivalent.target for equivalent in EQUIVALENTS} <= MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
-    assert {equivalent.source for equivalent in EQUIVALENTS}.isdisjoint(equivalent.target for equivalent in EQUIVALENTS)
+    assert {equivalent.source for equivalent in EQUIVALENTS}.isdisjoint(
+        equivalent.target for equivalent in EQUIVALENTS
+    )
     factors = [rename.factor for equivalent in EQUIVALENTS for rename in equivalent.renames]
     assert all(math.frexp(factor)[0] == 0.5 for factor in factors), "a factor is no power of two"
 

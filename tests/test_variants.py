@@ -23,7 +23,7 @@ from moespresso.model import MetaModel
 from moespresso.run import Decided, decide
 from moespresso.stream import Variant, lanes_at_once, state_bytes, sweep_variants
 from moespresso.stream.sweep import begin
-from test_depth_kl import other_folder, meta_of
+from test_depth_kl import meta_of, other_folder
 from test_more_families import DENSE, _random_model
 from test_scores import tokens_for
 
@@ -57,9 +57,7 @@ def found(
     mask[1, 7:] = False
     with (
         Tensors(folder) as reader,
-        sweep_variants(
-            meta_of(view, reader), (ids, mask), list(map(Variant, cuts)), spill=spill
-        ) as states,
+        sweep_variants(meta_of(view, reader), (ids, mask), list(map(Variant, cuts)), spill=spill) as states,
     ):
         assert {len(batches) for batches in states} == {3}
         return [torch.cat(batches) for batches in states]

@@ -42,7 +42,7 @@ from moespresso.core.plan import Plan
 from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats, stats_key
 from moespresso.data import Batches, Source, calibration, load_tokenizer, sequences
-from moespresso.effect import needs_fit, fits_on_text, treats_matrices, step_of, validated
+from moespresso.effect import fits_on_text, needs_fit, step_of, treats_matrices, validated
 from moespresso.export import check_even, formed
 from moespresso.fit import Clock, Job, see_text
 from moespresso.fit import measure as measure_view

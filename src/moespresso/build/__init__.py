@@ -4,12 +4,12 @@ from moespresso.build.loading import load_model
 from moespresso.build.opening import (
     apart_view,
     config_view,
+    equivalent_views,
     make_meta_model,
     open_view,
     pick_device,
     pick_dtype,
     precision,
-    equivalent_views,
 )
 from moespresso.build.packing import (
     engine_of,
@@ -34,6 +34,7 @@ __all__ = [
     "apart_view",
     "config_view",
     "engine_of",
+    "equivalent_views",
     "half_packed",
     "in_order",
     "load_model",
@@ -47,7 +48,6 @@ __all__ = [
     "pick_device",
     "pick_dtype",
     "precision",
-    "equivalent_views",
     "tied_head",
     "write",
     "zeros_of",

@@ -19,12 +19,12 @@ from moespresso.model import (
     MetaModel,
     adopt,
     build_meta,
+    converted,
     equivalents_of,
     is_unequal,
     obstacle,
     read_blueprint,
     read_config,
-    converted,
     stock_dtype,
     unstacked,
 )
@@ -67,8 +67,15 @@ def equivalent_views(view: View) -> list[View]:
     config = view.checkpoint.config
     if is_unequal(config):  # a equivalent knows the family's ordinary config only
         return []
-    equivalents = [equivalent for equivalent in equivalents_of(view.source.family) if obstacle(equivalent, config) is None]
-    return [replace(_view(converted(view.checkpoint, equivalent)), origin=view.source) for equivalent in equivalents]
+    equivalents = [
+        equivalent
+        for equivalent in equivalents_of(view.source.family)
+        if obstacle(equivalent, config) is None
+    ]
+    return [
+        replace(_view(converted(view.checkpoint, equivalent)), origin=view.source)
+        for equivalent in equivalents
+    ]
 
 
 def apart_view(view: View) -> View | None:

@@ -27,8 +27,8 @@ from moespresso.core.unit import Unit
 from moespresso.effect import Fits, Piece, Remains, laid_out, pieces, pressed_blueprint, remains, stored
 from moespresso.formats import codec_named
 from moespresso.model import (
-    Names,
     MetaModel,
+    Names,
     build_meta,
     check_tensors,
     joined,
@@ -55,7 +55,7 @@ class View:
     origin: Blueprint | None = None
 
     @cached_property
-    def left(self) -> Remains:
+    def remains(self) -> Remains:
         """What of the source is left."""
         return remains(self.plan, self.source)
 
@@ -64,7 +64,9 @@ class View:
         """New numbers of the layers whose feed-forward part is a dense one of zeros."""
         if not self.stock:
             return ()
-        return tuple(self.left.position(layer) for layer, branch in sorted(self.left.cut) if branch == "mlp")
+        return tuple(
+            self.remains.position(layer) for layer, branch in sorted(self.remains.cut) if branch == "mlp"
+        )
 
     @cached_property
     def blueprint(self) -> Blueprint:
@@ -135,39 +137,39 @@ class View:
         """The config, and the width of dense stubs."""
         if not self.stubs:
             return pressed_config(
-                self.checkpoint.config, self.source, self.plan, self.left, stock=self.stock
+                self.checkpoint.config, self.source, self.plan, self.remains, stock=self.stock
             ), 0
-        whole = frozenset(at for at in self.left.cut if at[1] != "mlp")
+        whole = frozenset(at for at in self.remains.cut if at[1] != "mlp")
         kept = {
             **{layer.index: tuple(range(layer.experts)) for layer in self.source.moe_layers},
-            **self.left.experts,
+            **self.remains.experts,
         }
-        experts = {layer: kept[layer] for layer in self.left.layers if layer in kept}
+        experts = {layer: kept[layer] for layer in self.remains.layers if layer in kept}
         # Their number of experts does not matter: they will have none.
-        most = max(map(len, self.left.experts.values()), default=0)
+        most = max(map(len, self.remains.experts.values()), default=0)
         experts |= {
-            layer: kept[layer][:most] or kept[layer] for layer in experts if layer not in self.left.experts
+            layer: kept[layer][:most] or kept[layer] for layer in experts if layer not in self.remains.experts
         }
         # What will be dense has no width of its own to be asked for.
-        widths = self.left.widths
+        widths = self.remains.widths
         if len(sizes := {width for each in widths.values() for width in each.values()}) == 1:
             widths = {layer: dict.fromkeys(there, *sizes) for layer, there in experts.items()}
         config = pressed_config(
             self.checkpoint.config,
             self.source,
             self.plan,
-            replace(self.left, cut=whole, experts=experts, widths=widths),
+            replace(self.remains, cut=whole, experts=experts, widths=widths),
             stock=self.stock,
         )
         return with_dense(config, self.stubs, self.source.place)
 
     def _body(self, position: int) -> str:
-        layer = self.left.layers[position]
+        layer = self.remains.layers[position]
         return next(spec for spec in self.source.layers if spec.index == layer).bodies["mlp"]
 
     def _grown(self, found: list[Piece]) -> list[Piece]:
         """Shared experts as wide as the config says: where its one width of experts counts them."""
-        if not self.stock or not self.left.widths:
+        if not self.stock or not self.remains.widths:
             return found
         config, place = self._config[0], self.source.place
         model = build_meta(read_config(config, place), torch.bfloat16, place)
@@ -193,7 +195,7 @@ class View:
         made: list[Piece] = []
         for position in self.stubs:
             prefix = f"{self.source.layers_name}.{position}.{self._body(position)}."
-            dtype = dtypes[self.left.layers[position]]
+            dtype = dtypes[self.remains.layers[position]]
             refs = [
                 TensorRef(name, tuple(t.shape), dtype, "")
                 for name, t in state.items()
@@ -211,7 +213,7 @@ class View:
         except UserError as error:
             raise UserError(f"the plan's tensors do not fit the model its config makes: {error}") from error
 
-    def meta(self, tensors: Tensors, dtype: torch.dtype, device: torch.device) -> MetaModel:
+    def meta_model(self, tensors: Tensors, dtype: torch.dtype, device: torch.device) -> MetaModel:
         """The model on `meta`, ready to load the pieces layer by layer."""
         lazy = {piece.name: Lazy(tensors, piece) for piece in self.pieces}
         return MetaModel(

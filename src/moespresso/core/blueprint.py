@@ -164,7 +164,7 @@ class Blueprint:
     """
 
     family: str
-    source: str
+    place: str
     digest: str
     hidden: int
     vocab: int

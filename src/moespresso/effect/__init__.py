@@ -9,14 +9,14 @@ from moespresso.effect.slim import (
     REFIT,
     channels_of,
     check_all_storable,
+    fits_on_text,
     format_of,
     is_matrix,
     is_stack,
     narrowed,
-    fits_on_text,
     scale_dtypes,
-    treats_matrices,
     step_of,
+    treats_matrices,
 )
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "check_plan",
     "cuts",
     "dropped_units",
+    "fits_on_text",
     "folds_into",
     "format_of",
     "found_key",
@@ -52,10 +53,9 @@ __all__ = [
     "pressed_layers",
     "price",
     "remains",
-    "fits_on_text",
     "scale_dtypes",
-    "treats_matrices",
     "step_of",
     "stored",
+    "treats_matrices",
     "validated",
 ]

@@ -10,10 +10,10 @@ from moespresso.fit.step import Found, run_step
 
 __all__ = [
     "Clock",
+    "Fitted",
     "Found",
     "Job",
     "Judge",
-    "Fitted",
     "all_needs",
     "found",
     "measure",

@@ -24,7 +24,7 @@ class Treated:
 
     view: View
     plan: Plan
-    meta: MetaModel
+    meta_model: MetaModel
 
     @property
     def number(self) -> int:

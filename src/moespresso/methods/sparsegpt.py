@@ -101,7 +101,8 @@ class SparseGpt(PruningOnText):
         told = [(number, f"its second moment was not positive, damping raised to {damping:g}")
                 for number, damping in sorted(warnings.damped.items())]  # fmt: skip
         told += [
-            (number, "its second moment was not finite, pruned by size alone") for number in warnings.nonfinite
+            (number, "its second moment was not finite, pruned by size alone")
+            for number in warnings.nonfinite
         ]
         return codes if codes is not None else new, told
 

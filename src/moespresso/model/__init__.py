@@ -3,33 +3,34 @@
 from moespresso.model.blueprint import check_tensors, read_blueprint
 from moespresso.model.counts import is_unequal, skipping
 from moespresso.model.depth import with_dense
-from moespresso.model.experts import expert_forward, observing
-from moespresso.model.halves import without
-from moespresso.model.joined import joined, packed_alone, unreadable
-from moespresso.model.lockstep import PausedBatch, start
-from moespresso.model.names import Names, stock_dtype
 from moespresso.model.equivalent import (
     adopt,
+    converted,
     equivalents_of,
     is_apart,
     is_converted,
     obstacle,
-    converted,
     tokenizer_config,
 )
+from moespresso.model.experts import expert_forward, observing
+from moespresso.model.halves import without
+from moespresso.model.joined import joined, packed_alone, unreadable
+from moespresso.model.lockstep import PausedBatch, start
 from moespresso.model.meta_model import MetaModel, build_meta, quiet_transformers, read_config
+from moespresso.model.names import Names, stock_dtype
 from moespresso.model.unequal import pressed_config
 from moespresso.model.unstack import unstacked
 
 __all__ = [
+    "MetaModel",
     "Names",
     "PausedBatch",
-    "MetaModel",
     "adopt",
     "build_meta",
     "check_tensors",
-    "expert_forward",
+    "converted",
     "equivalents_of",
+    "expert_forward",
     "is_apart",
     "is_converted",
     "is_unequal",
@@ -41,7 +42,6 @@ __all__ = [
     "quiet_transformers",
     "read_blueprint",
     "read_config",
-    "converted",
     "skipping",
     "start",
     "stock_dtype",

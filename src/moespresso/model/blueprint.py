@@ -31,7 +31,6 @@ from moespresso.model.depth import period
 from moespresso.model.experts import is_experts
 from moespresso.model.heads import find_heads
 from moespresso.model.lacking import not_whole
-from moespresso.model.names import Names
 from moespresso.model.meta_model import (
     build_meta,
     decoder_layers,
@@ -42,6 +41,7 @@ from moespresso.model.meta_model import (
     read_config,
     scores_groups_by_two,
 )
+from moespresso.model.names import Names
 from moespresso.runtime import MIXERS, Anatomy, NotResidual, Silent, SilentMixer, find_anatomy
 from moespresso.runtime import Branch as BranchParts
 

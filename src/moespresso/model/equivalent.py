@@ -94,7 +94,14 @@ def equivalents_of(family: str) -> tuple[Equivalent, ...]:
 
 def equivalent_for(config: Config) -> Equivalent | None:
     """The first equivalent that nothing in a config.json stands against."""
-    return next((equivalent for equivalent in equivalents_of(config["model_type"]) if obstacle(equivalent, config) is None), None)
+    return next(
+        (
+            equivalent
+            for equivalent in equivalents_of(config["model_type"])
+            if obstacle(equivalent, config) is None
+        ),
+        None,
+    )
 
 
 def obstacle(equivalent: Equivalent, config: Config) -> str | None:

@@ -19,8 +19,8 @@ import torch
 from moespresso.checkpoint import SECTION
 from moespresso.effect import Piece
 from moespresso.formats import CompressedTensors, codec_in
-from moespresso.model.names import Names
 from moespresso.model.meta_model import build_meta, read_config
+from moespresso.model.names import Names
 
 Config = Mapping[str, Any]
 

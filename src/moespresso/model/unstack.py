@@ -19,8 +19,8 @@ import torch
 from moespresso.checkpoint import Checkpoint
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.format import DTYPE_BYTES
-from moespresso.model.names import Names, Slice
 from moespresso.model.meta_model import build_meta, read_config
+from moespresso.model.names import Names, Slice
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from moespresso.core.method import Step
 from moespresso.core.plan import Plan
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
-from moespresso.fit import Found, Job, Fitted, found, run_step, unrepaired
+from moespresso.fit import Fitted, Found, Job, found, run_step, unrepaired
 
 
 @dataclass

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Layer
-from moespresso.model import PausedBatch, MetaModel, expert_forward, observing, quirks
+from moespresso.model import MetaModel, PausedBatch, expert_forward, observing, quirks
 from moespresso.statistics import FedGradient, GradientMoments
 from moespresso.stream.sweep import UNWATCHED, Watch, begin, reserve, rows_at_once, within
 

@@ -28,7 +28,7 @@ from moespresso.core.blueprint import BRANCHES, Branch, LayerSpec, TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Call, Fed, Layer, LayerWeights, Taps
 from moespresso.core.progress import Progress, Silent
-from moespresso.model import PausedBatch, MetaModel, start, without
+from moespresso.model import MetaModel, PausedBatch, start, without
 from moespresso.stream.observe import HeldRun, observe_inputs, observe_layer
 
 Visitor = Callable[[Layer, Taps], LayerWeights | None]

@@ -20,7 +20,7 @@ from torch import Tensor
 from moespresso.core.blueprint import BRANCHES, Branch
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Layer
-from moespresso.model import PausedBatch, MetaModel, quirks, without
+from moespresso.model import MetaModel, PausedBatch, quirks, without
 from moespresso.stream.sweep import UNWATCHED, Watch, begin, parking, rows_at_once, within
 
 # Bytes of hidden states of all candidates together that are held in memory, whatever there is of it.
@@ -62,7 +62,7 @@ class _Lane:
 class _Round:
     """One pass of all candidates over the layers."""
 
-    meta: MetaModel
+    meta_model: MetaModel
     lanes: list[_Lane]
     masks: Sequence[Tensor]
     parked: Callable[[int, Tensor], Tensor]

@@ -15,7 +15,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from moespresso.build import Tensors, View, apart_view, load_model, other_layout, own_packing, equivalent_views
+from moespresso.build import (
+    Tensors,
+    View,
+    apart_view,
+    equivalent_views,
+    load_model,
+    other_layout,
+    own_packing,
+)
 from moespresso.checkpoint import (
     MANIFEST,
     TORCH_DTYPES,
@@ -285,7 +293,9 @@ def _as_planned(view: View, source: View, manifest: Manifest) -> View:
     if manifest.apart:
         source = apart_view(source) or source
     plan = validated(manifest.plan, source.place)
-    equivalents = [each for each in (source, *equivalent_views(source)) if each.source.family == view.source.family]
+    equivalents = [
+        each for each in (source, *equivalent_views(source)) if each.source.family == view.source.family
+    ]
     _require(bool(equivalents), f"it is a {view.source.family} model, the original {source.place.family}")
     return replace(equivalents[0], plan=plan, stock=manifest.stock, layout=manifest.layout)
 
