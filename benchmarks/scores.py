@@ -10,12 +10,12 @@ Nothing is written: a plan is evaluated as a view of the checkpoint.
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import tables
 from harness import Bench, save, saving, side_by_side, sizes
 
-from moespresso.methods.expert_drop import Score
+from moespresso.methods import scores
 
 RANDOM_SEEDS = 8
 # What all of them stand on.
@@ -25,7 +25,7 @@ Job = tuple[str, float, int, int]
 
 def steps(ratio: float) -> dict[str, str]:
     """Label -> step: every score, and the controls."""
-    named = {score: f"score={score}" for score in get_args(Score) if score != "random"}
+    named = {score: f"score={score}" for score in scores() if score != "random"}
     named |= {f"random, seed {seed}": f"score=random,seed={seed}" for seed in range(RANDOM_SEEDS)}
     named |= {"reap, gates=softmax": "score=reap,gates=softmax", "reap, compensate": "score=reap,renormalise=compensate",
               "easy_ep, compensate": "score=easy_ep,renormalise=compensate", "aimer, reversed": "score=aimer,reverse=true",

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -31,9 +31,9 @@ from moespresso.data import Batches
 from moespresso.data.text import Source
 from moespresso.fit import Job, measure
 from moespresso.kernels import RoutedExperts
-from moespresso.methods import ExpertDrop, LayerDrop
+from moespresso.methods import ExpertDrop, LayerDrop, scores
 from moespresso.methods._awq import find_entrance, is_product
-from moespresso.methods.expert_drop import Score, expert_scores
+from moespresso.methods.expert_drop import expert_scores
 from moespresso.model import MetaModel
 from moespresso.quality import score_tokens
 from moespresso.run import Decided, Recipe, decide
@@ -235,7 +235,7 @@ def test_every_score_of_experts_is_near_float32s(name: str, models: Callable[[st
             f"{score} {gates}": torch.tensor(
                 expert_scores(ExpertDrop(score=score, gates=gates), stats, layer)
             )
-            for score in get_args(Score)
+            for score in scores()
             if score not in ("aimer", "reconstruction", "random")
             for gates in ("model", "softmax")
         }

@@ -108,7 +108,11 @@ def test_links_lead_somewhere(path: Path):
     assert [link for link in links if not (path.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+# Of the files that the page on extending tells of, `test_extending` runs the steps.
+TOLD = [path for path in TEXTS if path.name != "extending.md"]
+
+
+@pytest.mark.parametrize("path", TOLD, ids=lambda path: str(path.relative_to(ROOT)))
 def test_steps_that_are_told_can_be_asked_for(path: Path):
     for step in re.findall(r"--step ([a-z_]+(?::\S+)?)", TEXTS[path]):
         parse_step(step.rstrip("`)],"))

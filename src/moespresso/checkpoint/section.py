@@ -118,7 +118,10 @@ class Targets:
 
 @dataclass(frozen=True)
 class Section:
-    """The section, read: `own` is one that only moespresso writes, `groups` are formats by target (None: not quantized)."""
+    """The section, read: `own` is one that only moespresso writes, `groups` are formats by target (None: not quantized).
+
+    Where its codec has read it (`by_codec`), one format is said of all that is packed.
+    """
 
     layout: str
     place: str
@@ -128,6 +131,7 @@ class Section:
     targets: Targets = field(default_factory=Targets)
     ignored: Targets = field(default_factory=Targets)
     said: Said = field(default_factory=dict[str, Any])
+    by_codec: bool = False
 
     def format_of(self, module: str) -> Format:
         """The format of a packed module; raises `UserError` where the section says that it is not packed, or says nothing."""
@@ -135,6 +139,8 @@ class Section:
         if not held.one_format:
             return self._of_groups(module)
         format = cast("Format", self.groups[""])
+        if self.by_codec:
+            return format
         _be(format.bits, held.bits, f"{self.place}: {SECTION}.bits")
         pattern, changes = _override(_dynamic(self.said), module)
         apart = _left_alone(self.said, module) or (pattern if changes is None else "")
@@ -195,6 +201,8 @@ def read_section(config: Mapping[str, Any], place: str) -> Section | None:
     if not section:
         return None
     said = cast("dict[str, Any]", section) if isinstance(section, dict) else {}
+    if (found := _by_codec(said, place)) is not None:
+        return found
     layout = _layout(said, cast("object", section), place)
     try:
         if _integers(layout).one_format:
@@ -205,6 +213,16 @@ def read_section(config: Mapping[str, Any], place: str) -> Section | None:
             f"{place} is already quantized, and the {SECTION} of its config.json is not understood ({error!r}): give the "
             "unquantized checkpoint"
         ) from error
+
+
+def _by_codec(said: Said, place: str) -> Section | None:
+    """The section of a layout whose codec reads it by itself, as one of a user's own file does."""
+    for held in codecs():
+        if not held.one_format or held.engine != said.get("quant_method"):
+            continue
+        if (format := held.read_section(said)) is not None:
+            return Section(held.layout, place, held.engine, groups={"": format}, said=said, by_codec=True)
+    return None
 
 
 def _layout(said: Said, section: object, place: str) -> str:

@@ -10,14 +10,36 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, cast
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.method import Step
 
 _METHODS: dict[str, type[Step]] = {}
 T = TypeVar("T", bound=Step)
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """Beside the type of a setting (`Annotated[str, OneOf(scores)]`): it is one of some names, to which others may add theirs."""
+
+    names: Callable[[], Iterable[str]]
+
+
+def choices_of(hint: Any) -> tuple[Any, ...]:
+    """The values that a setting of this type can have, where they are counted up; else none."""
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)
+    beside = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
+    return tuple(name for each in beside if isinstance(each, OneOf) for name in each.names())
+
+
+def check_one_of(place: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raise `UserError` where the value is none of the choices."""
+    if value not in (known := tuple(choices)):
+        raise UserError(f"{place}={value!r} is unknown{did_you_mean(str(value), map(str, known))}")
 
 
 def method(cls: type[T]) -> type[T]:
@@ -74,7 +96,7 @@ def _import(name: str) -> None:
 
 
 def _construct(cls: type[Step], kind: str, body: Mapping[str, Any]) -> Step:
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     known = [f.name for f in dataclasses.fields(cast("Any", cls))]
     for name in body:
         if name not in known:
@@ -84,12 +106,10 @@ def _construct(cls: type[Step], kind: str, body: Mapping[str, Any]) -> Step:
 
 def _convert(value: Any, hint: Any, place: str) -> Any:
     """Turn text (or a YAML scalar) into the type that the settings field declares."""
-    choices = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
-        if value not in choices:
-            raise UserError(f"{place}={value!r} is unknown{did_you_mean(str(value), map(str, choices))}")
+    if known := choices_of(hint):
+        check_one_of(place, value, known)
         return value
-    if choices:  # an optional type: X | None
+    if choices := typing.get_args(hint):  # an optional type: X | None
         if value is None or value == "none":
             return None
         return _convert(value, next(choice for choice in choices if choice is not type(None)), place)

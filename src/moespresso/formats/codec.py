@@ -61,6 +61,8 @@ class Codec(ABC):
     # The settings of a format that its parts depend on, in a refusal; and what is stored, in another.
     said_by: ClassVar[str] = "the format"
     title: ClassVar[str] = ""
+    # What a reader of a result should know of its engine.
+    tried: ClassVar[str] = ""
     # Settings of a format that the config says; what it does not say is the default.
     settings: ClassVar[tuple[str, ...]] = ("group_size", "density", "rank")
 
@@ -159,6 +161,13 @@ class Codec(ABC):
     def section(self, format: Format, packed: Collection[str], plain: list[str]) -> dict[str, Any]:
         """The whole section of the config, where it says `one_format` for all `packed` modules, and which others stay `plain`."""
         raise NotImplementedError
+
+    def read_section(self, said: Mapping[str, Any]) -> Format | None:
+        """The one format that such a section says; None where another room reads it (`checkpoint.section`: GPTQ's and AWQ's).
+
+        Raises `UserError` for what it does not understand: a key that is passed over is gone from the result.
+        """
+        _ = said
 
     def check_parts(self, parts: Parts, format: Format, shape: tuple[int, int]) -> None:
         """Raise `UserError` where parts are missing or are not those of matrices of `shape`."""

@@ -41,6 +41,9 @@ class GptqLayout(IntegerLayout):
     small: ClassVar[frozenset[str]] = frozenset({"g_idx", "qzeros"})
     first: ClassVar[bool] = False
     engine: ClassVar[str] = "gptq"
+    tried: ClassVar[str] = (
+        "GPTQModel 7.7 read this layout right for DeepSeek-V2 and Qwen3-MoE; with others it was not tried"
+    )
     one_format: ClassVar[bool] = True
     computes_in: ClassVar[str] = "float16"
     bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)

@@ -6,6 +6,7 @@ Importing this package registers all of them (`moespresso.core.registry`).
 from moespresso.methods._matrices import OnMatrices
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText
 from moespresso.methods._quantization import Quantization
+from moespresso.methods._scores import Score, score, scores
 from moespresso.methods.attention_rank import AttentionRank
 from moespresso.methods.autoround import AutoRound
 from moespresso.methods.awq import Awq
@@ -43,6 +44,9 @@ __all__ = [
     "Quantization",
     "Refit",
     "Rtn",
+    "Score",
     "SparseGpt",
     "Wanda",
+    "score",
+    "scores",
 ]

@@ -21,39 +21,23 @@ every group.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from moespresso.core.blueprint import Blueprint, LayerSpec
 from moespresso.core.errors import UserError
 from moespresso.core.method import Selects
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
-from moespresso.core.registry import method
-from moespresso.core.stats import Stats, indexed
+from moespresso.core.registry import OneOf, check_one_of, method
+from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.effect import remains
 from moespresso.methods._counts import keep_count, outlined, refuse_skipped
-from moespresso.statistics import needs_text
+from moespresso.methods._scores import Score, scores
 
-Score = Literal[
-    "routing",
-    "routing_topk",
-    "frequency",
-    "reap",
-    "ean",
-    "man",
-    "msan",
-    "easy_ep",
-    "aimer",
-    "reconstruction",
-    "random",
-]
-# Scores that no text is needed for, and what else is.
-DATA_FREE: dict[str, frozenset[str]] = {"aimer": frozenset({"weights"}), "random": frozenset()}
 _PERCENTILE, _SHARE_OF_LARGEST, _TIMES_MEDIAN, _SUPER_DEPTH = 0.995, 0.1, 10.0, 0.75
 
 
@@ -81,7 +65,7 @@ class ExpertDrop(Selects):
     kind: ClassVar[str] = "expert_drop"
     keep: int | None = None
     ratio: float | None = None
-    score: Score = "easy_ep"
+    score: Annotated[str, OneOf(scores)] = "easy_ep"
     gates: Literal["model", "softmax"] = "model"
     scope: Literal["layer", "global"] = "layer"
     router: Literal["rows", "preserve"] = "rows"
@@ -94,6 +78,7 @@ class ExpertDrop(Selects):
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself or is not built yet."""
+        check_one_of("expert_drop: score", self.score, scores())
         if self.keep is not None and self.ratio is not None:
             raise UserError("expert_drop: give keep or ratio, not both")
         if self.ratio is not None and not 0 <= self.ratio < 1:
@@ -105,9 +90,9 @@ class ExpertDrop(Selects):
 
     def needs(self) -> frozenset[str]:
         """What must be measured for this step."""
-        needs = set(DATA_FREE.get(self.score, {"routing"}))
-        if self.score == "reconstruction":
-            needs.add("reconstruction")
+        needs = set(self._score.needs)
+        if self._knows_supers:
+            needs.add("routing")
         if self.renormalise == "compensate":
             needs.add("routing")
         return frozenset(needs)
@@ -136,8 +121,17 @@ class ExpertDrop(Selects):
         """The settings with which it needs none."""
         others = {"score": "aimer", "replace": "none", "renormalise": "model"}
         seen = {"replace": self.replace == "novice", "renormalise": self.renormalise == "compensate",
-                "score": needs_text(DATA_FREE.get(self.score, {"routing"}))}  # fmt: skip
+                "score": self._score.sees_text}  # fmt: skip
         return ",".join(f"{name}={value}" for name, value in others.items() if seen[name])
+
+    @property
+    def _score(self) -> Score:
+        return scores()[self.score]
+
+    @property
+    def _knows_supers(self) -> bool:
+        """Whether super experts are looked for: they show on text, which a score of weights alone does not see."""
+        return self.protect_super and self._score.sees_text
 
     @property
     def _repair(self) -> str | None:
@@ -177,8 +171,7 @@ class ExpertDrop(Selects):
     def decide(self, stats: Stats, blueprint: Blueprint) -> Decision:
         """Choose what to keep: a treatment per MoE layer, experts by position in `blueprint`."""
         scores = {layer.index: expert_scores(self, stats, layer) for layer in blueprint.moe_layers}
-        watch = self.protect_super and self.score not in DATA_FREE
-        supers = super_experts(stats, blueprint) if watch else frozenset[Unit]()
+        supers = super_experts(stats, blueprint) if self._knows_supers else frozenset[Unit]()
         ranked = {
             layer.index: self._ranking(layer, scores[layer.index], supers) for layer in blueprint.moe_layers
         }
@@ -273,63 +266,17 @@ class ExpertDrop(Selects):
         self, stats: Stats, layer: LayerSpec, ranked: list[list[int]], count: int, supers: frozenset[Unit]
     ) -> tuple[int, ...]:
         kept = tuple(sorted(expert for group in ranked for expert in group[: count // layer.groups]))
-        name = indexed("reconstruction", count)
-        first = stats.values.get(Unit(layer.index, "experts", 0), {})
-        if self.score != "reconstruction" or self.reverse or name not in first:
+        best = None if self.reverse else self._score.best(stats, layer, count)
+        if best is None:
             return kept
-        # The best set of exactly this size was found by trying all of them.
-        best = {expert for expert, value in enumerate(stats.of(layer.index, layer.experts, name)) if value}
         lost = any(unit.layer == layer.index and unit.expert not in best for unit in supers)
         return kept if lost else tuple(sorted(best))
 
 
 def expert_scores(settings: ExpertDrop, stats: Stats, layer: LayerSpec) -> list[float]:
     """How much each expert of `layer` is needed, by the settings' score; higher is more, not a number is least."""
-    return [-math.inf if math.isnan(score) else score for score in _raw_scores(settings, stats, layer)]
-
-
-def _raw_scores(settings: ExpertDrop, stats: Stats, layer: LayerSpec) -> list[float]:
-    index, count = layer.index, layer.experts
-    if settings.score == "random":
-        return [_random(settings.seed, index, expert) for expert in range(count)]
-
-    def of(name: str) -> list[float]:
-        return stats.of(index, count, name)
-
-    if settings.score == "aimer":
-        return [
-            -mean / rms if rms else -math.inf for mean, rms in zip(of("mean_abs"), of("rms"), strict=True)
-        ]
-    if settings.score == "reconstruction":
-        return of("reconstruction")
-    total = stats.layer(index, "tokens")
-    over_all = {"routing": "score", "routing_topk": "score_selected", "frequency": "tokens"}
-    if settings.score in over_all:
-        return [value / total for value in of(over_all[settings.score])]
-    measured = stats.values.get(Unit(index, "experts", 0), {})
-    if settings.score == "easy_ep" and "norm" in measured and "change_gate_norm" not in measured:
-        raise UserError(
-            "score=easy_ep needs one residual stream, and this model has several: use score=routing_topk"
-        )
-    sums = {"ean": "norm", "easy_ep": "change_gate_norm"}
-    if settings.score in sums:
-        return of(sums[settings.score])
-    means = {
-        "reap": "gate_norm" if settings.gates == "model" else "score_norm",
-        "man": "norm",
-        "msan": "norm_squared",
-    }
-    return _means(of(means[settings.score]), of("tokens"))
-
-
-def _means(sums: Sequence[float], counts: Sequence[float]) -> list[float]:
-    """Mean per routed token; an expert that no token reached is needed least."""
-    return [value / count if count else -math.inf for value, count in zip(sums, counts, strict=True)]
-
-
-def _random(seed: int, layer: int, expert: int) -> float:
-    # A hash instead of a generator: the same on every platform and independent of the order of asking.
-    return int.from_bytes(hashlib.sha256(f"{seed}/{layer}/{expert}".encode()).digest()[:8], "big") / 2**64
+    found = scores()[settings.score].of(stats, layer, settings)
+    return [-math.inf if math.isnan(score) else score for score in found]
 
 
 def super_experts(stats: Stats, blueprint: Blueprint) -> frozenset[Unit]:

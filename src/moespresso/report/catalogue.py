@@ -7,7 +7,7 @@ import inspect as introspection
 from typing import Any, get_args, get_type_hints
 
 from moespresso.core.errors import UserError, did_you_mean
-from moespresso.core.registry import methods
+from moespresso.core.registry import choices_of, methods
 
 
 def describe_methods(kind: str | None = None) -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def _method(kind: str, cls: type[Any]) -> dict[str, Any]:
         for kind_of in reversed(cls.__mro__)
         for name, words in _setting_docs(kind_of.__doc__ or "")
     }
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     settings = [
         {"name": f.name, "type": _type_words(hints[f.name]), "default": None if f.default is dataclasses.MISSING else f.default,
          "doc": docs.get(f.name, "")}
@@ -53,7 +53,7 @@ def _setting_docs(doc: str) -> list[tuple[str, str]]:
 
 def _type_words(hint: Any) -> str:
     """A type as a person writes it: choices parted by bars."""
-    choices = get_args(hint)
+    choices = choices_of(hint) or get_args(hint)
     if not choices:
         return getattr(hint, "written", None) or getattr(hint, "__name__", str(hint))
     return " | ".join(

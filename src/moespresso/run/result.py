@@ -220,10 +220,8 @@ def form_notes(view: View) -> list[str]:
             f"{again} matrices that were packed have new values, and were rounded to nearest in their old format"
         )
     notes += _plain_notes(view)
-    if needs_engine(_packing(view)):
-        notes.append(
-            "GPTQModel 7.7 read this layout right for DeepSeek-V2 and Qwen3-MoE; with others it was not tried"
-        )
+    layouts = {piece.ref.packed.layout for piece in view.pieces if piece.ref.packed is not None}
+    notes += sorted({tried for layout in layouts if (tried := codec_named(layout).tried)})
     if _packing(view) == "own":
         notes.append(
             "stock loaders stop at its packed matrices, which they would read wrongly: moespresso.load reads them"

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from moespresso.build import (
+from moespresso.build import engine_of, (
     Tensors,
     View,
     apart_view,
@@ -193,7 +193,8 @@ def _stock(folder: Path, view: View, nonfinite: Mapping[str, int]) -> str:
     with Tensors(folder, allow_nonfinite=True) as tensors:
         meta = view.meta_model(tensors, torch.float32, torch.device("cpu"))
         if other_layout(view):
-            return "not run: GPTQ and AWQ layouts need an engine of their own; names, shapes and codes were checked"
+            engine = engine_of(view.checkpoint.config)
+            return f"not run: the layout of {engine} needs an engine of its own; names, shapes and codes were checked"
         if own_packing(view):
             whole = load_model(view, torch.float32, "cpu")
             return f"stock loaders stop at its format; {_same_logits(whole, meta, view.blueprint.vocab)}"
