@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from moespresso.build import engine_of, (
+from moespresso.build import (
     Tensors,
     View,
     apart_view,
+    engine_of,
     equivalent_views,
     load_model,
     other_layout,
