@@ -187,6 +187,7 @@ def test_on_inputs_with_outliers_the_output_is_nearer_than_with_rounding_to_near
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3"])
+@pytest.mark.few(1)
 def test_a_pressed_checkpoint_agrees_with_the_original(family: str, zoo: Zoo, text: Path, tmp_path: Path):
     out = tmp_path / "out"
     api.press(zoo(family), out=out, steps=["awq:bits=8,group_size=0"], texts=[text], samples=4, length=32)

@@ -154,11 +154,16 @@ def narrow(experts: RoutedExperts, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_joint_refit_ends_where_the_whole_systems_solution_is(seed: int):
+@pytest.mark.parametrize(
+    ("seed", "damping", "sweeps"),
+    [(0, 1e-4, 400), (1, 1e-4, 400), (2, 1e-4, 400), (3, 0.3, 60), (4, 1.0, 60)],
+)
+def test_the_joint_refit_ends_where_the_whole_systems_solution_is(seed: int, damping: float, sweeps: int):
+    """Wherever it starts: what draws it are the original columns."""
     experts = routed(seed)
     kept, up, down = narrow(experts, seed)
-    new, _ = joint_refit(experts, up, down, list(kept), damping=[1e-4] * 4, sweeps=400)
+    start = down + 0.5 * torch.randn(down.shape)
+    new, _ = joint_refit(experts, up, start, list(kept), damping=[damping] * 4, sweeps=sweeps)
     wide = torch.zeros(40, experts.count, 3)
     for token in range(40):
         for slot in range(2):
@@ -168,7 +173,7 @@ def test_the_joint_refit_ends_where_the_whole_systems_solution_is(seed: int):
             )
     features, target = wide.flatten(1), answers(experts, experts.up, experts.down)
     ridge = torch.cat([
-        1e-4 * wide[:, e].square().sum(0).mean().expand(3) for e in range(experts.count)
+        damping * wide[:, e].square().sum(0).mean().expand(3) for e in range(experts.count)
     ])  # fmt: skip
     anchor = down.permute(0, 2, 1).flatten(0, 1)
     solved = torch.linalg.solve(

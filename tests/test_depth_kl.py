@@ -202,6 +202,7 @@ def by_brute_force(
         ("granitemoe", BlockDrop(drop=2, score="kl"), [(layer, "block") for layer in range(3)]),
     ],
 )  # fmt: skip
+@pytest.mark.few(3)
 def test_kl_chooses_what_trying_everything_chooses(
     family: str, step: Any, candidates: list[Cut], zoo: Zoo, tmp_path: Path
 ):
@@ -298,6 +299,7 @@ VARIANTS: list[frozenset[tuple[int, Any]]] = [
 @pytest.mark.parametrize(
     "family", ["mixtral", "qwen2_moe", "granitemoe", "jamba", "gpt_oss", "nemotron_h", "gemma2"]
 )
+@pytest.mark.few(3)
 def test_hidden_states_of_candidates_are_those_of_views_with_the_plan(family: str, zoo: Zoo, tmp_path: Path):
     folder = zoo(family) if family in families.FAMILIES else other_folder(family, tmp_path)
     view = open_view(folder)

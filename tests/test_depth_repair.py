@@ -171,6 +171,7 @@ def test_what_is_a_map_of_what_came_before_leaves_no_trace(
         ("ernie4_5_moe", "L3.attention", "attention", False),  # into the bias of the dense part before it
     ],
 )
+@pytest.mark.few(2)
 def test_what_is_a_constant_leaves_no_trace(
     family: str, unit: str, branch: str, stub: bool, text: Path, tmp_path: Path
 ):
@@ -240,6 +241,7 @@ CUTS: list[tuple[str, list[Cut], dict[str, None]]] = [
 @pytest.mark.parametrize(
     ("family", "cuts", "units"), CUTS, ids=[f"{name}-{'+'.join(units)}" for name, _, units in CUTS]
 )
+@pytest.mark.few(5)
 def test_a_repair_is_the_published_solution_and_adds_no_tensor(
     family: str, cuts: list[Cut], units: dict[str, None], repair: str, plain: Zoo, text: Path, tmp_path: Path
 ):
@@ -276,6 +278,7 @@ def test_the_written_weights_are_the_map_times_the_old_ones(plain: Zoo, text: Pa
         ("ernie4_5_moe", "L1", (1, "block"), "model.layers.0.mlp.down_proj.bias"),
     ],
 )
+@pytest.mark.few(2)
 def test_a_bias_goes_where_there_already_is_one(
     family: str, unit: str, cut: Cut, tensor: str, plain: Zoo, text: Path, tmp_path: Path
 ):
@@ -307,6 +310,7 @@ def test_a_bias_without_a_place_needs_the_plugin_or_is_refused(plain: Zoo, text:
 @pytest.mark.parametrize("repair", ["linear", "scale", "bias"])
 @pytest.mark.parametrize(("family", "cut"), [("mixtral", (1, "mlp")), ("gpt_oss", (2, "mlp")), ("granitemoe", (1, "mlp")),
                                              ("deepseek_v2", (2, "attention")), ("jamba", (1, "mlp"))])  # fmt: skip
+@pytest.mark.few(4)
 def test_a_repair_brings_the_stream_no_farther_from_what_it_was(
     family: str, cut: Cut, repair: str, plain: Zoo, text: Path, tmp_path: Path
 ):
@@ -471,6 +475,7 @@ def test_where_nothing_can_be_fitted_nothing_is_run(
 
 @pytest.mark.parametrize("family", ["gemma2", "afmoe", "flex_olmo"])
 @pytest.mark.parametrize("repair", ["linear", "scale"])
+@pytest.mark.few(2)
 def test_no_map_is_put_before_a_norm_that_would_undo_it(family: str, repair: str, text: Path, tmp_path: Path):
     """These families norm what a branch answers, so no weight of theirs can hold a repair but one with a place of its own."""
     folder = other_folder(family, tmp_path)

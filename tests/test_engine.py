@@ -114,6 +114,7 @@ def test_an_empty_plan_writes_the_same_bytes(zoo: Zoo, tmp_path: Path, family: s
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.few(5)
 def test_a_quarter_of_the_experts_dropped_is_the_model_cut_by_hand(
     zoo: Zoo, tmp_path: Path, family: str
 ) -> None:
@@ -216,6 +217,7 @@ def test_rebuilt_weights_carry_on_to_the_next_layer(zoo: Zoo) -> None:
 
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.few(7)
 def test_batches_that_wait_at_the_experts_go_on_as_if_run_again(
     zoo: Zoo, tmp_path: Path, family: str, whole: bool
 ) -> None:

@@ -197,6 +197,7 @@ def _kl(one: tuple[Skeleton, Tensor], other: tuple[Skeleton, Tensor]) -> float:
 
 
 @pytest.mark.parametrize(("name", "recipe"), CASES)
+@pytest.mark.few(8)
 def test_every_step_comes_out_near_float32(
     name: str, recipe: str, models: Callable[[str], Model], tmp_path: Path
 ):
@@ -378,6 +379,7 @@ def test_evaluating_takes_a_precision_too(beyond: Path, text: Path, models: Call
      ("sparsegpt:sparsity=0", ("w1", "w2", "w3"), "float16"),
      ("channel_prune:ratio=0.3,refit=none", ("w1", "w2", "w3"), "bfloat16"), ("expert_drop:keep=7|refit", ("w1", "w3"), "float16")],
 )  # fmt: skip
+@pytest.mark.few(2)
 def test_weights_that_a_step_leaves_alone_are_the_stored_ones(
     recipe: str, exact: tuple[str, ...], dtype: str, tmp_path: Path
 ):

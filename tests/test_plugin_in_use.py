@@ -155,6 +155,7 @@ def balance(logits: tuple[Tensor, ...], top_k: int, mask: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.few(23)
 def test_losses_and_gradients(case: Any, model: Any, ids: Tensor, masked: bool):
     family = case[0]
     mask = torch.ones_like(ids)
@@ -181,6 +182,7 @@ def test_losses_and_gradients(case: Any, model: Any, ids: Tensor, masked: bool):
     assert all(found[name].any() for name in trained if not name.endswith("novices"))
 
 
+@pytest.mark.few(11)
 def test_gradient_checkpointing(model: Any, ids: Tensor):
     model.train()
     wanted = model(ids, labels=ids).loss
@@ -212,6 +214,7 @@ class Low(nn.Module):
         return weight + self.b @ self.a
 
 
+@pytest.mark.few(9)
 def test_adapters_on_experts_learn_and_are_merged(model: Any, ids: Tensor, tmp_path: Path):
     before = families.logits_of(model, ids)
     model.requires_grad_(False)
@@ -319,12 +322,14 @@ def test_every_function_of_experts(model: Any, ids: Tensor, function: str):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.few(15)
 def test_kinds_of_cache(case: Any, model: Any, ids: Tensor, kind: str):
     if reason := unable(case[0], cache_implementation=kind):
         pytest.skip(reason)
     assert tokens(model, ids, cache_implementation=kind) == tokens(model, ids, use_cache=False)
 
 
+@pytest.mark.few(5)
 def test_ways_to_generate(case: Any, model: Any, ids: Tensor):
     greedy = tokens(model, ids)
     assert greedy == tokens(model, ids, use_cache=False)
@@ -344,6 +349,7 @@ def test_ways_to_generate(case: Any, model: Any, ids: Tensor):
 
 
 @pytest.mark.parametrize("options", [{"max_shard_size": "20KB"}, {"save_original_format": False}], ids=str)
+@pytest.mark.few(15)
 def test_saved_and_loaded_again(model: Any, ids: Tensor, tmp_path: Path, options: dict[str, Any]):
     model.save_pretrained(tmp_path / "0", **options)
     again = families.reference(tmp_path / "0")
@@ -377,6 +383,7 @@ def test_state_dicts_fit_and_vocabularies_grow(case: Any, model: Any, ids: Tenso
     close(model(ids).logits[..., :96], other(ids).logits)
 
 
+@pytest.mark.few(11)
 def test_other_heads_load_it(case: Any, model: Any, ids: Tensor, tmp_path: Path):
     try:
         AutoModelForSequenceClassification.from_config(stock(case[0]).config)

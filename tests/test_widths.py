@@ -67,6 +67,7 @@ def ragged(source: Path, out: Path, text: Path) -> Path:
 
 
 @pytest.mark.parametrize("family", [*PLAIN, *SHARED, "jamba", "hunyuan_v1_moe"])
+@pytest.mark.few(3)
 def test_every_family_loads_experts_of_any_width(family: str, zoo: Zoo, text: Path, tmp_path: Path):
     out = ragged(zoo(family), tmp_path / "out", text)
     assert "logits within" in proven(out, zoo(family))["transformers with moespresso loads it and agrees"]
@@ -161,6 +162,7 @@ def test_gradients_flow(zoo: Zoo, text: Path, tmp_path: Path):
         [],
     ],
 )  # fmt: skip
+@pytest.mark.few(2)
 def test_a_ragged_folder_is_a_source_like_any_other(steps: list[str], text: Path, tmp_path: Path):
     source = write_wide(tmp_path / "source")
     first = ragged(source, tmp_path / "first", text)
@@ -184,6 +186,7 @@ def test_a_ragged_folder_is_a_source_like_any_other(steps: list[str], text: Path
         [f"{OWN},scope=global", "wanda:sparsity=0.5"],
     ],
 )
+@pytest.mark.few(2)
 def test_in_one_recipe_with_other_steps(steps: list[str], text: Path, tmp_path: Path):
     source = write_wide(tmp_path / "source")
     proven(press(source, tmp_path / "out", *steps, text=text, target="plugin"), source)
@@ -200,6 +203,7 @@ def test_in_one_recipe_with_other_steps(steps: list[str], text: Path, tmp_path: 
         ("low_rank:ratio=0.25", "differ in width"),
     ],
 )
+@pytest.mark.few(1)
 def test_what_needs_equal_experts_is_refused(step: str, reason: str, text: Path, tmp_path: Path):
     first = ragged(write_wide(tmp_path / "source"), tmp_path / "first", text)
     with pytest.raises(UserError, match=reason):
@@ -356,6 +360,7 @@ def test_a_plan_says_of_all_experts_of_a_layer_or_of_none(zoo: Zoo, text: Path, 
 
 
 @pytest.mark.parametrize("change", [[8], "all", [8] * 8, [0] * 8])
+@pytest.mark.few(2)
 def test_a_config_that_says_other_widths_is_refused(change: Any, zoo: Zoo, text: Path, tmp_path: Path):
     out = ragged(zoo("mixtral"), tmp_path / "out", text)
     path = out / "config.json"
@@ -404,6 +409,7 @@ def test_no_expert_becomes_narrower_than_the_least_and_what_could_not_go_is_told
 @pytest.mark.parametrize(
     "step", ["channel_prune:per_expert=true", "channel_prune:scope=global", "expert_drop:scope=global"]
 )
+@pytest.mark.few(2)
 def test_one_measurement_serves_every_ratio(step: str, zoo: Zoo, text: Path, tmp_path: Path):
     stats, plan, out = tmp_path / "stats.json", tmp_path / "plan.json", tmp_path / "out"
     asked: Any = {"texts": [text], **OPTIONS}

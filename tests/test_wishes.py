@@ -183,6 +183,7 @@ def test_orders_that_undo_what_was_done(
         ["attention_rank:modules=qk", "attention_rank:modules=vo"],
     ],
 )
+@pytest.mark.few(2)
 def test_orders_that_do_not(steps: list[str], source: Path, text: Path, tmp_path: Path):
     proven(press(source, tmp_path / "out", *steps, text=text, target="plugin"), source)
 
@@ -210,6 +211,7 @@ def test_zeros_that_gptq_fills_are_counted(source: Path, text: Path, tmp_path: P
      ("attention_rank", "attention_rank:pack=false")],
 )  # fmt: skip
 @pytest.mark.parametrize("target", ["llama.cpp", "vllm", "transformers"])
+@pytest.mark.few(4)
 def test_the_nearest_plan_loads_there(
     target: str, step: str, cured: str, source: Path, text: Path, tmp_path: Path
 ):
