@@ -281,7 +281,10 @@ FAULTS: tuple[Fault, ...] = (
         "inverse.baddbmm_(rows.mT, gain, alpha=0)",
     ),
     Fault(
-        "removal", "losses do not add up", "lost = lost + _remove(", "lost = _remove(", ("test_widths.py",)
+        "removal",
+        "losses do not add up",
+        "lost = lost + _remove(",
+        "lost = _remove(",
     ),
     Fault("joint", "what is left grows", "features @ change.T, alpha=-1)", "features @ change.T, alpha=1)"),
     Fault(
@@ -371,7 +374,7 @@ FAULTS: tuple[Fault, ...] = (
         "ordered groups are of the outputs",
         "codes.scale.gather(-1, at)",
         "codes.scale.gather(-1, at.flip(-1))",
-        ("test_packed_others.py",),
+        ("test_packed_source.py",),
     ),
     Fault(
         "rounding",
@@ -459,7 +462,6 @@ FAULTS: tuple[Fault, ...] = (
         "gates are not squared in the sum",
         "len(rows) if gates is None else float(gates.float().square().sum())",
         "len(rows) if gates is None else float(gates.float().sum())",
-        ("test_kernels.py",),
     ),
     Fault(
         "routed",
