@@ -32,7 +32,7 @@ SHARED = ["deepseek_v2", "deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe"]
 @pytest.mark.parametrize(
     "step", [HALF, "channel_prune:width=8,score=camera,refit=expert", "channel_prune:width=8,score=heapr"]
 )
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 def test_stock_transformers_loads_it_with_our_values(
     family: str, step: str, zoo: Zoo, text: Path, tmp_path: Path
 ):
@@ -53,7 +53,7 @@ def test_stock_transformers_loads_it_with_our_values(
 
 
 @pytest.mark.parametrize("family", SHARED)
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 def test_shared_experts_keep_their_channels_and_gain_zeros(family: str, zoo: Zoo, text: Path, tmp_path: Path):
     out = press(zoo(family), tmp_path / "out", "channel_prune:width=8", text=text)
     before, after = disk_of(zoo(family)), disk(out)
@@ -106,7 +106,7 @@ def test_nothing_to_remove_changes_nothing(zoo: Zoo, text: Path, tmp_path: Path)
         ["channel_prune:width=32", "rtn:group_size=32"],
     ],
 )
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_before_and_after_other_steps(steps: list[str], text: Path, tmp_path: Path):
     source = write_wide(tmp_path / "source")
     proven(press(source, tmp_path / "out", *steps, text=text), source)

@@ -130,7 +130,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("family", EVERY)
-@pytest.mark.few(14)
+@pytest.mark.few(8)
 def test_first_middle_last_or_both_ends_can_go(family: str):
     raw = raw_config(family)
     before = copy.deepcopy(raw)

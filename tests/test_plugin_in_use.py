@@ -155,7 +155,7 @@ def balance(logits: tuple[Tensor, ...], top_k: int, mask: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.few(23)
+@pytest.mark.few(12)
 def test_losses_and_gradients(case: Any, model: Any, ids: Tensor, masked: bool):
     family = case[0]
     mask = torch.ones_like(ids)
@@ -293,6 +293,7 @@ def test_hidden_states_and_attentions(model: Any, ids: Tensor):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.few(16)
 def test_padding(model: Any, ids: Tensor, side: str):
     short, pad = ids[:1, :9], torch.zeros(1, 4, dtype=ids.dtype)
     padded = torch.cat([pad, short] if side == "left" else [short, pad], 1)
@@ -312,6 +313,7 @@ def test_embeddings_instead_of_tokens(model: Any, ids: Tensor):
 
 
 @pytest.mark.parametrize("function", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.few(24)
 def test_every_function_of_experts(model: Any, ids: Tensor, function: str):
     wanted = families.logits_of(model, ids)
     model.set_experts_implementation(function)
@@ -322,14 +324,14 @@ def test_every_function_of_experts(model: Any, ids: Tensor, function: str):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.few(15)
+@pytest.mark.few(8)
 def test_kinds_of_cache(case: Any, model: Any, ids: Tensor, kind: str):
     if reason := unable(case[0], cache_implementation=kind):
         pytest.skip(reason)
     assert tokens(model, ids, cache_implementation=kind) == tokens(model, ids, use_cache=False)
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 def test_ways_to_generate(case: Any, model: Any, ids: Tensor):
     greedy = tokens(model, ids)
     assert greedy == tokens(model, ids, use_cache=False)
@@ -349,7 +351,7 @@ def test_ways_to_generate(case: Any, model: Any, ids: Tensor):
 
 
 @pytest.mark.parametrize("options", [{"max_shard_size": "20KB"}, {"save_original_format": False}], ids=str)
-@pytest.mark.few(15)
+@pytest.mark.few(8)
 def test_saved_and_loaded_again(model: Any, ids: Tensor, tmp_path: Path, options: dict[str, Any]):
     model.save_pretrained(tmp_path / "0", **options)
     again = families.reference(tmp_path / "0")
@@ -364,6 +366,7 @@ def test_saved_and_loaded_again(model: Any, ids: Tensor, tmp_path: Path, options
         torch.testing.assert_close(new.float(), old.to(torch.bfloat16).float(), msg=name)
 
 
+@pytest.mark.few(8)
 def test_copied_pickled_and_saved_whole(model: Any, ids: Tensor):
     wanted = families.logits_of(model, ids)
     stored = io.BytesIO()
@@ -375,6 +378,7 @@ def test_copied_pickled_and_saved_whole(model: Any, ids: Tensor):
         assert [type(part) for part in each.modules()] == [type(part) for part in model.modules()]
 
 
+@pytest.mark.few(8)
 def test_state_dicts_fit_and_vocabularies_grow(case: Any, model: Any, ids: Tensor):
     other = made(case[0], case[1])
     assert not any(other.load_state_dict(model.state_dict()))

@@ -32,7 +32,7 @@ def experts(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.few(5)
+@pytest.mark.few(4)
 def test_half_of_every_matrix_goes_and_nothing_else_changes(
     family: str, step: str, zoo: Zoo, text: Path, tmp_path: Path
 ):
@@ -60,7 +60,7 @@ def test_patterns_are_kept_to_the_weight(step: str, zoo: Zoo, text: Path, tmp_pa
 
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_pruned_and_rounded_in_one_pass(bits: int, sparsity: str, source: Path, text: Path, tmp_path: Path):
     out = press(
         source, tmp_path / "out", f"sparsegpt:sparsity={sparsity},bits={bits},group_size=32", text=text
@@ -89,7 +89,7 @@ def test_pruned_and_rounded_in_one_pass(bits: int, sparsity: str, source: Path, 
         ["magnitude", "block_drop"],
     ],
 )
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_before_and_after_other_steps(steps: list[str], text: Path, tmp_path: Path):
     source = write_wide(tmp_path / "source")
     out = press(source, tmp_path / "out", *steps, text=text)
@@ -210,7 +210,7 @@ PACKED = ["magnitude:pack=true", "wanda:pack=true,sparsity=2:4", "sparsegpt:pack
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "ernie4_5_moe"])
 @pytest.mark.parametrize("step", PACKED)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_mask_and_what_stays_are_the_same_matrices_in_fewer_bytes(
     family: str, step: str, zoo: Zoo, text: Path, tmp_path: Path
 ):
@@ -247,6 +247,7 @@ def test_a_masked_folder_goes_on(step: str, text: Path, tmp_path: Path):
     proven(out, masked)
 
 
+@pytest.mark.breadth
 def test_a_byte_budget_finds_the_share(zoo: Zoo, tmp_path: Path):
     whole = open_view(zoo("mixtral")).source.cost().bytes
     out = press(

@@ -67,7 +67,7 @@ def same(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.parametrize("family", [*families.FAMILIES, *MORE])
-@pytest.mark.few(8)
+@pytest.mark.few(5)
 def test_every_matrix_is_found_where_it_lies_in_its_stack(family: str, twins: Twins):
     own, stacked = twins(family)
     view = open_view(stacked)
