@@ -435,9 +435,7 @@ FAULTS: tuple[Fault, ...] = (
         "order[:, : format.rank].sort(dim=1).values",
         "order[:, : format.rank]",
     ),
-    Fault(
-        "plain", "factors meet in 16 bits", "(left.float() @ right.float()).to(left.dtype)", "left @ right"
-    ),
+    Fault("plain", "as many as fit are too many", "if most > format.rank:", "if most >= format.rank:"),
     # Second moments
     Fault(
         "hessians",
