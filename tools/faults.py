@@ -538,6 +538,6 @@ FAULTS: tuple[Fault, ...] = (
         "rows by their old numbers",
         "[there.index(row) for row in piece.take]",
         "[row for row in piece.take]",
-        ("test_awq.py::test_experts_that_go_afterwards_take_their_scaled_rows_along",),
+        ("test_awq.py::test_after_an_earlier_drop_they_take_the_rows_that_are_theirs",),
     ),
 )
