@@ -217,6 +217,7 @@ def changed_parts(old: Path, new: Path) -> set[str]:
     return {name.split(".")[-2] for name in both if not torch.equal(before[name], after[name])}
 
 
+@pytest.mark.breadth
 def test_experts_that_go_afterwards_take_their_scaled_rows_along(zoo: Zoo, text: Path, tmp_path: Path):
     out, steps = tmp_path / "out", ["awq:bits=8,group_size=0", "expert_drop:keep=6"]
     api.press(zoo("mixtral"), out=out, steps=steps, texts=[text], samples=4, length=32)

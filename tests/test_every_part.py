@@ -86,7 +86,7 @@ def check(how: str, was: Tensor, now: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("kind", "parts"), cases())
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 def test_a_part_that_is_named_is_treated(kind: str, parts: str, zoo: Zoo, text: Path, tmp_path: Path):
     _held(zoo("deepseek_v3"), kind, parts, "", text, tmp_path)
 

@@ -512,6 +512,7 @@ def test_a_hessian_that_is_not_finite_falls_back_to_rounding_to_nearest(place: t
 @formats
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [0.0, 1e-9, 1e-38, 1e38])
+@pytest.mark.few(96)
 def test_scales_are_never_zero_nor_infinite(format: Format, dtype: torch.dtype, size: float):
     weights, hessians = problem(17)
     weights = weights.sign() * size

@@ -180,7 +180,7 @@ MIXED: dict[str, tuple[dict[str, Any], Callable[[str], Weights]]] = {
 
 
 @pytest.mark.parametrize("name", MIXED)
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 def test_targets_are_looked_up_in_the_librarys_order(name: str, source: Path, tmp_path: Path):
     section, bits_of = MIXED[name]
     truth = packed_by_library(source, tmp_path / "model", section, bits_of)

@@ -214,7 +214,7 @@ class Low(nn.Module):
         return weight + self.b @ self.a
 
 
-@pytest.mark.few(9)
+@pytest.mark.few(5)
 def test_adapters_on_experts_learn_and_are_merged(model: Any, ids: Tensor, tmp_path: Path):
     before = families.logits_of(model, ids)
     model.requires_grad_(False)

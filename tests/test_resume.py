@@ -127,7 +127,7 @@ class TestKilled:
         assert second.numbers("begin measure") == [str(layer) for layer in range(finished, 3)]
 
     @pytest.mark.parametrize("line", WHILE_BUILDING)
-    @pytest.mark.few(5)
+    @pytest.mark.few(4)
     def test_while_building(self, press: Press, reference: dict[str, dict[str, bytes]], line: str):
         first = press(AIMER, kill=line)
         assert first.code == KILLED
@@ -138,13 +138,16 @@ class TestKilled:
         assert finished == {name: identity_of(press.out / name) for name in finished}
         assert not set(second.numbers("begin shard")) & finished.keys()
 
-    def test_again_and_again(self, press: Press):
-        """Two steps, the second measured on what the first leaves: three layers each, one memory of each."""
+    @pytest.mark.parametrize("more", [4, 1])
+    @pytest.mark.few(1)
+    def test_again_and_again(self, press: Press, more: int):
+        """Two steps, the second measured on what the first leaves: three layers each, one memory of each. Every run may do
+        some things more than the one before."""
         steps = "expert_drop:keep=6,score=reap", "expert_drop:keep=5,score=frequency"
         whole = press.into(press.out.with_name("whole"))
         assert whole(*steps).code == 0
         events: list[str] = []
-        for patience in range(6, 60):
+        for patience in range(6, 100, more):
             outcome = press(*steps, kill_after=patience)
             events += outcome.events
             if outcome.code != KILLED:
@@ -173,7 +176,7 @@ class TestKilled:
     @pytest.mark.parametrize(
         "more", [("--text", "other.txt"), ("--samples", "5"), ("--seed", "1"), ("--target", "vllm")]
     )
-    @pytest.mark.few(2)
+    @pytest.mark.few(1)
     def test_other_settings_are_refused(self, press: Press, more: tuple[str, ...], text: Path):
         press(REAP, kill="end remember 0")
         other = press.out.parent / "other.txt"
@@ -292,7 +295,7 @@ class TestFullDisk:
         assert finished == {name: identity_of(press.out / name) for name in finished}
 
     @pytest.mark.parametrize("free_kib", [0, 4, 24, 60, 130, 250, 280, 296])
-    @pytest.mark.few(3)
+    @pytest.mark.few(2)
     def test_for_real(
         self, press: Press, reference: dict[str, dict[str, bytes]], small_disk: Path, free_kib: int
     ):

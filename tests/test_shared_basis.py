@@ -137,7 +137,7 @@ def test_a_folder_with_bases_is_a_source_like_any_other(
         assert all(torch.equal(disk(out)[name], tensor) for name, tensor in disk(first).items())
 
 
-@pytest.mark.parametrize("at", ["recipe", "folder"])
+@pytest.mark.parametrize("at", ["folder", "recipe"])
 @pytest.mark.few(1)
 def test_the_first_that_is_left_stores_what_all_need(at: str, text: Path, tmp_path: Path):
     source, request = write_wide(tmp_path / "source"), {"texts": [text], "target": "plugin", **OPTIONS}

@@ -140,6 +140,7 @@ def unlisted(old: Path) -> None:
         (unlisted, ""),
     ],
 )
+@pytest.mark.few(3)
 def test_an_index_is_read_as_transformers_reads_it(
     arrange: Callable[[Path], None], words: str, old: Path, made: Path, tmp_path: Path
 ):
