@@ -17,7 +17,7 @@ from typing import Any
 import tables
 from harness import Bench, folder_of, left_of, save, saving, side_by_side, sizes
 
-from moespresso.model import open_view
+from moespresso.build import open_view
 
 CUTS = [
     f"attention_rank:ratio={{}},modules={modules},allocation={allocation}"

@@ -19,11 +19,11 @@ from typing import Any
 import tables
 from harness import Bench, Pressed, save, saving, side_by_side, sizes
 
+from moespresso.build import View
 from moespresso.core.errors import UserError
 from moespresso.core.registry import parse_step
-from moespresso.core.remains import dropped_units
 from moespresso.core.unit import Unit
-from moespresso.model import View
+from moespresso.effect import dropped_units, price, validated
 
 SHARES = (0.10, 0.25, 0.40)
 STRIDE = 3  # every third row of the held-out text: all domains, a third of the time
@@ -64,10 +64,10 @@ def nearest(view: View, share: float, steps: list[str]) -> str:
         step = parse_step(text)
         try:
             step.check(view.source)
-            plan = replace(view.plan, stages=(step.outline(view.source, view.plan),)).validated(view.source)
+            plan = validated(replace(view.plan, stages=(step.outline(view.source, view.plan),)), view.source)
         except UserError:  # below the floor of a router
             continue
-        priced.append((abs(1 - plan.cost(view.source).bytes / whole - share), text))
+        priced.append((abs(1 - price(plan, view.source).bytes / whole - share), text))
     return min(priced)[1]
 
 

@@ -22,8 +22,9 @@ import torch
 from harness import save, saving
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
-from moespresso.api import load_tokenizer, press
+from moespresso.api import press
 from moespresso.bundled import MODELS, TEXT
+from moespresso.data import load_tokenizer
 
 RIVALS = Path(__file__).parent / "rivals"
 TAKEN = "taken"

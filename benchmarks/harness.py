@@ -26,20 +26,19 @@ import torch
 from torch import Tensor
 
 import moespresso.methods
-from moespresso.api import load_tokenizer
+from moespresso.build import Tensors, View, make_meta_model, open_view
 from moespresso.bundled import MODELS, TEXT
-from moespresso.checkpoint import Reader
 from moespresso.core.plan import Plan
 from moespresso.core.registry import parse_step
 from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats
-from moespresso.data import Batches, Source, calibration, sequences
-from moespresso.evaluate import score_tokens
-from moespresso.evaluate.compare import summary
-from moespresso.fitting import fit
-from moespresso.model import View, make_skeleton, open_view
-from moespresso.pipeline import Clock, Decided, all_needs, decide, measure
+from moespresso.data import Batches, Sampling, Source, calibration, load_tokenizer, sequences
+from moespresso.fit import Job, measure, see_text
+from moespresso.fit.repairs import fit
+from moespresso.quality import score_tokens
+from moespresso.quality.compare import summary
 from moespresso.report import machine, versions
+from moespresso.run import Decided, decide
 from moespresso.stream import sweep
 
 assert moespresso.methods  # importing it registers the step kinds
@@ -48,7 +47,7 @@ assert moespresso.methods  # importing it registers the step kinds
 SAMPLES, LENGTH, STRIDE = 48, 512, 10
 HERE = Path(__file__).parent
 HELDOUT = Source(str(TEXT / "heldout"))
-Job, Row = TypeVar("Job"), TypeVar("Row")
+Task, Row = TypeVar("Task"), TypeVar("Row")
 
 
 def folder_of(model: str | Path) -> Path:
@@ -61,7 +60,7 @@ def calibration_rows(
 ) -> Batches:
     """Rows of the bundled text in the model's tokens: another `seed` draws other rows."""
     source = Source(str(TEXT / split))
-    return calibration([source], load_tokenizer(folder_of(model)), samples, length, seed)
+    return calibration([source], load_tokenizer(folder_of(model)), Sampling(samples, length, seed))
 
 
 @dataclass(frozen=True)
@@ -92,28 +91,28 @@ class Bench:
 
     def hidden(self, view: View) -> Tensor:
         """Last hidden states of the held-out text."""
-        with Reader(view.checkpoint.folder) as reader:
-            return sweep(make_skeleton(view, reader, Runtime()), self.heldout.ids, self.heldout.mask)
+        with Tensors(view.checkpoint.folder) as reader:
+            return sweep(make_meta_model(view, reader, Runtime()), self.heldout.ids, self.heldout.mask)
 
     def compare(self, view: View) -> dict[str, Any]:
         """The figures of a view against the original."""
-        with Reader(view.checkpoint.folder) as reader:
-            models = [make_skeleton(v, reader, Runtime()) for v in (view, self.view)]
+        with Tensors(view.checkpoint.folder) as reader:
+            models = [make_meta_model(v, reader, Runtime()) for v in (view, self.view)]
             scored = score_tokens(models, [self.hidden(view), self.original], self.heldout)
         return summary(scored, self.heldout, compared=True)
 
     def alone(self) -> dict[str, Any]:
         """The figures of the original by itself."""
-        with Reader(self.view.checkpoint.folder) as reader:
+        with Tensors(self.view.checkpoint.folder) as reader:
             scored = score_tokens(
-                [make_skeleton(self.view, reader, Runtime())], [self.original], self.heldout
+                [make_meta_model(self.view, reader, Runtime())], [self.original], self.heldout
             )
         return summary(scored, self.heldout, compared=False)
 
-    def measure(self, needs: frozenset[str]) -> Stats:
+    def measure(self, steps: Sequence[str]) -> Stats:
         """Statistics that several steps are then decided on."""
         with tempfile.TemporaryDirectory() as work:
-            return measure(self.view, self.text(), needs, Path(work), Runtime())
+            return measure(Job(self.view, Path(work), self.text()), list(map(parse_step, steps)), self.view)
 
     def press(self, steps: Sequence[str], text: Batches | None = None, stats: Stats | None = None) -> Pressed:
         """The model after these steps."""
@@ -121,22 +120,22 @@ class Bench:
         with tempfile.TemporaryDirectory() as work:
             start = time.process_time()
             batches = text or self.text()
-            decided = decide(self.view, settings, batches, stats, Path(work), Runtime(), Clock())
+            decided = decide(Job(self.view, Path(work), batches), settings, stats)
             seconds = time.process_time() - start
         return Pressed(replace(self.view, plan=decided.plan, fits=decided.fits), decided, seconds)
 
     def fitted(self, plan: Plan) -> View:
         """The model after a plan, with what the plan needs that is found on text."""
         with tempfile.TemporaryDirectory() as work:
-            fits = fit(self.view, plan, self.text(), Path(work), Runtime())
+            fits = fit(Job(self.view, Path(work), self.text()), self.view, plan)
         return replace(self.view, plan=plan, fits=fits)
 
     def sampled(
         self, steps: Sequence[str], seeds: int, size: Callable[[View], dict[str, float]]
     ) -> dict[str, Any]:
         """A row of results: KL on `seeds` samples of calibration text (one where no text is read), all else on the first."""
-        needs_text = all_needs([parse_step(step) for step in steps]) - {"weights"}
-        pressed = [self.press(steps, self.text(seed)) for seed in range(seeds if needs_text else 1)]
+        on_text = see_text(list(map(parse_step, steps)))
+        pressed = [self.press(steps, self.text(seed)) for seed in range(seeds if on_text else 1)]
         found = [self.compare(each.view) for each in pressed]
         first = {"perplexity_ratio": found[0]["perplexity_ratio"], "seconds": pressed[0].seconds}
         kl = {"kl": [each["kl"]["mean"] for each in found], "ci95": found[0]["kl"]["ci95"]}
@@ -183,8 +182,8 @@ def sizes(asked: argparse.Namespace, stride: int = STRIDE, samples: int = SAMPLE
 
 
 def side_by_side(
-    run: Callable[[Job], Row], jobs: Sequence[Job], workers: int = 2
-) -> Iterator[tuple[Job, Row]]:
+    run: Callable[[Task], Row], jobs: Sequence[Task], workers: int = 2
+) -> Iterator[tuple[Task, Row]]:
     """Every job with what it came to, in order, in processes of their own."""
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         yield from zip(jobs, pool.map(run, jobs), strict=True)

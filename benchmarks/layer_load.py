@@ -13,9 +13,8 @@ from pathlib import Path
 
 from harness import parser
 
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, make_meta_model, open_view
 from moespresso.core.runtime import Runtime
-from moespresso.model import make_skeleton, open_view
 from moespresso.stream import PeakMemory
 
 
@@ -27,11 +26,11 @@ def main() -> None:
     asked = asking.parse_args()
     view = open_view(asked.work / f"olmoe-{asked.layers}")
     for dtype in ("float32", "bfloat16"):
-        with Reader(view.checkpoint.folder) as reader:
-            skeleton = make_skeleton(view, reader, Runtime(dtype=dtype))
+        with Tensors(view.checkpoint.folder) as reader:
+            meta = make_meta_model(view, reader, Runtime(dtype=dtype))
             for index in range(min(2, asked.layers)):
                 start = time.perf_counter()
-                with PeakMemory() as memory, skeleton.layer(index) as layer:
+                with PeakMemory() as memory, meta.layer(index) as layer:
                     size = sum(parameter.nbytes for parameter in layer.module.parameters())
                     seconds = time.perf_counter() - start
                 print(

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 
 from harness import HERE, parser
 
+from moespresso.build import View, config_view
 from moespresso.core.cost import Cost
 from moespresso.core.registry import parse_step
-from moespresso.model import View
-from moespresso.model.opening import config_view
+from moespresso.effect import price, validated
 
 CONFIGS = HERE / "configs"
 GIB = 1 << 30
@@ -52,14 +52,14 @@ MODELS = {
 }
 
 
-def price(view: View, step: str | None) -> Cost:
+def cost_of(view: View, step: str | None) -> Cost:
     """The cost of the model, or of what a step leaves of it (which layers go makes no difference to the price)."""
     if step is None:
         return view.source.cost()
     settings = parse_step(step)
     settings.check(view.source)
-    plan = replace(view.plan, stages=(settings.outline(view.source, view.plan),)).validated(view.source)
-    return plan.cost(view.source)
+    plan = validated(replace(view.plan, stages=(settings.outline(view.source, view.plan),)), view.source)
+    return price(plan, view.source)
 
 
 def main() -> int:
@@ -72,7 +72,7 @@ def main() -> int:
     for model, rows in MODELS.items():
         view = config_view(CONFIGS / f"{model}.json")
         for row in rows:
-            cost = price(view, row.step)
+            cost = cost_of(view, row.step)
             gib, tflops = cost.bytes / GIB, cost.flops / 1e12
             wrong += abs(gib - row.gib) > 0.01 or abs(tflops / row.tflops - 1) > 0.01
             print(

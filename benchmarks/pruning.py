@@ -16,13 +16,12 @@ from dataclasses import replace
 from typing import Any
 
 import tables
-import torch
 from harness import Bench, folder_of, left_of, save, saving, side_by_side, sizes
 
-from moespresso.core.format import stored_parts
+from moespresso.build import View
 from moespresso.core.registry import parse_step
-from moespresso.methods._prune import Sparsity
-from moespresso.model import View
+from moespresso.formats import codec_of, pack
+from moespresso.methods._pruning import Sparsity
 
 RATIOS = [0.15, 0.25, 0.5]
 # Widths of their own, then shared bases: of a share r that goes in all, r / (1 + r) first and r^2 of the rest.
@@ -66,7 +65,6 @@ MASKED = [
 PATTERNS = ["0.5", "2:4", "4:8"]
 # What pruning the shared experts as well costs (table 8 of arXiv 2406.02500), where there are any.
 WITH_SHARED = ["wanda:sparsity={},parts=experts+shared", "sparsegpt:sparsity={},parts=experts+shared"]
-BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1, "I64": 8}
 Job = tuple[str, str, int, int, int]
 
 
@@ -103,8 +101,7 @@ def stored(step: Any, bench: Bench, view: View) -> float:
     for entry in bench.view.source.entries:
         if entry.unit.part == "experts":
             before += entry.ref.nbytes
-            for shape, dtype in stored_parts("bitmask", form, *entry.ref.shape, entry.ref.dtype).values():
-                after += torch.Size(shape).numel() * BYTES[dtype]
+            after += pack(entry.ref, form, codec_of(form).layout).nbytes
     return after / before
 
 

@@ -28,18 +28,15 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, make_meta_model
 from moespresso.core.runtime import Runtime
 from moespresso.data import Batches
-from moespresso.evaluate import score_tokens
-from moespresso.evaluate.compare import summary
-from moespresso.measure import RoutedExperts, factored
-from moespresso.measure.removal import removal
-from moespresso.methods._channels import TURNS, last, portions
-from moespresso.methods._joint import joint_refit
-from moespresso.methods._low_rank import truncated
-from moespresso.model import make_skeleton
-from moespresso.stream import sweep
+from moespresso.kernels import RoutedExperts, factored, last, removal, truncated
+from moespresso.kernels.channels import TURNS, portions
+from moespresso.kernels.joint_refit import joint_refit
+from moespresso.quality import score_tokens
+from moespresso.quality.compare import summary
+from moespresso.stream import SweepOptions, sweep
 
 DAMPING = 0.003
 # The joint menu: channels in steps, and factors that take these shares of a dense matrix's bytes (1: dense); it is chosen
@@ -75,11 +72,11 @@ def measured(bench: Bench, text: Batches, way: Way) -> dict[str, Any]:
         return {name: new[id(own)] for name, own in layer.module.named_parameters() if id(own) in new}
 
     start = time.process_time()
-    with Reader(bench.view.checkpoint.folder) as reader:
-        model = make_skeleton(bench.view, reader, Runtime())
-        sweep(model, text.ids, text.mask, visit, carry="rebuilt")
+    with Tensors(bench.view.checkpoint.folder) as reader:
+        model = make_meta_model(bench.view, reader, Runtime())
+        sweep(model, text.ids, text.mask, visit, SweepOptions("rebuilt"))
         seconds = time.process_time() - start
-        hidden = sweep(model, bench.heldout.ids, bench.heldout.mask, visit, carry="rebuilt")
+        hidden = sweep(model, bench.heldout.ids, bench.heldout.mask, visit, SweepOptions("rebuilt"))
         scored = score_tokens([model, model], [hidden, bench.original], bench.heldout)
     kl, cuts = summary(scored, bench.heldout, compared=True)["kl"], list(found.values())
     left = sum(cut.numbers for cut in cuts) / sum(cut.up.numel() + cut.down.numel() for cut in cuts)
@@ -433,7 +430,7 @@ def main() -> None:
         saved.add("milliseconds", f"{tokens} tokens", timed(tokens))
     for model in asked.models if {"joint", "blocks"} & {*asked.parts} else ():
         bench, name = Bench(model, *sizes(asked)), folder_of(model).name
-        tried = [each for part in asked.parts for each in ways(part, asked.left)]
+        tried = [each for part in asked.parts for each in ways(part, asked.remains)]
         for label, way in tried:
             if label not in saved.body.get(name, {}):
                 saved.add(name, label, measured(bench, bench.text(), way))

@@ -1,7 +1,7 @@
 """Layer Drop, Block Drop and their repairs done on a stock model in memory.
 
 Nothing here knows moespresso. A branch is silenced by zeros in its weights, a block by zeros in both; the residual
-stream is overheard by hooks on the layer, its second norm and its feed-forward part; what stands in for a branch is
+stream is observed by hooks on the layer, its second norm and its feed-forward part; what stands in for a branch is
 solved in numpy and put in place by a hook. Branches are counted through the model: 2 l is the attention (or whatever
 mixes tokens) of layer l, 2 l + 1 its feed-forward part.
 """
@@ -50,7 +50,7 @@ def silenced(model: PreTrainedModel, *cuts: Cut) -> PreTrainedModel:
 
 
 @dataclass
-class Heard:
+class Observed:
     """What one layer did to T tokens, [T, H] each: the stream before, between its branches, and after; what its
     feed-forward part was fed behind the norm, and what that answered."""
 
@@ -61,7 +61,7 @@ class Heard:
     answer: Tensor
 
 
-def overhear(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> list[Heard]:
+def observe(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> list[Observed]:
     """Every layer on all tokens that are not padding, in float64."""
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     said: list[dict[str, Tensor]] = [{} for _ in model.model.layers]
@@ -72,7 +72,7 @@ def overhear(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) ->
     for handle in handles:
         handle.remove()
     return [
-        Heard(**{name: value.reshape(*mask.shape, -1)[mask].double() for name, value in row.items()})
+        Observed(**{name: value.reshape(*mask.shape, -1)[mask].double() for name, value in row.items()})
         for row in said
     ]
 
@@ -102,8 +102,8 @@ def _bare(out: Any) -> Tensor:
 
 def stream(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> list[Tensor]:
     """The stream before every branch, and behind the last one."""
-    heard = overhear(model, ids, mask)
-    return [state for layer in heard for state in (layer.before, layer.middle)] + [heard[-1].after]
+    observed = observe(model, ids, mask)
+    return [state for layer in observed for state in (layer.before, layer.middle)] + [observed[-1].after]
 
 
 def mean_cosine(before: Tensor, after: Tensor) -> float:

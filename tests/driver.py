@@ -1,4 +1,4 @@
-"""A small press house for tests: runs the command line in real processes that can be killed, starved or cut short.
+"""A small press equivalent for tests: runs the command line in real processes that can be killed, starved or cut short.
 
 Started once, it imports everything and then forks a child per job, so that a test of twenty kills pays for one
 import of torch. Jobs come as JSON lines on standard input, exit codes go out the same way. In the child every step
@@ -40,7 +40,7 @@ class Outcome:
 
 
 class Driver:
-    """The press house; a context manager."""
+    """The press equivalent; a context manager."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -109,6 +109,7 @@ class Log:
 
 def serve() -> None:
     """Fork a child per job."""
+
     import torch
 
     import moespresso.api  # noqa: F401  (so that children need not)
@@ -154,16 +155,16 @@ def _limited(allowed: int, more: int) -> bool:
 def _instrument(log: Log, job: dict[str, Any]) -> None:
     import torch
 
-    from moespresso import pipeline
-    from moespresso.checkpoint import Journal, journal, writer
-    from moespresso.measure import Measurer
-    from moespresso.stream import Memento
+    from moespresso.build import write
+    from moespresso.checkpoint import Journal, journal
+    from moespresso.statistics import Measurer
+    from moespresso.stream import SweepState
 
     if "shard_bytes" in job:
-        writer._SMALLEST = job["shard_bytes"]
+        write._SMALLEST = job["shard_bytes"]
     log.watch(Measurer, "__call__", lambda _, layer, taps: f"measure {layer.spec.index}")
-    log.watch(Memento, "save", lambda _, layer, hidden: f"remember {layer - 1}")
-    log.watch(pipeline, "write_shard", lambda folder, shard, reader: f"shard {shard.name}")
+    log.watch(SweepState, "save", lambda _, layer, hidden: f"remember {layer - 1}")
+    log.watch(write, "write_shard", lambda folder, shard, tensors: f"shard {shard.name}")
     log.watch(Journal, "record", lambda _, written: f"record {written.name}")
     log.watch(torch, "from_file", lambda path, **_: f"map {_plain(path)}")
     log.watch(os, "replace", lambda source, target: f"rename {_plain(target)}")

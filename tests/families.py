@@ -614,8 +614,8 @@ def reference(folder: Path, dtype: torch.dtype | str = torch.float32) -> PreTrai
             experts_implementation="eager",
             output_loading_info=True,
         )
-    trouble = {kind: keys for kind, keys in info.items() if keys}
-    assert not trouble, f"{folder}: {trouble}"
+    warnings = {kind: keys for kind, keys in info.items() if keys}
+    assert not warnings, f"{folder}: {warnings}"
     return model.eval()
 
 

@@ -19,13 +19,13 @@ import families
 import moespresso
 from conftest import Zoo, write_wide
 from moespresso import api
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, open_view
 from moespresso.core.errors import UserError
-from moespresso.core.format import Format, stored_parts
+from moespresso.core.format import Format
 from moespresso.data import Source
-from moespresso.formats import decode_plain, encode_plain
-from moespresso.model import open_view
-from moespresso.recipe import Request
+from moespresso.effect import price
+from moespresso.formats import Slices
+from moespresso.run import Recipe
 from test_depth_kl import LENGTH, SAMPLES
 from test_depth_steps import plan_of
 from test_slim import disk, disk_of, press, proven
@@ -74,7 +74,7 @@ def test_rows_and_columns_are_stored_and_the_stock_model_with_zeros_is_the_same(
     out = press(source, tmp_path / "out", "attention_rank:ratio=0.25", text=text, target="plugin")
     proven(out, source)
     tensors = disk(out)
-    priced, whole_cost = plan_of(out).cost(open_view(source).source), open_view(source).source.cost()
+    priced, whole_cost = price(plan_of(out), open_view(source).source), open_view(source).source.cost()
     assert priced.bytes == sum(t.nbytes for t in tensors.values()) < whole_cost.bytes
     assert priced == open_view(out).source.cost()
     some = ("v_proj", "o_proj") if family in NORMED else MATRICES
@@ -88,9 +88,9 @@ def test_rows_and_columns_are_stored_and_the_stock_model_with_zeros_is_the_same(
     by_hand = whole(tensors)
     assert by_hand.keys() == disk(zeros).keys()
     assert all(torch.equal(tensor, by_hand[name]) for name, tensor in disk(zeros).items())
-    with Reader(out) as reader:
+    with Tensors(out) as reader:
         for piece in open_view(out).pieces:
-            assert torch.equal(reader.piece(piece), by_hand[piece.name]), piece.name
+            assert torch.equal(reader.whole(piece), by_hand[piece.name]), piece.name
     loaded, stock = moespresso.load(out, dtype="float32"), families.reference(zeros)
     for name, tensor in loaded.state_dict().items():
         torch.testing.assert_close(tensor.float(), stock.state_dict()[name], rtol=2**-8, atol=0)
@@ -252,7 +252,7 @@ def test_layers_that_turn_the_stream_less_lose_more(zoo: Zoo, text: Path, tmp_pa
         zoo("mixtral"), tmp_path / "out", "attention_rank:ratio=0.4,allocation=entropy", text=text, target="plugin"
     )  # fmt: skip
     proven(out, zoo("mixtral"))
-    assert plan_of(out).cost(open_view(zoo("mixtral")).source).bytes == sum(
+    assert price(plan_of(out), open_view(zoo("mixtral")).source).bytes == sum(
         t.nbytes for t in disk(out).values()
     )
     kept = {len(t) for name, t in disk(out).items() if name.endswith("v_proj.weight_index")}
@@ -294,7 +294,7 @@ def test_before_and_after_other_steps(steps: list[str], text: Path, tmp_path: Pa
     source = write_wide(tmp_path / "source")
     out = press(source, tmp_path / "out", *steps, text=text, target="plugin")
     proven(out, source)
-    assert plan_of(out).cost(open_view(source).source).bytes == sum(t.nbytes for t in disk(out).values())
+    assert price(plan_of(out), open_view(source).source).bytes == sum(t.nbytes for t in disk(out).values())
 
 
 @pytest.mark.parametrize("step", ["expert_drop:keep=6", "block_drop", "wanda:parts=attention", "gptq:group_size=32",
@@ -366,9 +366,11 @@ def test_a_plan_by_hand_must_fit_the_heads(rank: int, reason: str, zoo: Zoo, tex
     body = json.loads(plan_of(out).to_json())
     body["stages"][0]["treatments"]["L0.attention.q_proj"]["format"]["rank"] = rank
     (tmp_path / "plan.json").write_text(json.dumps(body))
-    request = Request(texts=(Source(str(text)),), samples=SAMPLES, length=LENGTH, target="plugin")
+    recipe = Recipe().with_options(
+        texts=(Source(str(text)),), samples=SAMPLES, length=LENGTH, target="plugin"
+    )
     with pytest.raises(UserError, match=reason):
-        api.build(zoo("mixtral"), plan=tmp_path / "plan.json", out=tmp_path / "by-hand", request=request)
+        api.build(zoo("mixtral"), plan=tmp_path / "plan.json", out=tmp_path / "by-hand", recipe=recipe)
 
 
 # The stored form
@@ -389,12 +391,12 @@ def test_what_is_stored_comes_back(kind: str, rank: int, empty: int, seed: int):
         gone = torch.randperm(each.shape[axis - 1], generator=draw)[max(0, rank - empty) :]
         each.index_fill_(axis - 1, gone, 0)
     format = Format(kind, rank=rank)  # pyright: ignore[reportArgumentType]
-    parts = encode_plain(weights, format)
-    wanted = stored_parts("slices", format, 7, 6, "BF16")
+    parts = Slices().encode(weights, format)
+    wanted = Slices().shapes(format, 7, 6, "BF16")
     assert {name: tuple(part.shape[1:]) for name, part in parts.items()} == {
         n: s for n, (s, _) in wanted.items()
     }
-    assert torch.equal(decode_plain("slices", parts, format, (7, 6)), weights)
+    assert torch.equal(Slices().decode(parts, format, (7, 6)), weights)
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,8 @@ from moespresso import api
 from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.formats import decode, round_nearest, searched
-from moespresso.measure import RoutedExperts
+from moespresso.kernels import Learned, RoutedExperts, half_quadratic, routed_sum, slopes
 from moespresso.methods import AutoRound, LayerContext, LayerResult
-from moespresso.methods._autoround import Learned, routed_sum, slopes
-from moespresso.methods._hqq import half_quadratic
 
 DTYPE = torch.bfloat16
 
@@ -60,9 +58,7 @@ def error(shown: LayerContext, up: Tensor, down: Tensor) -> float:
 
 
 def error_of(shown: LayerContext, answer: LayerResult) -> float:
-    assert answer.up is not None
-    assert answer.down is not None
-    return error(shown, decode(answer.up), decode(answer.down))
+    return error(shown, decode(answer.numbers["up"]), decode(answer.numbers["down"]))
 
 
 def quick(**settings: Any) -> AutoRound:
@@ -86,7 +82,7 @@ def test_without_steps_it_is_rounding_to_nearest(symmetric: bool):
     answer = quick(iterations=0).solve(shown)
     for name in ("up", "down"):
         found, wanted = (
-            getattr(answer, name),
+            answer.numbers[name],
             round_nearest(getattr(shown.experts, name), shown.formats[name], DTYPE, unbiased=False),
         )
         for part in ("values", "scale", "zero"):
@@ -118,7 +114,9 @@ def test_the_answer_is_as_long_as_it_was_in_the_direction_of_what_it_was():
     for unbiased in (False, True):
         answer = quick(unbiased=unbiased).solve(shown)
         found = routed_sum(
-            experts, *(decode(codes).float().unbind() for codes in (answer.up, answer.down)), tokens
+            experts,
+            *(decode(codes).float().unbind() for codes in (answer.numbers["up"], answer.numbers["down"])),
+            tokens,
         )
         lengths.append((wanted * found).sum(0) / wanted.square().sum(0))
     assert float(lengths[0].mean()) < 0.97
@@ -127,8 +125,8 @@ def test_the_answer_is_as_long_as_it_was_in_the_direction_of_what_it_was():
 
 def test_the_same_layer_is_always_rounded_alike():
     one, other = quick().solve(shown_layer()), quick().solve(shown_layer())
-    assert torch.equal(one.up.values, other.up.values)
-    assert torch.equal(one.down.scale, other.down.scale)
+    assert torch.equal(one.numbers["up"].values, other.numbers["up"].values)
+    assert torch.equal(one.numbers["down"].scale, other.numbers["down"].scale)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -188,7 +186,7 @@ def test_slopes_are_found_in_a_run_that_wants_none():
         held = RoutedExperts(*(x.clone() for x in (experts.up, experts.down)), experts.module,
                              experts.hidden.clone(), experts.index.clone(), experts.weights.clone())  # fmt: skip
         made = quick().solve(LayerContext(3, shown.module, shown.formats, shown.dtypes, held))
-    assert torch.equal(made.up.values, quick().solve(shown).up.values)
+    assert torch.equal(made.numbers["up"].values, quick().solve(shown).numbers["up"].values)
     up, down = slopes(experts, experts.up, experts.down, torch.arange(9), torch.zeros(9, 16))
     assert up.shape == experts.up.shape
     assert down.shape == experts.down.shape
@@ -199,7 +197,7 @@ def test_an_expert_that_no_token_reaches_is_helped():
     answer = quick().solve(shown)
     assert answer.remedies == {3: "hqq", 4: "hqq"}
     wanted = half_quadratic(shown.experts.down[3:], shown.formats["down"], DTYPE)
-    assert torch.equal(answer.down.values[3:], wanted.values)
+    assert torch.equal(answer.numbers["down"].values[3:], wanted.values)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 import families
 from conftest import Zoo
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.core.unit import Unit
-from moespresso.formats import Codes, decode, round_nearest
-from moespresso.measure import RoutedExperts
+from moespresso.formats import QuantizedWeights, decode, round_nearest
+from moespresso.kernels import RoutedExperts
 from moespresso.methods import Awq, LayerContext
-from moespresso.methods._awq import Untold, find_entrance, is_product
+from moespresso.methods._awq import UnknownEntrance, find_entrance, is_product
 from moespresso.methods.awq import candidates, divided
 from moespresso.model import experts as experts_function
-from moespresso.model import open_view
 from test_depth_steps import plan_of
 from test_engine import streamed_logits
 
@@ -107,7 +107,7 @@ def test_factors_that_move_change_nothing_of_what_a_model_computes(family: str):
 @torch.no_grad()
 def test_what_lets_no_factor_through_is_told():
     layer, experts = moe_layers(built("phimoe"))[0]  # a norm with a bias
-    with pytest.raises(Untold, match="does more than multiply"):
+    with pytest.raises(UnknownEntrance, match="does more than multiply"):
         find_entrance(layer, experts)
     assert not is_product(moe_layers(built("gpt_oss"))[0][1], 40)  # cut off, with biases
 
@@ -123,7 +123,7 @@ def test_what_lets_no_factor_through_is_told():
 
     layer, experts = moe_layers(built("qwen2_moe"))[0]
     layer.mlp = Greedy(layer.mlp)
-    with pytest.raises(Untold, match="in a way of its own"):
+    with pytest.raises(UnknownEntrance, match="in a way of its own"):
         find_entrance(layer, experts)
 
 
@@ -131,7 +131,7 @@ def test_what_lets_no_factor_through_is_told():
 def test_a_layer_that_takes_no_factors_is_rounded_without_and_says_so():
     answer = Awq().solve(shown_layer("phimoe"))
     assert not answer.replaced
-    assert answer.trouble == [
+    assert answer.warnings == [
         "L0: the inputs of its experts are not scaled: post_attention_layernorm does more than multiply by its weight"
     ]
 
@@ -141,7 +141,7 @@ def test_without_factors_and_weights_it_is_rounding_to_nearest():
     shown = shown_layer()
     answer = Awq(inputs=False, inner=False, clip=False, unbiased=False).solve(shown)
     for name in ("up", "down"):
-        found: Codes = getattr(answer, name)
+        found: QuantizedWeights = answer.numbers[name]
         wanted = round_nearest(
             getattr(shown.experts, name), shown.formats[name], torch.bfloat16, unbiased=False
         )
@@ -174,7 +174,7 @@ def test_the_alpha_that_is_taken_is_the_best_of_all_and_so_never_worse_than_none
 def test_on_inputs_with_outliers_the_output_is_nearer_than_with_rounding_to_nearest(clip: bool):
     shown = shown_layer()
     plain = Awq(inputs=False, inner=False, clip=False, unbiased=False).solve(shown)
-    nearest = output_error(shown, decode(plain.up), decode(plain.down))
+    nearest = output_error(shown, decode(plain.numbers["up"]), decode(plain.numbers["down"]))
     answer = Awq(clip=clip).solve(shown)
     norm = shown.module.post_attention_layernorm.weight
     factors = norm / answer.replaced.get("post_attention_layernorm.weight", norm)
@@ -183,7 +183,12 @@ def test_on_inputs_with_outliers_the_output_is_nearer_than_with_rounding_to_near
         shown.module.mlp.gate.weight * factors,
     )
     assert (
-        output_error(shown, decode(answer.up), decode(answer.down), shown.experts.hidden / factors)
+        output_error(
+            shown,
+            decode(answer.numbers["up"]),
+            decode(answer.numbers["down"]),
+            shown.experts.hidden / factors,
+        )
         < 0.9 * nearest
     )
 

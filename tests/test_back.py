@@ -17,14 +17,14 @@ from torch.nn import functional as F
 
 import families
 from conftest import Zoo
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, View, open_view
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Layer
-from moespresso.measure import Pulled
-from moespresso.model import View, Waiting, open_view
+from moespresso.model import PausedBatch
 from moespresso.model.experts import experts_forward
-from moespresso.stream import back, stiffness, sweep, sweep_back
-from test_engine import close, skeleton_of
+from moespresso.statistics import FedGradient
+from moespresso.stream import back, gradient_moments, sweep, sweep_back
+from test_engine import close, meta_of
 from test_more_families import MIXTURES, _random_model
 
 FAMILIES = ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe", "gpt_oss", "jamba", "granitemoe"]  # fmt: skip
@@ -86,9 +86,9 @@ class Gather:
     """A visitor that keeps everything."""
 
     def __init__(self) -> None:
-        self.seen: dict[int, list[Pulled]] = {}
+        self.seen: dict[int, list[FedGradient]] = {}
 
-    def __call__(self, layer: Layer, batches: Iterator[Pulled]) -> None:
+    def __call__(self, layer: Layer, batches: Iterator[FedGradient]) -> None:
         self.seen[layer.spec.index] = list(batches)
 
     def all_of(self, layer: int, name: str) -> Tensor:
@@ -96,8 +96,8 @@ class Gather:
 
 
 def swept(folder: Path, ids: Tensor, mask: Tensor, work: Path, visit: Any) -> float:
-    with Reader(folder) as reader:
-        return sweep_back(skeleton_of(open_view(folder), reader), ids, mask, visit, work=work)
+    with Tensors(folder) as reader:
+        return sweep_back(meta_of(open_view(folder), reader), ids, mask, visit, work=work)
 
 
 @over_families
@@ -120,22 +120,22 @@ def test_gradients_and_loss_are_those_of_the_whole_model(family: str, padded: bo
 
 
 @over_families
-def test_stiffness_is_its_formula_token_by_token(family: str, zoo: Zoo, tmp_path: Path):
+def test_gradient_moments_are_their_formula_token_by_token(family: str, zoo: Zoo, tmp_path: Path):
     view, model = open_view(zoo(family)), families.reference(zoo(family))
     ids, mask = text_for(view, padded=True, rows=3)
     _, wanted = truth(model, ids, mask)
-    with Reader(zoo(family)) as reader:
-        found = stiffness(skeleton_of(view, reader), ids, mask, tmp_path)
+    with Tensors(zoo(family)) as reader:
+        found = gradient_moments(meta_of(view, reader), ids, mask, tmp_path)
     assert found.keys() == wanted.keys()
     for layer, block in families.moe_blocks(model).items():
         down = block.experts.down_proj.detach()
         columns = down.mT if family == "gpt_oss" else down  # [E, H, I]
         for expert, matrix in enumerate(columns):
-            close(found[layer][expert], slow_stiffness(wanted[layer], expert, matrix))
+            close(found[layer][expert], slow_moments(wanted[layer], expert, matrix))
         assert found[layer].dtype == torch.float32
 
 
-def slow_stiffness(said: Truth, expert: int, down: Tensor) -> Tensor:
+def slow_moments(said: Truth, expert: int, down: Tensor) -> Tensor:
     """w_k^T G w_k with G [H, H] = mean of d d^T over the expert's tokens, d the gradient at its own answer."""
     moment, tokens = torch.zeros(len(down), len(down), dtype=torch.float64), 0
     for chosen, gates, grad in zip(said.index, said.weights, said.grad, strict=True):
@@ -150,8 +150,8 @@ def test_an_expert_without_a_token_is_not_stiff(zoo: Zoo, tmp_path: Path):
     ids, mask = text_for(view, padded=False, rows=1, length=2)
     found = Gather()
     swept(zoo("mixtral"), ids, mask, tmp_path, found)
-    with Reader(zoo("mixtral")) as reader:
-        values = stiffness(skeleton_of(view, reader), ids, mask, tmp_path)
+    with Tensors(zoo("mixtral")) as reader:
+        values = gradient_moments(meta_of(view, reader), ids, mask, tmp_path)
     for layer, stiff in values.items():
         asked = set(found.all_of(layer, "index").flatten().tolist())
         assert asked < set(range(8))
@@ -161,17 +161,17 @@ def test_an_expert_without_a_token_is_not_stiff(zoo: Zoo, tmp_path: Path):
 
 def test_a_skeleton_that_was_swept_before_can_be_swept_back(zoo: Zoo, tmp_path: Path):
     """What `sweep` leaves behind was made in inference mode, which autograd must not meet. In bfloat16, for good measure:
-    what is heard is handed out in float32, and has no more digits than it came with."""
+    what is seen is handed out in float32, and has no more digits than it came with."""
     view = open_view(zoo("deepseek_v3"))
     ids, mask = text_for(view, padded=True)
     gathered = [Gather(), Gather()]
-    with Reader(zoo("deepseek_v3")) as reader:
+    with Tensors(zoo("deepseek_v3")) as reader:
         for found in gathered:
-            skeleton = skeleton_of(view, reader, torch.bfloat16)
+            meta = meta_of(view, reader, torch.bfloat16)
             if found is gathered[1]:
-                sweep(skeleton, ids, mask)
-            sweep_back(skeleton, ids, mask, found, work=tmp_path)
-            assert all(parameter.is_meta for parameter in skeleton.layers.parameters())
+                sweep(meta, ids, mask)
+            sweep_back(meta, ids, mask, found, work=tmp_path)
+            assert all(parameter.is_meta for parameter in meta.layers.parameters())
     for layer in gathered[0].seen:
         fresh, again = (found.all_of(layer, "grad") for found in gathered)
         assert fresh.dtype == torch.float32
@@ -183,7 +183,7 @@ def test_batches_that_a_visitor_does_not_ask_for_go_on_all_the_same(zoo: Zoo, tm
     ids, mask = text_for(open_view(zoo("mixtral")), padded=True)
     whole, first = Gather(), Gather()
 
-    def only_the_first_layer(layer: Layer, batches: Iterator[Pulled]) -> None:
+    def only_the_first_layer(layer: Layer, batches: Iterator[FedGradient]) -> None:
         if layer.spec.index == 0:
             first(layer, batches)
 
@@ -197,7 +197,7 @@ def test_one_batch_is_remembered_at_a_time_and_a_layers_file_goes_with_it(zoo: Z
     held: list[int] = []
     files: list[int] = []
 
-    def watch(layer: Layer, batches: Iterator[Pulled]) -> None:
+    def watch(layer: Layer, batches: Iterator[FedGradient]) -> None:
         graphs: list[weakref.ref[Any]] = []
         hook = layer.module.register_forward_hook(lambda _, __, output: graphs.append(weakref.ref(output)))
         files.append(len(list(tmp_path.glob("back-*/*"))))
@@ -214,7 +214,7 @@ def test_one_batch_is_remembered_at_a_time_and_a_layers_file_goes_with_it(zoo: Z
 def test_weights_get_no_gradients(zoo: Zoo, tmp_path: Path):
     ids, mask = text_for(open_view(zoo("olmoe")), padded=False)
 
-    def look(layer: Layer, batches: Iterator[Pulled]) -> None:
+    def look(layer: Layer, batches: Iterator[FedGradient]) -> None:
         for _ in batches:
             assert all(p.grad is None and not p.requires_grad for p in layer.module.parameters())
 
@@ -280,28 +280,28 @@ def test_what_is_computed_between_layers_or_left_for_later_ones_is_refused(
     """No family of the zoo does either; gradients that leave it out would be wrong without a word."""
     ids, mask = text_for(open_view(zoo("mixtral")), padded=False)
 
-    def go_on(self: Waiting, output: Tensor) -> None:
+    def go_on(self: PausedBatch, output: Tensor) -> None:
         plain(self, output)
         self.hidden = self.hidden * 2
 
-    def run(self: Waiting, layer: Any, hidden: Tensor | None = None) -> Tensor:
-        self._kwargs["shared"].update(keys=hidden)
-        return layer(hidden, *self._args, **self._kwargs)
+    def run(self: PausedBatch, layer: Any, hidden: Tensor | None = None) -> Tensor:
+        self.kwargs["shared"].update(keys=hidden)
+        return layer(hidden, *self.args, **self.kwargs)
 
-    plain = Waiting.go_on
+    plain = PausedBatch.go_on
     with monkeypatch.context() as patch:
-        patch.setattr(Waiting, "go_on", go_on)
+        patch.setattr(PausedBatch, "go_on", go_on)
         with pytest.raises(UserError, match="hand on more"):
             swept(zoo("mixtral"), ids, mask, tmp_path, Gather())
     begin = back.begin
 
-    def with_a_box(*args: Any) -> list[Waiting]:
-        waiting = begin(*args)
-        for batch in waiting:
-            batch._kwargs["shared"] = {}
-        return waiting
+    def with_a_box(*args: Any) -> list[PausedBatch]:
+        batches = begin(*args)
+        for batch in batches:
+            batch.kwargs["shared"] = {}
+        return batches
 
     monkeypatch.setattr(back, "begin", with_a_box)
-    monkeypatch.setattr(Waiting, "run", run)
+    monkeypatch.setattr(PausedBatch, "run", run)
     with pytest.raises(UserError, match="hand on more"):
         swept(zoo("mixtral"), ids, mask, tmp_path, Gather())

@@ -18,8 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import Zoo, tiny_tokenizer
 from families import tensor_files
-from moespresso.checkpoint import MANIFEST, claim, writer
-from moespresso.checkpoint.index import INDEX
+from moespresso.build import write
+from moespresso.checkpoint import MANIFEST, claim
+from moespresso.checkpoint.files import INDEX
 from moespresso.cli import main
 from moespresso.model.quirks import REFUSED
 
@@ -437,7 +438,7 @@ class TestNotFinite:
 
     @pytest.fixture(autouse=True)
     def _several_shards(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(writer, "_SMALLEST", 60_000)
+        monkeypatch.setattr(write, "_SMALLEST", 60_000)
 
     def run(self, model: Path, out: Path, *more: object) -> int:
         return main(["press", str(model), "--out", str(out), *map(str, more)])
@@ -459,7 +460,7 @@ class TestNotFinite:
         )
         manifest = json.loads((out / MANIFEST).read_text())
         assert manifest["nonfinite"] == {NORM: 2}
-        assert [line for line in manifest["trouble"] if NORM in line and "2 NaN" in line]
+        assert [line for line in manifest["warnings"] if NORM in line and "2 NaN" in line]
         assert "2 NaN" in (out / "README.md").read_text()
 
     def test_mended_and_run_again(self, model: Path, refused: Refused, tmp_path: Path, zoo: Zoo):
@@ -480,10 +481,10 @@ class TestNotFinite:
         assert list((tmp_path / "out").glob("*.safetensors")) == []
         assert self.run(model, tmp_path / "out", "--step", AIMER, "--allow-nonfinite") == 0
         manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
-        # Needed least, hence dropped: counted as trouble, but nothing of it is in the result.
+        # Needed least, hence dropped: counted as warnings, but nothing of it is in the result.
         assert 7 not in manifest["plan"]["stages"][0]["treatments"]["L2.experts"]["keep"]
         assert manifest["nonfinite"] == {}
-        assert [line for line in manifest["trouble"] if LAST in line and "3 NaN" in line]
+        assert [line for line in manifest["warnings"] if LAST in line and "3 NaN" in line]
 
     def test_while_measuring(self, model: Path, refused: Refused, text: Path, tmp_path: Path):
         spoil(LAST, 1, 2, 3)(model)
@@ -495,7 +496,7 @@ class TestNotFinite:
         assert list((tmp_path / "out" / ".moespresso").glob("sweep-*")), "layers 0 and 1 were measured"
         assert self.run(model, tmp_path / "out", *words, "--allow-nonfinite") == 0
         manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
-        assert [line for line in manifest["trouble"] if LAST in line and "3 NaN" in line]
+        assert [line for line in manifest["warnings"] if LAST in line and "3 NaN" in line]
 
     def test_measured_by_text_and_by_weights_is_counted_once(self, model: Path, text: Path, tmp_path: Path):
         spoil(LAST, 1, 2, 3)(model)
@@ -507,9 +508,9 @@ class TestNotFinite:
         )
         words = (*steps, "--text", text, "--samples", 4, "--length", 32, "--allow-nonfinite")
         assert self.run(model, tmp_path / "out", *words) == 0
-        trouble = json.loads((tmp_path / "out" / MANIFEST).read_text())["trouble"]
-        assert [line for line in trouble if LAST in line and "3 NaN" in line]
-        assert not [line for line in trouble if LAST in line and "3 NaN" not in line]
+        warnings = json.loads((tmp_path / "out" / MANIFEST).read_text())["warnings"]
+        assert [line for line in warnings if LAST in line and "3 NaN" in line]
+        assert not [line for line in warnings if LAST in line and "3 NaN" not in line]
 
     def test_outside_what_the_model_knows(self, model: Path, refused: Refused, tmp_path: Path):
         """Passed through, but looked at like the rest."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_rehouse import TINY
 
 from conftest import Zoo
 from moespresso.checkpoint.index import Checkpoint
@@ -18,8 +19,7 @@ from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.registry import parse_step
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
-from moespresso.model.rehouse import adopt, houses_of, obstacle
-from test_rehouse import TINY
+from moespresso.model.equivalent import adopt, equivalents_of, obstacle
 
 Body = dict[str, Any]
 
@@ -30,7 +30,7 @@ PLAN: Body = {
                 "treatments": {"L1.experts": {"keep": [0, 2], "scale": 1}, "L2": {"drop": True, "repair": "scale"}}}],
 }  # fmt: skip
 STATS: Body = {
-    "key": "k", "blueprint": "b", "tokens": 7, "trouble": ["oh"], "calibration": {"samples": 2}, "needs": ["routing"],
+    "key": "k", "blueprint": "b", "tokens": 7, "warnings": ["oh"], "calibration": {"samples": 2}, "needs": ["routing"],
     "values": {"L1.E0": {"gate": 0.5, "tokens": 7}, "L1.experts": {"kept": float("nan")}},
 }  # fmt: skip
 
@@ -116,7 +116,8 @@ PLANS: list[tuple[str, str]] = [
     (treated(share=float("nan")), "share nan is not between 0 and 1"),
     (treated(share=1.5), "share 1.5 is not between 0 and 1"),
     (treated(share=False), "share False is not a number"),
-    (treated(rank="4"), "rank '4' is not a whole number"),
+    (treated(channels="4"), "channels '4' is not a whole number"),
+    (treated(rank=4), r"'rank' is unknown \(choose from channels, drop"),
     (treated(format=3), "format 3 is not an object"),
     (treated(format={"bit": 4}), "bit"),
     (treated(format={"bits": "4"}), "format: bits '4' is not a whole number"),
@@ -151,7 +152,7 @@ def test_a_sound_plan_is_read_and_null_says_what_leaving_out_says() -> None:
     stage = Stage({"kind": "expert_drop"}, treatments)
     assert Plan.from_json(json.dumps(PLAN)) == Plan("b", (stage,), PLAN["calibration"], "me", 3)
     assert Plan.from_json('{"blueprint": "b", "stages": []}') == Plan("b")
-    empty = Plan.from_json(treated(keep=None, into=None, channels=None, rank=None, format=None, repair=None))
+    empty = Plan.from_json(treated(keep=None, into=None, channels=None, format=None, repair=None))
     assert empty.stages[0].treatments == {Unit(1, "experts"): Treatment()}
 
 
@@ -213,8 +214,8 @@ STATS_FAULTS: list[tuple[str, str]] = [
     (changed(STATS, tokens=True), "tokens True is not a whole number"),
     (changed(STATS, tokens="7"), "tokens '7' is not a whole number"),
     (changed(STATS, tokens=-1), "tokens -1 is less than 0"),
-    (changed(STATS, trouble="oh"), "trouble 'oh' is not a list"),
-    (changed(STATS, trouble=[1]), "trouble: 1 is not text"),
+    (changed(STATS, warnings="oh"), "warnings 'oh' is not a list"),
+    (changed(STATS, warnings=[1]), "warnings: 1 is not text"),
     (changed(STATS, needs="routing"), "needs 'routing' is not a list"),
     (changed(STATS, needs={}), r"needs \{\} is not a list"),
     (changed(STATS, calibration=[]), r"calibration \[\] is not an object"),
@@ -245,7 +246,7 @@ def test_sound_stats_are_read(tmp_path: Path) -> None:
     stats = Stats.load(tmp_path / "stats.json")
     assert stats.values[Unit(1, "experts", 0)] == {"gate": 0.5, "tokens": 7.0}
     assert stats.values[Unit(1, "experts")]["kept"] != stats.values[Unit(1, "experts")]["kept"]
-    assert (stats.trouble, stats.needs, stats.tokens) == (("oh",), ("routing",), 7)
+    assert (stats.warnings, stats.needs, stats.tokens) == (("oh",), ("routing",), 7)
 
 
 # Steps
@@ -286,8 +287,8 @@ CONFIGS: list[tuple[Body, str]] = [
 
 @pytest.mark.parametrize(("changes", "reason"), CONFIGS, ids=[json.dumps(changes) for changes, _ in CONFIGS])
 def test_a_deepseek_config_that_cannot_be_read_is_refused_in_one_clause(changes: Body, reason: str) -> None:
-    (house,) = houses_of("deepseek")
-    assert obstacle(house, TINY | changes) == reason
+    (equivalent,) = equivalents_of("deepseek")
+    assert obstacle(equivalent, TINY | changes) == reason
     with pytest.raises(UserError, match=rf"^somewhere: .* cannot be presented as qwen2_moe \({reason}\)$"):
         adopt(Checkpoint(Path("somewhere"), TINY | changes, {}))
 

@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moespresso.measure import RoutedExperts
-from moespresso.methods import _bases as kernels
-from moespresso.methods._bases import shared_bases
+from moespresso.kernels import RoutedExperts, shared_bases
+from moespresso.kernels import shared_bases as kernels
 from samples import error, matrices, moments, samples, tail
 
 

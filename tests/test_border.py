@@ -7,7 +7,6 @@ import gzip
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ from transformers import PreTrainedTokenizerFast
 from conftest import tiny_tokenizer, write_wide, write_words
 from families import FAMILIES
 from moespresso import api
+from moespresso.build import num_positions, open_view
 from moespresso.core.errors import UserError
-from moespresso.data import Source, calibration, load_tokenizer, sequences
+from moespresso.data import Sampling, Source, calibration, load_tokenizer, sequences
 from moespresso.data.text import documents
-from moespresso.model import num_positions, open_view
-from moespresso.recipe import Recipe, Request
+from moespresso.run import Recipe
 from test_data import byte_tokenizer
 
 ROWS = 96
@@ -65,9 +64,9 @@ class TestTokens:
         texts = [{"text": "word " * 30}] * 99
         path = lines(tmp_path / "a.jsonl", *texts, {"text": "a zeta of it"})
         with pytest.raises(UserError, match=r"a\.jsonl:100: 'zeta' is the tokenizer's token 96, .* has 96"):
-            calibration([Source(str(path))], wide_tokenizer(), 2, 16, seed=seed, vocab=ROWS)
+            calibration([Source(str(path))], wide_tokenizer(), Sampling(2, 16, seed), vocab=ROWS)
         lines(path, *texts)
-        assert len(calibration([Source(str(path))], wide_tokenizer(), 2, 16, seed=seed, vocab=ROWS)) == 2
+        assert len(calibration([Source(str(path))], wide_tokenizer(), Sampling(2, 16, seed), vocab=ROWS)) == 2
 
     @pytest.mark.parametrize("shape", ["{}", "{}\n\n\nmore\n" * 3, "\u00e9 \u2028 {}"])
     def test_its_line_in_a_text_is_named(self, tmp_path: Path, shape: str):
@@ -75,7 +74,7 @@ class TestTokens:
         path.write_text(
             "first\n\nsecond\n" + shape.replace("{}", "a zeta", 1).replace("{}", ""), encoding="utf-8"
         )
-        for read in (lambda: calibration([Source(str(path))], wide_tokenizer(), 1, 4, vocab=ROWS),
+        for read in (lambda: calibration([Source(str(path))], wide_tokenizer(), Sampling(1, 4), vocab=ROWS),
                      lambda: sequences([Source(str(path))], wide_tokenizer(), 4, vocab=ROWS)):  # fmt: skip
             with pytest.raises(UserError, match=r"a\.txt:4: 'zeta'"):
                 read()
@@ -85,7 +84,7 @@ class TestTokens:
         count = len(path.read_text().splitlines())
         path.write_text(path.read_text() + "and zeta\n")
         with pytest.raises(UserError, match=rf"a\.txt:{count + 1}: 'zeta'"):
-            calibration([Source(str(path))], wide_tokenizer(), 1, 4, vocab=ROWS)
+            calibration([Source(str(path))], wide_tokenizer(), Sampling(1, 4), vocab=ROWS)
 
     def test_in_conversations(self, tmp_path: Path):
         tokenizer = wide_tokenizer()
@@ -93,23 +92,28 @@ class TestTokens:
         good, bad = ({"messages": [{"role": "user", "content": text}]} for text in ("theta", "no zeta here"))
         with pytest.raises(UserError, match=r"a\.jsonl:4: 'zeta'"):
             calibration(
-                [Source(str(lines(tmp_path / "a.jsonl", good, good, good, bad)))], tokenizer, 1, 4, vocab=ROWS
+                [Source(str(lines(tmp_path / "a.jsonl", good, good, good, bad)))],
+                tokenizer,
+                Sampling(1, 4),
+                vocab=ROWS,
             )
-        assert calibration([Source(str(lines(tmp_path / "a.jsonl", good)))], tokenizer, 1, 4, vocab=ROWS)
+        assert calibration(
+            [Source(str(lines(tmp_path / "a.jsonl", good)))], tokenizer, Sampling(1, 4), vocab=ROWS
+        )
 
     def test_a_template_of_its_own_that_holds_one(self, tmp_path: Path):
         tokenizer = wide_tokenizer()
         tokenizer.chat_template = "{% for m in messages %}zeta {{ m.content }}{% endfor %}"
         path = lines(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": "abcdefgh"}]})
         with pytest.raises(UserError, match=r"a\.jsonl:1: 'zeta'"):
-            calibration([Source(str(path))], tokenizer, 1, 4, vocab=ROWS)
-        assert calibration([Source(str(path))], tokenizer, 1, 4, mode="pack", vocab=ROWS)
+            calibration([Source(str(path))], tokenizer, Sampling(1, 4), vocab=ROWS)
+        assert calibration([Source(str(path))], tokenizer, Sampling(1, 4, mode="pack"), vocab=ROWS)
 
     def test_the_end_of_a_text(self, tmp_path: Path):
         path = lines(tmp_path / "a.jsonl", {"text": "words and words"})
         with pytest.raises(UserError, match="ends a text with 'zeta', its token 96"):
-            calibration([Source(str(path))], wide_tokenizer(eos_token="zeta"), 1, 4, vocab=ROWS)
-        assert calibration([Source(str(path))], wide_tokenizer(), 1, 4, vocab=ROWS)
+            calibration([Source(str(path))], wide_tokenizer(eos_token="zeta"), Sampling(1, 4), vocab=ROWS)
+        assert calibration([Source(str(path))], wide_tokenizer(), Sampling(1, 4), vocab=ROWS)
 
     def test_what_fills_rows_has_a_row(self, tmp_path: Path):
         """A padding token that was added behind the embedding is the commonest of all, and nobody looks at it."""
@@ -120,7 +124,7 @@ class TestTokens:
     def test_more_rows_than_tokens_are_no_matter(self, tmp_path: Path):
         path = write_words(tmp_path / "a.txt", 200)
         drawn = [
-            calibration([Source(str(path))], tiny_tokenizer(), 4, 16, vocab=vocab)
+            calibration([Source(str(path))], tiny_tokenizer(), Sampling(4, 16), vocab=vocab)
             for vocab in (None, ROWS, 5000)
         ]
         assert len({batches.digest for batches in drawn}) == 1
@@ -177,7 +181,7 @@ class TestTexts:
     def test_a_text_that_holds_nothing(self, tmp_path: Path):
         path = lines(tmp_path / "a.jsonl", {"text": " \n"}, {"text": ""})
         with pytest.raises(UserError, match="holds no text: give a file that does"):
-            calibration([Source(str(path))], byte_tokenizer(), 1, 4)
+            calibration([Source(str(path))], byte_tokenizer(), Sampling(1, 4))
 
 
 class TestLayouts:
@@ -267,14 +271,14 @@ class TestLayouts:
         chat = {"messages": [{"role": "user", "content": "hi"}]}
         path = lines(tmp_path / "a.jsonl", *[chat] * 9, {"text": "hello"})
         with pytest.raises(UserError, match=r"a\.jsonl:10: chat mode needs conversations.*use mode pack"):
-            calibration([Source(str(path))], byte_tokenizer(), 1, 4, seed=seed)
-        assert calibration([Source(str(path))], byte_tokenizer(), 1, 4, seed=seed, mode="pack")
+            calibration([Source(str(path))], byte_tokenizer(), Sampling(1, 4, seed))
+        assert calibration([Source(str(path))], byte_tokenizer(), Sampling(1, 4, seed, "pack"))
 
     def test_a_conversation_among_texts(self, tmp_path: Path, caplog: pytest.LogCaptureFixture):
         path = lines(
             tmp_path / "a.jsonl", {"text": "hello"}, {"messages": [{"role": "user", "content": "hi"}]}
         )
-        calibration([Source(str(path))], byte_tokenizer(), 1, 4)
+        calibration([Source(str(path))], byte_tokenizer(), Sampling(1, 4))
         assert "a.jsonl:2: a conversation among texts" in caplog.text
 
 
@@ -307,9 +311,9 @@ class TestPositions:
             f"calibration:\n  texts: [{{path: {text}}}]\n  samples: 2\n  length: 2048\nsteps: [expert_drop:keep=6]\n"
         )
         with pytest.raises(UserError, match="say --length 32"):
-            api.press(model, out=tmp_path / "out", request=Request.from_recipe(Recipe.load(path)))
+            api.press(model, out=tmp_path / "out", recipe=Recipe.load(path))
         path.write_text(path.read_text().replace("  length: 2048\n", ""))
-        api.press(model, out=tmp_path / "out", request=Request.from_recipe(Recipe.load(path)))
+        api.press(model, out=tmp_path / "out", recipe=Recipe.load(path))
 
     def test_steps_without_text_have_no_rows(self, model: Path, tmp_path: Path):
         api.press(model, out=tmp_path / "out", steps=["expert_drop:keep=6,score=aimer"], length=4096)
@@ -347,12 +351,13 @@ class TestPositions:
         assert family in FAMILIES
         assert num_positions(open_view(zoo(family))) in (128, 16 * 32, 128 * 32)
 
-    def test_a_request_knows_what_was_asked(self):
-        assert Request().within(64).length == 64
-        assert replace(Request(), length=32).within(64).length == 32
-        assert Request().within(None) == Request()
-        with pytest.raises(UserError, match="say --length 64"):
-            Request(length=100).within(64)
+    def test_a_recipe_knows_what_was_asked(self):
+        assert Recipe().within(64).calibration.length == 64
+        assert Recipe().with_options(length=32).within(64).calibration.length == 32
+        assert Recipe().within(None) == Recipe()
+        for asked in (100, 2048):
+            with pytest.raises(UserError, match="say --length 64"):
+                Recipe().with_options(length=asked).within(64)
 
 
 class TestTokenizers:

@@ -15,9 +15,10 @@ import families
 from conftest import Zoo, write_wide
 from driver import Driver
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.core.errors import UserError
-from moespresso.model import open_view
-from moespresso.recipe import Request
+from moespresso.effect import price
+from moespresso.run import Recipe
 from test_depth_steps import plan_of
 from test_resume import KILLED, Press, contents, same
 from test_slim import OPTIONS, disk, disk_of, press, proven
@@ -41,7 +42,7 @@ def test_stock_transformers_loads_it_with_our_values(
     width = open_view(zoo(family)).source.moe_layers[0].width
     wanted = 8 if "width" in step else -(-width // 16) * 8
     assert {layer.width for layer in open_view(out).source.moe_layers} == {wanted}
-    priced = plan_of(out).cost(open_view(zoo(family)).source)
+    priced = price(plan_of(out), open_view(zoo(family)).source)
     experts = sum(t.nbytes for name, t in disk(out).items() if ".experts." in name)
     before = sum(t.nbytes for name, t in disk_of(zoo(family)).items() if ".experts." in name)
     assert experts == before * wanted // width
@@ -122,16 +123,16 @@ def test_a_packed_folder_is_narrowed_and_packed_again(packed: Path, text: Path, 
 
 def test_the_plugin_loads_and_generates_with_layers_of_their_own_width(zoo: Zoo, text: Path, tmp_path: Path):
     out, plan = tmp_path / "out", tmp_path / "plan.json"
-    request = Request.from_options(model=zoo("mixtral"), steps=[HALF], texts=[text], **OPTIONS)
-    made = api.press(zoo("mixtral"), out=tmp_path / "even", request=request).plan
+    recipe = Recipe().with_options(model=zoo("mixtral"), steps=[HALF], texts=[text], **OPTIONS)
+    made = api.press(zoo("mixtral"), out=tmp_path / "even", recipe=recipe).plan
     unit, narrow = next(iter(made.stages[0].treatments.items()))
     stage = replace(
         made.stages[0], treatments={**made.stages[0].treatments, unit: replace(narrow, channels=16)}
     )
     replace(made, stages=(stage,)).save(plan)
     with pytest.raises(UserError, match="unequal width"):
-        api.build(zoo("mixtral"), plan=plan, out=out, request=request)
-    api.build(zoo("mixtral"), plan=plan, out=out, request=replace(request, target="plugin"))
+        api.build(zoo("mixtral"), plan=plan, out=out, recipe=recipe)
+    api.build(zoo("mixtral"), plan=plan, out=out, recipe=recipe, target="plugin")
     proven(out, zoo("mixtral"))
     model = AutoModelForCausalLM.from_pretrained(out)
     assert [layer.mlp.experts.down_proj.shape[-1] for layer in model.model.layers].count(16) == 1
@@ -199,7 +200,7 @@ def test_only_experts_with_few_tokens_are_told(zoo: Zoo, text: Path, tmp_path: P
     coverage = json.loads((tmp_path / "out" / "moespresso.json").read_text())["coverage"]
     for layer, row in coverage.items():
         few = [count for count in row["tokens"] if 0 < count < 24]
-        assert any(f"{layer}: " in line and "saw fewer tokens" in line for line in report.trouble) == bool(
+        assert any(f"{layer}: " in line and "saw fewer tokens" in line for line in report.warnings) == bool(
             few
         )
     assert any(
@@ -214,7 +215,7 @@ def test_few_tokens_are_told(zoo: Zoo, tmp_path: Path):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         report = api.press(zoo("mixtral"), out=tmp_path / "out", steps=[f"{HALF},damping={damping}"], texts=[few], samples=1,
                            length=8)  # fmt: skip
-        assert any(told in line for line in report.trouble)
+        assert any(told in line for line in report.warnings)
     assert any("without any were treated by magnitude" in note for note in report.notes)
     proven(tmp_path / "out", zoo("mixtral"))
 

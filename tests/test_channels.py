@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moespresso.measure import RoutedExperts, removal, taken
-from moespresso.methods import _channels as kernels
-from moespresso.methods._joint import answers, joint_refit
+from moespresso.kernels import RoutedExperts, removal, taken
+from moespresso.kernels import channels as kernels
+from moespresso.kernels.joint_refit import answers, joint_refit
 
 N, H, I, K = 3, 5, 8, 5
 

@@ -18,32 +18,36 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moespresso.build import Tensors
+from moespresso.build import tensors as making
+from moespresso.build.tensors import runs
+from moespresso.build.write import Shard, index_of, shards_of, write_shard
 from moespresso.checkpoint import (
     MANIFEST,
+    FileFacts,
     Journal,
-    Reader,
-    Shard,
+    Manifest,
+    Origin,
     Written,
     claim,
     copy_sidecar,
     finish,
-    layout,
     open_checkpoint,
-    read_manifest,
     sidecars,
     write_file,
-    write_index,
-    write_shard,
     write_text,
 )
-from moespresso.checkpoint.index import INDEX, SINGLE, read_header
+from moespresso.checkpoint.files import INDEX, SINGLE
+from moespresso.checkpoint.index import read_header
 from moespresso.checkpoint.journal import WORK
-from moespresso.checkpoint.reader import count_nonfinite, runs
+from moespresso.checkpoint.reader import count_nonfinite
 from moespresso.checkpoint.writer import header
 from moespresso.core.blueprint import Entry, TensorRef
+from moespresso.core.cost import Cost
 from moespresso.core.errors import NonFiniteError, UserError
-from moespresso.core.piece import Piece
+from moespresso.core.plan import Plan
 from moespresso.core.unit import Unit
+from moespresso.effect import Piece
 
 # Hypothesis' examples share the folder of a function-scoped fixture; each writes its own files anew.
 same_folder = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -221,14 +225,14 @@ class TestReader:
         path = write_raw(tmp_path / "x.safetensors", rows_text + b" " * (-len(rows_text) % 8), data)
         ref = read_header(path)[1]
         assert ref.offset % 2 == 1
-        with Reader(tmp_path) as reader:
-            assert torch.equal(reader.tensor(ref), values.view(2, 3))
-            assert torch.equal(reader.piece(piece_of(ref, 1, (0, 2))), values.view(2, 3)[:, [0, 2]])
+        with Tensors(tmp_path) as reader:
+            assert torch.equal(reader.reader.tensor(ref), values.view(2, 3))
+            assert torch.equal(reader.whole(piece_of(ref, 1, (0, 2))), values.view(2, 3)[:, [0, 2]])
 
     def test_empty_and_scalar_tensors(self, tmp_path: Path):
         save_file({"none": torch.zeros(0, 4), "one": torch.tensor(2.5)}, tmp_path / "x.safetensors")
-        with Reader(tmp_path) as reader:
-            found = {ref.name: reader.piece(piece_of(ref)) for ref in read_header(tmp_path / "x.safetensors")}
+        with Tensors(tmp_path) as reader:
+            found = {ref.name: reader.whole(piece_of(ref)) for ref in read_header(tmp_path / "x.safetensors")}
         assert found["none"].shape == (0, 4)
         assert found["one"].shape == ()
         assert found["one"] == 2.5
@@ -245,15 +249,15 @@ class TestReader:
         ref = next(ref for ref in read_header(tmp_path / "x.safetensors") if ref.name == "x")
         piece = piece_of(ref, axis, take, scale)
         wanted = (values.index_select(axis, torch.tensor(take)).float() * scale).bfloat16()
-        with Reader(tmp_path) as reader:
-            assert torch.equal(reader.piece(piece), wanted)
+        with Tensors(tmp_path) as reader:
+            assert torch.equal(reader.whole(piece), wanted)
             assert torch.equal(torch.cat([*reader.chunks(piece)]), wanted.reshape(-1))
 
     def test_chunks_are_bounded_and_in_order(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr("moespresso.checkpoint.reader._CHUNK", 32)
+        monkeypatch.setattr(making, "_CHUNK", 32)
         values = torch.randn(5, 7)
         save_file({"x": values}, tmp_path / "x.safetensors")
-        with Reader(tmp_path) as reader:
+        with Tensors(tmp_path) as reader:
             chunks = [*reader.chunks(piece_of(read_header(tmp_path / "x.safetensors")[0], 0, (0, 1, 3, 4)))]
         assert max(chunk.nbytes for chunk in chunks) <= 32
         assert torch.equal(torch.cat(chunks), values[[0, 1, 3, 4]].reshape(-1))
@@ -265,13 +269,13 @@ class TestReader:
         values[2, 3] = bad
         save_file({"x": values}, tmp_path / "x.safetensors")
         ref = read_header(tmp_path / "x.safetensors")[0]
-        with Reader(tmp_path) as reader, pytest.raises(NonFiniteError, match=r"tensor x in .* holds 1 NaN"):
-            reader.piece(piece_of(ref))
-        with Reader(tmp_path, allow_nonfinite=True) as reader:
-            reader.piece(piece_of(ref))
+        with Tensors(tmp_path) as reader, pytest.raises(NonFiniteError, match=r"tensor x in .* holds 1 NaN"):
+            reader.whole(piece_of(ref))
+        with Tensors(tmp_path, allow_nonfinite=True) as reader:
+            reader.whole(piece_of(ref))
             assert reader.nonfinite == {"x": 1}
-        with Reader(tmp_path) as reader:  # what is not taken is not looked at
-            reader.piece(piece_of(ref, 0, (0, 1, 3)))
+        with Tensors(tmp_path) as reader:  # what is not taken is not looked at
+            reader.whole(piece_of(ref, 0, (0, 1, 3)))
 
     def test_counts_in_eight_bit_floats_and_integers(self):
         eight = torch.tensor([1.0, float("nan"), 2.0]).to(torch.float8_e4m3fn)
@@ -297,7 +301,7 @@ class TestLayout:
     @given(sizes, st.integers(1, 200))
     def test_every_piece_once_in_order_within_the_limit(self, sizes: list[tuple[str, int]], limit: int):
         pieces = refs(sizes)
-        shards = layout(pieces, limit)
+        shards = shards_of(pieces, limit)
         number = {piece.name: place for place, piece in enumerate(pieces)}
         places = [[number[piece.name] for piece in shard.pieces] for shard in shards]
         # Shards follow each other in the source's order; within one, wide dtypes come first.
@@ -309,14 +313,14 @@ class TestLayout:
     @given(sizes, st.integers(1, 200))
     def test_no_shard_could_have_taken_the_next_piece(self, sizes: list[tuple[str, int]], limit: int):
         pieces = refs(sizes)
-        shards = layout(pieces, limit)
+        shards = shards_of(pieces, limit)
         firsts = [min(shard.pieces, key=pieces.index).ref.nbytes for shard in shards[1:]]
         assert all(shard.nbytes + first > limit for shard, first in zip(shards, firsts, strict=False))
 
     @given(sizes, st.integers(1, 200))
     def test_every_tensor_is_aligned_to_its_width(self, sizes: list[tuple[str, int]], limit: int):
         width = {"F64": 8, "F32": 4, "BF16": 2, "U8": 1}
-        for shard in layout(refs(sizes), limit):
+        for shard in shards_of(refs(sizes), limit):
             raw = header_of(shard)
             assert len(raw) % 8 == 0
             rows = json.loads(raw[8:])
@@ -328,10 +332,10 @@ class TestLayout:
 
     def test_names_count_from_one(self):
         pieces = refs([("U8", 10)] * 3)
-        assert [shard.name for shard in layout(pieces, 10)] == [
+        assert [shard.name for shard in shards_of(pieces, 10)] == [
             f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)
         ]
-        assert [shard.name for shard in layout(pieces, 30)] == [SINGLE]
+        assert [shard.name for shard in shards_of(pieces, 30)] == [SINGLE]
 
 
 def _only_one_fills(shard: Shard) -> bool:
@@ -347,13 +351,13 @@ class TestWrite:
             "flags": torch.tensor([True, False, True]), "whole": torch.arange(4),
         }  # fmt: skip
         save_file(tensors, tmp_path / "x.safetensors")
-        shards = layout([piece_of(ref) for ref in read_header(tmp_path / "x.safetensors")], 40)
+        shards = shards_of([piece_of(ref) for ref in read_header(tmp_path / "x.safetensors")], 40)
         assert len(shards) > 2
         out = tmp_path / "out"
         out.mkdir()
-        with Reader(tmp_path) as reader:
+        with Tensors(tmp_path) as reader:
             written = [write_shard(out, shard, reader) for shard in shards]
-        write_index(out, shards)
+        index_of(out, shards)
         weight_map = json.loads((out / INDEX).read_text())["weight_map"]
         assert weight_map.keys() == tensors.keys()
         for name, tensor in tensors.items():
@@ -369,16 +373,16 @@ class TestWrite:
         values = torch.ones(6)
         values[4] = float("nan")
         save_file({"x": values}, tmp_path / "x.safetensors")
-        shard = layout([piece_of(read_header(tmp_path / "x.safetensors")[0])], 99)[0]
-        with Reader(tmp_path, allow_nonfinite=True) as reader:
+        shard = shards_of([piece_of(read_header(tmp_path / "x.safetensors")[0])], 99)[0]
+        with Tensors(tmp_path, allow_nonfinite=True) as reader:
             first, second = (write_shard(tmp_path, replace(shard, name=name), reader) for name in ("a", "b"))
         assert first.nonfinite == second.nonfinite == {"x": 1}
         digest = subprocess.run(["sha256sum", tmp_path / "a"], capture_output=True, text=True, check=True)
         assert digest.stdout.split()[0] == first.sha256 == second.sha256
 
     def test_index_counts_all_tensor_bytes(self, tmp_path: Path):
-        shards = layout(refs([("F32", 10), ("BF16", 10), ("U8", 3)]), 40)
-        write_index(tmp_path, shards)
+        shards = shards_of(refs([("F32", 10), ("BF16", 10), ("U8", 3)]), 40)
+        index_of(tmp_path, shards)
         assert json.loads((tmp_path / INDEX).read_text())["metadata"]["total_size"] == 63
 
     def test_a_failure_leaves_nothing_behind(self, tmp_path: Path):
@@ -465,12 +469,11 @@ def record(folder: Path, journal: Journal, name: str, text: str = "done") -> Wri
     return written
 
 
-def manifest_of(*files: Written) -> dict[str, object]:
+def manifest_of(*files: Written) -> Manifest:
     """The least that a manifest says."""
-    parts = ("layers", "cost", "source", "nonfinite", "plan", "stock")
-    return {"identity": "run", "files": {file.name: {"bytes": file.nbytes} for file in files}} | {
-        part: {} for part in parts
-    }
+    facts = {file.name: FileFacts(file.nbytes, file.sha256) for file in files}
+    return Manifest(identity="run", source=Origin("m", "mixtral", "x"), plan=Plan("x"), cost=Cost(1, 1, 1, 1, 1, 1),
+                    layers=(), stock=True, files=facts, nonfinite={})  # fmt: skip
 
 
 class TestJournal:
@@ -513,10 +516,10 @@ class TestJournal:
 
     def test_the_manifest_ends_it(self, out: Path):
         with pytest.raises(UserError, match="its run was not finished"):
-            read_manifest(out)
+            Manifest.load(out)
         finish(out, manifest_of())
         assert os.listdir(out) == [MANIFEST]
-        assert read_manifest(out) == manifest_of()
+        assert Manifest.load(out) == manifest_of()
 
 
 _HOLD = """

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 import moespresso
-from moespresso.cli import LATER_VERBS, main
+from moespresso.cli import main
 from moespresso.core.cost import Cost
 from moespresso.core.errors import CheckFailed, UserError
+from moespresso.core.later import LATER
 from moespresso.core.plan import Plan
 from moespresso.core.registry import parse_step
 from moespresso.core.stats import Stats
@@ -118,21 +119,24 @@ def test_press_hands_all_its_options_on(api):
     )
     assert code == 0
     (call,) = api.calls
-    asked, how = call.request, call.runtime
+    asked, how = call.recipe, call.runtime
+    text = asked.calibration
     assert call.given == ("m",)
     assert call.out == Path("o")
     assert asked.steps == (parse_step("expert_drop:keep=2"), parse_step("expert_drop:ratio=0.5"))
-    assert asked.texts == (Source("a.txt", 2.0), Source("b"), Source("c4", hub=True))
-    assert (asked.samples, asked.length, asked.mode, asked.seed) == (5, 64, "pack", 3)
-    assert (asked.size, asked.target) == ("25%", "vllm")
+    assert text.texts == (Source("a.txt", 2.0), Source("b"), Source("c4", hub=True))
+    assert (text.samples, text.length, text.mode, asked.seed) == (5, 64, "pack", 3)
+    assert (asked.budget.size, asked.target) == ("25%", "vllm")
     assert (how.device, how.dtype, how.max_memory) == ("cuda:1", "bfloat16", 8 << 30)
     assert (how.resume, how.allow_nonfinite) == (False, True)
 
 
 def test_what_is_not_said_is_left_to_the_defaults(api):
     main(ASKED["press"])
-    asked, how = api.calls[0].request, api.calls[0].runtime
-    assert (asked.samples, asked.length, asked.mode, asked.seed, asked.size) == (128, 2048, "auto", 0, None)
+    asked, how = api.calls[0].recipe, api.calls[0].runtime
+    text = asked.calibration
+    assert (text.samples, text.length, text.mode, asked.seed) == (128, 2048, "auto", 0)
+    assert asked.budget.size is None
     assert (how.device, how.dtype, how.max_memory, how.resume, how.allow_nonfinite) == (
         "auto", "auto", None, True, False)  # fmt: skip
 
@@ -154,7 +158,7 @@ def test_the_model_may_stand_in_the_recipe_and_options_override_it(api, tmp_path
     recipe.write_text("model: owner/name\nsteps: [expert_drop]\ncalibration: {samples: 9}\n")
     assert main(["press", "--recipe", str(recipe), "--out", "o", "--samples", "3"]) == 0
     assert api.calls[0].given == ("owner/name",)
-    assert api.calls[0].request.samples == 3
+    assert api.calls[0].recipe.calibration.samples == 3
     assert "samples: 3 is followed instead of the recipe's 9" in capsys.readouterr().err
 
 
@@ -177,7 +181,7 @@ def test_the_model_may_stand_in_the_recipe_and_options_override_it(api, tmp_path
         ("press m --out o --step expert_drop --export gguf", "--export is not available in this version"),
         ("evaluate m --tasks piqa", "--tasks is not available in this version"),
         ("press m --out o --recipe none.yaml", "recipe none.yaml cannot be read"),
-        *((f"{verb} m --to gguf", f"`moespresso {verb}` is not available") for verb in LATER_VERBS),
+        *((f"{verb} m --to gguf", f"`moespresso {verb}` is not available") for verb in LATER["verb"]),
     ],
 )
 @pytest.mark.parametrize("suffix", ["", " --json"])
@@ -260,7 +264,7 @@ def test_numbers_that_are_not_finite_are_null_in_json(api, capsys):
 
 
 def test_progress_goes_to_standard_error(api, capsys):
-    def press(model, *, out, request, runtime):
+    def press(model, *, out, recipe, runtime):
         runtime.progress.stage("build", 2)
         runtime.progress.advance()
         runtime.progress.advance()
@@ -289,13 +293,13 @@ def test_version_and_help(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(verb in shown for verb in VERBS)
-    assert not any(f" {verb} " in shown for verb in LATER_VERBS)
+    assert not any(f" {verb} " in shown for verb in LATER["verb"])
 
 
 def test_help_and_usage_errors_do_not_wait_for_torch():
     script = (
         "import sys; from moespresso.cli import main; main(['press', '--help']); main(['press', '--outt']); "
-        "main(['heal']); sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'moespresso.recipe')))"
+        "main(['heal']); sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'moespresso.run.recipe')))"
     )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=60)
 

@@ -16,7 +16,7 @@ from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase
 
 from moespresso.core.errors import UserError
-from moespresso.data import Source, calibration, sequences
+from moespresso.data import Sampling, Source, calibration, sequences
 from test_data import byte_tokenizer
 
 Record = dict[str, Any]
@@ -59,7 +59,7 @@ def write(path: Path, *records: Any) -> Path:
 
 
 def read_file(path: Path, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
-    rows = calibration([Source(str(path))], tokenizer, 1, 999, **options)
+    rows = calibration([Source(str(path))], tokenizer, Sampling(1, 999, **options))
     return str(tokenizer.decode(rows.ids[0][rows.mask[0]]))
 
 
@@ -295,7 +295,7 @@ def test_what_a_template_does_not_show_is_said_once(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ):
     file = write(tmp_path / "a.jsonl", *[UNSEEN[name]] * 3, {"messages": [ASK]})
-    calibration([Source(str(file))], byte_tokenizer(TWO_ROLES), 4, 99)
+    calibration([Source(str(file))], byte_tokenizer(TWO_ROLES), Sampling(4, 99))
     (said,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert f"3 of 4 conversations hold {name}, of which" in said
 
@@ -314,7 +314,9 @@ def test_nothing_is_said_where_all_is_shown(tmp_path: Path, caplog: pytest.LogCa
 def test_what_counts_is_in_the_digest_and_nothing_else(tmp_path: Path):
     def digest(record: Record, template: str = FULL) -> str:
         source = Source(str(write(tmp_path / "a.jsonl", record)))
-        return calibration([source], byte_tokenizer(template), 1, 999).describe()["sources"][0]["digest"]
+        return calibration([source], byte_tokenizer(template), Sampling(1, 999)).describe()["sources"][0][
+            "digest"
+        ]
 
     plain = digest({"messages": [ASK, ANSWER]})
     assert (
@@ -341,5 +343,5 @@ def test_packed_and_evaluated_conversations_lose_nothing(tmp_path: Path):
     wanted[0] = f"[{wanted[0]}]"
     rows = sequences([source], tokenizer, 999)
     assert str(tokenizer.decode(rows.ids[0][rows.mask[0]])) == "\n\n".join(wanted)
-    packed = calibration([source], tokenizer, 1, rows.num_tokens, mode="pack")
+    packed = calibration([source], tokenizer, Sampling(1, rows.num_tokens, mode="pack"))
     assert packed.ids[0].tolist() == rows.ids[0][rows.mask[0]].tolist()

@@ -27,9 +27,9 @@ from moespresso.core.format import Format
 from moespresso.core.method import Selects
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.registry import methods, parse_step
-from moespresso.core.rewrite import pieces, pressed_blueprint
 from moespresso.core.stats import Stats
 from moespresso.core.unit import PARTS, Unit
+from moespresso.effect import pieces, pressed_blueprint, price, validated
 from moespresso.methods import ExpertDrop
 from moespresso.model import read_blueprint
 
@@ -97,7 +97,6 @@ def treatments() -> st.SearchStrategy[Treatment]:
         scale=st.floats(0.1, 2.0),
         into=st.none() | st.integers(0, 9),
         channels=st.none() | st.integers(1, 9),
-        rank=st.none() | st.integers(1, 9),
         format=st.none() | formats,
         repair=st.none() | st.just("refit"),
     )
@@ -158,15 +157,6 @@ def test_what_is_no_plan_is_the_users_mistake(broken: str):
         Plan.from_json(broken)
 
 
-def test_diff_names_each_unit_that_is_treated_differently():
-    before, after = keeping({0: (0, 1), 1: (0, 2)}), keeping({0: (0, 1), 1: (1, 2), 2: (5,)})
-    assert before.diff(before) == []
-    assert before.diff(after) == [
-        "stage 0 L1.experts: {'keep': (0, 2)} -> {'keep': (1, 2)}",
-        "stage 0 L2.experts: None -> {'keep': (5,)}",
-    ]
-
-
 @quickly
 @given(st.lists(st.sets(st.integers(0, 11)), max_size=4))
 def test_what_is_kept_is_what_every_stage_keeps(sets: list[set[int]]):
@@ -202,9 +192,9 @@ GROUPED = sketch(LayerSpec(0, "attention"), LayerSpec(1, "attention", 12, top_k=
 
 
 def test_an_empty_plan_fits_and_another_models_plan_does_not():
-    assert Plan("x").validated(GROUPED) == Plan("x")
+    assert validated(Plan("x"), GROUPED) == Plan("x")
     with pytest.raises(UserError, match="made for another checkpoint"):
-        Plan("y").validated(GROUPED)
+        validated(Plan("y"), GROUPED)
 
 
 @pytest.mark.parametrize(
@@ -219,8 +209,8 @@ def test_an_empty_plan_fits_and_another_models_plan_does_not():
 )
 def test_a_router_must_be_left_something_to_choose(kept: tuple[int, ...], complaint: str):
     with pytest.raises(UserError, match=complaint):
-        keeping({1: kept}).validated(GROUPED)
-    keeping({1: (0, 1, 4, 5, 8, 9)}).validated(GROUPED)
+        validated(keeping({1: kept}), GROUPED)
+    validated(keeping({1: (0, 1, 4, 5, 8, 9)}), GROUPED)
 
 
 def test_the_floor_holds_for_all_stages_together():
@@ -228,7 +218,7 @@ def test_the_floor_holds_for_all_stages_together():
     both = Plan("x", (*first.stages, *second.stages))
     assert both.kept_experts(1, 12) == (1, 5, 9)
     with pytest.raises(UserError, match="would keep 3"):
-        both.validated(GROUPED)
+        validated(both, GROUPED)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +226,7 @@ def test_the_floor_holds_for_all_stages_together():
 )
 def test_only_routed_experts_are_treated(unit: Unit):
     with pytest.raises(UserError, match="has no routed experts there"):
-        Plan("x", (Stage({}, {unit: Treatment(keep=(0,))}),)).validated(GROUPED)
+        validated(Plan("x", (Stage({}, {unit: Treatment(keep=(0,))}),)), GROUPED)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +235,6 @@ def test_only_routed_experts_are_treated(unit: Unit):
         (Unit(1, "experts", 3), Treatment(keep=(0, 1, 4, 5, 8, 9))),
         (Unit(1, "experts", None, "down"), Treatment(keep=(0, 1, 4, 5, 8, 9))),
         (Unit(1, "experts", 3), Treatment(into=2)),
-        (Unit(1, "experts"), Treatment(rank=4)),
         (Unit(1, "experts"), Treatment(channels=2)),
         (Unit(1, "experts"), Treatment(format=Format("integer", 4))),
         (Unit(1, "experts"), Treatment(repair="refit")),
@@ -255,7 +244,7 @@ def test_a_treatment_that_this_version_cannot_carry_out_is_not_ignored_in_silenc
     unit: Unit, treatment: Treatment
 ):
     with pytest.raises(UserError):
-        Plan("x", (Stage({}, {unit: treatment}),)).validated(GROUPED)
+        validated(Plan("x", (Stage({}, {unit: treatment}),)), GROUPED)
 
 
 # What a plan writes
@@ -268,10 +257,10 @@ def test_pieces_are_what_stock_transformers_saves_after_the_same_cut(name: str, 
     kept = random_kept(model, _fewer(blueprint))
     cut_by_hand(model, kept).save_pretrained(tmp_path)
     plan = keeping({layer: tuple(ids) for layer, ids in kept.items()}, digest=blueprint.digest)
-    written = pieces(blueprint, plan.validated(blueprint))
+    written = pieces(blueprint, validated(plan, blueprint))
     assert {piece.name: piece.shape for piece in written} == _header(tmp_path)
     assert len({piece.name for piece in written}) == len(written)
-    assert plan.cost(blueprint).bytes == sum(piece.ref.nbytes for piece in written) < blueprint.cost().bytes
+    assert price(plan, blueprint).bytes == sum(piece.ref.nbytes for piece in written) < blueprint.cost().bytes
     assert {layer.experts for layer in pressed_blueprint(blueprint, plan).moe_layers} == {_fewer(blueprint)}
 
 
@@ -298,7 +287,7 @@ def test_an_empty_plan_writes_the_source(name: str, zoo: Any):
         piece.name == piece.source.ref.name and piece.shape == piece.source.ref.shape for piece in written
     )
     assert all(piece.take is None and piece.scale == 1 for piece in written)
-    assert Plan(blueprint.digest).cost(blueprint) == blueprint.cost()
+    assert price(Plan(blueprint.digest), blueprint) == blueprint.cost()
 
 
 def test_survivors_move_up_and_shared_tensors_give_their_rows():
@@ -469,10 +458,10 @@ def test_real_models_weigh_what_is_published(
 
 def test_mixtral_8x7b_is_priced_as_the_paper_prices_it(tmp_path: Path):
     blueprint = open_unwritten(tmp_path, *mixtral_8x7b())
-    plan = keeping({layer: tuple(range(6)) for layer in range(32)}, digest=blueprint.digest).validated(
-        blueprint
+    plan = validated(
+        keeping({layer: tuple(range(6)) for layer in range(32)}, digest=blueprint.digest), blueprint
     )
-    whole, pressed = blueprint.cost(), plan.cost(blueprint)
+    whole, pressed = blueprint.cost(), price(plan, blueprint)
     assert round(whole.bytes / 2**30, 2) == 86.99
     assert round(pressed.bytes / 2**30, 2) == 65.99
     assert whole.flops == pytest.approx(54.4e12, rel=0.01)
@@ -519,22 +508,6 @@ def test_a_small_blueprint_is_priced_by_hand():
         bytes=2 * (128 + 48 + 160) + 400, params=128 + 48 + 160 + 100, active_params=active, flops=flops,
         kv_bytes_per_token=14, peak_load_bytes=2 * (48 + 160),
     )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("stored", "bits"),
-    [
-        (Format(), 16),
-        (Format(bits=32), 32),
-        (Format("integer", 4, 128), 4 + 16 / 128),
-        (Format("integer", 4, 128, symmetric=False), 4 + (16 + 4) / 128),
-        (Format("integer", 8), 8),
-        (Format("sparse", density=0.5), 16 / 2 + 1),
-        (Format("integer", 4, 64, density=0.5), 4 / 2 + 1 + 16 / 64),
-    ],
-)
-def test_bits_per_weight_count_scales_zeros_and_masks(stored: Format, bits: float):
-    assert stored.bits_per_weight() == bits
 
 
 # Stats

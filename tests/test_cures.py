@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 
 from conftest import Zoo, write_wide
+from moespresso.build import open_view
 from moespresso.core.errors import UserError
-from moespresso.model import open_view
-from moespresso.recipe import Request
-from moespresso.rehearsal import rehearse
+from moespresso.run import Recipe, rehearse
 
 
 def amended(step: str, said: str) -> str:
@@ -268,8 +267,8 @@ def models(
 
 
 def rehearsed(model: Path, steps: Iterable[str], target: str, more: dict[str, Any]) -> None:
-    request = Request.from_options(model=str(model), steps=list(steps), target=target, **more)
-    rehearse(open_view(model), request)
+    recipe = Recipe().with_options(model=str(model), steps=list(steps), target=target, **more)
+    rehearse(open_view(model), recipe)
 
 
 @pytest.mark.parametrize("wish", WISHES, ids=lambda wish: f"{wish.model}-{'+'.join(wish.steps)}")

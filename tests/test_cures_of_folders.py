@@ -16,9 +16,10 @@ from torch import Tensor
 import families
 from conftest import Zoo, tiny_tokenizer
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan
-from moespresso.model import open_view
+from moespresso.effect import validated
 from test_slim import OPTIONS
 
 INDEX = "model.safetensors.index.json"
@@ -172,8 +173,7 @@ def test_plans_and_texts_are_mended_as_told(source: Path, text: Path, zoo: Zoo, 
     with pytest.raises(UserError, match="make a new plan for this one"):
         api.build(other, plan=made, out=tmp_path / "other")
     api.plan(other, steps=["gptq:group_size=0"], texts=[text], out=tmp_path / "new.json", **OPTIONS)
-    request = api.Request.from_options(model=str(other), texts=[text])
-    api.build(other, plan=tmp_path / "new.json", out=tmp_path / "other", request=request)
+    api.build(other, plan=tmp_path / "new.json", out=tmp_path / "other", texts=[text])
     with pytest.raises(UserError, match="give --text FILE or --dataset NAME, as it was made with"):
         api.build(source, plan=made, out=tmp_path / "out")
     wrong = tmp_path / "wrong.txt"
@@ -183,13 +183,13 @@ def test_plans_and_texts_are_mended_as_told(source: Path, text: Path, zoo: Zoo, 
             source,
             plan=made,
             out=tmp_path / "out",
-            request=api.Request.from_options(model=str(source), texts=[wrong]),
+            texts=[wrong],
         )
     api.build(
         source,
         plan=made,
         out=tmp_path / "out",
-        request=api.Request.from_options(model=str(source), texts=[text]),
+        texts=[text],
     )
 
 
@@ -198,11 +198,11 @@ def test_a_plan_by_hand_names_what_fits_all(zoo: Zoo, tmp_path: Path):
     api.plan(model, steps=["rtn:group_size=8"], out=tmp_path / "plan.json")
     body = (tmp_path / "plan.json").read_text().replace('"group_size": 8', '"group_size": 32')
     with pytest.raises(UserError) as error:
-        Plan.from_json(body).validated(open_view(model).source)
+        validated(Plan.from_json(body), open_view(model).source)
     found = re.search(r"use group_size=(\d+)", str(error.value))
     assert found
     mended = body.replace('"group_size": 32', f'"group_size": {found[1]}')
-    Plan.from_json(mended).validated(open_view(model).source)
+    validated(Plan.from_json(mended), open_view(model).source)
 
 
 @pytest.mark.parametrize(

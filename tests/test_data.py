@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from moespresso.core.errors import UserError
-from moespresso.data import READY, Batches, Source, calibration, sequences
+from moespresso.data import READY, Batches, Sampling, Source, calibration, sequences
 from moespresso.data.chat import conversation
 from moespresso.data.pack import pack_windows
 from moespresso.data.text import cut, documents
@@ -103,7 +103,7 @@ class TestPack:
 
 class TestCalibration:
     def test_packs_documents_with_eos_and_without_bos(self, tokenizer, write):
-        batches = calibration([write("a.jsonl", [{"text": "abc"}] * 8)], tokenizer, samples=3, length=8)
+        batches = calibration([write("a.jsonl", [{"text": "abc"}] * 8)], tokenizer, Sampling(3, 8))
         row = [*tokenizer("abc")["input_ids"], EOS]
         assert batches.ids.tolist() == [row + row] * 3
         assert batches.mask.all()
@@ -111,21 +111,21 @@ class TestCalibration:
 
     def test_same_settings_same_tokens_and_another_seed_another_order(self, tokenizer, write):
         source = write("a.jsonl", numbered(50))
-        first, again, other = (calibration([source], tokenizer, 8, 16, seed=seed) for seed in (3, 3, 4))
+        first, again, other = (calibration([source], tokenizer, Sampling(8, 16, seed)) for seed in (3, 3, 4))
         assert first.digest == again.digest
         assert torch.equal(first.ids, again.ids)
         assert first.digest != other.digest
 
     def test_tokens_do_not_depend_on_where_the_file_lies(self, tokenizer, write):
         here, there = write("a.jsonl", numbered(50)), write("elsewhere.jsonl", numbered(50))
-        one, two = (calibration([source], tokenizer, 8, 16) for source in (here, there))
+        one, two = (calibration([source], tokenizer, Sampling(8, 16)) for source in (here, there))
         assert one.digest == two.digest
         assert one.describe()["sources"][0]["digest"] == two.describe()["sources"][0]["digest"]
 
     def test_golden(self, tokenizer, write):
         text = write("a.jsonl", numbered(40), weight=3)
         chat = write("b.jsonl", [{"query": f"{index}+1?", "response": f"{index + 1}"} for index in range(9)])
-        assert calibration([text, chat], tokenizer, 12, 16, seed=7).digest == GOLDEN
+        assert calibration([text, chat], tokenizer, Sampling(12, 16, 7)).digest == GOLDEN
 
     @given(st.lists(st.floats(0.5, 2), min_size=1, max_size=4), st.integers(8, 30))
     def test_weights_are_shares_of_the_samples(self, tokenizer, tmp_path_factory, weights, samples):
@@ -134,7 +134,7 @@ class TestCalibration:
         for index, weight in enumerate(weights):
             (folder / f"{index}.txt").write_text(str(index) * 200)
             sources.append(Source(str(folder / f"{index}.txt"), weight))
-        batches = calibration(sources, tokenizer, samples, length=4)
+        batches = calibration(sources, tokenizer, Sampling(samples, 4))
         rows = [source["samples"] for source in batches.describe()["sources"]]
         assert sum(rows) == len(batches) == samples
         for count, weight in zip(rows, weights, strict=True):
@@ -144,7 +144,7 @@ class TestCalibration:
 
     def test_chat_rows_are_padded_on_the_right_and_truncated(self, tokenizer, write):
         records = [{"query": "hi", "response": "x" * 99}, {"query": "yo", "response": "ok"}]
-        batches = calibration([write("a.jsonl", records)], tokenizer, samples=2, length=12)
+        batches = calibration([write("a.jsonl", records)], tokenizer, Sampling(2, 12))
         short, long = sorted(range(2), key=lambda row: int(batches.mask[row].sum()))
         assert tokenizer.decode(batches.ids[short]) == "u:yo<eos>a:ok<eos><pad><pad>"
         assert batches.mask[short].tolist() == [True] * 10 + [False] * 2
@@ -154,39 +154,41 @@ class TestCalibration:
     def test_auto_decides_for_each_source(self, tokenizer, write):
         chat = write("chat.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}] * 4)
         sources = [write("a.txt", "text " * 40), chat]
-        described = calibration(sources, tokenizer, 4, 16).describe()
+        described = calibration(sources, tokenizer, Sampling(4, 16)).describe()
         assert [source["mode"] for source in described["sources"]] == ["pack", "chat"]
 
     def test_pack_mode_reads_conversations_as_plain_text(self, tokenizer, write):
         source = write("a.jsonl", [{"query": "q", "response": "a"}] * 9)
-        batches = calibration([source], tokenizer, 2, 5, mode="pack")
+        batches = calibration([source], tokenizer, Sampling(2, 5, mode="pack"))
         assert tokenizer.decode(batches.ids[0]) == "q\n\na<eos>"
 
     def test_without_a_template_auto_packs_and_says_so(self, write, caplog):
         source = write("a.jsonl", [{"query": "q", "response": "a"}] * 9)
-        batches = calibration([source], byte_tokenizer(template=None), 2, 5)
+        batches = calibration([source], byte_tokenizer(template=None), Sampling(2, 5))
         assert batches.describe()["sources"][0]["mode"] == "pack"
         assert "no chat template" in caplog.text
 
     def test_long_text_takes_part_in_pieces(self, tokenizer, write):
         text = "".join(f"paragraph {index:05d}\n\n" for index in range(5000))
-        one, other = (calibration([write("a.txt", text)], tokenizer, 4, 32, seed=seed) for seed in (0, 1))
+        one, other = (
+            calibration([write("a.txt", text)], tokenizer, Sampling(4, 32, seed)) for seed in (0, 1)
+        )
         assert one.digest != other.digest
         assert one.describe()["sources"][0]["documents"] == 1
 
     def test_reads_no_further_than_the_pool(self, tokenizer, write):
         lines = (json.dumps({"text": "word " * 2000}) + "\n") * 450 + "not json\n"
-        assert len(calibration([write("a.jsonl", lines)], tokenizer, 4, 32)) == 4
+        assert len(calibration([write("a.jsonl", lines)], tokenizer, Sampling(4, 32))) == 4
         with pytest.raises(UserError, match=r"a\.jsonl:451: not valid JSON"):
             said(write("a.jsonl", lines))
 
     def test_goes_on_behind_the_pool_when_it_runs_dry(self, tokenizer, write, monkeypatch):
         monkeypatch.setattr("moespresso.data.pack.POOL_CHARACTERS", 100)
         monkeypatch.setattr("moespresso.data.pack.POOL_CHARACTERS_PER_TOKEN", 0)
-        assert len(calibration([write("a.jsonl", numbered(99))], tokenizer, 40, 16)) == 40
+        assert len(calibration([write("a.jsonl", numbered(99))], tokenizer, Sampling(40, 16))) == 40
 
     def test_describe_is_json_and_complete(self, tokenizer, write):
-        batches = calibration([write("a.jsonl", numbered(50), weight=2.5)], tokenizer, 4, 16, seed=9)
+        batches = calibration([write("a.jsonl", numbered(50), weight=2.5)], tokenizer, Sampling(4, 16, 9))
         described = json.loads(json.dumps(batches.describe()))
         assert described["seed"] == 9
         assert described["tokens"] == 64
@@ -389,27 +391,29 @@ class TestMistakes:
     )
     def test_too_little_text(self, tokenizer, write, content, options, message):
         with pytest.raises(UserError, match=message):
-            calibration([write("a.txt", content)], tokenizer, **{"samples": 2, "length": 4, **options})
+            calibration(
+                [write("a.txt", content)], tokenizer, Sampling(**{"samples": 2, "length": 4, **options})
+            )
 
     def test_too_few_conversations(self, tokenizer, write):
         source = write("a.jsonl", [{"query": "q", "response": "a"}] * 3)
         with pytest.raises(UserError, match="5 samples need 5 conversations, but there are 3"):
-            calibration([source], tokenizer, 5, 8)
+            calibration([source], tokenizer, Sampling(5, 8))
 
     def test_a_conversation_that_the_template_refuses(self, tokenizer, write):
         source = write("a.jsonl", [{"messages": [{"role": "tool", "content": "x"}]}])
         with pytest.raises(UserError, match=r"a\.jsonl:1: .*refuses this conversation: no tools"):
-            calibration([source], tokenizer, 1, 8)
+            calibration([source], tokenizer, Sampling(1, 8))
 
     def test_chat_mode_without_a_template(self, write):
         source = write("a.jsonl", [{"query": "q", "response": "a"}])
         with pytest.raises(UserError, match="does not have; use mode pack"):
-            calibration([source], byte_tokenizer(template=None), 1, 8, mode="chat")
+            calibration([source], byte_tokenizer(template=None), Sampling(1, 8, mode="chat"))
 
     def test_a_source_whose_weight_leaves_it_nothing(self, tokenizer, write):
         sources = [write("a.txt", "a" * 99), write("b.txt", "b" * 99, weight=0.001)]
         with pytest.raises(UserError, match=r"b\.txt: its weight leaves it none of the 4 samples"):
-            calibration(sources, tokenizer, 4, 8)
+            calibration(sources, tokenizer, Sampling(4, 8))
 
     def test_no_sources(self, tokenizer):
         with pytest.raises(UserError, match="no text was given"):
@@ -441,8 +445,10 @@ class TestHub:
 
     def test_a_ready_name_is_drawn_from_like_a_file(self, tokenizer, hub, write):
         calls = hub(numbered(50))
-        drawn = calibration([Source("c4", hub=True)], tokenizer, 4, 16)
-        assert drawn.digest == calibration([write("a.jsonl", numbered(50))], tokenizer, 4, 16).digest
+        drawn = calibration([Source("c4", hub=True)], tokenizer, Sampling(4, 16))
+        assert (
+            drawn.digest == calibration([write("a.jsonl", numbered(50))], tokenizer, Sampling(4, 16)).digest
+        )
         assert calls == [("allenai/c4", "en", None, "train", True)]
 
     def test_wikitext_is_one_running_text(self, hub):

@@ -1,6 +1,6 @@
 """How layers and blocks are chosen: cosines, runs of blocks, and true KL with swaps.
 
-Cosines are taken again from stock models overheard by hooks, KL from stock models in which every candidate was really
+Cosines are taken again from stock models observed by hooks, KL from stock models in which every candidate was really
 silenced. That many candidates share their work must not show in any of their hidden states.
 """
 
@@ -19,20 +19,24 @@ from transformers import PreTrainedModel
 
 import families
 from conftest import Zoo, tiny_tokenizer
-from depth_by_hand import Cut, mean_cosine, overhear, parts, silenced, token_kl
+from depth_by_hand import Cut, mean_cosine, observe, parts, silenced, token_kl
 from moespresso import api
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, View, open_view
+from moespresso.core.format import Format
+from moespresso.core.method import Candidate
 from moespresso.core.plan import Plan, Stage, Treatment
-from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
-from moespresso.data import Batches, Source, calibration
-from moespresso.measure import similarity
+from moespresso.data import Batches, Sampling, Source, calibration
+from moespresso.effect import validated
+from moespresso.fit import Job, Judge
 from moespresso.methods import BlockDrop, LayerDrop
 from moespresso.methods._depth import greedy
-from moespresso.model import Skeleton, View, Waiting, open_view
-from moespresso.pipeline import Clock, Decided, decide
-from moespresso.stream import sweep, sweep_variants
+from moespresso.model import MetaModel, PausedBatch
+from moespresso.quality import token_kl as kl_of_states
+from moespresso.run import Decided, decide
+from moespresso.statistics import runs as runs_statistic
+from moespresso.stream import Variant, sweep, sweep_variants
 from test_engine import close
 from test_more_families import DENSE, MIXTURES, _random_model
 from test_scores import measured, tokens_for
@@ -45,7 +49,7 @@ A, B, C = (Unit(layer, "experts") for layer in range(3))
 
 def settled(view: View, *steps: Any, batches: Batches, folder: Path) -> Decided:
     """What the conductor decides, with its notes in a folder."""
-    return decide(view, steps, batches, None, folder, Runtime(), Clock())
+    return decide(Job(view, folder, batches), steps)
 
 
 def gone(plan: Plan, stage: int = -1) -> list[str]:
@@ -60,9 +64,9 @@ def test_every_cosine_is_its_formula_and_padding_has_no_part_in_it(family: str, 
     view = open_view(zoo(family))
     batches = tokens_for(view, short=(11, 12))
     values = measured(view, batches, "similarity").values
-    heard = overhear(families.reference(zoo(family), torch.float64), batches.ids, batches.mask)
-    assert len(heard[0].before) == 3 * 16 - 5 - 4
-    for layer, said in zip(view.source.layers, heard, strict=True):
+    observed = observe(families.reference(zoo(family), torch.float64), batches.ids, batches.mask)
+    assert len(observed[0].before) == 3 * 16 - 5 - 4
+    for layer, said in zip(view.source.layers, observed, strict=True):
         attention, feed = layer.unit("attention"), layer.unit("mlp")
         assert feed.part == ("experts" if layer.experts else "dense")
         assert values[Unit(layer.index)]["cosine"] == pytest.approx(
@@ -82,9 +86,9 @@ def test_a_run_is_measured_across_exactly_its_blocks(family: str, length: int, z
     view = open_view(zoo(family))
     batches = tokens_for(view, short=(11, 12))
     values = measured(view, batches, f"run@{length}").values
-    heard = overhear(families.reference(zoo(family), torch.float64), batches.ids, batches.mask)
-    runs = {first: mean_cosine(heard[first].before, heard[first + length - 1].after)
-            for first in range(len(heard) - length + 1)}  # fmt: skip
+    observed = observe(families.reference(zoo(family), torch.float64), batches.ids, batches.mask)
+    runs = {first: mean_cosine(observed[first].before, observed[first + length - 1].after)
+            for first in range(len(observed) - length + 1)}  # fmt: skip
     assert values.keys() == {Unit(first) for first in runs}
     for first, wanted in runs.items():
         assert values[Unit(first)][f"run@{length}"] == pytest.approx(wanted, abs=1e-7)
@@ -94,7 +98,7 @@ def test_a_run_on_a_sample_of_tokens_is_near_the_whole(zoo: Zoo, monkeypatch: py
     view = open_view(zoo("mixtral"))
     batches = tokens_for(view, 12, 30, short=(7,))
     whole = measured(view, batches, "run@2").values[Unit(0)]["run@2"]
-    monkeypatch.setattr(similarity, "RUN_BYTES", 8 * 48 * 3 * 150)
+    monkeypatch.setattr(runs_statistic, "RUN_BYTES", 8 * 48 * 3 * 150)
     sample = measured(view, batches, "run@2").values[Unit(0)]["run@2"]
     assert sample != whole
     assert sample == pytest.approx(whole, abs=0.05)
@@ -103,10 +107,10 @@ def test_a_run_on_a_sample_of_tokens_is_near_the_whole(zoo: Zoo, monkeypatch: py
 @pytest.mark.parametrize(
     ("step", "cut"),
     [
-        ("layer_drop:drop=2", lambda heard: (heard.middle, heard.after)),
-        ("layer_drop:drop=2,score=cosine_moe", lambda heard: (heard.fed, heard.answer)),
-        ("layer_drop:drop=2,part=attention", lambda heard: (heard.before, heard.middle)),
-        ("block_drop:drop=2", lambda heard: (heard.before, heard.after)),
+        ("layer_drop:drop=2", lambda observed: (observed.middle, observed.after)),
+        ("layer_drop:drop=2,score=cosine_moe", lambda observed: (observed.fed, observed.answer)),
+        ("layer_drop:drop=2,part=attention", lambda observed: (observed.before, observed.middle)),
+        ("block_drop:drop=2", lambda observed: (observed.before, observed.after)),
     ],
 )
 @pytest.mark.few(2)
@@ -115,8 +119,8 @@ def test_the_most_similar_go(step: str, cut: Callable[..., Any], zoo: Zoo, text:
     plan = api.plan(
         zoo("gpt_oss"), steps=[step], texts=[text], samples=SAMPLES, length=LENGTH, target="plugin"
     )
-    heard = overhear(families.reference(zoo("gpt_oss")), rows_of(text).ids)
-    cosines = [mean_cosine(*cut(layer)) for layer in heard]
+    observed = observe(families.reference(zoo("gpt_oss")), rows_of(text).ids)
+    cosines = [mean_cosine(*cut(layer)) for layer in observed]
     best = sorted(sorted(range(4), key=lambda layer: -cosines[layer])[:2])
     part = {"layer_drop:drop=2,part=attention": ".attention", "block_drop:drop=2": ""}.get(step, ".experts")
     assert gone(plan) == [f"L{layer}{part}" for layer in best]
@@ -125,8 +129,8 @@ def test_the_most_similar_go(step: str, cut: Callable[..., Any], zoo: Zoo, text:
 def test_the_most_similar_run_goes(zoo: Zoo, text: Path):
     step = "block_drop:drop=2,contiguous=true"
     plan = api.plan(zoo("gpt_oss"), steps=[step], texts=[text], samples=SAMPLES, length=LENGTH)
-    heard = overhear(families.reference(zoo("gpt_oss")), rows_of(text).ids)
-    runs = [mean_cosine(heard[first].before, heard[first + 1].after) for first in range(3)]
+    observed = observe(families.reference(zoo("gpt_oss")), rows_of(text).ids)
+    runs = [mean_cosine(observed[first].before, observed[first + 1].after) for first in range(3)]
     first = max(range(3), key=lambda place: runs[place])
     assert gone(plan) == [f"L{first}", f"L{first + 1}"]
 
@@ -151,8 +155,8 @@ def test_dense_parts_go_where_there_are_no_experts_and_never_beside_them(
     dense = other_folder("llama", tmp_path)
     options: Any = {"texts": [text], "samples": SAMPLES, "length": LENGTH, "target": "plugin"}
     plan = api.plan(dense, steps=["layer_drop:drop=1"], **options)
-    heard = overhear(families.reference(dense), rows_of(text).ids)
-    cosines = [mean_cosine(layer.middle, layer.after) for layer in heard]
+    observed = observe(families.reference(dense), rows_of(text).ids)
+    cosines = [mean_cosine(layer.middle, layer.after) for layer in observed]
     assert gone(plan) == [f"L{max(range(3), key=lambda layer: cosines[layer])}.dense"]
     plan = api.plan(zoo("deepseek_v3"), steps=["layer_drop:drop=2"], **options)
     assert gone(plan) == ["L2.experts", "L3.experts"]
@@ -167,7 +171,7 @@ def other_folder(family: str, folder: Path) -> Path:
 
 def rows_of(text: Path) -> Batches:
     """The rows that a run with this text calibrates on."""
-    return calibration([Source(str(text))], tiny_tokenizer(), SAMPLES, LENGTH)
+    return calibration([Source(str(text))], tiny_tokenizer(), Sampling(SAMPLES, LENGTH))
 
 
 # True KL
@@ -254,8 +258,8 @@ def fake_judge(
     """A judge that has an opinion on every set of the candidates A, B and C."""
     letters = dict(enumerate("ABC"))
 
-    def judge(variants: Sequence[frozenset[tuple[int, str]]]) -> list[float]:
-        names = ["".join(sorted(letters[layer] for layer, _ in cuts)) for cuts in variants]
+    def judge(candidates: Sequence[Candidate]) -> list[float]:
+        names = ["".join(sorted(letters[unit.layer or 0] for unit in each)) for each in candidates]
         if asked is not None:
             asked.append(names)
         return [losses[name] for name in names]
@@ -263,7 +267,7 @@ def fake_judge(
     return judge
 
 
-CANDIDATES: Any = {unit: frozenset({(unit.layer, "mlp")}) for unit in (A, B, C)}
+CANDIDATES = {unit: {unit: Treatment(drop=True)} for unit in (A, B, C)}
 
 
 def test_the_pass_of_swaps_finds_the_pair_that_greedy_misses():
@@ -310,16 +314,19 @@ def test_hidden_states_of_candidates_are_those_of_views_with_the_plan(family: st
     mask[1, 8:] = False
     specs = view.source.layers
     asked = [frozenset(at for at in cuts if at[1] in specs[at[0]].bodies) for cuts in VARIANTS]
-    with Reader(folder) as reader, sweep_variants(skeleton_of(view, reader), ids, mask, asked) as found:
+    with (
+        Tensors(folder) as reader,
+        sweep_variants(meta_of(view, reader), (ids, mask), list(map(Variant, asked))) as found,
+    ):
         for cuts, hidden in zip(asked, map(torch.cat, found), strict=True):
             treatments = {specs[layer].unit(branch): Treatment(drop=True) for layer, branch in cuts}
-            plan = Plan(view.source.digest, (Stage({"kind": "by hand"}, treatments),)).validated(view.source)
-            wanted = sweep(skeleton_of(replace(view, plan=plan), reader), ids, mask)
+            plan = validated(Plan(view.source.digest, (Stage({"kind": "by hand"}, treatments),)), view.source)
+            wanted = sweep(meta_of(replace(view, plan=plan), reader), ids, mask)
             close(hidden[mask], wanted[mask])
 
 
-def skeleton_of(view: View, reader: Reader) -> Skeleton:
-    return view.skeleton(reader, torch.float32, torch.device("cpu"))
+def meta_of(view: View, reader: Tensors) -> MetaModel:
+    return view.meta_model(reader, torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("spilled", [False, True])
@@ -328,28 +335,28 @@ def test_a_round_loads_each_layer_once_and_runs_equal_beginnings_once(
 ):
     loads: Counter[int] = Counter()
     runs: Counter[int] = Counter()
-    load, run = Skeleton.layer, Waiting.run
+    load, run = MetaModel.layer, PausedBatch.run
 
-    def layer(self: Skeleton, index: int) -> Any:
+    def layer(self: MetaModel, index: int) -> Any:
         loads[index] += 1
         return load(self, index)
 
-    def counted(self: Waiting, module: torch.nn.Module, hidden: Tensor | None = None) -> Tensor:
+    def counted(self: PausedBatch, module: torch.nn.Module, hidden: Tensor | None = None) -> Tensor:
         runs[len(loads) - 1] += 1
         return run(self, module, hidden)
 
-    monkeypatch.setattr(Skeleton, "layer", layer)
-    monkeypatch.setattr(Waiting, "run", counted)
+    monkeypatch.setattr(MetaModel, "layer", layer)
+    monkeypatch.setattr(PausedBatch, "run", counted)
     view = open_view(zoo("gpt_oss"))
     ids = families.random_ids(families.FAMILIES["gpt_oss"].config(), 2, 9)
     mask = torch.ones_like(ids, dtype=torch.bool)
     for what in ("mlp", "attention", "block"):
         loads.clear(), runs.clear()
-        candidates = [frozenset(parts((layer, what))) for layer in range(4)]
+        candidates = [Variant(frozenset(parts((layer, what)))) for layer in range(4)]
         spill = tmp_path if spilled else None
         with (
-            Reader(zoo("gpt_oss")) as reader,
-            sweep_variants(skeleton_of(view, reader), ids, mask, candidates, spill=spill),
+            Tensors(zoo("gpt_oss")) as reader,
+            sweep_variants(meta_of(view, reader), (ids, mask), candidates, spill=spill),
         ):
             assert len(list(tmp_path.iterdir())) == spilled
         assert not list(tmp_path.iterdir())
@@ -357,3 +364,42 @@ def test_a_round_loads_each_layer_once_and_runs_equal_beginnings_once(
         # Behind layer l: those that have lost something up to it, and one for all others; a block that goes needs none.
         beginnings = {layer: layer + 1 + (layer < 3) - (what == "block") for layer in range(4)}
         assert runs == beginnings
+
+
+def test_plans_of_any_kind_are_judged_at_once(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Experts, bits, branches and mixtures of them: each loss is that of the model the plan makes, run by itself."""
+    view = open_view(zoo("mixtral"))
+    batches = tokens_for(view, 3, 13)
+    keep, four = Treatment(keep=(0, 1, 2, 3, 5)), Treatment(format=Format("integer", 4, 8))
+    drop, rtn = {"kind": "expert_drop"}, {"kind": "rtn", "group_size": 8}
+    stages = [
+        [],
+        [Stage(drop, {Unit(1, "experts"): keep})],
+        [Stage(drop, {Unit(1, "experts"): keep, Unit(2, "experts"): keep})],
+        [Stage(rtn, {Unit(0, "experts"): four})],
+        [Stage(drop, {Unit(1, "experts"): keep}), Stage(rtn, {Unit(1, "experts"): four})],
+        [Stage({"kind": "layer_drop"}, {Unit(1, "attention"): Treatment(drop=True)}), Stage(rtn, {Unit(1, "experts"): four})],
+        [Stage({"kind": "block_drop"}, {Unit(2): Treatment(drop=True)}), Stage(drop, {Unit(1, "experts"): keep})],
+    ]  # fmt: skip
+    plans = [validated(Plan(view.source.digest, tuple(each)), view.source) for each in stages]
+    loads: Counter[int] = Counter()
+    load = MetaModel.layer
+
+    def layer(self: MetaModel, index: int) -> Any:
+        loads[index] += 1
+        return load(self, index)
+
+    with Judge.of(Job(view, tmp_path, batches), view, 3) as judge:
+        monkeypatch.setattr(MetaModel, "layer", layer)
+        losses = judge(plans)
+        monkeypatch.undo()
+        # Once as it is, and once in each of its forms: L1 fewer experts, 4 bits, and both.
+        assert loads == {0: 2, 1: 4, 2: 2}
+        for plan, loss in zip(plans, losses, strict=True):
+            alone = replace(view, plan=plan)
+            meta = meta_of(alone, judge.tensors)
+            hidden = sweep(meta, batches.ids, batches.mask)
+            (wanted,) = kl_of_states([meta, judge.source], [[hidden]], judge.truth, batches.mask)
+            assert loss == pytest.approx(wanted, rel=1e-4, abs=1e-9)
+    assert losses[0] == pytest.approx(0, abs=1e-9)
+    assert min(losses[1:]) > 0

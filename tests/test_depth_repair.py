@@ -1,7 +1,7 @@
 """What stands in for layers and blocks that go, without a new weight: is it the best there is, and does it lie right?
 
 Where the truth can be built, it is: branches that add exactly what a repair can make up for leave no trace when they
-go. Everywhere else numpy solves for the repair, on what hooks overhear in stock models, and a hook puts it in place.
+go. Everywhere else numpy solves for the repair, on what hooks observe in stock models, and a hook puts it in place.
 A linear map is solved for as a change D of the identity: the smallest |Y - h - M - D M|^2 + a |D|^2.
 """
 
@@ -23,17 +23,19 @@ from transformers import PreTrainedModel
 import depth_by_hand
 import families
 from conftest import Zoo, tiny_tokenizer
-from depth_by_hand import Array, Cut, mapped, overhear, parts, silenced, stream
+from depth_by_hand import Array, Cut, mapped, observe, parts, silenced, stream
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.runtime import Runtime
 from moespresso.core.unit import Unit
 from moespresso.data import Source
-from moespresso.fitting import fit, unrepaired
-from moespresso.measure import folds
-from moespresso.model import open_view
-from moespresso.recipe import Request
+from moespresso.effect import validated
+from moespresso.fit import unrepaired
+from moespresso.fit.repairs import fit
+from moespresso.run import Recipe
+from moespresso.statistics import folds
 from test_depth_kl import LENGTH, SAMPLES, other_folder, rows_of
 from test_engine import tensors
 from test_scores import tokens_for
@@ -81,7 +83,7 @@ def overlooked(folder: Path, effect: Tensor) -> Path:
     """A mixtral whose attention in layer 1 adds `effect` [24, 24] times what the experts of layer 0 added.
 
     A window of one token leaves attention no choice. One channel is so loud, and so little heeded, that every norm is
-    the same constant. Channels 16 to 39 are written by the experts of layer 0 first, and only they are heard then.
+    the same constant. Channels 16 to 39 are written by the experts of layer 0 first, and only they are observed then.
     """
     model = families.build("mixtral", sliding_window=1)
     written, (first, second, *_) = list(WRITTEN), model.model.layers
@@ -122,8 +124,8 @@ def built(
         for stage in stages
     )
     Plan(open_view(folder).source.digest, made).save(out.with_suffix(".json"))
-    request = Request(texts=(Source(str(text)),), samples=SAMPLES, length=LENGTH, target=target)
-    api.build(folder, plan=out.with_suffix(".json"), out=out, request=request)
+    recipe = Recipe().with_options(texts=(Source(str(text)),), samples=SAMPLES, length=LENGTH, target=target)
+    api.build(folder, plan=out.with_suffix(".json"), out=out, recipe=recipe)
     return out
 
 
@@ -331,21 +333,21 @@ def test_a_repair_brings_the_stream_no_farther_from_what_it_was(
 def stream_behind(model: PreTrainedModel, layer: int, branch: str, ids: Tensor) -> Tensor:
     """The stream behind a branch that may have lost its norm: before the next layer, or the feed-forward part."""
     if branch == "mlp":
-        heard: list[Tensor] = []
+        observed: list[Tensor] = []
         handle = model.model.layers[layer].register_forward_hook(
-            lambda _, __, out: heard.append(out[0] if isinstance(out, tuple) else out)
+            lambda _, __, out: observed.append(out[0] if isinstance(out, tuple) else out)
         )
         families.logits_of(model, ids)
         handle.remove()
-        return heard[0].flatten(0, 1).double()
-    return overhear(model, ids)[layer].middle
+        return observed[0].flatten(0, 1).double()
+    return observe(model, ids)[layer].middle
 
 
 def test_padding_has_no_part_in_what_is_fitted(plain: Zoo, tmp_path: Path):
     view = open_view(plain("mixtral"))
     batches = tokens_for(view, 6, 24, short=(15, 9))
     stage = Stage({"kind": "by hand"}, {Unit(1, "experts"): drop("linear")})
-    plan = Plan(view.source.digest, (stage,)).validated(view.source)
+    plan = validated(Plan(view.source.digest, (stage,)), view.source)
     (found,) = fit(view, plan, batches, tmp_path, Runtime()).values()
     wanted = solved(families.reference(plain("mixtral")), [(1, "mlp")], "linear", batches.ids, batches.mask)
     np.testing.assert_allclose(found.numpy(), wanted, rtol=0, atol=2e-4 * np.abs(wanted).max())
@@ -356,7 +358,7 @@ def test_what_the_text_does_not_show_is_left_as_it_is(plain: Zoo, tmp_path: Path
     view = open_view(plain("mixtral"))
     batches = tokens_for(view, 1, 8)
     stage = Stage({"kind": "by hand"}, {Unit(1, "experts"): drop("linear")})
-    plan = Plan(view.source.digest, (stage,)).validated(view.source)
+    plan = validated(Plan(view.source.digest, (stage,)), view.source)
     (found,) = fit(view, plan, batches, tmp_path, Runtime()).values()
     before, behind = stream(families.reference(plain("mixtral")), batches.ids)[2:4]
     _, sizes, directions = np.linalg.svd((behind - before).numpy())
@@ -469,7 +471,7 @@ def test_before_the_first_branch_there_is_nothing_to_repair(plain: Zoo, text: Pa
 def test_where_nothing_can_be_fitted_nothing_is_run(
     plain: Zoo, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("moespresso.fitting.sweep", lambda *_, **__: pytest.fail("the model was run"))
+    monkeypatch.setattr("moespresso.fit.repairs.sweep", lambda *_, **__: pytest.fail("the model was run"))
     out = built(plain("mixtral"), text, tmp_path / "out", {"L0": drop("linear")})
     assert api.verify(out, against=plain("mixtral"))["ok"]
 

@@ -17,9 +17,9 @@ import families
 from conftest import Zoo, tiny_tokenizer
 from driver import Driver
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.cli import main
 from moespresso.core.errors import UserError
-from moespresso.model import open_view
 from test_depth_kl import LENGTH, SAMPLES, other_folder
 from test_depth_steps import GONE, OPTIONS, by_hand, weights_and_config
 from test_resume import KILLED, Press, contents, same
@@ -145,9 +145,9 @@ def test_what_cannot_be_is_refused_before_any_work(
     def measuring(*_: Any, **__: Any) -> Tensor:
         raise AssertionError("something was measured")
 
-    for place in ("pipeline", "fitting"):
-        monkeypatch.setattr(f"moespresso.{place}.sweep", measuring)
-    monkeypatch.setattr("moespresso.pipeline.sweep_variants", measuring)
+    for place in ("measured", "repairs", "searching", "sequential", "layerwise"):
+        monkeypatch.setattr(f"moespresso.fit.{place}.sweep", measuring)
+    monkeypatch.setattr("moespresso.fit.searching.sweep_variants", measuring)
     folder = zoo(family) if family in families.FAMILIES else other_folder(family, tmp_path)
     run = [
         folder,

@@ -22,17 +22,17 @@ from transformers import PreTrainedModel
 
 import families
 from conftest import Zoo, tiny_tokenizer
-from depth_by_hand import Cut, body, mean_cosine, overhear, silenced
+from depth_by_hand import Cut, body, mean_cosine, observe, silenced
 from moespresso import api
+from moespresso.build import View, open_view
 from moespresso.core.errors import UserError
 from moespresso.core.method import Selects
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
-from moespresso.core.runtime import Runtime
 from moespresso.core.unit import Unit
+from moespresso.effect import price
+from moespresso.fit import Job
 from moespresso.methods import ExpertDrop
-from moespresso.model import View, open_view
-from moespresso.pipeline import Clock, decide
-from moespresso.recipe import Request
+from moespresso.run import decide
 from test_depth_kl import LENGTH, SAMPLES, gone, other_folder, rows_of
 from test_engine import close, streamed_logits
 from test_resume import contents, same
@@ -48,7 +48,7 @@ def by_hand(folder: Path, out: Path, *stages: Mapping[str, Treatment], target: A
         for stage in stages
     )
     Plan(open_view(folder).source.digest, made).save(out.with_suffix(".json"))
-    api.build(folder, plan=out.with_suffix(".json"), out=out, request=Request(target=target))
+    api.build(folder, plan=out.with_suffix(".json"), out=out, target=target)
     return out
 
 
@@ -97,7 +97,7 @@ def test_every_family_without_parts_or_a_block_is_the_model_silenced_by_hand(
     agree(out, silenced(families.reference(zoo(family)), *cuts_of(units)))
     found = api.verify(out, against=zoo(family))
     assert found["ok"], found
-    priced, stored = plan_of(out).cost(view.source), load_file(out / "model.safetensors")
+    priced, stored = price(plan_of(out), view.source), load_file(out / "model.safetensors")
     assert priced.bytes == sum(tensor.nbytes for tensor in stored.values())
     assert priced == open_view(out).source.cost()
     without_attention = family == "jamba" and what == "block"
@@ -121,12 +121,12 @@ STOCK = {
 def test_where_stock_can_say_so_a_layer_without_a_mixture_is_a_dense_one_of_zeros(
     case: str, text: Path, tmp_path: Path
 ):
-    family, changes, house, width = STOCK[case]
+    family, changes, equivalent, width = STOCK[case]
     source = lively(family, tmp_path / "source", **changes)
     report = api.press(source, out=tmp_path / "out", texts=[text], steps=["layer_drop"], **OPTIONS)
     out = tmp_path / "out"
     config = json.loads((out / "config.json").read_text())
-    assert (config["model_type"], "per_layer_config" in config) == (house, False)
+    assert (config["model_type"], "per_layer_config" in config) == (equivalent, False)
     (unit,) = gone(plan_of(out))
     assert any(
         f"in place of what {unit[:2]} lost stands a dense part of zeros, {width} wide" in note
@@ -228,11 +228,13 @@ def test_two_steps_that_are_not_rescored_are_one(
 def test_a_rescored_second_step_sees_what_the_first_left(step: str, zoo: Zoo, text: Path, tmp_path: Path):
     plan = api.plan(zoo("gpt_oss"), texts=[text], steps=[step, step], target="plugin", **OPTIONS)
     (first,), (second,) = gone(plan, 0), gone(plan, 1)
-    heard = overhear(silenced(families.reference(zoo("gpt_oss")), *cuts_of([first])), rows_of(text).ids)
+    observed = observe(silenced(families.reference(zoo("gpt_oss")), *cuts_of([first])), rows_of(text).ids)
     ends = {"layer_drop": ("middle", "after"), "block_drop": ("before", "after")}.get(
         step, ("before", "middle")
     )
-    cosines = {layer: mean_cosine(*(getattr(said, end) for end in ends)) for layer, said in enumerate(heard)}
+    cosines = {
+        layer: mean_cosine(*(getattr(said, end) for end in ends)) for layer, said in enumerate(observed)
+    }
     del cosines[int(first[1])]
     assert int(second[1]) == max(cosines, key=lambda layer: cosines[layer])
 
@@ -332,7 +334,7 @@ def test_steps_in_any_order_keep_what_they_would_keep_in_memory(
             made.append(Chosen(Unit(place, part)))
             expected.append({str(Unit(hand.layers[place], part)): None})
             hand.lose(place, what)
-    done = decide(view, made, None, None, tmp_path_factory.mktemp("work"), Runtime(), Clock())
+    done = decide(Job(view, tmp_path_factory.mktemp("work")), made)
     assert [
         {str(unit): what.keep for unit, what in stage.treatments.items()} for stage in done.plan.stages
     ] == expected
@@ -343,7 +345,7 @@ def test_steps_in_any_order_keep_what_they_would_keep_in_memory(
 
 def followed(hand: ByHand, view: View, made: list[Any], work: Path) -> None:
     """Take up a random choice: only how many, and from which, is known beforehand."""
-    treatments = decide(view, made, None, None, work, Runtime(), Clock()).plan.stages[-1].treatments
+    treatments = decide(Job(view, work), made).plan.stages[-1].treatments
     chosen = {unit.layer: list(what.keep or ()) for unit, what in treatments.items()}
     assert chosen.keys() == hand.kept.keys()
     assert all(
@@ -358,7 +360,7 @@ def followed(hand: ByHand, view: View, made: list[Any], work: Path) -> None:
 FORMS = {
     "plugin": ("gpt_oss", "layer_drop:part=attention", "plugin"),
     "stock": ("qwen2_moe", "layer_drop", "transformers"),
-    "re-housed": ("mixtral", "layer_drop", "transformers"),
+    "re-in_equivalent": ("mixtral", "layer_drop", "transformers"),
 }
 
 

@@ -14,17 +14,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 import families
 from moespresso import api
-from moespresso.checkpoint import Reader, open_checkpoint
+from moespresso.build import Tensors, View
+from moespresso.checkpoint import open_checkpoint
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan, Stage, Treatment
-from moespresso.core.rewrite import kept_by_layer
 from moespresso.core.unit import Unit
 from moespresso.data import Source
-from moespresso.model import Skeleton, View, read_blueprint, start
-from moespresso.stream import sweep
+from moespresso.effect import price, validated
+from moespresso.effect.rewrite import kept_by_layer
+from moespresso.model import MetaModel, observing, read_blueprint, start
+from moespresso.model.experts import experts_forward
+from moespresso.stream import SweepOptions, sweep
 
 FAMILIES = list(families.FAMILIES)
 TOLERANCE = 2e-5
@@ -37,17 +41,17 @@ def view_of(folder: Path) -> View:
     return View(checkpoint, blueprint, Plan(blueprint.digest))
 
 
-def skeleton_of(view: View, reader: Reader, dtype: torch.dtype = torch.float32) -> Skeleton:
-    return view.skeleton(reader, dtype, torch.device("cpu"))
+def meta_of(view: View, reader: Tensors, dtype: torch.dtype = torch.float32) -> MetaModel:
+    return view.meta_model(reader, dtype, torch.device("cpu"))
 
 
 def streamed_logits(view: View, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-    with Reader(view.checkpoint.folder) as reader:
-        skeleton = skeleton_of(view, reader)
-        hidden = sweep(skeleton, ids, mask)
-        with skeleton.outer(), torch.inference_mode():
-            return skeleton.logits(hidden.flatten(0, 1)).view(*ids.shape, -1)
+    with Tensors(view.checkpoint.folder) as reader:
+        meta = meta_of(view, reader)
+        hidden = sweep(meta, ids, mask)
+        with meta.outer(), torch.inference_mode():
+            return meta.logits(hidden.flatten(0, 1)).view(*ids.shape, -1)
 
 
 def quarter_dropped(view: View, seed: int = 3) -> Plan:
@@ -63,7 +67,7 @@ def quarter_dropped(view: View, seed: int = 3) -> Plan:
             for expert in torch.randperm(size, generator=generator)[:each]
         ]
         treatments[Unit(layer.index, "experts")] = Treatment(keep=tuple(sorted(kept)))
-    return Plan(view.source.digest, (Stage({"kind": "expert_drop"}, treatments),)).validated(view.source)
+    return validated(Plan(view.source.digest, (Stage({"kind": "expert_drop"}, treatments),)), view.source)
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -138,27 +142,27 @@ def test_priced_bytes_are_the_bytes_written(zoo: Zoo, tmp_path: Path, family: st
     view = view_of(zoo(family))
     plan = quarter_dropped(view)
     out = written(view, plan, tmp_path / "out")
-    assert plan.cost(view.source) == view_of(out).blueprint.cost()
-    assert plan.cost(view.source).bytes == sum(ref.nbytes for ref in open_checkpoint(out).tensors.values())
+    assert price(plan, view.source) == view_of(out).blueprint.cost()
+    assert price(plan, view.source).bytes == sum(ref.nbytes for ref in open_checkpoint(out).tensors.values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layers_state_goes_back_to_the_names_and_values_on_disk(zoo: Zoo, family: str) -> None:
     """Reversal, with another layer loaded between load and reversal (the loader forgets the mapping it did not use)."""
     view = view_of(zoo(family))
-    with Reader(view.checkpoint.folder) as reader:
-        skeleton = skeleton_of(view, reader)
+    with Tensors(view.checkpoint.folder) as reader:
+        meta = meta_of(view, reader)
         for layer in view.source.moe_layers:
-            with skeleton.layer(layer.index):
-                state = {name: tensor.clone() for name, tensor in skeleton.layer_state(layer.index).items()}
+            with meta.layer(layer.index):
+                state = {name: tensor.clone() for name, tensor in meta.layer_state(layer.index).items()}
             dense = [spec.index for spec in view.source.layers if not spec.experts]
-            with skeleton.layer(dense[0] if dense else 0):
+            with meta.layer(dense[0] if dense else 0):
                 pass
             on_disk = {entry.ref.name: entry.ref for entry in view.source.by_layer[layer.index]}
-            back = skeleton.to_disk(state)
+            back = meta.to_disk(state)
             assert back.keys() == on_disk.keys()
             for name, tensor in back.items():
-                assert torch.equal(tensor.float(), reader.tensor(on_disk[name]).float()), name
+                assert torch.equal(tensor.float(), reader.reader.tensor(on_disk[name]).float()), name
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
@@ -166,11 +170,11 @@ def test_precision_follows_stock_loading_in_bfloat16(zoo: Zoo, family: str) -> N
     """Tensors that must stay float32 (correction biases) do, or routing would change."""
     reference = families.reference(zoo(family), dtype=torch.bfloat16)
     view = view_of(zoo(family))
-    with Reader(view.checkpoint.folder) as reader:
-        skeleton = skeleton_of(view, reader, torch.bfloat16)
-        for index in range(len(skeleton.layers)):
-            with skeleton.layer(index):
-                loaded = skeleton.layer_state(index)
+    with Tensors(view.checkpoint.folder) as reader:
+        meta = meta_of(view, reader, torch.bfloat16)
+        for index in range(len(meta.layers)):
+            with meta.layer(index):
+                loaded = meta.layer_state(index)
             for name, tensor in loaded.items():
                 stock = reference.state_dict()[name]
                 assert tensor.dtype == stock.dtype, name
@@ -181,9 +185,9 @@ def test_hidden_states_may_wait_on_disk(zoo: Zoo, tmp_path: Path) -> None:
     view = view_of(zoo("qwen3_moe"))
     ids = torch.randint(view.source.vocab, (300, 20), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids, dtype=torch.bool)
-    with Reader(view.checkpoint.folder) as reader:
-        in_memory = sweep(skeleton_of(view, reader), ids, mask)
-        on_disk = sweep(skeleton_of(view, reader), ids, mask, spill=tmp_path)
+    with Tensors(view.checkpoint.folder) as reader:
+        in_memory = sweep(meta_of(view, reader), ids, mask)
+        on_disk = sweep(meta_of(view, reader), ids, mask, options=SweepOptions(spill=tmp_path))
     assert torch.equal(in_memory, on_disk)
     assert not list(tmp_path.iterdir())
 
@@ -191,11 +195,11 @@ def test_hidden_states_may_wait_on_disk(zoo: Zoo, tmp_path: Path) -> None:
 def test_one_mask_serves_all_batches_of_a_shape(zoo: Zoo) -> None:
     view = view_of(zoo("gpt_oss"))
     ids = torch.randint(view.source.vocab, (4, 10))
-    with Reader(view.checkpoint.folder) as reader, torch.inference_mode():
-        skeleton = skeleton_of(view, reader)
-        with skeleton.outer():
-            waiting = start(skeleton.base, skeleton.layers_name, list(ids.split(2)), [None, None])
-        first, second = (batch._kwargs["position_embeddings"][0] for batch in waiting)
+    with Tensors(view.checkpoint.folder) as reader, torch.inference_mode():
+        meta = meta_of(view, reader)
+        with meta.outer():
+            batches = start(meta.base, meta.layers_name, list(ids.split(2)), [None, None])
+        first, second = (batch.kwargs["position_embeddings"][0] for batch in batches)
         assert first.data_ptr() == second.data_ptr()
 
 
@@ -211,8 +215,8 @@ def test_rebuilt_weights_carry_on_to_the_next_layer(zoo: Zoo) -> None:
     reference = families.reference(zoo("mixtral"))
     for layer in reference.model.layers:
         layer.mlp.experts.down_proj.data.zero_()
-    with Reader(view.checkpoint.folder) as reader:
-        hidden = sweep(skeleton_of(view, reader), ids, mask, silence, carry="rebuilt")
+    with Tensors(view.checkpoint.folder) as reader:
+        hidden = sweep(meta_of(view, reader), ids, mask, silence, SweepOptions("rebuilt"))
     with torch.inference_mode():
         close(hidden, reference.model(ids, use_cache=False).last_hidden_state)
 
@@ -238,10 +242,10 @@ def test_batches_that_wait_at_the_experts_go_on_as_if_run_again(
         changed = {id(layer.experts.down_proj)} | ({*map(id, layer.router.parameters())} if whole else set())
         return {name: tensor / 2 for name, tensor in layer.module.named_parameters() if id(tensor) in changed}
 
-    with Reader(view.checkpoint.folder) as reader:
-        held = sweep(skeleton_of(view, reader), ids, mask, halve, carry="rebuilt")
+    with Tensors(view.checkpoint.folder) as reader:
+        held = sweep(meta_of(view, reader), ids, mask, halve, SweepOptions("rebuilt"))
         times = len(asked)
-        again = sweep(skeleton_of(view, reader), ids, mask, halve, carry="rebuilt", spill=tmp_path)
+        again = sweep(meta_of(view, reader), ids, mask, halve, SweepOptions("rebuilt", spill=tmp_path))
     assert torch.equal(held, again)
     assert times == len(view.source.moe_layers) * (1 + whole)
     assert len(asked) - times == 2 * len(view.source.moe_layers)
@@ -281,3 +285,28 @@ def test_press_measures_text_and_its_result_verifies(zoo: Zoo, text: Path, tmp_p
     assert api.verify(out, against=zoo("deepseek_v2"))["ok"]
     figures = api.evaluate(out, against=zoo("deepseek_v2"), texts=[Source(str(text))], length=32, limit=4)
     assert figures["kl"]["mean"] > 0
+
+
+def test_who_observes_experts_last_sees_them_and_the_one_before_again_afterwards():
+    experts, seen = torch.nn.Identity(), list[str]()
+    experts.num_experts = 0  # pyright: ignore[reportAttributeAccessIssue]
+    inputs = torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
+
+    def answer(name: str) -> Callable[..., Tensor]:
+        def before(*_: Tensor) -> Tensor:
+            seen.append(name)
+            return torch.full((2, 4), 7.0)
+
+        return before
+
+    def after(*_: Tensor) -> None:
+        seen.append("answers")
+
+    with observing(experts, before=answer("outer")):
+        with observing(experts, after=after):
+            assert float(experts_forward(experts, *inputs).sum()) == 0
+        with observing(experts, before=answer("inner")):
+            assert float(experts_forward(experts, *inputs).mean()) == 7
+        experts_forward(experts, *inputs)
+    experts_forward(experts, *inputs)
+    assert seen == ["answers", "inner", "outer"]

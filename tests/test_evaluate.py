@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from families import FAMILIES, random_ids, reference, tensor_files, write_checkpoint
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, open_view
 from moespresso.core.progress import Silent
 from moespresso.data import Batches
-from moespresso.evaluate import compare, evaluate, mean_interval
-from moespresso.model import Skeleton, open_view
+from moespresso.model import MetaModel
+from moespresso.quality import compare, evaluate, mean_interval
 
 # A plain head, one that scales its logits (and is tied), one with a bias.
 HEADS = ["mixtral", "granitemoe", "phimoe"]
@@ -61,11 +61,11 @@ def edited(folder: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
 
 
 @contextmanager
-def skeletons(*folders: Path) -> Iterator[list[Skeleton]]:
+def skeletons(*folders: Path) -> Iterator[list[MetaModel]]:
     """The models in these folders, ready to stream."""
     with ExitStack() as stack:
-        readers = [stack.enter_context(Reader(folder, allow_nonfinite=True)) for folder in folders]
-        yield [open_view(folder).skeleton(reader, torch.float32, torch.device("cpu"))
+        readers = [stack.enter_context(Tensors(folder, allow_nonfinite=True)) for folder in folders]
+        yield [open_view(folder).meta_model(reader, torch.float32, torch.device("cpu"))
                for folder, reader in zip(folders, readers, strict=True)]  # fmt: skip
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 import families
 from conftest import Zoo
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.core.errors import UserError
-from moespresso.core.method import Treats
+from moespresso.core.method import MATRIX_PARTS, Treats
 from moespresso.core.plan import Plan
 from moespresso.core.registry import methods
-from moespresso.core.slim import SLIM_PARTS
-from moespresso.model import open_view
+from moespresso.effect import validated
 
 BITS, GONE = 3, 0.75
 # What a step is told here, and what shows that it was done: levels in a row, zeros in a matrix, or its rank.
@@ -51,13 +51,13 @@ def treats() -> dict[str, tuple[str, ...]]:
 
 def cases() -> list[tuple[str, str]]:
     """Every step with all of its parts at once, and one with each of them alone."""
-    alone = [("magnitude", part) for part in SLIM_PARTS]
+    alone = [("magnitude", part) for part in MATRIX_PARTS]
     return [*((kind, "+".join(able)) for kind, able in treats().items()), *alone]
 
 
 def test_every_step_that_treats_parts_is_here():
     assert treats().keys() == STEPS.keys()
-    assert {part for able in treats().values() for part in able} == set(SLIM_PARTS)
+    assert {part for able in treats().values() for part in able} == set(MATRIX_PARTS)
 
 
 def pressed(model: Path, step: str, text: Path, out: Path) -> Path:
@@ -110,11 +110,15 @@ def test_a_plan_by_hand_names_parts_that_its_step_takes(zoo: Zoo, tmp_path: Path
     api.plan(zoo("mixtral"), steps=["magnitude:parts=head"], out=tmp_path / "plan.json")
     body = (tmp_path / "plan.json").read_text()
     source = open_view(zoo("mixtral")).source
-    Plan.from_json(body).validated(source)
+    validated(Plan.from_json(body), source)
     with pytest.raises(UserError, match="by wanda, which treats experts, shared, attention or dense"):
-        Plan.from_json(
-            body.replace('"magnitude"', '"wanda"').replace('"parts": "head"', '"parts": "experts"')
-        ).validated(source)
+        validated(
+            Plan.from_json(
+                body.replace('"magnitude"', '"wanda"').replace('"parts": "head"', '"parts": "experts"')
+            ),
+            source,
+            steps=True,
+        )
 
 
 def _held(model: Path, kind: str, parts: str, more: str, text: Path, tmp: Path) -> None:

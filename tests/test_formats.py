@@ -20,22 +20,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moespresso.core.errors import UserError
-from moespresso.core.format import DTYPE_BYTES, LAYOUT_BITS, Format, Layout, check_group, stored_parts
+from moespresso.core.format import Format
 from moespresso.formats import (
-    Codes,
+    IntegerLayout,
+    Parts,
+    QuantizedWeights,
+    check_group,
+    codec_named,
+    codecs,
     decode,
-    decode_parts,
     encode,
-    encode_parts,
-    pack_interleaved,
-    pack_words,
     spread,
-    unpack_interleaved,
-    unpack_words,
 )
+from moespresso.formats.packing import pack_interleaved, pack_words, unpack_interleaved, unpack_words
 
 quickly = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-every_layout = pytest.mark.parametrize("layout", list(LAYOUT_BITS))
+LAYOUTS = {held.layout: held for held in codecs() if isinstance(held, IntegerLayout)}
+every_layout = pytest.mark.parametrize("layout", sorted(LAYOUTS))
 DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -46,9 +47,17 @@ DTYPES = {
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+def encode_parts(layout: str, codes: QuantizedWeights) -> dict[str, Tensor]:
+    return codec_named(layout).encode(codes, codes.format)
+
+
+def decode_parts(layout: str, parts: Parts, format: Format, shape: tuple[int, int]) -> QuantizedWeights:
+    return codec_named(layout).numbers(parts, format, shape)
+
+
 def random_codes(
     format: Format, count: int, out: int, width: int, scale: torch.dtype, seed: int, lowest_zero: int = 0
-) -> Codes:
+) -> QuantizedWeights:
     """Codes with every value of the grid, and scales that float16 holds exactly."""
     random = torch.Generator().manual_seed(seed)
     top, groups = 1 << format.bits, width // (format.group_size or width)
@@ -57,13 +66,13 @@ def random_codes(
     if format.symmetric:
         zero.fill_(top // 2)
     steps = torch.randint(1, 128, (count, out, groups), generator=random)
-    return Codes(format, values, (steps / 1024).to(scale), zero)
+    return QuantizedWeights(format, values, (steps / 1024).to(scale), zero)
 
 
 @st.composite
-def stored_codes(draw: st.DrawFn, layout: Layout) -> Codes:
+def stored_codes(draw: st.DrawFn, layout: str) -> QuantizedWeights:
     """Codes of every shape that `layout` holds, down to one row, one group and odd widths."""
-    bits = draw(st.sampled_from(LAYOUT_BITS[layout]))
+    bits = draw(st.sampled_from(LAYOUTS[layout].bits))
     whole = 32 // math.gcd(32, bits)
     out_step, in_step = {"compressed-tensors": (1, 1), "gptq": (whole, whole), "awq": (8, 1)}[layout]
     out = draw(st.integers(1, 40 // out_step)) * out_step
@@ -75,7 +84,7 @@ def stored_codes(draw: st.DrawFn, layout: Layout) -> Codes:
     return random_codes(format, draw(st.integers(1, 3)), out, width, scale, seed, int(layout == "gptq"))
 
 
-def assert_same(ours: Codes, theirs: Codes) -> None:
+def assert_same(ours: QuantizedWeights, theirs: QuantizedWeights) -> None:
     assert ours.format == theirs.format
     for field in ("values", "scale", "zero"):
         a, b = getattr(ours, field), getattr(theirs, field)
@@ -87,13 +96,13 @@ def assert_same(ours: Codes, theirs: Codes) -> None:
 
 
 @every_layout
-def test_what_was_stored_comes_back(layout: Layout):
+def test_what_was_stored_comes_back(layout: str):
     @quickly
     @given(stored_codes(layout))
-    def check(codes: Codes) -> None:
+    def check(codes: QuantizedWeights) -> None:
         count, *shape = codes.values.shape
         parts = encode_parts(layout, codes)
-        expected = stored_parts(layout, codes.format, *shape, DTYPES[codes.scale.dtype])
+        expected = LAYOUTS[layout].shapes(codes.format, *shape, DTYPES[codes.scale.dtype])
         stored = {name: (tuple(part.shape), DTYPES[part.dtype]) for name, part in parts.items()}
         assert stored == {name: ((count, *each), dtype) for name, (each, dtype) in expected.items()}
         for part in parts.values():
@@ -105,7 +114,7 @@ def test_what_was_stored_comes_back(layout: Layout):
 
 
 @every_layout
-def test_matrices_of_a_stack_are_stored_one_by_one(layout: Layout):
+def test_matrices_of_a_stack_are_stored_one_by_one(layout: str):
     codes = random_codes(
         Format("integer", 4, 16, symmetric=False), 3, 32, 64, torch.float16, 1, lowest_zero=1
     )
@@ -113,19 +122,9 @@ def test_matrices_of_a_stack_are_stored_one_by_one(layout: Layout):
     for number in range(3):
         one = slice(number, number + 1)
         alone = encode_parts(
-            layout, Codes(codes.format, codes.values[one], codes.scale[one], codes.zero[one])
+            layout, QuantizedWeights(codes.format, codes.values[one], codes.scale[one], codes.zero[one])
         )
         assert all(torch.equal(alone[name], stack[name][one]) for name in stack)
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_bits_per_weight_is_what_compressed_tensors_stores(bits: int, symmetric: bool):
-    format = Format("integer", bits, 64, symmetric)
-    parts = stored_parts("compressed-tensors", format, 128, 512, "BF16")
-    del parts["weight_shape"]  # sixteen bytes per matrix, whatever its size
-    stored = sum(math.prod(shape) * DTYPE_BYTES[dtype] * 8 for shape, dtype in parts.values())
-    assert stored / (128 * 512) == format.bits_per_weight()
 
 
 # Words
@@ -158,7 +157,7 @@ def test_interleaved_words_come_back(blocks: int, columns: int, seed: int):
 # compressed-tensors, by its own library
 
 
-def library_weights(codes: Codes, parts: dict[str, Tensor]) -> Tensor:
+def library_weights(codes: QuantizedWeights, parts: dict[str, Tensor]) -> Tensor:
     format = codes.format
     arguments: dict[str, Any] = {"num_bits": format.bits, "type": "int", "symmetric": format.symmetric}
     arguments |= (
@@ -174,7 +173,9 @@ def library_weights(codes: Codes, parts: dict[str, Tensor]) -> Tensor:
 
 @quickly
 @given(stored_codes("compressed-tensors"))
-def test_the_library_reads_what_we_store(codes: Codes):
+def test_the_library_reads_what_we_store(codes: QuantizedWeights):
+    # Its 0.20 cannot view a single row of packed zeros as bytes.
+    assume(codes.format.symmetric or codes.values.shape[1] * codes.format.bits > 32)
     weights = library_weights(codes, encode_parts("compressed-tensors", codes))
     ours = decode(codes)
     assert weights.dtype == ours.dtype == codes.scale.dtype
@@ -291,7 +292,7 @@ def test_compressed_tensors_by_hand():
     zero = torch.tensor([[[6]]], dtype=torch.uint8)
     half = torch.tensor([[[0.5]]], dtype=torch.bfloat16)
     parts = encode_parts(
-        "compressed-tensors", Codes(Format("integer", 3, symmetric=False), values, half, zero)
+        "compressed-tensors", QuantizedWeights(Format("integer", 3, symmetric=False), values, half, zero)
     )
     # 0x40000007 + (1 << 27), then 1
     assert in_hex(parts["weight_packed"]) == "07000048 01000000"
@@ -307,7 +308,9 @@ def test_gptq_by_hand():
     values[0, 7] = 15
     zero = torch.tensor([8, 8, 8, 8, 8, 8, 8, 1], dtype=torch.uint8).view(1, 8, 1)
     scale = torch.ones(1, 8, 1, dtype=torch.float16)
-    parts = encode_parts("gptq", Codes(Format("integer", 4, 8, symmetric=False), values, scale, zero))
+    parts = encode_parts(
+        "gptq", QuantizedWeights(Format("integer", 4, 8, symmetric=False), values, scale, zero)
+    )
     assert in_hex(parts["qweight"]) == " ".join(["10325476", *["00000000"] * 6, "ffffffff"])
     assert in_hex(parts["qzeros"]) == "77777707"
     assert in_hex(parts["scales"]) == " ".join(["003c"] * 8)
@@ -317,7 +320,7 @@ def test_gptq_by_hand():
 def test_awq_by_hand():
     # One input, eight outputs that hold their own number: the word is 0x75316420.
     values = torch.arange(8, dtype=torch.uint8).view(1, 8, 1)
-    codes = Codes(
+    codes = QuantizedWeights(
         Format("integer", 4), values, torch.ones(1, 8, 1, dtype=torch.float16), torch.full_like(values, 8)
     )
     parts = encode_parts("awq", codes)
@@ -338,23 +341,25 @@ def test_awq_by_hand():
         ("gptq", Format("integer", 4), 32, 36, "36 inputs .* use the layout compressed-tensors"),
         ("gptq", Format("integer", 3), 32, 48, "packs 3-bit values by 32"),
         ("gptq", Format("integer", 5), 32, 64, "use bits=2 or bits=3 or bits=4 or bits=8, or the layout"),
-        ("compressed-tensors", Format("integer", 5), 32, 64, "use bits=2 or bits=3 or bits=4 or bits=8$"),
+        ("compressed-tensors", Format("integer", 5), 32, 64, "integers of 2, 3, 4 or 8 bits are$"),
         ("compressed-tensors", Format("integer", 4, 48), 32, 64, "32 x 64 has 64 inputs.*use group_size=64"),
     ],
 )
-def test_what_a_layout_cannot_hold(layout: Layout, format: Format, out: int, width: int, cure: str):
+def test_what_a_layout_cannot_hold(layout: str, format: Format, out: int, width: int, cure: str):
     with pytest.raises(UserError, match=cure):
-        stored_parts(layout, format, out, width, "BF16")
+        LAYOUTS[layout].shapes(format, out, width, "BF16")
     groups = max(1, width // (format.group_size or width))
     zero = torch.full((1, out, groups), 1 << format.bits - 1, dtype=torch.uint8)
-    codes = Codes(format, torch.zeros(1, out, width, dtype=torch.uint8), torch.ones(zero.shape), zero)
+    codes = QuantizedWeights(
+        format, torch.zeros(1, out, width, dtype=torch.uint8), torch.ones(zero.shape), zero
+    )
     with pytest.raises(UserError, match=cure):
         encode_parts(layout, codes)
 
 
 @pytest.mark.parametrize("layout", ["gptq", "awq"])
 @pytest.mark.parametrize("scale", [1e5, 1e-9, math.inf, math.nan])
-def test_scales_that_float16_loses(layout: Layout, scale: float):
+def test_scales_that_float16_loses(layout: str, scale: float):
     codes = random_codes(Format("integer", 4, 32), 1, 8, 32, torch.float32, 0)
     codes.scale[0, 3] = scale
     with pytest.raises(UserError, match=r"outside float16.*use the layout compressed-tensors"):
@@ -363,7 +368,7 @@ def test_scales_that_float16_loses(layout: Layout, scale: float):
 
 @pytest.mark.parametrize("layout", ["gptq", "awq"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_other_scales_become_float16(layout: Layout, dtype: torch.dtype):
+def test_other_scales_become_float16(layout: str, dtype: torch.dtype):
     codes = random_codes(Format("integer", 4, 32), 1, 8, 64, dtype, 0)
     codes.scale[0, 0, 0] = 0  # a group of zeros is no loss
     back = decode_parts(layout, encode_parts(layout, codes), codes.format, (8, 64))
@@ -386,7 +391,7 @@ def test_a_symmetric_zero_is_in_the_middle():
 
 
 @every_layout
-def test_parts_of_another_matrix_are_refused(layout: Layout):
+def test_parts_of_another_matrix_are_refused(layout: str):
     codes = random_codes(Format("integer", 4, 32), 2, 16, 64, torch.float16, 0)
     parts = encode_parts(layout, codes)
     with pytest.raises(UserError, match="check bits and group_size"):
@@ -467,7 +472,7 @@ def test_encoding_rounds_to_the_nearest_value(
 
 @quickly
 @given(stored_codes("compressed-tensors"))
-def test_decoded_weights_encode_to_the_same_codes(codes: Codes):
+def test_decoded_weights_encode_to_the_same_codes(codes: QuantizedWeights):
     assume(
         codes.format.bits < 8 or codes.scale.dtype != torch.bfloat16
     )  # 8 bits x 8 bits: bfloat16 rounds products

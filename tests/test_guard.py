@@ -24,10 +24,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import families
 import test_more_families as more
 from conftest import Zoo, write_model
+from moespresso.build import View, open_view
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.unit import Unit
-from moespresso.model import View, is_unequal, open_view
+from moespresso.model import is_unequal
 from moespresso.runtime.unequal import install
 
 install()

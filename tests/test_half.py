@@ -23,21 +23,21 @@ from torch import Tensor, nn
 from conftest import tiny_tokenizer, write_words
 from families import build, read_tensor, tensor_files, write_checkpoint
 from moespresso import api
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, View, make_meta_model, open_view, pick_dtype, precision
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Fed
 from moespresso.core.runtime import Runtime
 from moespresso.data import Batches
 from moespresso.data.text import Source
-from moespresso.evaluate.compare import score_tokens
-from moespresso.measure import RoutedExperts
+from moespresso.fit import Job, measure
+from moespresso.kernels import RoutedExperts
+from moespresso.methods import ExpertDrop, LayerDrop
 from moespresso.methods._awq import find_entrance, is_product
-from moespresso.methods.expert_drop import ExpertDrop, Score, expert_scores
-from moespresso.model import Skeleton, View, make_skeleton, open_view, pick_dtype
-from moespresso.model.opening import precision
-from moespresso.pipeline import Clock, Decided, decide, measure
-from moespresso.recipe import Request
-from moespresso.stream import Memento, stiffness, sweep
+from moespresso.methods.expert_drop import Score, expert_scores
+from moespresso.model import MetaModel
+from moespresso.quality import score_tokens
+from moespresso.run import Decided, Recipe, decide
+from moespresso.stream import SweepState, gradient_moments, sweep
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # What may be lost, as a share of what float32's model loses, and how far the two may be from each other, as the same.
@@ -159,8 +159,8 @@ class Model:
     """A loud model in float32 with its last hidden states."""
 
     view: View
-    reader: Reader
-    skeleton: Skeleton
+    reader: Tensors
+    meta: MetaModel
     states: Tensor
 
 
@@ -173,25 +173,27 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
             family = "mixtral" if name == "quiet" else name
             inner = 1.0 if name == "quiet" else 500.0
             view = open_view(loud(tmp_path_factory.mktemp("loud") / name, family, inner))
-            reader = Reader(view.checkpoint.folder)
+            reader = Tensors(view.checkpoint.folder)
             made[name] = Model(view, reader, *_run(view, reader))
         return made[name]
 
     return model
 
 
-def _run(view: View, reader: Reader) -> tuple[Skeleton, Tensor]:
-    skeleton = make_skeleton(view, reader, Runtime(dtype="float32"))
-    return skeleton, sweep(skeleton, BATCHES.ids, BATCHES.mask)
+def _run(view: View, reader: Tensors) -> tuple[MetaModel, Tensor]:
+    meta = make_meta_model(view, reader, Runtime(dtype="float32"))
+    return meta, sweep(meta, BATCHES.ids, BATCHES.mask)
 
 
 def _decided(view: View, recipe: str, work: Path, dtype: str) -> Decided:
     work.mkdir(exist_ok=True)
-    steps = Request.from_options(model=view.checkpoint.folder, steps=recipe.split("|"), target="plugin").steps
-    return decide(view, steps, BATCHES, None, work, Runtime(dtype=dtype), Clock())
+    steps = (
+        Recipe().with_options(model=view.checkpoint.folder, steps=recipe.split("|"), target="plugin").steps
+    )
+    return decide(Job(view, work, BATCHES, Runtime(dtype=dtype)), steps)
 
 
-def _kl(one: tuple[Skeleton, Tensor], other: tuple[Skeleton, Tensor]) -> float:
+def _kl(one: tuple[MetaModel, Tensor], other: tuple[MetaModel, Tensor]) -> float:
     scored = score_tokens([one[0], other[0]], [one[1], other[1]], BATCHES)
     return float(scored.kl.sum() / scored.compared.sum())
 
@@ -203,7 +205,7 @@ def test_every_step_comes_out_near_float32(
 ):
     model = models(name)
     original = model.skeleton, model.states
-    whole: tuple[Skeleton, Tensor] | None = None
+    whole: tuple[MetaModel, Tensor] | None = None
     lost = 0.0
     for dtype in ("float32", *HALVES):
         made = _decided(model.view, recipe, tmp_path / dtype, dtype)
@@ -217,7 +219,7 @@ def test_every_step_comes_out_near_float32(
         assert found <= more * lost + SLACK, (dtype, found, lost)
         assert _kl(pressed, whole) <= apart * lost + SLACK, (dtype, lost)
         assert all(tensor.isfinite().all() for tensor in made.fits.values() if tensor.is_floating_point())
-        assert not [line for line in made.trouble if "finite" in line]
+        assert not [line for line in made.warnings if "finite" in line]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -227,8 +229,8 @@ def test_every_score_of_experts_is_near_float32s(name: str, models: Callable[[st
     found: dict[str, dict[str, Tensor]] = {}
     for dtype in ("float32", *HALVES):
         (tmp_path / dtype).mkdir()
-        needs = frozenset({"routing", "similarity"})
-        stats = measure(view, BATCHES, needs, tmp_path / dtype, Runtime(dtype=dtype))
+        steps = [ExpertDrop(), LayerDrop()]
+        stats = measure(Job(view, tmp_path / dtype, BATCHES, Runtime(dtype=dtype)), steps, view)
         layer = view.blueprint.moe_layers[-1]
         found[dtype] = {
             f"{score} {gates}": torch.tensor(
@@ -316,9 +318,11 @@ def test_gradients_that_float16_cannot_hold_are_as_in_float32(dtype: str, tmp_pa
         model.lm_head.weight.mul_(0.001)
     model.save_pretrained(tmp_path / "model")
     view = open_view(tmp_path / "model")
-    with Reader(view.checkpoint.folder) as reader:
+    with Tensors(view.checkpoint.folder) as reader:
         whole, half = (
-            stiffness(make_skeleton(view, reader, Runtime(dtype=each)), BATCHES.ids, BATCHES.mask, tmp_path)
+            gradient_moments(
+                make_meta_model(view, reader, Runtime(dtype=each)), BATCHES.ids, BATCHES.mask, tmp_path
+            )
             for each in ("float32", dtype)
         )
     for layer, wanted in whole.items():
@@ -432,15 +436,15 @@ def test_a_run_in_16_bits_is_taken_up_where_it_was(
 ):
     view = models("mixtral").view
     whole = _decided(view, recipe, tmp_path / "whole", dtype)
-    save = Memento.save
+    save = SweepState.save
 
-    def dies(self: Memento, layer: int, hidden: list[Tensor]) -> None:
+    def dies(self: SweepState, layer: int, hidden: list[Tensor]) -> None:
         save(self, layer, hidden)
         assert hidden[0].dtype is HALVES[dtype]
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Memento, "save", dies)
+        patch.setattr(SweepState, "save", dies)
         with pytest.raises(KeyboardInterrupt):
             _decided(view, recipe, tmp_path / "killed", dtype)
     again = _decided(view, recipe, tmp_path / "killed", dtype)

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 import families
-from moespresso.runtime import watch
-from moespresso.runtime.hook import WATCHED, Watcher
+from moespresso._hook import WATCHED, Watcher, watch
 from moespresso.runtime.unequal import install
 
 install()
@@ -73,7 +72,7 @@ from transformers import AutoModelForCausalLM
 for folder in {folders}:
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     print(any(info.values()))
-from moespresso.runtime.hook import Watcher
+from moespresso._hook import Watcher
 print(any(isinstance(finder, Watcher) for finder in sys.meta_path))
 """)
     first = "False" if imports[0] == "moespresso" else "True"
@@ -92,8 +91,8 @@ def test_a_module_that_fails_to_run_is_waited_for_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     calls: list[str] = []
-    monkeypatch.setattr("moespresso.runtime.hook.WATCHED", "watched_by_moespresso")
-    monkeypatch.setattr("moespresso.runtime.hook._install", lambda: calls.append("installed"))
+    monkeypatch.setattr("moespresso._hook.WATCHED", "watched_by_moespresso")
+    monkeypatch.setattr("moespresso._hook._install", lambda: calls.append("installed"))
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "watched_by_moespresso.py").write_text("raise RuntimeError('not yet')")

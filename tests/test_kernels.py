@@ -18,12 +18,11 @@ from torch import Tensor
 
 from moespresso.core.format import Format
 from moespresso.formats.grids import minmax, searched
-from moespresso.formats.integer import SLAB, Codes, decode, encode, in_groups, slabs, spread
+from moespresso.formats.integer import SLAB, QuantizedWeights, decode, encode, in_groups, slabs, spread
 from moespresso.formats.rounding import round_nearest, unbias
-from moespresso.measure.hessians import factored, shrunk
-from moespresso.methods._gptq import solve
-from moespresso.methods._hqq import half_quadratic
-from moespresso.methods._hqq import shrink as shrunk_errors
+from moespresso.kernels import factored, half_quadratic, shrunk
+from moespresso.kernels.gptq import solve
+from moespresso.kernels.hqq import shrink as shrunk_errors
 
 FORMATS = [
     Format("integer", bits, size, symmetric)
@@ -51,13 +50,13 @@ def problem(
     return torch.randn(count, rows, width, generator=draw) * 0.02, inputs.mT @ inputs / tokens
 
 
-def output_error(weights: Tensor, codes: Codes, hessians: Tensor) -> Tensor:
+def output_error(weights: Tensor, codes: QuantizedWeights, hessians: Tensor) -> Tensor:
     """tr(dW H dW^T) of each matrix, in float64."""
     lost = (weights - decode(codes).float()).double()
     return ((lost @ hessians.double()) * lost).sum((1, 2))
 
 
-def same(one: Codes, other: Codes) -> bool:
+def same(one: QuantizedWeights, other: QuantizedWeights) -> bool:
     return all(torch.equal(getattr(one, part), getattr(other, part)) for part in ("values", "scale", "zero"))
 
 
@@ -206,7 +205,7 @@ def test_rows_that_cannot_be_freed_of_shrinkage_stay():
     # The second row is met at a third of its length, the third in the wrong direction: grids that do not fit.
     values = torch.tensor([[[2, 2, 2, 2], [3, 3, 3, 3], [1, 1, 1, 1]]], dtype=torch.uint8)
     scale = torch.tensor([[[1.0], [0.3], [0.5]]])
-    codes = Codes(format, values, scale, torch.full((1, 3, 1), 2, dtype=torch.uint8))
+    codes = QuantizedWeights(format, values, scale, torch.full((1, 3, 1), 2, dtype=torch.uint8))
     assert torch.equal(unbias(weights, codes).scale, scale)
 
 
@@ -274,7 +273,9 @@ def test_half_quadratic_is_never_worse_than_minmax_in_its_norm_and_mostly_better
 # --- GPTQ against the published algorithm --------------------------------------------------------------------------------
 
 
-def published(weights: Tensor, hessian: Tensor, grid: Codes, damping: float, act_order: bool) -> Tensor:
+def published(
+    weights: Tensor, hessian: Tensor, grid: QuantizedWeights, damping: float, act_order: bool
+) -> Tensor:
     """Values [out, in] of one matrix, after arXiv 2210.17323: U upper with U^T U = H^-1, remaining columns updated."""
     rest, hessian = weights.double().clone(), hessian.double()
     width = rest.shape[1]
@@ -296,18 +297,18 @@ def published(weights: Tensor, hessian: Tensor, grid: Codes, damping: float, act
 @pytest.mark.parametrize("seed", range(3))
 def test_codes_are_those_of_the_published_algorithm(format: Format, act_order: bool, seed: int):
     weights, hessians = problem(seed)
-    codes, trouble = solve(
+    codes, warnings = solve(
         weights, hessians, format, torch.float32, act_order=act_order, block=16, damping=0.01, **PUBLISHED
     )
     for number in range(len(weights)):
-        grid = Codes(format, codes.values[[number]], codes.scale[[number]], codes.zero[[number]])
+        grid = QuantizedWeights(format, codes.values[[number]], codes.scale[[number]], codes.zero[[number]])
         assert torch.equal(
             codes.values[number], published(weights[number], hessians[number], grid, 0.01, act_order)
         )
     scale, zero = searched(weights, format, torch.float32)
     assert torch.equal(codes.scale, scale)
     assert torch.equal(codes.zero, zero)
-    assert trouble.damped == {}
+    assert warnings.damped == {}
 
 
 @pytest.mark.parametrize("size", [0, 3])
@@ -378,12 +379,12 @@ def test_in_the_end_no_single_code_and_no_scale_can_be_bettered():
     for row, column, value in itertools.product(range(2), range(16), range(4)):
         values = codes.values.clone()
         values[0, row, column] = value
-        other = Codes(format, values, codes.scale, codes.zero)
+        other = QuantizedWeights(format, values, codes.scale, codes.zero)
         assert float(output_error(weights, other, hessians)) >= float(least) * (1 - 1e-6)
     for row, group, factor in itertools.product(range(2), range(2), (0.99, 1.01)):
         scale = codes.scale.clone()
         scale[0, row, group] *= factor
-        other = Codes(format, codes.values, scale, codes.zero)
+        other = QuantizedWeights(format, codes.values, scale, codes.zero)
         assert float(output_error(weights, other, hessians)) >= float(least) * (1 - 1e-6)
 
 
@@ -431,7 +432,9 @@ def test_all_at_once_is_one_by_one(format: Format):
     many, _ = solve(weights, hessians, format, torch.bfloat16)
     for number in range(len(weights)):
         one, _ = solve(weights[[number]], hessians[[number]], format, torch.bfloat16)
-        assert same(one, Codes(format, many.values[[number]], many.scale[[number]], many.zero[[number]]))
+        assert same(
+            one, QuantizedWeights(format, many.values[[number]], many.scale[[number]], many.zero[[number]])
+        )
 
 
 @pytest.mark.parametrize("block", [1, 7, 16, 40, 128])
@@ -461,17 +464,17 @@ def test_all_shapes(count: int, rows: int, width: int, size: int, source: torch.
         assert float((decode(codes).float() - weights.float()).abs().mean()) < 0.01
 
 
-# --- trouble -------------------------------------------------------------------------------------------------------------------
+# --- warnings -------------------------------------------------------------------------------------------------------------------
 
 
 def test_inputs_that_never_fired_are_rounded_to_nearest_and_counted():
     format, (weights, hessians) = Format("integer", 4, 8, True), problem(14)
     hessians[1, 5], hessians[1, :, 5] = 0.0, 0.0
     hessians[2] = 0.0
-    codes, trouble = solve(weights, hessians, format, torch.float32, **PUBLISHED)
+    codes, warnings = solve(weights, hessians, format, torch.float32, **PUBLISHED)
     nearest = round_nearest(weights, format, torch.float32, unbiased=False)
-    assert trouble.dead == 1 + 40
-    assert trouble.damped == {}
+    assert warnings.dead == 1 + 40
+    assert warnings.damped == {}
     assert torch.equal(codes.values[1, :, 5], nearest.values[1, :, 5])
     assert torch.equal(codes.values[2], nearest.values[2])
 
@@ -479,9 +482,9 @@ def test_inputs_that_never_fired_are_rounded_to_nearest_and_counted():
 def test_a_singular_matrix_is_damped_alone_and_reported():
     format, (weights, hessians) = Format("integer", 4, 8, True), problem(15)
     hessians[1] = 1.0
-    codes, trouble = solve(weights, hessians, format, torch.float32, damping=0.0)
-    assert set(trouble.damped) == {1}
-    assert trouble.damped[1] > 0
+    codes, warnings = solve(weights, hessians, format, torch.float32, damping=0.0)
+    assert set(warnings.damped) == {1}
+    assert warnings.damped[1] > 0
     alone, _ = solve(weights[[0]], hessians[[0]], format, torch.float32, damping=0.0)
     assert torch.equal(codes.values[0], alone.values[0])
     assert float(output_error(weights, codes, hessians)[1]) < 1e-2
@@ -503,8 +506,8 @@ def test_damping_goes_up_tenfold_until_it_does():
 def test_a_hessian_that_is_not_finite_falls_back_to_rounding_to_nearest(place: tuple[int, ...], value: float):
     format, (weights, hessians) = Format("integer", 4, 8, True), problem(16)
     hessians[place] = value
-    codes, trouble = solve(weights, hessians, format, torch.float32, **PUBLISHED)
-    assert trouble.nonfinite == (0,)
+    codes, warnings = solve(weights, hessians, format, torch.float32, **PUBLISHED)
+    assert warnings.nonfinite == (0,)
     nearest = round_nearest(weights, format, torch.float32, unbiased=False)
     assert torch.equal(codes.values[0], nearest.values[0])
 
@@ -516,14 +519,14 @@ def test_a_hessian_that_is_not_finite_falls_back_to_rounding_to_nearest(place: t
 def test_scales_are_never_zero_nor_infinite(format: Format, dtype: torch.dtype, size: float):
     weights, hessians = problem(17)
     weights = weights.sign() * size
-    found, trouble = solve(weights, hessians, format, dtype)
+    found, warnings = solve(weights, hessians, format, dtype)
     everything = [found] + [make(weights, format, dtype) for make in (round_nearest, half_quadratic)]
     for codes in everything:
         assert bool(codes.scale.isfinite().all())
         assert bool((codes.scale != 0).all())
         if size == 0:
             assert not bool(decode(codes).any())
-    assert (trouble.clipped > 0) == (size == 1e38 and dtype == torch.float16)
+    assert (warnings.clipped > 0) == (size == 1e38 and dtype == torch.float16)
 
 
 # --- shrinkage of Hessians -------------------------------------------------------------------------------------------------------

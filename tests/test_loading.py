@@ -27,11 +27,10 @@ import moespresso
 from conftest import tiny_tokenizer, write_model, write_wide
 from families import expert_on_disk
 from moespresso import api
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, open_view, pick_dtype
 from moespresso.core.errors import UserError
-from moespresso.model import open_view, pick_dtype
 from moespresso.runtime import saving
-from test_rehouse import TINY, write_deepseek
+from test_equivalent import TINY, write_deepseek
 
 IDS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -94,8 +93,8 @@ def form(half: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
 def decoded(folder: Path) -> dict[str, Tensor]:
     """What every matrix of a folder is, by its name in a plain checkpoint."""
     view = open_view(folder)
-    with Reader(folder) as reader:
-        return {piece.name: reader.piece(piece).clone() for piece in view.pieces}
+    with Tensors(folder) as reader:
+        return {piece.name: reader.whole(piece).clone() for piece in view.pieces}
 
 
 def logits(model: nn.Module) -> Tensor:

@@ -16,15 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moespresso.measure.hessians import usable
-from moespresso.methods._attention_rank import query_key, value_output
-from moespresso.methods._channels import ascending, last, refitted
-from moespresso.methods._low_rank import (
-    CAP,
+from moespresso.kernels import (
+    ascending,
     entropy_allocation,
+    last,
     leverage,
+    query_key,
+    refitted,
     truncated,
+    usable,
+    value_output,
 )
+from moespresso.kernels.low_rank import CAP
 from samples import error, matrices, moments, root, samples, tail
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]

@@ -19,7 +19,7 @@ from transformers import MixtralConfig
 from conftest import Zoo, tiny_tokenizer
 from driver import Driver, Outcome
 from moespresso import api
-from moespresso.checkpoint.index import INDEX
+from moespresso.checkpoint.files import INDEX
 from moespresso.core.errors import UserError
 from moespresso.core.runtime import Runtime
 

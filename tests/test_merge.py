@@ -33,8 +33,9 @@ from merged_by_hand import (
     written_stage,
 )
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.core.plan import Plan
-from moespresso.model import open_view
+from moespresso.effect import price
 
 Zoo = Callable[[str], Path]
 TOLERANCE = 2e-5
@@ -319,7 +320,7 @@ def test_a_pressed_merge_is_the_stock_model_averaged_by_hand(
     same_logits(out, merge_by_hand(families.reference(precise(name)), merges))
     verified(out, precise(name))
     assert report.after.bytes == nbytes(out) < report.before.bytes
-    assert report.plan.cost(open_view(precise(name)).source) == open_view(out).blueprint.cost()
+    assert price(report.plan, open_view(precise(name)).source) == open_view(out).blueprint.cost()
 
 
 @every_family
@@ -338,7 +339,7 @@ def test_a_plan_by_hand_is_built_without_text_from_weights_alone(name: str, prec
     same_logits(out, merge_by_hand(whole, merges))
     verified(out, precise(name))
     plan = Plan.load(tmp_path / "out.plan.json")
-    assert plan.cost(open_view(precise(name)).source).bytes == nbytes(out)
+    assert price(plan, open_view(precise(name)).source).bytes == nbytes(out)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v2"])

@@ -1,6 +1,6 @@
 """Which experts are merged: are pairs measured, grouped and weighed as HC-SMoE, M-SMoE and REAM say?
 
-The truth is a stock transformers model in float64, overheard by hooks, with all its experts asked about all tokens. From
+The truth is a stock transformers model in float64, observed by hooks, with all its experts asked about all tokens. From
 that the tables of pairs and the three ways to group are written out again in plain loops. More experts than the zoo has,
 and experts that nobody asks, are made up.
 """
@@ -23,15 +23,15 @@ import families
 from conftest import tiny_tokenizer, write_model
 from merged_by_hand import merge_by_hand, read_stage, routed_groups
 from moespresso import api
+from moespresso.build import View, open_view
 from moespresso.core.blueprint import LayerSpec
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan, Treatment
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
-from moespresso.data import Source, calibration
+from moespresso.data import Sampling, Source, calibration
 from moespresso.methods import ExpertMerge
-from moespresso.model import View, open_view
-from test_scores import SIGMOID, Heard, edited, measured, overhear, put, sketch, tokens_for
+from test_scores import SIGMOID, Observed, edited, measured, observe, put, sketch, tokens_for
 
 Zoo = Callable[[str], Path]
 every_family = pytest.mark.parametrize("name", list(families.FAMILIES))
@@ -68,10 +68,10 @@ def learn(folder: Path) -> Known:
     view = open_view(folder)
     text, model = tokens_for(view), families.reference(folder, torch.float64)
     known = Known(view, measured(view, text, "routing", "pairs"), {}, {})
-    for layer, heard in overhear(model, text).items():
-        answers = answers_of(model, layer, heard.hidden)
-        known.tables[layer] = tables_of(heard, answers, sigmoid=model.config.model_type in SIGMOID)
-        known.weights[layer] = weights_of(heard, answers)
+    for layer, observed in observe(model, text).items():
+        answers = answers_of(model, layer, observed.hidden)
+        known.tables[layer] = tables_of(observed, answers, sigmoid=model.config.model_type in SIGMOID)
+        known.weights[layer] = weights_of(observed, answers)
     return known
 
 
@@ -85,15 +85,15 @@ def answers_of(model: PreTrainedModel, layer: int, hidden: Tensor) -> Tensor:
         )
 
 
-def tables_of(heard: Heard, answers: Tensor, *, sigmoid: bool) -> Tables:
+def tables_of(observed: Observed, answers: Tensor, *, sigmoid: bool) -> Tables:
     """The four tables of pairs by their formulas, pair by pair."""
-    scores = heard.logits.sigmoid() if sigmoid else heard.logits.softmax(-1)
+    scores = observed.logits.sigmoid() if sigmoid else observed.logits.softmax(-1)
     count = answers.shape[1]
     tables = {name: torch.zeros(count, count, dtype=torch.float64) for name in
               ("output_distance", "logit_cosine", "gated_cosine", "profile_cosine")}  # fmt: skip
     for i, j in itertools.product(range(count), repeat=2):
         tables["output_distance"][i, j] = (answers[:, i].mean(0) - answers[:, j].mean(0)).norm()
-        tables["logit_cosine"][i, j] = cosine(heard.logits[:, i], heard.logits[:, j])
+        tables["logit_cosine"][i, j] = cosine(observed.logits[:, i], observed.logits[:, j])
         gated = [answers[:, expert] * scores[:, expert, None] for expert in (i, j)]
         tables["gated_cosine"][i, j] = cosine(gated[0].flatten(), gated[1].flatten())
         tables["profile_cosine"][i, j] = cosine(scores[:, i], scores[:, j])
@@ -104,13 +104,13 @@ def cosine(one: Tensor, other: Tensor) -> Tensor:
     return one @ other / (one.norm() * other.norm())
 
 
-def weights_of(heard: Heard, answers: Tensor) -> dict[str, list[float]]:
+def weights_of(observed: Observed, answers: Tensor) -> dict[str, list[float]]:
     """How often each expert is selected, and its REAP saliency: the mean of gate times norm over its tokens."""
     tokens, saliency = [], []
     for expert in range(answers.shape[1]):
-        token, slot = torch.nonzero(heard.index == expert, as_tuple=True)
+        token, slot = torch.nonzero(observed.index == expert, as_tuple=True)
         tokens.append(float(len(token)))
-        sums = (heard.gates[token, slot] * answers[token, expert].norm(dim=-1)).sum()
+        sums = (observed.gates[token, slot] * answers[token, expert].norm(dim=-1)).sum()
         saliency.append(float(sums) / max(len(token), 1))
     return {"tokens": tokens, "saliency": saliency}
 
@@ -257,14 +257,14 @@ def test_in_sequence_each_layer_is_decided_on_what_the_merged_ones_before_it_let
               steps=[f"expert_merge:keep={keep},method={method},sequential=true,align=true"])  # fmt: skip
     plan = json.loads((tmp_path / "out" / "moespresso.json").read_text())["plan"]
     merges = read_stage(plan["stages"][0])
-    text_rows = calibration([Source(str(text))], tiny_tokenizer(), 6, 32)
+    text_rows = calibration([Source(str(text))], tiny_tokenizer(), Sampling(6, 32))
     for index, merge in merges.items():
         earlier = {number: other for number, other in merges.items() if number < index}
         model = merge_by_hand(families.reference(source), earlier).double()
-        heard = overhear(model, text_rows)[index]
-        answers = answers_of(model, index, heard.hidden)
-        weights = weights_of(heard, answers)["saliency" if method == "ream" else "tokens"]
-        tables = tables_of(heard, answers, sigmoid=False)
+        observed = observe(model, text_rows)[index]
+        answers = answers_of(model, index, observed.hidden)
+        weights = weights_of(observed, answers)["saliency" if method == "ream" else "tokens"]
+        tables = tables_of(observed, answers, sigmoid=False)
         expected: Groups = {}
         for experts in routed_groups(model, index):
             expected |= grouped(method, experts, keep // layer.groups, tables, weights)
@@ -285,7 +285,7 @@ def made_up(
     generator = torch.Generator().manual_seed(seed)
     answers = torch.randn(30, experts, 5, generator=generator, dtype=torch.float64)
     logits = torch.randn(30, experts, generator=generator, dtype=torch.float64)
-    tables = tables_of(Heard(answers, logits, logits, logits, logits, logits), answers, sigmoid=False)
+    tables = tables_of(Observed(answers, logits, logits, logits, logits, logits), answers, sigmoid=False)
     tokens = [0.0 if expert in silent else float(row) for expert, row in
               enumerate(torch.randperm(experts, generator=generator) + 1)]  # fmt: skip
     norms = [0.0 if expert in silent else float(row) for expert, row in

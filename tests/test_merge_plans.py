@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 
 import families
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.core.errors import UserError
-from moespresso.model import open_view
-from moespresso.recipe import Request
 
 Zoo = Callable[[str], Path]
 Rows = dict[str, dict[str, Any]]
@@ -52,7 +51,7 @@ def merge(**changes: Any) -> Rows:
 def refused(zoo: Zoo, path: Path, *, out: Path, target: str = "transformers") -> str:
     """The one sentence by which a plan is refused, with nothing written."""
     with pytest.raises(UserError) as said:
-        api.build(zoo("mixtral"), plan=path, out=out, request=Request(target=target))
+        api.build(zoo("mixtral"), plan=path, out=out, target=target)
     assert not out.exists()
     assert "\n" not in str(said.value)
     return str(said.value)

@@ -2,7 +2,7 @@
 
 The zoo of `families.py` has a hand-made reference for every family. Here one reference serves all: experts that no
 token of a text selects can go without changing a single logit, as long as the router scores them one by one and
-renormalises what it selects. Which ones those are is heard from stock transformers.
+renormalises what it selects. Which ones those are is observed from stock transformers.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import families
 from conftest import tiny_tokenizer
 from moespresso import api
+from moespresso.build import View
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.unit import Unit
 from moespresso.data import Source
-from moespresso.model import View
+from moespresso.effect import validated
 from test_engine import close, streamed_logits, view_of, written
 
 # Multi-head latent attention, and the same with an index of what to look at.
@@ -141,7 +142,7 @@ def _unused_dropped(view: View, model: PreTrainedModel, ids: Tensor) -> Plan:
         assert len(dropped) == 2
         kept = tuple(expert for expert in range(8) if expert not in dropped)
         treatments[Unit(layer, "experts")] = Treatment(keep=kept)
-    return Plan(view.source.digest, (Stage({"kind": "expert_drop"}, treatments),)).validated(view.source)
+    return validated(Plan(view.source.digest, (Stage({"kind": "expert_drop"}, treatments),)), view.source)
 
 
 @pytest.mark.parametrize("family", MIXTURES)

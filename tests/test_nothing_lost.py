@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from moespresso.core.errors import UserError
-from moespresso.data import Source, calibration, sequences
+from moespresso.data import Sampling, Source, calibration, sequences
 from moespresso.data.text import documents
 from test_conversations import ANSWER, ASK, BARE, FULL, TOOL, Record, call, read, stock, write
 from test_data import byte_tokenizer
@@ -95,7 +95,7 @@ def test_words_that_nothing_reads_are_named_once(tmp_path: Path, name: str, capl
     record, field = UNREAD[name]
     file = write(tmp_path / "a.jsonl", *[record] * 3, {"messages": [ASK]})
     words = f"{file}: 3 of 4 conversations hold words in {field!r}, which is not read: put them"
-    for make in (lambda: calibration([Source(str(file))], byte_tokenizer(FULL), 2, 999),
+    for make in (lambda: calibration([Source(str(file))], byte_tokenizer(FULL), Sampling(2, 999)),
                  lambda: sequences([Source(str(file))], byte_tokenizer(), 16)):  # fmt: skip
         caplog.clear()
         make()
@@ -203,7 +203,7 @@ def test_calls_that_another_spelling_loses_are_refused(tmp_path: Path):
     ):
         read(tmp_path, record, DEEP)
     file = write(tmp_path / "a.jsonl", *[record] * 9)
-    assert calibration([Source(str(file))], byte_tokenizer(DEEP), 1, 16, mode="pack")
+    assert calibration([Source(str(file))], byte_tokenizer(DEEP), Sampling(1, 16, mode="pack"))
     assert read(tmp_path, {"messages": [ASK, ANSWER]}, DEEP) == "<user>rain?<assistant>no"
 
 
@@ -222,7 +222,7 @@ def test_a_conversation_of_no_row(tmp_path: Path, template: str, count: int):
         with pytest.raises(
             UserError, match=rf"a\.jsonl:10: .* comes to {count} tokens?, and a row needs at least 2"
         ):
-            calibration([Source(str(file))], byte_tokenizer(text), 1, 16, seed)
+            calibration([Source(str(file))], byte_tokenizer(text), Sampling(1, 16, seed))
 
 
 def few_words(model: str, template: str | None = None) -> PreTrainedTokenizerFast:
@@ -251,14 +251,14 @@ def test_a_text_that_the_tokenizer_does_not_take_whichever_is_drawn(
         with pytest.raises(
             UserError, match=r"a\.jsonl:8: the tokenizer (does not take this text|has no token)"
         ):
-            calibration([Source(str(file))], few_words(model, template), 2, 4, seed)
+            calibration([Source(str(file))], few_words(model, template), Sampling(2, 4, seed))
 
 
 def test_deep_nesting_is_text(tmp_path: Path):
     deep = "[" * 200_000
     file = write(tmp_path / "a.jsonl", {"text": deep})
-    assert calibration([Source(str(file))], byte_tokenizer(), 1, 16)
+    assert calibration([Source(str(file))], byte_tokenizer(), Sampling(1, 16))
     file = write(tmp_path / "b.jsonl", {"prompt": deep, "completion": deep, "tools": deep[:50]})
-    assert calibration([Source(str(file))], byte_tokenizer(), 1, 16, mode="pack")
+    assert calibration([Source(str(file))], byte_tokenizer(), Sampling(1, 16, mode="pack"))
     (tmp_path / "c.txt").write_text(deep)
     assert sequences([Source(str(tmp_path / "c.txt"))], byte_tokenizer(), 16, 2)

@@ -22,15 +22,14 @@ import families
 from conftest import tiny_tokenizer, write_model, write_words
 from merged_by_hand import merge_by_hand, read_stage
 from moespresso import api
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, open_view
 from moespresso.core.errors import UserError
-from moespresso.data import Batches, Source, calibration
-from moespresso.measure import MeanAnswers
-from moespresso.model import open_view
-from moespresso.recipe import Request
+from moespresso.data import Batches, Sampling, Source, calibration
+from moespresso.run import Recipe
+from moespresso.statistics import MeanAnswers
 from moespresso.stream import sweep
 from test_merge_groups import answers_of
-from test_scores import edited, overhear, put, tokens_for
+from test_scores import edited, observe, put, tokens_for
 
 Zoo = Callable[[str], Path]
 # Layer -> expert -> what it answers instead, or None.
@@ -69,7 +68,7 @@ def kept(treatments: Mapping[str, Any]) -> dict[int, list[int]]:
 
 
 def batches_of(text: Path) -> Batches:
-    return calibration([Source(str(text))], tiny_tokenizer(), SAMPLES, LENGTH)
+    return calibration([Source(str(text))], tiny_tokenizer(), Sampling(SAMPLES, LENGTH))
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
@@ -123,11 +122,11 @@ def _adding(vectors: Mapping[int, Tensor | None]) -> Callable[..., Tensor]:
 def means_of(model: PreTrainedModel, batches: Batches) -> dict[int, Tensor]:
     """Mean answer [E, H] of every expert over the tokens it is selected for, zeros where there are none."""
     found: dict[int, Tensor] = {}
-    for layer, heard in overhear(model, batches).items():
-        answers = answers_of(model, layer, heard.hidden)
+    for layer, observed in observe(model, batches).items():
+        answers = answers_of(model, layer, observed.hidden)
         found[layer] = torch.zeros_like(answers[0])
         for expert in range(len(found[layer])):
-            tokens = (heard.index == expert).any(-1)
+            tokens = (observed.index == expert).any(-1)
             if bool(tokens.any()):
                 found[layer][expert] = answers[tokens, expert].mean(0)
     return found
@@ -159,8 +158,8 @@ def found_means(folder: Path, batches: Batches) -> dict[int, Tensor]:
     """What the product measures, in float64."""
     view = open_view(folder)
     visitor = MeanAnswers({layer.index for layer in view.source.moe_layers})
-    with Reader(folder) as reader:
-        sweep(view.skeleton(reader, torch.float64, torch.device("cpu")), batches.ids, batches.mask, visitor)
+    with Tensors(folder) as reader:
+        sweep(view.meta_model(reader, torch.float64, torch.device("cpu")), batches.ids, batches.mask, visitor)
     return visitor.values
 
 
@@ -357,8 +356,8 @@ def test_novices_are_found_again_on_the_same_text_only(zoo: Zoo, text: Path, tmp
     plan.write_text(json.dumps(json.loads((out / "moespresso.json").read_text())["plan"]))
 
     def build(name: str, *texts: Path) -> Path:
-        request = Request(texts=tuple(Source(str(path)) for path in texts), target="plugin")
-        api.build(zoo("gpt_oss"), plan=plan, out=tmp_path / name, request=request)
+        recipe = Recipe().with_options(texts=tuple(Source(str(path)) for path in texts), target="plugin")
+        api.build(zoo("gpt_oss"), plan=plan, out=tmp_path / name, recipe=recipe)
         return tmp_path / name
 
     again = build("again", text)

@@ -14,14 +14,14 @@ from pyarrow import parquet
 
 from conftest import write_wide, write_words
 from moespresso import api
+from moespresso.build import pick_device
 from moespresso.cli import main
 from moespresso.core.errors import UserError
 from moespresso.core.place import typed
 from moespresso.core.registry import parse_step
-from moespresso.data import Source, calibration
+from moespresso.data import Sampling, Source, calibration
 from moespresso.data.text import documents
-from moespresso.model.opening import pick_device
-from moespresso.recipe import Recipe
+from moespresso.run import Recipe
 from test_data import byte_tokenizer
 
 STEP = ["--step", "expert_drop:keep=6"]
@@ -142,7 +142,7 @@ def test_one_mapping_may_take_in_another(tmp_path: Path):
 def test_weights_of_any_size_are_shares(tmp_path: Path, weight: float):
     file = tmp_path / "a.txt"
     file.write_text("some words " * 40)
-    rows = calibration([Source(str(file), weight)] * 3, byte_tokenizer(), 9, 8)
+    rows = calibration([Source(str(file), weight)] * 3, byte_tokenizer(), Sampling(9, 8))
     assert [each["samples"] for each in rows.describe()["sources"]] == [3, 3, 3]
 
 

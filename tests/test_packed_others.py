@@ -18,8 +18,8 @@ from torch import Tensor
 import moespresso
 from conftest import write_wide
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.core.errors import UserError
-from moespresso.model import open_view
 from test_packed_source import W4, W8, configured, grid, said_by, section_of
 
 ROUTERS = "block_sparse_moe.gate.weight"

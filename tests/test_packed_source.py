@@ -21,9 +21,10 @@ from torch import Tensor
 import moespresso
 from conftest import write_wide
 from moespresso import api
-from moespresso.checkpoint import Reader, hoisted
+from moespresso.build import Tensors, open_view
+from moespresso.checkpoint import hoisted
+from moespresso.checkpoint.reader import Reader
 from moespresso.core.errors import UserError
-from moespresso.model import open_view
 
 KEEP = "expert_drop:keep=4,score=aimer"
 W4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
@@ -284,9 +285,9 @@ def test_gptq_in_the_order_of_activations(packed: Path, tmp_path: Path):
     """The inputs of every matrix in another order, codes and groups alike, decode to its columns in that order."""
     folder = tmp_path / "gptq"
     api.export(packed, to="gptq", out=folder)
-    with Reader(folder) as reader:
+    with Tensors(folder) as reader:
         plain = {
-            name: reader.tensor(ref).clone()
+            name: reader.reader.tensor(ref).clone()
             for name, ref in open_view(folder).checkpoint.tensors.items()
             if ref.packed
         }

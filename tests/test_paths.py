@@ -20,7 +20,7 @@ from moespresso.core.place import place, typed
 from moespresso.data import Source
 from moespresso.data.hub import hub_dataset
 from moespresso.data.text import documents
-from moespresso.recipe import Recipe, Request
+from moespresso.run import Recipe
 
 STEP = "expert_drop:keep=6"
 BLIND = "expert_drop:keep=6,score=aimer"
@@ -116,14 +116,14 @@ class TestEveryDoor:
 
     def test_a_recipe_wherever_it_lies(self, home: Path):
         Path("far").mkdir()
-        recipe = Path("far/r.yaml")
-        recipe.write_text(
+        file = Path("far/r.yaml")
+        file.write_text(
             f"model: ~/m\nsteps: ['{STEP}']\ncalibration: {{samples: 2, length: 16, texts: [{{path: ~/t.txt}}]}}\n"
         )
-        request = Request.from_recipe(Recipe.load(recipe))
-        assert (request.model, request.texts) == (str(home / "m"), (Source(str(home / "t.txt")),))
-        shutil.copy(recipe, home / "r.yaml")
-        assert Request.from_recipe(Recipe.load("~/r.yaml")) == request
+        recipe = Recipe.load(file)
+        assert (recipe.model, recipe.calibration.texts) == (str(home / "m"), (Source(str(home / "t.txt")),))
+        shutil.copy(file, home / "r.yaml")
+        assert Recipe.load("~/r.yaml") == recipe
         assert main(["press", "--recipe=~/r.yaml", "--out=~/o"]) == 0
 
     @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ import moespresso
 from conftest import Zoo, write_wide
 from driver import Driver
 from moespresso import api
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, open_view
 from moespresso.core.errors import UserError
 from moespresso.core.registry import opened, parse_step
-from moespresso.model import open_view
-from moespresso.recipe import Request
+from moespresso.effect import price
+from moespresso.run import Recipe
 from test_depth_steps import plan_of
 from test_resume import KILLED, Press, contents, same
 from test_slim import disk, disk_of, press, proven
@@ -47,7 +47,9 @@ def test_half_of_every_matrix_goes_and_nothing_else_changes(
     for name, tensor in disk_of(out).items():
         if ".experts." not in name:
             assert torch.equal(tensor, before[name]), name
-    assert plan_of(out).cost(open_view(zoo(family)).source).bytes == sum(t.nbytes for t in disk(out).values())
+    assert price(plan_of(out), open_view(zoo(family)).source).bytes == sum(
+        t.nbytes for t in disk(out).values()
+    )
 
 
 @pytest.mark.parametrize("step", PATTERNS)
@@ -67,10 +69,10 @@ def test_pruned_and_rounded_in_one_pass(bits: int, sparsity: str, source: Path, 
     )
     proven(out, source)
     view = open_view(out)
-    with Reader(out) as reader:
+    with Tensors(out) as reader:
         for piece in view.pieces:
             if piece.unit.part == "experts":
-                values = reader.piece(piece).float()
+                values = reader.whole(piece).float()
                 assert float((values == 0).float().mean()) >= 0.5
     assert {packed.bits for packed in view.formats.values()} == {bits}
 
@@ -218,11 +220,11 @@ def test_a_mask_and_what_stays_are_the_same_matrices_in_fewer_bytes(
     out = press(zoo(family), tmp_path / "out", step, text=text, target="plugin")
     proven(out, zoo(family))
     tensors = disk(out)
-    assert plan_of(out).cost(open_view(zoo(family)).source).bytes == sum(t.nbytes for t in tensors.values())
+    assert price(plan_of(out), open_view(zoo(family)).source).bytes == sum(t.nbytes for t in tensors.values())
     assert sum(t.nbytes for t in tensors.values()) < sum(t.nbytes for t in disk(plain).values())
-    with Reader(out) as reader:
+    with Tensors(out) as reader:
         for piece in open_view(out).pieces:
-            assert torch.equal(reader.piece(piece), disk(plain)[piece.name]), piece.name
+            assert torch.equal(reader.whole(piece), disk(plain)[piece.name]), piece.name
     loaded, dense = moespresso.load(out), moespresso.load(plain)
     for mine, other in zip(loaded.state_dict().values(), dense.state_dict().values(), strict=True):
         torch.testing.assert_close(
@@ -276,20 +278,20 @@ def test_products_are_stored_as_their_factors(family: str, zoo: Zoo, text: Path,
     out = press(zoo(family), tmp_path / "out", "low_rank:ratio=0.25", text=text, target="plugin")
     proven(out, zoo(family))
     tensors, before = disk(out), disk_of(zoo(family))
-    assert plan_of(out).cost(open_view(zoo(family)).source).bytes == sum(t.nbytes for t in tensors.values())
+    assert price(plan_of(out), open_view(zoo(family)).source).bytes == sum(t.nbytes for t in tensors.values())
     names = [name for name in before if ".experts." in name]
     stored = sum(t.nbytes for name, t in tensors.items() if ".experts." in name)
     assert stored <= 0.75 * sum(before[name].nbytes for name in names)
     state = moespresso.load(out).state_dict()
     assert all(bool(tensor.isfinite().all()) for tensor in state.values())
-    with Reader(out) as reader:
+    with Tensors(out) as reader:
         for piece in open_view(out).pieces:
             if piece.name in names:
                 left, right = (
                     tensors[piece.name.replace("weight", part)] for part in ("weight_left", "weight_right")
                 )
                 torch.testing.assert_close(
-                    reader.piece(piece).float(), left.float() @ right.float(), rtol=2**-7, atol=1e-3
+                    reader.whole(piece).float(), left.float() @ right.float(), rtol=2**-7, atol=1e-3
                 )
     for step in ("expert_drop:keep=6,renormalise=compensate", "magnitude"):
         proven(press(out, tmp_path / step[:9], step, text=text, target="plugin"), out)
@@ -348,7 +350,7 @@ def test_modegpt_is_short_for_its_two_steps(
 )
 def test_what_modegpt_cannot_be_told(settings: str, reason: str):
     with pytest.raises(UserError, match=reason):
-        Request.from_options(steps=["expert_drop", f"low_rank:method=modegpt,{settings}"])
+        Recipe().with_options(steps=["expert_drop", f"low_rank:method=modegpt,{settings}"])
 
 
 def test_a_step_that_is_short_for_others_does_nothing_by_itself(zoo: Zoo):

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from moespresso.core.format import Format
 from moespresso.formats.grids import searched
-from moespresso.formats.integer import SLAB, Codes, decode, encode, spread
-from moespresso.methods import _gptq
-from moespresso.methods._masks import kept, kept_by_share, largest
-from moespresso.methods._sparsegpt import solve
+from moespresso.formats.integer import SLAB, QuantizedWeights, decode, encode, spread
+from moespresso.kernels import gptq as _gptq
+from moespresso.kernels import kept, kept_by_share, solve
+from moespresso.kernels.masks import largest
 from test_kernels import problem
 
 HALF, DENSE = Format(density=0.5), Format(density=1.0)
@@ -198,7 +198,12 @@ def test_equal_shares_with_ties_zeros_and_nan():
 
 
 def published(
-    weights: Tensor, hessian: Tensor, format: Format, damping: float, block: int, grid: Codes | None
+    weights: Tensor,
+    hessian: Tensor,
+    format: Format,
+    damping: float,
+    block: int,
+    grid: QuantizedWeights | None,
 ) -> tuple[Tensor, Tensor]:
     """New weights and mask of one matrix [out, in], after arXiv 2301.00774: U upper with U^T U = H^-1, all that is still
     to come updated after each column. Only how many a block keeps is ours: its code keeps one weight too few in each."""
@@ -233,15 +238,17 @@ def published(
 @pytest.mark.parametrize("block", [128, 16, 24, 1])
 def test_weights_are_those_of_the_published_algorithm(format: Format, code: Format | None, block: int):
     weights, hessians = problem(1)
-    met, mask, codes, trouble = solve(
+    met, mask, codes, warnings = solve(
         weights, hessians, format, block=block, code=code, dtype=torch.float32, damping=0.02
     )
     assert (met.dtype, mask.dtype) == (torch.float32, torch.bool)
-    assert trouble == _gptq.Trouble({}, (), 0, 0)
+    assert warnings == _gptq.Warnings({}, (), 0, 0)
     for number in range(len(weights)):
         grid = None
         if codes:
-            grid = Codes(codes.format, codes.values[[number]], codes.scale[[number]], codes.zero[[number]])
+            grid = QuantizedWeights(
+                codes.format, codes.values[[number]], codes.scale[[number]], codes.zero[[number]]
+            )
         expected, stays = published(weights[number], hessians[number], format, 0.02, block, grid)
         assert torch.equal(mask[number], stays)
         torch.testing.assert_close(met[number].double(), expected, rtol=1e-4, atol=1e-6)
@@ -422,7 +429,7 @@ def test_rounding_on_the_way_is_better_than_afterwards(format: Format, symmetric
     assert float(found) < 0.97 * float(other)
 
 
-# --- many at once, and trouble ------------------------------------------------------------------------------
+# --- many at once, and warnings ------------------------------------------------------------------------------
 
 
 @formats
@@ -464,9 +471,9 @@ def test_moments_may_be_sums(format: Format):
 def test_inputs_that_never_fired_go_first_and_what_stays_of_them_is_left_alone():
     weights, hessians = problem(11)
     hessians[1, 5], hessians[1, :, 5] = 0.0, 0.0
-    met, mask, _, trouble = solve(weights, hessians, HALF, damping=1e-4)
-    assert trouble.dead == 1
-    assert trouble.damped == {}
+    met, mask, _, warnings = solve(weights, hessians, HALF, damping=1e-4)
+    assert warnings.dead == 1
+    assert warnings.damped == {}
     assert not bool(mask[1, :, 5].any())
     met, mask, _, _ = solve(weights, hessians, Format(density=39.5 / 40), damping=1e-4)
     assert torch.equal(met[1, :, 5], weights[1, :, 5] * mask[1, :, 5])
@@ -475,9 +482,9 @@ def test_inputs_that_never_fired_go_first_and_what_stays_of_them_is_left_alone()
 def test_a_singular_matrix_is_damped_alone_and_reported():
     weights, hessians = problem(12)
     hessians[1] = 1.0
-    met, _, _, trouble = solve(weights, hessians, HALF, damping=0.0)
-    assert set(trouble.damped) == {1}
-    assert trouble.damped[1] > 0
+    met, _, _, warnings = solve(weights, hessians, HALF, damping=0.0)
+    assert set(warnings.damped) == {1}
+    assert warnings.damped[1] > 0
     alone, _, _, _ = solve(weights[[0]], hessians[[0]], HALF, damping=0.0)
     torch.testing.assert_close(met[0], alone[0])
     assert float(output_error(weights, met, hessians)[1]) < 1e-2
@@ -487,19 +494,19 @@ def test_a_singular_matrix_is_damped_alone_and_reported():
 def test_a_hessian_that_is_not_finite_falls_back_to_magnitude(value: float):
     weights, hessians = problem(13)
     hessians[0, 3, 4] = value
-    met, _, _, trouble = solve(weights, hessians, PATTERNS[0])
-    assert trouble.nonfinite == (0,)
+    met, _, _, warnings = solve(weights, hessians, PATTERNS[0])
+    assert warnings.nonfinite == (0,)
     assert torch.equal(met[0], (weights * kept(weights.abs(), PATTERNS[0]))[0])
 
 
 def test_scales_cut_to_their_dtype_are_counted():
     weights, hessians = problem(14)
-    _, _, codes, trouble = solve(
+    _, _, codes, warnings = solve(
         weights.sign() * 1e30, hessians, PATTERNS[0], code=Format("integer", 4, 8), dtype=torch.float16
     )
     assert codes is not None
     assert bool(codes.scale.isfinite().all())
-    assert trouble.clipped == codes.scale.numel()
+    assert warnings.clipped == codes.scale.numel()
 
 
 def test_nothing_and_everything_may_be_asked_for():

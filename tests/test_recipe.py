@@ -1,10 +1,9 @@
-"""Recipes and requests: what is written is what is asked for, and every mistake names its place."""
+"""Recipes: what is written is what is asked for, and every mistake names its place."""
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from moespresso.core.errors import UserError
 from moespresso.core.registry import parse_step
 from moespresso.data import Source
-from moespresso.recipe import Recipe, Request, parse_size
+from moespresso.run import Recipe, parse_size
 
 GOLDEN = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 FULL = """\
@@ -53,37 +52,49 @@ def recipe_file(tmp_path):
     return _write
 
 
-def test_a_full_recipe_becomes_the_request_it_says(recipe_file):
+def test_a_full_recipe_asks_for_what_it_says(recipe_file):
     path = recipe_file(FULL)
-    request = Request.from_recipe(Recipe.load(path))
-    assert request.steps == (
+    recipe = Recipe.load(path)
+    assert recipe.steps == (
         parse_step("expert_drop:keep=6,score=routing"),
         parse_step("expert_drop:ratio=0.5,score=random"),
     )
     code = Source(str(path.parent / "text/code.jsonl"), weight=3, field="content")
-    assert request.texts == (code, Source("wikitext2", split="validation", hub=True))
-    assert (request.samples, request.length, request.mode, request.seed) == (16, 64, "pack", 7)
-    assert (request.target, request.size) == ("vllm", "25%")
-    assert request.model == str(path.parent / "tiny")
+    text = recipe.calibration
+    assert text.texts == (code, Source("wikitext2", split="validation", hub=True))
+    assert (text.samples, text.length, text.mode, recipe.seed) == (16, 64, "pack", 7)
+    assert (recipe.target, recipe.budget.size) == ("vllm", "25%")
+    assert recipe.model == str(path.parent / "tiny")
 
 
 def test_what_is_resolved_is_json_and_asks_for_the_same_again(recipe_file, tmp_path):
-    request = Request.from_recipe(Recipe.load(recipe_file(FULL)))
+    recipe = Recipe.load(recipe_file(FULL))
     again = tmp_path / "again.yaml"
-    again.write_text(json.dumps(request.recipe))
-    assert Request.from_recipe(Recipe.load(again)) == request
+    again.write_text(json.dumps(recipe.resolved()))
+    assert Recipe.load(again) == recipe
 
 
-def test_an_empty_recipe_has_the_defaults_of_a_request():
-    request = Request.from_recipe(Recipe())
-    assert replace(request, recipe={}) == Request()
+def test_what_is_resolved_stands_in_the_order_of_manifests(recipe_file):
+    """Manifests keep it: other bytes of it would be another result."""
+    path = recipe_file(FULL)
+    code = {"path": f"{path.parent}/text/code.jsonl", "weight": 3.0, "field": "content", "join": False}
+    wiki = {"dataset": "wikitext2", "weight": 1.0, "split": "validation", "join": False}
+    said = Recipe.load(path).resolved()
+    assert list(said) == ["model", "calibration", "steps", "budget", "target", "seed"]
+    assert json.dumps(said["calibration"]) == json.dumps(
+        {"texts": [code, wiki], "samples": 16, "length": 64, "mode": "pack"}
+    )
+    assert json.dumps(Recipe().resolved()) == (
+        '{"calibration": {"texts": [], "samples": 128, "length": 2048, "mode": "auto"}, "steps": [], '
+        '"target": "transformers", "seed": 0}'
+    )
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_golden_recipes_load(path):
-    request = Request.from_recipe(Recipe.load(path))
-    assert request.steps
-    assert all(text.hub or Path(text.name).exists() for text in request.texts)
+    recipe = Recipe.load(path)
+    assert recipe.steps
+    assert all(text.hub or Path(text.name).exists() for text in recipe.calibration.texts)
 
 
 def test_there_are_golden_recipes():
@@ -165,16 +176,18 @@ def test_a_model_that_may_be_a_hub_id_is_left_alone(recipe_file):
 
 
 def test_the_calibration_seed_alone_is_the_seed(recipe_file):
-    assert Request.from_recipe(Recipe.load(recipe_file("calibration:\n  seed: 5\n"))).seed == 5
+    recipe = Recipe.load(recipe_file("calibration:\n  seed: 5\n"))
+    assert recipe.seed == recipe.resolved()["seed"] == 5
 
 
 def test_options_are_followed_instead_of_the_recipe_and_the_log_says_so(recipe_file, caplog):
     recipe = Recipe.load(recipe_file(FULL))
     with caplog.at_level(logging.INFO, "moespresso"):
-        request = Request.from_options(recipe=recipe, samples=4, size="1GiB", seed=7, texts=["mine.txt"])
-    assert (request.samples, request.size, request.length, request.target) == (4, "1GiB", 64, "vllm")
-    assert request.texts == (Source("mine.txt"),)
-    assert request.steps == recipe.steps
+        asked = recipe.with_options(samples=4, size="1GiB", seed=7, texts=["mine.txt"])
+    text = asked.calibration
+    assert (text.samples, asked.budget.size, text.length, asked.target) == (4, "1GiB", 64, "vllm")
+    assert text.texts == (Source("mine.txt"),)
+    assert asked.steps == recipe.steps
     said = caplog.messages
     assert "samples: 4 is followed instead of the recipe's 16" in said
     assert any(line.startswith("size: 1GiB") for line in said)
@@ -185,25 +198,25 @@ def test_options_are_followed_instead_of_the_recipe_and_the_log_says_so(recipe_f
 def test_an_option_the_recipe_is_silent_about_needs_no_words(recipe_file, caplog):
     recipe = Recipe.load(recipe_file("steps: [expert_drop]\n"))
     with caplog.at_level(logging.INFO, "moespresso"):
-        Request.from_options(recipe=recipe, samples=4, seed=3)
+        recipe.with_options(samples=4, seed=3)
     assert not caplog.messages
 
 
 def test_the_seed_option_overrides_a_calibration_seed(recipe_file):
     recipe = Recipe.load(recipe_file("calibration:\n  seed: 5\n"))
-    request = Request.from_options(recipe=recipe, seed=6)
-    assert request.seed == request.recipe["seed"] == 6
+    asked = recipe.with_options(seed=6)
+    assert asked.seed == asked.resolved()["seed"] == 6
 
 
 def test_python_may_give_objects(tmp_path):
     step = parse_step("expert_drop:keep=4")
     source = Source("a.txt", weight=2)
-    request = Request.from_options(
+    recipe = Recipe().with_options(
         steps=[step, {"kind": "expert_drop"}], texts=[source, tmp_path], datasets=["c4"]
     )
-    assert request.steps == (step, parse_step("expert_drop"))
-    assert request.texts == (source, Source(str(tmp_path)), Source("c4", hub=True))
-    json.dumps(request.recipe)
+    assert recipe.steps == (step, parse_step("expert_drop"))
+    assert recipe.calibration.texts == (source, Source(str(tmp_path)), Source("c4", hub=True))
+    json.dumps(recipe.resolved())
 
 
 @pytest.mark.parametrize(
@@ -218,11 +231,12 @@ def test_python_may_give_objects(tmp_path):
             "step 1: expert_drop: score='raep' is unknown (did you mean 'reap'?)",
         ),
         ({"texts": ["a.txt:wait=2"]}, "unknown option 'wait'"),
+        ({"stepz": ["expert_drop"]}, "no option 'stepz' (did you mean 'steps'?)"),
     ],
 )
 def test_a_wrong_option_is_refused_in_one_sentence(options, words):
     with pytest.raises(UserError) as caught:
-        Request.from_options(**options)
+        Recipe().with_options(**options)
     assert words in str(caught.value)
 
 
@@ -263,6 +277,6 @@ def test_a_share_is_never_more_than_it_says(share, whole):
     "path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_the_recipes_that_come_along_are_read(path: Path):
-    request = Request.from_recipe(Recipe.load(path))
-    assert request.steps
-    assert all(Path(source.name).is_dir() for source in request.texts if not source.hub)
+    recipe = Recipe.load(path)
+    assert recipe.steps
+    assert all(Path(source.name).is_dir() for source in recipe.calibration.texts if not source.hub)

@@ -26,18 +26,17 @@ from families import (
     reference,
     routers,
 )
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, View, open_view
 from moespresso.core.blueprint import LayerSpec
 from moespresso.core.layer import Call, Layer, Routed, Taps
-from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.data import Batches
-from moespresso.measure import Measurer, Reconstruction, Sample, reconstruction
-from moespresso.measure.reconstruction import _only
+from moespresso.fit import Job, measure
 from moespresso.methods import ExpertDrop
-from moespresso.model import View, open_view
-from moespresso.pipeline import measure
+from moespresso.statistics import Measurer, reconstruction
+from moespresso.statistics.reconstruction import _only, search
+from moespresso.statistics.sample import Sample
 from moespresso.stream import sweep
 
 Zoo = Callable[[str], Path]
@@ -57,11 +56,11 @@ def searched(view: View, ids: Tensor, layers: Sequence[int]) -> dict[int, dict[s
             sample = Sample(layer.spec.experts, view.source.hidden, ids.numel())
             for call in taps:
                 sample.add(call)
-            found[layer.spec.index] = Reconstruction(sample).search(layer)
+            found[layer.spec.index] = search(layer, sample)
 
-    with Reader(view.checkpoint.folder) as reader:
-        skeleton = view.skeleton(reader, torch.float32, torch.device("cpu"))
-        sweep(skeleton, ids, torch.ones_like(ids, dtype=torch.bool), visit)
+    with Tensors(view.checkpoint.folder) as reader:
+        meta = view.meta_model(reader, torch.float32, torch.device("cpu"))
+        sweep(meta, ids, torch.ones_like(ids, dtype=torch.bool), visit)
     return found
 
 
@@ -71,13 +70,13 @@ class ByHand:
     def __init__(self, model: PreTrainedModel, layer: int, ids: Tensor) -> None:
         self.model, self.layer = model, layer
         self.experts, self.top_k = experts_of(model)[layer]
-        heard: list[Tensor] = []
+        observed: list[Tensor] = []
         block = moe_blocks(model)[layer]
-        handle = block.register_forward_pre_hook(lambda _, args: heard.append(args[0]))
+        handle = block.register_forward_pre_hook(lambda _, args: observed.append(args[0]))
         with torch.no_grad():
             model(ids, use_cache=False)
             handle.remove()
-            self.hidden = heard[0]
+            self.hidden = observed[0]
             self.whole = _output(block, self.hidden)
         # Cutting copies the model: leave in it only what is cut.
         self.bare = _only_layer(model, layer)
@@ -198,9 +197,9 @@ def grouped_error(truth: ByHand, kept: set[int]) -> float:
 
 def measured(view: View, ids: Tensor) -> Stats:
     measurer = Measurer(["reconstruction"], ids.numel())
-    with Reader(view.checkpoint.folder) as reader:
-        skeleton = view.skeleton(reader, torch.float32, torch.device("cpu"))
-        sweep(skeleton, ids, torch.ones_like(ids, dtype=torch.bool), measurer)
+    with Tensors(view.checkpoint.folder) as reader:
+        meta = view.meta_model(reader, torch.float32, torch.device("cpu"))
+        sweep(meta, ids, torch.ones_like(ids, dtype=torch.bool), measurer)
     return Stats("key", view.source.digest, values=measurer.values)
 
 
@@ -306,7 +305,7 @@ def test_a_text_shorter_than_the_sample_is_looked_at_as_a_whole(
     view = open_view(zoo("deepseek_v2"))
     ids = random_ids(FAMILIES["deepseek_v2"].config(), rows, length)
     batches = Batches(ids, torch.ones_like(ids, dtype=torch.bool), {})
-    measure(view, batches, frozenset({"reconstruction"}), tmp_path, Runtime())
+    measure(Job(view, tmp_path, batches), [ExpertDrop(score="reconstruction")], view)
     assert [len(hidden) for hidden in looked_at] == [rows * length] * 2
 
 
@@ -314,7 +313,7 @@ def test_padding_is_not_looked_at(zoo: Zoo, looked_at: list[Tensor], tmp_path: P
     view = open_view(zoo("deepseek_v2"))
     ids = random_ids(FAMILIES["deepseek_v2"].config(), 1, 20)
     mask = torch.arange(20)[None] < 13
-    measure(view, Batches(ids, mask, {}), frozenset({"reconstruction"}), tmp_path, Runtime())
+    measure(Job(view, tmp_path, Batches(ids, mask, {})), [ExpertDrop(score="reconstruction")], view)
     assert [len(hidden) for hidden in looked_at] == [13, 13]
 
 
@@ -324,7 +323,7 @@ def test_the_sample_is_spread_over_the_whole_batch(tokens: int, looked_at: list[
     routed = Routed(numbers, numbers, numbers.long(), numbers, numbers.unsqueeze(2), (numbers,))
     sample = Sample(8, 16, tokens)
     sample.add(Call(numbers[None], numbers[None], torch.ones(1, tokens, dtype=torch.bool), routed))
-    Reconstruction(sample).search(Layer(LayerSpec(0, "attention", 8, top_k=2, floor=8), nn.Identity()))
+    search(Layer(LayerSpec(0, "attention", 8, top_k=2, floor=8), nn.Identity()), sample)
     (taken,) = looked_at
     assert 500 < len(taken) <= 1024
     assert taken.max() > 0.95 * tokens

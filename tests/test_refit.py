@@ -13,7 +13,7 @@ from conftest import Zoo
 from driver import Driver
 from moespresso import api
 from moespresso.core.errors import UserError
-from moespresso.methods._joint import answers, joint_refit
+from moespresso.kernels.joint_refit import answers, joint_refit
 from test_channels import routed
 from test_depth_kl import rows_of
 from test_resume import KILLED, Press, contents, same
@@ -91,7 +91,7 @@ def test_a_layer_that_nothing_was_done_to_stays_as_it_is_and_is_told(zoo: Zoo, t
         zoo("mixtral"), out=tmp_path / "out", steps=["refit"], texts=[text], samples=8, length=24
     )
     assert any(
-        "L0 stays as it is: no earlier step of this recipe changed it" in line for line in report.trouble
+        "L0 stays as it is: no earlier step of this recipe changed it" in line for line in report.warnings
     )
     before, after = disk_of(zoo("mixtral")), disk_of(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from conftest import Zoo
+from moespresso.build import open_view
 from moespresso.core.blueprint import Blueprint
 from moespresso.core.plan import Plan, Stage, Treatment
-from moespresso.core.remains import Remains, merged_into, remains
 from moespresso.core.unit import Unit
-from moespresso.model import open_view
+from moespresso.effect.remains import Remains, merged_into, remains
 
 EXPERTS = range(8)
 

@@ -73,7 +73,7 @@ REPORT = Report(
     machine={"cpu": "A processor", "cores": 8, "memory_bytes": 64 * GIB, "os": "Linux 6", "accelerators": []},
     versions={"moespresso": "0.1.0"},
     out=Path("pressed"),
-    trouble=("L3.E7 saw no token",),
+    warnings=("L3.E7 saw no token",),
     notes=("left behind: modeling.py",),
     peak_rss_bytes=5 * GIB,
     peak_anonymous_bytes=3 * GIB,
@@ -131,7 +131,7 @@ def test_to_dict_has_the_keys_of_press_json():
     assert body["phases"] == {"measure": 200.0, "plan": 0.5, "build": 61.0}
     assert body["peak_rss_bytes"] == 5 * GIB
     assert body["plan"] == json.loads(PLAN.to_json())
-    assert body["trouble"] == ["L3.E7 saw no token"]
+    assert body["warnings"] == ["L3.E7 saw no token"]
     assert body["scores"]["L0"]["dropped"] == [3, 5]
 
 
@@ -196,7 +196,7 @@ def test_the_pages_of_stats_and_plans():
     assert "measured into s.json" in stats
     assert "4,096" in stats
     assert "L3.E7 saw no token" in stats
-    assert "tokens" not in render_stats(replace(STATS, tokens=0, trouble=()))
+    assert "tokens" not in render_stats(replace(STATS, tokens=0, warnings=()))
     plan = render_plan(PLAN, "p.json")
     assert "stage 1: expert_drop (keep=6)" in plan
     assert "L0.experts   keep 0-2, 4, 6, 7" in plan
@@ -270,7 +270,7 @@ def test_a_card_says_nothing_about_the_disk_the_clock_or_the_machine():
 
 
 def test_a_card_of_an_untouched_model_claims_nothing():
-    card = model_card(replace(REPORT, scores={}, trouble=(), notes=()))
+    card = model_card(replace(REPORT, scores={}, warnings=(), notes=()))
     assert "dropped" not in card.lower()
     assert "To know" not in card
 

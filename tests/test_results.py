@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moespresso.cli import app
+from moespresso.cli.app import app
 from moespresso.core.registry import parse_step
 
 ROOT = Path(__file__).parents[1]

@@ -169,8 +169,8 @@ class TestKilled:
         assert whole(REAP, more=allow).code == 0
         assert press(REAP, more=allow, kill="end remember 1").code == KILLED
         assert press(REAP, more=allow).code == 0
-        trouble = json.loads((whole.out / MANIFEST).read_text())["trouble"]
-        assert [line for line in trouble if "layers.0.block_sparse_moe.experts.4.w1" in line]
+        warnings = json.loads((whole.out / MANIFEST).read_text())["warnings"]
+        assert [line for line in warnings if "layers.0.block_sparse_moe.experts.4.w1" in line]
         assert same(contents(press.out), contents(whole.out))
 
     @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ class TestFinished:
 
     def test_the_same_command_tells_the_same(self, press: Press):
         first, again = (json.loads(press(AIMER).stdout) for _ in range(2))
-        for key in ("plan", "bytes", "params", "scores", "trouble", "recipe"):
+        for key in ("plan", "bytes", "params", "scores", "warnings", "recipe"):
             assert first[key] == again[key]
 
     def test_other_settings_are_refused(self, press: Press, reference: dict[str, dict[str, bytes]]):

@@ -30,11 +30,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import families
 import test_more_families as more
+from moespresso._hook import watch
 from moespresso.core.errors import UserError
+from moespresso.model import observing
 from moespresso.model.experts import is_experts
-from moespresso.runtime import watch
+from moespresso.runtime.guard import COUNT_KEYS
 from moespresso.runtime.parts import NoNorm, Silent, SilentMixer
-from moespresso.runtime.unequal import COUNT_KEYS, Change, changes, install
+from moespresso.runtime.unequal import Change, changes, install
 
 install()
 
@@ -306,16 +308,16 @@ def test_every_function_of_experts_leaves_out_the_same(family: str, function: st
     close(families.logits_of(model, ids), eager)
 
 
-def test_a_tap_sees_the_experts_that_are_there() -> None:
+def test_an_observer_sees_the_experts_that_are_there() -> None:
     whole = stock("mixtral")
     model = built(whole, {"1": {"skip": ["expert.2", "expert.5+novice"]}})
     model.set_experts_implementation("moespresso")
     (experts,) = stacks(model.model.layers[1])
     calls: list[tuple[Tensor, ...]] = []
-    experts.moespresso_tap = lambda *call: calls.append(call)
     answers: list[Tensor] = []
     experts.register_forward_hook(lambda _, __, out: answers.append(out))
-    families.logits_of(model, ids_for(model))
+    with observing(experts, after=lambda *call: calls.append(call)):
+        families.logits_of(model, ids_for(model))
     ((_, index, weights, outputs),) = calls
     gone = index == 6
     assert gone.any()

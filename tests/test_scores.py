@@ -1,6 +1,6 @@
 """Expert Drop: does every score say what its formula says, and is what is decided what was asked for?
 
-The truth is a stock transformers model, eager everywhere, overheard by hooks: its routers' logits and gates, and its
+The truth is a stock transformers model, eager everywhere, observed by hooks: its routers' logits and gates, and its
 own experts asked for one token and one expert at a time. From that the formulas are written out again here, in plain
 loops. How many and which are kept is tested on made-up scores, where the right answer can be counted.
 """
@@ -36,20 +36,19 @@ from families import (
     routers,
     tensor_files,
 )
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, View, open_view
 from moespresso.core.blueprint import Blueprint, LayerSpec
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Decision, Plan
 from moespresso.core.progress import Silent
-from moespresso.core.runtime import Runtime
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.data import Batches
-from moespresso.measure import Measurer, weight_sums
+from moespresso.fit import Job
 from moespresso.methods import ExpertDrop
 from moespresso.methods.expert_drop import expert_scores, super_experts
-from moespresso.model import View, open_view
-from moespresso.pipeline import Clock, Decided, decide
+from moespresso.run import Decided, decide
+from moespresso.statistics import Measurer, Weights
 from moespresso.stream import sweep
 
 Zoo = Callable[[str], Path]
@@ -78,18 +77,18 @@ def tokens_for(
 def measured(view: View, batches: Batches, *needs: str) -> Stats:
     """What the product measures, in float64 so that only formulas can differ."""
     measurer = Measurer(needs or ["routing"], batches.num_tokens)
-    with Reader(view.checkpoint.folder) as reader:
-        skeleton = view.skeleton(reader, torch.float64, torch.device("cpu"))
-        sweep(skeleton, batches.ids, batches.mask, measurer)
+    with Tensors(view.checkpoint.folder) as reader:
+        meta = view.meta_model(reader, torch.float64, torch.device("cpu"))
+        sweep(meta, batches.ids, batches.mask, measurer)
         values = measurer.values
         if "weights" in needs:
-            for unit, row in weight_sums(view, reader, Silent()).items():
+            for unit, row in Weights().measure(view, reader, Silent()).items():
                 values[unit].update(row)
-    return Stats("key", view.source.digest, batches.num_tokens, values, tuple(measurer.trouble))
+    return Stats("key", view.source.digest, batches.num_tokens, values, tuple(measurer.warnings))
 
 
 @dataclass
-class Heard:
+class Observed:
     """What the stock modules of one layer said: `hidden` [T, H] into the experts, `logits` [T, E], `gates` and
     `index` [T, k], the experts' `routed` sum and the layer's output `after` [T, H]."""
 
@@ -101,7 +100,7 @@ class Heard:
     after: Tensor
 
 
-def overhear(model: PreTrainedModel, batches: Batches) -> dict[int, Heard]:
+def observe(model: PreTrainedModel, batches: Batches) -> dict[int, Observed]:
     """Run a stock model and listen to its own routers, experts and layers, valid tokens only."""
     said: dict[int, dict[str, Any]] = {layer: {} for layer in moe_blocks(model)}
 
@@ -121,7 +120,7 @@ def overhear(model: PreTrainedModel, batches: Batches) -> dict[int, Heard]:
     for handle in handles:
         handle.remove()
     valid = batches.mask.reshape(-1)
-    return {layer: Heard(**{key: rows.reshape(len(valid), -1)[valid] for key, rows in row.items()})
+    return {layer: Observed(**{key: rows.reshape(len(valid), -1)[valid] for key, rows in row.items()})
             for layer, row in said.items()}  # fmt: skip
 
 
@@ -132,26 +131,29 @@ def answer(model: PreTrainedModel, layer: int, expert: int, hidden: Tensor) -> T
         return moe_blocks(model)[layer].experts(hidden[None], slot, one)[0]
 
 
-def slow_scores(model: PreTrainedModel, layer: int, heard: Heard) -> dict[str, list[float]]:
+def slow_scores(model: PreTrainedModel, layer: int, observed: Observed) -> dict[str, list[float]]:
     """Every score of one layer by its formula: token by token, expert by expert."""
     count = experts_of(model)[layer][0]
     sigmoid = model.config.model_type in SIGMOID
-    scores = heard.logits.double().sigmoid() if sigmoid else heard.logits.double().softmax(-1)
+    scores = observed.logits.double().sigmoid() if sigmoid else observed.logits.double().softmax(-1)
     multiplier = getattr(model.model.layers[layer], "residual_multiplier", 1.0)
     sums = {name: [0.0] * count for name in ("s", "s_topk", "n", "g|f|", "s|f|", "|f|", "|f|2", "cg|f|")}
-    for token, hidden in enumerate(heard.hidden):
-        after = heard.after[token]
-        change = 1 - float(torch.cosine_similarity(after - multiplier * heard.routed[token], after, dim=0))
+    for token, hidden in enumerate(observed.hidden):
+        after = observed.after[token]
+        change = 1 - float(torch.cosine_similarity(after - multiplier * observed.routed[token], after, dim=0))
         for expert in range(count):
             sums["s"][expert] += float(scores[token, expert])
-        for slot, expert in enumerate(heard.index[token].tolist()):
-            norm, gate = float(answer(model, layer, expert, hidden).norm()), float(heard.gates[token, slot])
+        for slot, expert in enumerate(observed.index[token].tolist()):
+            norm, gate = (
+                float(answer(model, layer, expert, hidden).norm()),
+                float(observed.gates[token, slot]),
+            )
             score = float(scores[token, expert])
             adds = {"n": 1, "s_topk": score, "g|f|": gate * norm, "s|f|": score * norm, "|f|": norm,
                     "|f|2": norm**2, "cg|f|": change * gate * norm}  # fmt: skip
             for name, value in adds.items():
                 sums[name][expert] += value
-    total = len(heard.hidden)
+    total = len(observed.hidden)
 
     def mean(name: str) -> list[float]:
         return [value / n if n else -math.inf for value, n in zip(sums[name], sums["n"], strict=True)]
@@ -174,11 +176,11 @@ def test_every_score_is_its_formula(name: str, zoo: Zoo):
     view = open_view(zoo(name))
     batches = tokens_for(view)
     stats, model = measured(view, batches), reference(zoo(name), torch.float64)
-    heard = overhear(model, batches)
+    observed = observe(model, batches)
     assert stats.tokens == batches.num_tokens == 3 * 16 - 5
-    assert list(heard) == [layer.index for layer in view.source.moe_layers]
+    assert list(observed) == [layer.index for layer in view.source.moe_layers]
     for layer in view.source.moe_layers:
-        for label, expected in slow_scores(model, layer.index, heard[layer.index]).items():
+        for label, expected in slow_scores(model, layer.index, observed[layer.index]).items():
             score, _, gates = label.partition(", gates=")
             got = expert_scores(ExpertDrop(score=score, gates=gates or "model"), stats, layer)
             # The product subtracts a cosine from one in float32, which costs easy_ep a digit.
@@ -189,8 +191,8 @@ def test_every_score_is_its_formula(name: str, zoo: Zoo):
 @every_family
 def test_aimer_is_its_formula(name: str, zoo: Zoo):
     view = open_view(zoo(name))
-    with Reader(view.checkpoint.folder) as reader:
-        stats = Stats("key", view.source.digest, values=weight_sums(view, reader, Silent()))
+    with Tensors(view.checkpoint.folder) as reader:
+        stats = Stats("key", view.source.digest, values=Weights().measure(view, reader, Silent()))
     for layer in view.source.moe_layers:
         expected = []
         for expert in range(layer.experts):
@@ -239,7 +241,7 @@ def shunned(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
 def test_an_expert_without_tokens_is_reported_by_name(family: str, shunned: dict[str, tuple[View, Stats]]):
     view, stats = shunned[family]
     assert stats.of(2, view.source.layers[2].experts, "tokens")[5] == 0
-    (line,) = [line for line in stats.trouble if "L2.E5" in line]
+    (line,) = [line for line in stats.warnings if "L2.E5" in line]
     assert line.startswith("no calibration token reached L2.E5: ")
 
 
@@ -586,9 +588,9 @@ COMPENSATE = ExpertDrop(score="routing", ratio=0.3, renormalise="compensate", pr
 def test_compensation_is_the_mean_softmax_mass_of_what_is_kept(name: str, zoo: Zoo):
     view, model = open_view(zoo(name)), reference(zoo(name), torch.float64)
     batches = tokens_for(view)
-    heard, decision = overhear(model, batches), COMPENSATE.decide(measured(view, batches), view.source)
+    observed, decision = observe(model, batches), COMPENSATE.decide(measured(view, batches), view.source)
     for layer, kept in kept_by(decision).items():
-        mass = heard[layer].logits.double().softmax(-1)[:, list(kept)].sum(-1)
+        mass = observed[layer].logits.double().softmax(-1)[:, list(kept)].sum(-1)
         scale = decision.treatments[Unit(layer, "experts")].scale
         assert scale == pytest.approx(float(mass.mean()), rel=1e-6)
         assert 0.5 < scale < 0.95
@@ -645,7 +647,7 @@ def conducted(
 ) -> Decided:
     """Let the conductor decide, with its notes in a folder of its own."""
     work = Path(tempfile.mkdtemp(dir=folder))
-    return decide(view, steps, batches or tokens_for(view), None, work, Runtime(), Clock())
+    return decide(Job(view, work, batches or tokens_for(view)), steps)
 
 
 FIRST = {"mixtral": 6, "deepseek_v2": 9, "granitemoe": 6}
@@ -727,7 +729,7 @@ def test_a_protected_expert_of_a_second_step_is_named_as_in_the_source(zoo: Zoo,
 )
 def test_stats_without_what_a_score_needs_are_the_users_mistake(step: ExpertDrop, zoo: Zoo):
     view = open_view(zoo("mixtral"))
-    with Reader(view.checkpoint.folder) as reader:
-        weights = Stats("key", view.source.digest, values=weight_sums(view, reader, Silent()))
+    with Tensors(view.checkpoint.folder) as reader:
+        weights = Stats("key", view.source.digest, values=Weights().measure(view, reader, Silent()))
     with pytest.raises(UserError, match="measure again with a step that needs it"):
         step.decide(weights, view.source)

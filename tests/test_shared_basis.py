@@ -18,13 +18,13 @@ import moespresso
 from conftest import Zoo, write_wide
 from driver import Driver
 from moespresso import api
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, open_view
 from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.core.plan import Plan, Stage
 from moespresso.core.unit import Unit
-from moespresso.model import open_view
-from moespresso.recipe import Request
+from moespresso.effect import price
+from moespresso.run import Recipe
 from test_channel_prune import PLAIN, SHARED
 from test_depth_steps import plan_of
 from test_resume import KILLED, Press, contents, same
@@ -48,7 +48,9 @@ def stored_experts(folder: Path) -> int:
 def test_every_family_shares_bases(family: str, zoo: Zoo, text: Path, tmp_path: Path):
     out = press(zoo(family), tmp_path / "out", STEP, text=text, target="plugin")
     proven(out, zoo(family))
-    assert plan_of(out).cost(open_view(zoo(family)).source).bytes == sum(t.nbytes for t in disk(out).values())
+    assert price(plan_of(out), open_view(zoo(family)).source).bytes == sum(
+        t.nbytes for t in disk(out).values()
+    )
     before = stored_experts(zoo(family))
     assert 0.65 * before < stored_experts(out) <= 0.76 * before  # some are stored in float32
     experts = {layer.experts for layer in open_view(out).source.moe_layers}
@@ -66,8 +68,8 @@ def test_every_family_shares_bases(family: str, zoo: Zoo, text: Path, tmp_path: 
 def test_what_is_stored_is_what_is_loaded(zoo: Zoo, text: Path, tmp_path: Path):
     out = press(zoo("mixtral"), tmp_path / "out", STEP, text=text, target="plugin")
     tensors = disk(out)
-    with Reader(out) as reader:
-        whole = {piece.name: reader.piece(piece) for piece in open_view(out).pieces}
+    with Tensors(out) as reader:
+        whole = {piece.name: reader.whole(piece) for piece in open_view(out).pieces}
     state = moespresso.load(out).state_dict()
     for layer, expert, matrix in itertools.product(range(2), range(8), ("w1", "w3")):
         stem = f"model.layers.{layer}.block_sparse_moe.experts."
@@ -104,7 +106,7 @@ def test_in_one_recipe_with_other_steps(steps: list[str], text: Path, tmp_path: 
     source = write_wide(tmp_path / "source")
     out = press(source, tmp_path / "out", *steps, text=text, target="plugin")
     proven(out, source)
-    assert plan_of(out).cost(open_view(source).source).bytes == sum(t.nbytes for t in disk(out).values())
+    assert price(plan_of(out), open_view(source).source).bytes == sum(t.nbytes for t in disk(out).values())
     moespresso.load(out)
 
 
@@ -140,19 +142,17 @@ def test_a_folder_with_bases_is_a_source_like_any_other(
 @pytest.mark.parametrize("at", ["folder", "recipe"])
 @pytest.mark.few(1)
 def test_the_first_that_is_left_stores_what_all_need(at: str, text: Path, tmp_path: Path):
-    source, request = write_wide(tmp_path / "source"), {"texts": [text], "target": "plugin", **OPTIONS}
+    source, options = write_wide(tmp_path / "source"), {"texts": [text], "target": "plugin", **OPTIONS}
     first = press(source, tmp_path / "first", STEP, text=text, target="plugin")
     start = first if at == "folder" else source
     steps = ["expert_drop:keep=6"] if at == "folder" else [STEP, "expert_drop:keep=6"]
-    made = api.plan(start, request=Request.from_options(model=start, steps=steps, **request))
+    made = api.plan(start, steps=steps, **options)
     gone = Stage(made.stages[-1].method, {
         unit: replace(treatment, keep=(2, 3, 5)) for unit, treatment in made.stages[-1].treatments.items()
     })  # fmt: skip
     Plan(made.blueprint, (*made.stages[:-1], gone), made.calibration).save(tmp_path / "plan.json")
     out = tmp_path / "out"
-    api.build(
-        start, plan=tmp_path / "plan.json", out=out, request=Request.from_options(model=start, **request)
-    )
+    api.build(start, plan=tmp_path / "plan.json", out=out, **options)
     proven(out, start)
     before, after = disk(first), disk(out)
     assert shared_parts(out) == shared_parts(first)
@@ -271,29 +271,29 @@ def test_stock_engines_and_steps_that_would_undo_it_are_refused(text: Path, tmp_
 def test_bad_plans(
     unit: str, format: dict[str, Any] | None, reason: str, zoo: Zoo, text: Path, tmp_path: Path
 ):
-    request = Request.from_options(
+    recipe = Recipe().with_options(
         model=zoo("mixtral"), steps=[STEP], texts=[text], target="plugin", **OPTIONS
     )
-    body = json.loads(api.plan(zoo("mixtral"), request=request).to_json())
+    body = json.loads(api.plan(zoo("mixtral"), recipe=recipe).to_json())
     body["stages"][0]["treatments"] |= {unit: {"format": format}}
     if format is None:
         del body["stages"][0]["treatments"][unit]
     (tmp_path / "plan.json").write_text(json.dumps(body))
     with pytest.raises(UserError, match=reason):
-        api.build(zoo("mixtral"), plan=tmp_path / "plan.json", out=tmp_path / "out", request=request)
+        api.build(zoo("mixtral"), plan=tmp_path / "plan.json", out=tmp_path / "out", recipe=recipe)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "magnitude", "channel_prune"])
 @pytest.mark.few(1)
 def test_a_plan_whose_method_makes_other_formats(method: str, zoo: Zoo, text: Path, tmp_path: Path):
-    request = Request.from_options(
+    recipe = Recipe().with_options(
         model=zoo("mixtral"), steps=[STEP], texts=[text], target="plugin", **OPTIONS
     )
-    body = json.loads(api.plan(zoo("mixtral"), request=request).to_json())
+    body = json.loads(api.plan(zoo("mixtral"), recipe=recipe).to_json())
     body["stages"][0]["method"] = {"kind": method} | ({"width": 8} if method == "channel_prune" else {})
     (tmp_path / "plan.json").write_text(json.dumps(body))
     with pytest.raises(UserError, match=f"which {method} as it is set does not make"):
-        api.build(zoo("mixtral"), plan=tmp_path / "plan.json", out=tmp_path / "out", request=request)
+        api.build(zoo("mixtral"), plan=tmp_path / "plan.json", out=tmp_path / "out", recipe=recipe)
 
 
 @pytest.mark.parametrize("damage", ["gone", "shape", "shares", "scalar", "twice", "orphan"])
@@ -356,7 +356,7 @@ def test_matrices_of_several_dtypes(ends: list[str], dtype: torch.dtype, text: P
     changed(source, ends, lambda tensor: tensor.to(dtype))
     out = press(source, tmp_path / "out", STEP, text=text, target="plugin")
     proven(out, source)
-    assert plan_of(out).cost(open_view(source).source).bytes == sum(t.nbytes for t in disk(out).values())
+    assert price(plan_of(out), open_view(source).source).bytes == sum(t.nbytes for t in disk(out).values())
     assert stored_experts(out) <= 0.75 * stored_experts(source)
     moespresso.load(out)
 

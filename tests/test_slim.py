@@ -16,12 +16,13 @@ import families
 import moespresso
 from conftest import Zoo, tiny_tokenizer, write_wide
 from moespresso import api
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, open_view
+from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.runtime import Runtime
 from moespresso.data import Source
-from moespresso.model import open_view
-from moespresso.recipe import Request
+from moespresso.effect import price
+from moespresso.formats import QuantizedWeights, codec_in
 from test_depth_kl import LENGTH, SAMPLES
 from test_depth_steps import plan_of
 from test_resume import same
@@ -62,7 +63,7 @@ def test_stock_transformers_loads_what_is_written_with_our_values(
     out = press(zoo(family), tmp_path / "out", step, text=text)
     assert "logits within" in proven(out, zoo(family))["stock transformers loads it and agrees"]
     view, tensors = open_view(zoo(family)), disk(out)
-    priced = plan_of(out).cost(view.source)
+    priced = price(plan_of(out), view.source)
     assert priced.bytes == sum(tensor.nbytes for tensor in tensors.values())
     assert priced == open_view(out).source.cost()
     assert priced.params == view.source.cost().params
@@ -80,12 +81,12 @@ def test_experts_in_memory_are_what_our_reader_decodes(packed: Path):
     view = open_view(packed)
     model = AutoModelForCausalLM.from_pretrained(packed, dtype="auto")
     state = model.state_dict()
-    with Reader(packed) as reader:
+    with Tensors(packed) as reader:
         for piece in view.pieces:
             if piece.unit.part != "experts" or piece.unit.matrix != "down":
                 continue
             stack = state[f"model.layers.{piece.unit.layer}.mlp.experts.down_proj"]
-            torch.testing.assert_close(stack[piece.unit.expert], reader.piece(piece), rtol=0, atol=0)
+            torch.testing.assert_close(stack[piece.unit.expert], reader.whole(piece), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -192,6 +193,12 @@ def test_later_layers_see_what_the_rounded_ones_before_let_through(source: Path,
         assert all(torch.equal(whole[name], blind[name]) for name in names) == alike
 
 
+def numbers(tensors: Tensors, ref: TensorRef) -> QuantizedWeights:
+    """What a packed matrix of integers is stored as."""
+    assert ref.packed is not None
+    return codec_in(ref).numbers(tensors.reader.parts(ref), ref.packed.format, ref.shape)
+
+
 @pytest.mark.parametrize("step", ["gptq:group_size=0", "rtn:group_size=0"])
 @pytest.mark.few(1)
 def test_a_scale_that_comes_later_goes_into_the_scales(step: str, zoo: Zoo, text: Path, tmp_path: Path):
@@ -201,15 +208,15 @@ def test_a_scale_that_comes_later_goes_into_the_scales(step: str, zoo: Zoo, text
     both = press(zoo("deepseek_v2"), tmp_path / "both", step, drop, text=text)
     proven(both, zoo("deepseek_v2"))
     made, after = plan_of(both), open_view(both)
-    with Reader(rounded.checkpoint.folder) as old, Reader(both) as new:
+    with Tensors(rounded.checkpoint.folder) as old, Tensors(both) as new:
         for layer in rounded.source.moe_layers:
             scale = made.routed_scale(layer.index)
             assert scale != 1
             expert = made.kept_experts(layer.index, layer.experts)[0]
             for matrix, factor in (("down", scale), ("up", 1.0)):
                 name = f"model.layers.{layer.index}.mlp.experts.{{}}.{matrix}_proj.weight"
-                before = old.codes_of(rounded.checkpoint.tensors[name.format(expert)])
-                found = new.codes_of(after.checkpoint.tensors[name.format(0)])
+                before = numbers(old, rounded.checkpoint.tensors[name.format(expert)])
+                found = numbers(new, after.checkpoint.tensors[name.format(0)])
                 assert torch.equal(found.values, before.values)
                 wanted = (before.scale.float() * factor).to(before.scale.dtype)
                 torch.testing.assert_close(found.scale, wanted, rtol=0, atol=0)
@@ -258,7 +265,7 @@ def test_a_packed_folder_can_be_pressed_on(step: str, target: Any, packed: Path,
 def test_what_is_not_touched_keeps_its_bytes(packed: Path, tmp_path: Path):
     out = press(packed, tmp_path / "out", "expert_drop:keep=6,score=aimer")
     before, after = open_view(packed), open_view(out)
-    with Reader(packed) as old, Reader(out) as new:
+    with Tensors(packed) as old, Tensors(out) as new:
         plan = plan_of(out)
         for layer in before.source.moe_layers:
             for place, expert in enumerate(plan.kept_experts(layer.index, layer.experts)):
@@ -266,7 +273,7 @@ def test_what_is_not_touched_keeps_its_bytes(packed: Path, tmp_path: Path):
                 a, b = (view.checkpoint.tensors[name.format(layer.index, number)]
                         for view, number in ((before, expert), (after, place)))  # fmt: skip
                 for suffix, part in a.stored().items():
-                    assert torch.equal(old.tensor(part), new.tensor(b.stored()[suffix]))
+                    assert torch.equal(old.reader.tensor(part), new.reader.tensor(b.stored()[suffix]))
 
 
 def test_new_values_of_packed_matrices_are_rounded_aloud(packed: Path, text: Path, tmp_path: Path):
@@ -369,11 +376,11 @@ def test_other_layouts_hold_the_same_values(layout: str, packed: Path, tmp_path:
     api.export(packed, to=layout, out=tmp_path / "out")
     proven(tmp_path / "out", packed)
     before, after = open_view(packed), open_view(tmp_path / "out")
-    with Reader(packed) as old, Reader(tmp_path / "out") as new:
+    with Tensors(packed) as old, Tensors(tmp_path / "out") as new:
         for one, other in zip(before.pieces, after.pieces, strict=True):
             assert one.name == other.name
             torch.testing.assert_close(
-                new.piece(other).float(), old.piece(one).float(), rtol=2e-3 if one.ref.packed else 0, atol=0
+                new.whole(other).float(), old.whole(one).float(), rtol=2e-3 if one.ref.packed else 0, atol=0
             )
     again = tmp_path / "again"
     api.export(tmp_path / "out", to="compressed-tensors", out=again)
@@ -406,9 +413,7 @@ def test_a_plan_is_built_again_to_the_same_bytes(source: Path, packed: Path, tex
     plan_of(packed).save(tmp_path / "plan.json")
     with pytest.raises(UserError, match="fitted on real text"):
         api.build(source, plan=tmp_path / "plan.json", out=tmp_path / "none")
-    api.build(
-        source, plan=tmp_path / "plan.json", out=tmp_path / "out", request=Request(texts=(Source(str(text)),))
-    )
+    api.build(source, plan=tmp_path / "plan.json", out=tmp_path / "out", texts=(Source(str(text)),))
     same_tensors(tmp_path / "out", packed)
 
 
@@ -423,7 +428,7 @@ def test_a_size_is_met_by_bits(source: Path, tmp_path: Path):
 def test_spilled_hidden_states_give_the_same_bytes(
     source: Path, packed: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("moespresso.slimming.must_spill", lambda *_: True)
+    monkeypatch.setattr("moespresso.fit.job.must_spill", lambda *_: True)
     same_tensors(press(source, tmp_path / "out", "gptq:group_size=32", text=text), packed)
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from conftest import Zoo
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.core.errors import UserError
-from moespresso.model import open_view
 from test_slim import disk, press
 
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moespresso.core.errors import UserError
-from moespresso.core.format import DTYPE_BYTES, Format, kept_in_row, stored_parts
-from moespresso.formats import integer
-from moespresso.formats.sparse import (
+from moespresso.core.format import DTYPE_BYTES, Format
+from moespresso.formats import Bitmask, integer, kept_in_row
+from moespresso.formats.bitmask import (
     decode_sparse,
     encode_sparse,
     kept_count,
@@ -148,7 +148,7 @@ def test_a_slow_reader_reads_what_is_stored(case: Pruned):
 def test_the_price_is_what_is_stored(case: Pruned):
     count, out, width = case.weights.shape
     parts = encode_sparse(case.weights, case.mask, case.format)
-    priced = stored_parts("bitmask", case.format, out, width, FLOATS[case.weights.dtype])
+    priced = Bitmask().shapes(case.format, out, width, FLOATS[case.weights.dtype])
     stored = {name: (tuple(part.shape), NAMES[part.dtype]) for name, part in parts.items()}
     assert stored == {name: ((count, *shape), dtype) for name, (shape, dtype) in priced.items()}
     assert all(part.is_contiguous() for part in parts.values())
@@ -160,14 +160,6 @@ def test_the_price_is_what_is_stored(case: Pruned):
     )
     loaded = {name: part.unsqueeze(0) for name, part in safetensors.torch.load(data).items()}
     assert torch.equal(bits(decode_sparse(loaded, case.format, case.shape)), bits(case.dense[:1]))
-
-
-@pytest.mark.parametrize("format", [EVERY_OTHER, TWO_OF_FOUR, Format("sparse", density=0.25, group_size=8)])
-def test_bits_per_weight_is_what_is_stored(format: Format):
-    parts = stored_parts("bitmask", format, 128, 512, "BF16")
-    del parts["weight_shape"]  # sixteen bytes per matrix, whatever its size
-    stored = sum(math.prod(shape) * DTYPE_BYTES[dtype] * 8 for shape, dtype in parts.values())
-    assert stored / (128 * 512) == format.bits_per_weight()
 
 
 def test_matrices_of_a_stack_are_stored_one_by_one():
@@ -234,7 +226,7 @@ def test_how_many_stay(density: float, group: int, width: int, kept: int):
 
 def test_rows_that_are_not_whole_groups():
     for refused in (
-        lambda: stored_parts("bitmask", TWO_OF_FOUR, 2, 10, "BF16"),
+        lambda: Bitmask().shapes(TWO_OF_FOUR, 2, 10, "BF16"),
         lambda: mask_of(torch.zeros(1, 2, 10), TWO_OF_FOUR),
     ):
         with pytest.raises(UserError, match="rows of 10 inputs are not whole groups of 4"):

@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM
 import families
 from conftest import Zoo
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.unit import Unit
 from moespresso.data import Source
-from moespresso.model import open_view
-from moespresso.recipe import Request
+from moespresso.effect import price
+from moespresso.run import Recipe
 from test_depth_steps import plan_of
 from test_slim import OPTIONS, disk, disk_of, press, proven
 
@@ -51,7 +52,7 @@ def granite(zoo: Zoo) -> Path:
 def test_stock_transformers_loads_it(steps: list[str], granite: Path, text: Path, tmp_path: Path):
     out = press(granite, tmp_path / "out", *steps, text=text)
     assert "logits within" in proven(out, granite)["stock transformers loads it and agrees"]
-    assert plan_of(out).cost(open_view(granite).source).bytes == sum(t.nbytes for t in disk(out).values())
+    assert price(plan_of(out), open_view(granite).source).bytes == sum(t.nbytes for t in disk(out).values())
     for name, tensor in disk(out).items():
         if "sparsity=2:4" in steps[0] and name.endswith((GATE_UP, DOWN)):
             groups = (tensor != 0).unflatten(-1, (-1, 4)).sum(-1)
@@ -122,11 +123,11 @@ def test_what_one_tensor_cannot_hold_is_refused(
 
 
 def test_a_plan_cannot_ask_for_widths_of_their_own(granite: Path, text: Path, tmp_path: Path):
-    request = Request.from_options(
+    recipe = Recipe().with_options(
         model=granite, steps=["channel_prune:width=8"], texts=[text], target="plugin", **OPTIONS
     )
     widths = {Unit(0, "experts", expert): Treatment(channels=8 if expert else 16) for expert in range(8)}
-    method = api.plan(granite, request=request).stages[0].method
+    method = api.plan(granite, recipe=recipe).stages[0].method
     Plan(open_view(granite).source.digest, (Stage(method, widths),)).save(tmp_path / "plan.json")
     with pytest.raises(UserError, match=r"in one tensor .*no widths of their own"):
-        api.build(granite, plan=tmp_path / "plan.json", out=tmp_path / "out", request=request)
+        api.build(granite, plan=tmp_path / "plan.json", out=tmp_path / "out", recipe=recipe)

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import families
 from conftest import tiny_tokenizer
 from moespresso import api
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, apart_view, open_view
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan
-from moespresso.model import apart_view, is_apart, open_view
+from moespresso.model import is_apart
 from test_more_families import LINEAR, MIXTURES, _random_model
 from test_slim import disk
 
@@ -78,9 +78,9 @@ def test_every_matrix_is_found_where_it_lies_in_its_stack(family: str, twins: Tw
         return
     wanted = disk(own)
     assert apart.checkpoint.tensors.keys() == wanted.keys()
-    with Reader(stacked) as reader:
+    with Tensors(stacked) as reader:
         for name, ref in apart.checkpoint.tensors.items():
-            assert torch.equal(reader.tensor(ref), wanted[name]), name
+            assert torch.equal(reader.reader.tensor(ref), wanted[name]), name
     assert apart.source.digest == view.source.digest
     assert apart.source.cost() == view.source.cost()
 
@@ -127,9 +127,10 @@ def test_what_stacks_can_hold_stays_in_stacks(steps: list[str], twins: Twins, te
     apart = apart_view(open_view(outs[1]))
     assert apart is not None
     wanted = disk(outs[0])
-    with Reader(outs[1]) as reader:
+    with Tensors(outs[1]) as reader:
         assert all(
-            torch.equal(reader.tensor(ref), wanted[name]) for name, ref in apart.checkpoint.tensors.items()
+            torch.equal(reader.reader.tensor(ref), wanted[name])
+            for name, ref in apart.checkpoint.tensors.items()
         )
 
 

@@ -15,14 +15,15 @@ from torch import Tensor
 import families
 from conftest import Zoo
 from depth_by_hand import parts
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, open_view
 from moespresso.core.runtime import Runtime
+from moespresso.fit import Job
 from moespresso.methods import LayerDrop
-from moespresso.model import Skeleton, open_view
-from moespresso.pipeline import Clock, Decided, decide
-from moespresso.stream import lanes_at_once, state_bytes, sweep_variants
+from moespresso.model import MetaModel
+from moespresso.run import Decided, decide
+from moespresso.stream import Variant, lanes_at_once, state_bytes, sweep_variants
 from moespresso.stream.sweep import begin
-from test_depth_kl import other_folder, skeleton_of
+from test_depth_kl import meta_of, other_folder
 from test_more_families import DENSE, _random_model
 from test_scores import tokens_for
 
@@ -55,8 +56,8 @@ def found(
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, 7:] = False
     with (
-        Reader(folder) as reader,
-        sweep_variants(skeleton_of(view, reader), ids, mask, cuts, spill=spill) as states,
+        Tensors(folder) as reader,
+        sweep_variants(meta_of(view, reader), (ids, mask), list(map(Variant, cuts)), spill=spill) as states,
     ):
         assert {len(batches) for batches in states} == {3}
         return [torch.cat(batches) for batches in states]
@@ -83,11 +84,11 @@ def test_a_candidate_has_two_files_a_batch_at_most(zoo: Zoo, tmp_path: Path):
     view = open_view(zoo("gpt_oss"))
     ids = families.random_ids(families.reference(zoo("gpt_oss")).config, 2, 9)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    with Reader(zoo("gpt_oss")) as reader:
-        skeleton = skeleton_of(view, reader)
-        each = state_bytes(skeleton, ids, mask)
+    with Tensors(zoo("gpt_oss")) as reader:
+        meta = meta_of(view, reader)
+        each = state_bytes(meta, ids, mask)
         assert each == 4 * ids.numel() * view.source.hidden
-        with sweep_variants(skeleton, ids, mask, ROWS, spill=tmp_path) as states:
+        with sweep_variants(meta, (ids, mask), list(map(Variant, ROWS)), spill=tmp_path) as states:
             files = [path.stat().st_size for path in tmp_path.glob("hidden-*/*")]
             assert all(lies_in(tmp_path, batch) for batches in states for batch in batches)
             assert len({batch.data_ptr() for batches in states for batch in batches}) == len(ROWS)
@@ -109,10 +110,10 @@ def test_candidates_that_start_hold_one_answer_of_the_embedding(family: str, zoo
     folder = zoo(family) if family in families.FAMILIES else folder_of(family, tmp_path)
     ids = families.random_ids(families.reference(folder).config, 4, 700)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    with Reader(folder) as reader, torch.inference_mode():
-        skeleton = skeleton_of(open_view(folder), reader)
-        one, _ = started(skeleton, ids, mask, 1)
-        many, waiting = started(skeleton, ids, mask, 6)
+    with Tensors(folder) as reader, torch.inference_mode():
+        meta = meta_of(open_view(folder), reader)
+        one, _ = started(meta, ids, mask, 1)
+        many, waiting = started(meta, ids, mask, 6)
     places = [batch.hidden.data_ptr() for batch in waiting]
     assert places == places[:2] * 6
     assert len(set(places)) == 2
@@ -124,10 +125,10 @@ def folder_of(family: str, folder: Path) -> Path:
     return folder
 
 
-def started(skeleton: Skeleton, ids: Tensor, mask: Tensor, count: int) -> tuple[int, list[Any]]:
+def started(meta: MetaModel, ids: Tensor, mask: Tensor, count: int) -> tuple[int, list[Any]]:
     """Start so many candidates of two batches; how many tensors of the size of hidden states there are more, by memory."""
     before = states_alive(ids)
-    waiting = begin(skeleton, ids.split(2) * count, mask.split(2) * count)
+    waiting = begin(meta, ids.split(2) * count, mask.split(2) * count)
     return len(states_alive(ids) - before), waiting
 
 
@@ -141,20 +142,20 @@ def states_alive(ids: Tensor) -> set[int]:
 def searched(zoo: Zoo, folder: Path, **options: Any) -> Decided:
     view = open_view(zoo("gpt_oss"))
     step = LayerDrop(drop=2, score="kl")
-    return decide(view, [step], tokens_for(view, 2, 15), None, folder, Runtime(**options), Clock())
+    return decide(Job(view, folder, tokens_for(view, 2, 15), Runtime(**options)), [step])
 
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """How often each layer was loaded."""
     counts: Counter[int] = Counter()
-    load = Skeleton.layer
+    load = MetaModel.layer
 
-    def layer(self: Skeleton, index: int) -> Any:
+    def layer(self: MetaModel, index: int) -> Any:
         counts[index] += 1
         return load(self, index)
 
-    monkeypatch.setattr(Skeleton, "layer", layer)
+    monkeypatch.setattr(MetaModel, "layer", layer)
     return counts
 
 
@@ -192,7 +193,7 @@ def test_only_a_full_disk_parts_the_candidates_and_it_is_said(
     leave_free(monkeypatch, 2 * 2 * 3 * each)
     with caplog.at_level("INFO", "moespresso"):
         parted = searched(zoo, tmp_path)
-    assert caplog.messages[0] == "3 of 4 cuts are tried at once, for lack of disk space"
+    assert caplog.messages[0] == "3 of 4 candidates are tried at once, for lack of disk space"
     assert len(caplog.messages) == 1
     assert loads == dict.fromkeys(range(4), ROUNDS + 1)
     assert (parted.plan, parted.notes) == (whole.plan, whole.notes)

@@ -18,8 +18,9 @@ from torch import Tensor
 from conftest import Zoo, write_model
 from families import read_tensor, tensor_files
 from moespresso import api
-from moespresso.checkpoint import MANIFEST, writer
-from moespresso.checkpoint.index import INDEX
+from moespresso.build import write
+from moespresso.checkpoint import MANIFEST
+from moespresso.checkpoint.files import INDEX
 from moespresso.cli import main
 from moespresso.core.errors import UserError
 from moespresso.core.runtime import Runtime
@@ -81,7 +82,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def press(source: Path, out: Path, **runtime: bool) -> Path:
     """Press into several shards."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "_SMALLEST", 60_000)
+        patch.setattr(write, "_SMALLEST", 60_000)
         api.press(source, out=out, steps=[STEP], runtime=Runtime(**runtime))
     return out
 
@@ -131,7 +132,7 @@ class TestGood:
             for new, old in enumerate(treatment["keep"])
             if old != new
         )
-        api.plan(model, out=tmp_path / "plan.json", request=api.Request.from_options(steps=[STEP]))
+        api.plan(model, out=tmp_path / "plan.json", steps=[STEP])
         wanted = expert(*moved[:2], "w3")
 
         def spoil(tensors: dict[str, Tensor]) -> None:

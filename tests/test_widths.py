@@ -20,16 +20,16 @@ import families
 import moespresso
 from conftest import Zoo, write_wide
 from moespresso import api
+from moespresso.build import open_view
 from moespresso.core.blueprint import LayerSpec
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.unit import Unit
-from moespresso.measure import RoutedExperts, grid
-from moespresso.measure.channels import Removals
-from moespresso.methods._widths import allocated
-from moespresso.model import open_view
-from moespresso.recipe import Request
+from moespresso.effect import price
+from moespresso.kernels import RoutedExperts, allocated
+from moespresso.run import Recipe
 from moespresso.runtime.widths import Ragged
+from moespresso.statistics import Measurement, Removal, grid
 from test_channel_prune import PLAIN, SHARED
 from test_depth_steps import plan_of
 from test_slim import OPTIONS, disk, disk_of, press, proven
@@ -43,14 +43,14 @@ def widths_of(folder: Path) -> list[tuple[int, ...]]:
 
 def built(source: Path, out: Path, text: Path, widths: dict[Unit, int]) -> Path:
     """A folder whose experts have the widths that a plan says by hand."""
-    request = Request.from_options(
+    recipe = Recipe().with_options(
         model=source, steps=["channel_prune:width=8"], texts=[text], target="plugin", **OPTIONS
     )
     view, plan = open_view(source), out.with_suffix(".json")
-    method = api.plan(source, request=request).stages[0].method
+    method = api.plan(source, recipe=recipe).stages[0].method
     stage = Stage(method, {unit: Treatment(channels=width) for unit, width in widths.items()})
     Plan(view.source.digest, (stage,)).save(plan)
-    api.build(source, plan=plan, out=out, request=request)
+    api.build(source, plan=plan, out=out, recipe=recipe)
     return out
 
 
@@ -72,7 +72,9 @@ def test_every_family_loads_experts_of_any_width(family: str, zoo: Zoo, text: Pa
     out = ragged(zoo(family), tmp_path / "out", text)
     assert "logits within" in proven(out, zoo(family))["transformers with moespresso loads it and agrees"]
     assert all(len(set(each)) > 1 for each in widths_of(out))
-    assert plan_of(out).cost(open_view(zoo(family)).source).bytes == sum(t.nbytes for t in disk(out).values())
+    assert price(plan_of(out), open_view(zoo(family)).source).bytes == sum(
+        t.nbytes for t in disk(out).values()
+    )
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])
@@ -317,10 +319,10 @@ def test_what_is_told_to_be_lost_is_the_error_of_the_best_refit():
     routed = SimpleNamespace(hidden=inputs, index=index, weights=gates)
     stream = torch.randn(1, tokens, hidden)
     call: Any = SimpleNamespace(routed=routed, valid=torch.ones(1, tokens, dtype=torch.bool), output=stream)
-    removals = Removals()
-    removals.add(call)
     layer: Any = SimpleNamespace(experts=module, spec=LayerSpec(0, "attention", 2))
-    rows = removals.values(layer)
+    removals = Removal().begin(layer, Measurement(tokens))
+    removals.add(call)
+    rows = removals.values()
     experts = RoutedExperts.of(module, removals._fed)
     for expert in range(2):
         mine, weights = experts.rows(expert)
@@ -421,6 +423,6 @@ def test_one_measurement_serves_every_ratio(step: str, zoo: Zoo, text: Path, tmp
     api.plan(zoo("mixtral"), stats=stats, steps=[joined], target="plugin", out=plan, **asked)
     made = Plan.load(plan)
     assert made.stages[0].treatments
-    request = Request.from_options(model=zoo("mixtral"), texts=[text], target="plugin")
-    api.build(zoo("mixtral"), plan=plan, out=out, request=request)
+    recipe = Recipe().with_options(model=zoo("mixtral"), texts=[text], target="plugin")
+    api.build(zoo("mixtral"), plan=plan, out=out, recipe=recipe)
     proven(out, zoo("mixtral"))

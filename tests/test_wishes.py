@@ -8,11 +8,10 @@ import pytest
 
 from conftest import Zoo, write_wide
 from moespresso import api
-from moespresso.checkpoint import Reader
+from moespresso.build import Tensors, open_view
 from moespresso.core.errors import UserError
 from moespresso.methods.channel_prune import ChannelPrune
 from moespresso.methods.sparsegpt import SparseGpt
-from moespresso.model import open_view
 from test_depth_steps import plan_of
 from test_slim import OPTIONS, disk, press, proven
 
@@ -24,8 +23,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def zeros(folder: Path) -> float:
     """The share of routed experts' weights that decode to zero."""
-    with Reader(folder) as reader:
-        weights = [reader.piece(piece) for piece in open_view(folder).pieces if piece.unit.part == "experts"]
+    with Tensors(folder) as reader:
+        weights = [reader.whole(piece) for piece in open_view(folder).pieces if piece.unit.part == "experts"]
     return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
 
 
@@ -111,10 +110,10 @@ def test_nothing_is_said_where_the_share_is_met(source: Path, tmp_path: Path):
 def test_a_row_keeps_a_weight_whatever_is_asked_for(source: Path, text: Path, tmp_path: Path):
     out = press(source, tmp_path / "out", "wanda:sparsity=0.999,pack=true", text=text, target="plugin")
     proven(out, source)
-    with Reader(out) as reader:
+    with Tensors(out) as reader:
         for piece in open_view(out).pieces:
             if piece.unit.part == "experts":
-                assert bool(((reader.piece(piece) != 0).sum(1) == 1).all())
+                assert bool(((reader.whole(piece) != 0).sum(1) == 1).all())
 
 
 @pytest.mark.parametrize(
@@ -194,13 +193,13 @@ def test_zeros_that_gptq_fills_are_counted(source: Path, text: Path, tmp_path: P
     report = api.press(
         source, out=tmp_path / "out", steps=["wanda", "gptq:group_size=32"], texts=[text], **OPTIONS
     )
-    told = [line for line in report.trouble if "had been pruned are no longer zero" in line]
+    told = [line for line in report.warnings if "had been pruned are no longer zero" in line]
     assert len(told) == 6  # gate and up, down, of three layers
     assert zeros(tmp_path / "out") < 0.49
     whole = api.press(
         source, out=tmp_path / "rtn", steps=["wanda", "rtn:group_size=32"], texts=[text], **OPTIONS
     )
-    assert not any("no longer zero" in line for line in whole.trouble)
+    assert not any("no longer zero" in line for line in whole.warnings)
     assert zeros(tmp_path / "rtn") >= 0.5
 
 

@@ -12,9 +12,9 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from moespresso._hook import watch
 from moespresso._versions import VERSION as __version__
 from moespresso._versions import check_versions
-from moespresso.runtime.hook import watch
 
 if TYPE_CHECKING:
     from moespresso.api import (
@@ -53,7 +53,7 @@ watch()
 class _Door(ModuleType):
     """Opens `moespresso.api` (and with it torch) only when a verb is used.
 
-    Some verbs share their name with a room (`moespresso.evaluate`). Importing the room would put the module in the
+    Some verbs share their name with a room (`moespresso.quality`). Importing the room would put the module in the
     verb's place, so verbs are properties of the package's class, which win over whatever the import machinery sets.
     """
 

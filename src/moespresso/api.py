@@ -1,7 +1,8 @@
 """One function per verb; the command line and Python walk through the same doors.
 
-Each takes a checkpoint (folder or hub id), a `Request` (what is wanted) and a `Runtime` (how it is carried out), and
-raises `UserError` with one sentence before anything is written when the request cannot be met.
+Each takes a checkpoint (folder or hub id), a `Recipe` and options that are followed in the place of its fields (what is
+wanted), and a `Runtime` (how it is carried out), and raises `UserError` with one sentence before anything is written
+when that cannot be done.
 """
 
 from __future__ import annotations
@@ -14,47 +15,58 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, cast
+from typing import Any, Unpack
 
 import torch
 from transformers import PreTrainedModel
 
 import moespresso.methods  # noqa: F401  (registers them)
 from moespresso._versions import VERSION
-from moespresso.bundled import MODELS, TEXT
-from moespresso.checkpoint import Reader, claim, locate, read_json, write_text
-from moespresso.core.errors import UserError, did_you_mean
-from moespresso.core.fits import needs_fit
-from moespresso.core.format import LAYOUT_BITS, Form, check_layout
-from moespresso.core.place import place, real, sayable, typed
-from moespresso.core.plan import Plan
-from moespresso.core.registry import parse_step
-from moespresso.core.runtime import Runtime
-from moespresso.core.slim import rounds_on_text, slims, step_of
-from moespresso.core.stats import Stats, stats_key
-from moespresso.data import Batches, Source, calibration, load_tokenizer, sequences
-from moespresso.evaluate import evaluate as evaluate_models
-from moespresso.export import check_even, formed
-from moespresso.fitting import unrepaired
-from moespresso.model import (
+from moespresso.build import (
+    Tensors,
     View,
     config_view,
-    is_rehoused,
-    is_unequal,
     load_model,
-    make_skeleton,
+    make_meta_model,
     num_positions,
     one_format,
     open_view,
-    quiet_transformers,
 )
-from moespresso.pipeline import Clock, Decided, all_needs, decide
-from moespresso.pipeline import measure as measure_view
-from moespresso.recipe import Recipe, Request, row_length, say_shorter
-from moespresso.rehearsal import NotOnThisModel, housed, in_some_form, rehearse
+from moespresso.bundled import MODELS, TEXT
+from moespresso.checkpoint import claim, locate, read_json, write_text
+from moespresso.core.errors import UserError, did_you_mean, text_missing
+from moespresso.core.later import not_yet
+from moespresso.core.method import Step
+from moespresso.core.place import place, real, sayable, typed
+from moespresso.core.plan import Plan
+from moespresso.core.runtime import Runtime
+from moespresso.core.stats import Stats, stats_key
+from moespresso.data import Batches, Source, calibration, load_tokenizer, sequences
+from moespresso.effect import fits_on_text, needs_fit, step_of, treats_matrices, validated
+from moespresso.export import check_even, formed
+from moespresso.fit import Clock, Job, see_text
+from moespresso.fit import measure as measure_view
+from moespresso.formats import codec_in, codecs
+from moespresso.model import is_converted, is_unequal, quiet_transformers
+from moespresso.quality import evaluate as evaluate_models
 from moespresso.report import Report, describe_methods
-from moespresso.result import format_notes, produce, source_notes
-from moespresso.slimming import found
+from moespresso.run import (
+    Decided,
+    NotOnThisModel,
+    Options,
+    Order,
+    Recipe,
+    decide,
+    fit_again,
+    format_notes,
+    in_equivalent,
+    in_some_form,
+    produce,
+    rehearse,
+    row_length,
+    say_shorter,
+    source_notes,
+)
 from moespresso.stream import must_spill
 from moespresso.verify import verify as verify_folder
 
@@ -64,23 +76,8 @@ quiet_transformers()
 EVALUATED = 512
 
 
-class Options(TypedDict, total=False):
-    """What a request can be made of, where no `Request` is given (see `Request.from_options`)."""
-
-    recipe: Recipe
-    steps: Sequence[Any]
-    texts: Sequence[str | Path | Source]
-    datasets: Sequence[str]
-    samples: int
-    length: int
-    mode: str
-    seed: int
-    target: str
-    size: int | str
-
-
-def _asked(model: str | Path, request: Request | None, options: Options) -> Request:
-    return request or Request.from_options(model=model, **options)
+def _asked(model: str | Path, recipe: Recipe | None, options: Options) -> Recipe:
+    return (recipe or Recipe()).with_options(model=model, **options)
 
 
 def inspect(model: str | Path) -> dict[str, Any]:
@@ -93,7 +90,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
         notes.append("priced from its config alone: no tensor was seen")
     if is_unequal(view.checkpoint.config):
         notes.append("its layers differ: transformers loads it where moespresso is imported")
-    if is_rehoused(view.checkpoint):
+    if is_converted(view.checkpoint):
         notes.append(
             f"read as {blueprint.family}, whose code computes the same: transformers does not have its own family"
         )
@@ -139,25 +136,25 @@ def measure(
     model: str | Path,
     *,
     out: str | Path,
-    request: Request | None = None,
+    recipe: Recipe | None = None,
     runtime: Runtime | None = None,
     **options: Unpack[Options],
 ) -> Stats:
-    """Measure what the request's steps need and save it to `out`; an interrupted measurement is continued."""
-    runtime, request, out = runtime or Runtime(), _asked(model, request, options), place(out, "--out")
+    """Measure what the recipe's steps need and save it to `out`; an interrupted measurement is continued."""
+    runtime, recipe, out = runtime or Runtime(), _asked(model, recipe, options), place(out, "--out")
     view = open_view(locate(model))
     _check_file(out, view.checkpoint.folder)
     try:
-        view, request = rehearse(view, request)
+        view, steps = rehearse(view, recipe)
     except NotOnThisModel:
         raise
     except UserError:  # the target cannot load what comes of it, which is no matter of measuring
-        view, request = rehearse(view, replace(request, target="plugin"))
-    request, batches = _calibration(view, request)
+        view, steps = rehearse(view, recipe.model_copy(update={"target": "plugin"}))
+    _, batches = _calibration(view, recipe, steps)
     must_spill(view, batches, runtime)
     work_folder = out.parent / f".{out.name}.moespresso"
     with claim(work_folder, view.checkpoint.folder, resume=runtime.resume) as work:
-        stats = measure_view(view, batches, all_needs(request.steps), work, runtime)
+        stats = measure_view(Job(view, work, batches, runtime), steps, view)
         write_text(out, stats.to_json())
         shutil.rmtree(work_folder)
     return stats
@@ -195,27 +192,27 @@ def plan(
     *,
     stats: str | Path | None = None,
     out: str | Path | None = None,
-    request: Request | None = None,
+    recipe: Recipe | None = None,
     runtime: Runtime | None = None,
     **options: Unpack[Options],
 ) -> Plan:
     """Decide from saved stats (or measure now, where text is given), and save the plan to `out`."""
-    runtime, request = runtime or Runtime(), _asked(model, request, options)
+    runtime, recipe = runtime or Runtime(), _asked(model, recipe, options)
     view = open_view(locate(model))
     file = None if out is None else place(out, "--out")
     if file is not None:
         _check_file(file, view.checkpoint.folder)
-    view, request = rehearse(view, request)
+    view, steps = rehearse(view, recipe)
     given = _given_stats(place(stats, "--stats"), view) if stats is not None else None
     # A later step that is re-scored needs the text even where the first one's stats are given.
     if given is None:
-        request, batches = _calibration(view, request)
+        _, batches = _calibration(view, recipe, steps)
     else:
-        batches = _same_text(view, given.calibration, request, "these stats were measured on")
+        batches = _same_text(view, given.calibration, recipe, "these stats were measured on")
     with tempfile.TemporaryDirectory() as work:
-        decided = decide(view, request.steps, batches, given, Path(work), runtime, Clock())
-    made = _signed(decided, request, batches).plan
-    formed(request.target, replace(view, plan=made))
+        decided = decide(Job(view, Path(work), batches, runtime), steps, given)
+    made = _signed(decided, recipe.seed, batches).plan
+    formed(recipe.target, replace(view, plan=made))
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, made.to_json() + "\n")
@@ -226,12 +223,12 @@ def _given_stats(path: Path, view: View) -> Stats:
     stats = Stats.load(path)
     if stats.blueprint != view.source.digest:
         raise UserError(
-            f"{path} was measured on another checkpoint than {view.source.source}: measure this one"
+            f"{path} was measured on another checkpoint than {view.source.place}: measure this one"
         )
     return stats
 
 
-def _signed(decided: Decided, request: Request, batches: Batches | None) -> Decided:
+def _signed(decided: Decided, seed: int, batches: Batches | None) -> Decided:
     measured = next((stats.calibration for stats in decided.stats if stats.calibration), None)
     # A step that searches takes text and has no stats.
     calibrated = dict(measured or (batches.describe() if batches is not None else {}))
@@ -239,7 +236,7 @@ def _signed(decided: Decided, request: Request, batches: Batches | None) -> Deci
     if "sources" in calibrated:
         calibrated["sources"] = [{**source, "name": Path(source["name"]).name if Path(source["name"]).is_absolute()
                                   else source["name"]} for source in calibrated["sources"]]  # fmt: skip
-    plan = replace(decided.plan, calibration=calibrated, made_by=f"moespresso {VERSION}", seed=request.seed)
+    plan = replace(decided.plan, calibration=calibrated, made_by=f"moespresso {VERSION}", seed=seed)
     return replace(decided, plan=plan)
 
 
@@ -247,25 +244,28 @@ def press(
     model: str | Path,
     *,
     out: str | Path,
-    request: Request | None = None,
+    recipe: Recipe | None = None,
     runtime: Runtime | None = None,
     **options: Unpack[Options],
 ) -> Report:
     """Measure, decide and build in one go; killed anywhere and run again it ends with the same bytes."""
-    runtime, clock, request = runtime or Runtime(), Clock(), _asked(model, request, options)
+    runtime, clock, recipe = runtime or Runtime(), Clock(), _asked(model, recipe, options)
     with clock.phase("open"):
-        view, request = rehearse(open_view(locate(model)), request)
-        request, batches = _calibration(view, request)
+        view, steps = rehearse(open_view(locate(model)), recipe)
+        recipe, batches = _calibration(view, recipe, steps)
         must_spill(view, batches, runtime)
     tokens = batches.digest if batches is not None else ""
-    settings = json.dumps([step.describe() for step in request.steps], sort_keys=True)
-    identity = stats_key("press", VERSION, view.source.digest, settings, tokens, request.target, str(request.seed),
+    settings = json.dumps([step.describe() for step in steps], sort_keys=True)
+    identity = stats_key("press", VERSION, view.source.digest, settings, tokens, recipe.target, str(recipe.seed),
                          runtime.dtype)  # fmt: skip
+    order = Order(
+        place(out, "--out"), identity, recipe.target, recipe.resolved(), recipe.seed, recipe.budget.size
+    )
 
     def make(work: Path) -> Decided:
-        return _signed(decide(view, request.steps, batches, None, work, runtime, clock), request, batches)
+        return _signed(decide(Job(view, work, batches, runtime, clock), steps), recipe.seed, batches)
 
-    return produce(view, place(out, "--out"), identity, make, request, runtime, clock)
+    return produce(view, order, make, runtime, clock)
 
 
 def build(
@@ -273,92 +273,77 @@ def build(
     *,
     plan: str | Path,
     out: str | Path,
-    request: Request | None = None,
+    recipe: Recipe | None = None,
     runtime: Runtime | None = None,
+    **options: Unpack[Options],
 ) -> Report:
-    """Do exactly what a saved plan says."""
-    runtime, clock, request = runtime or Runtime(), Clock(), request or Request()
-    target = request.target
+    """Do exactly what a saved plan says, for the recipe's target and with its text; nothing else of it is asked."""
+    runtime, clock, recipe = runtime or Runtime(), Clock(), _asked(model, recipe, options)
+    target = recipe.target
     with clock.phase("open"):
         made = Plan.load(place(plan, "--plan"))
 
         def tried(form: View) -> View:
-            made.validated(form.source)
-            return housed(form, lambda at_home: formed(target, replace(at_home, plan=made)).check_fits())
+            validated(made, form.source, steps=True)
+            return in_equivalent(form, lambda form: formed(target, replace(form, plan=made)).check_fits())
 
-        steps = [step_of(stage) for stage in made.stages if slims(stage)]
+        steps = [step_of(stage) for stage in made.stages if treats_matrices(stage)]
         view = in_some_form(open_view(locate(model)), steps, tried)
-    batches = _text_of_plan(view, made, request)
-    # What is built is what the plan says, whatever else the request holds.
-    recipe = {"calibration": dict(made.calibration), "steps": [dict(stage.method) for stage in made.stages],
-              "target": request.target, "seed": made.seed}  # fmt: skip
-    request = replace(request, recipe=recipe, seed=made.seed)
-    identity = stats_key("build", VERSION, view.source.digest, made.digest, request.target, runtime.dtype,
+    batches = _text_of_plan(view, made, recipe)
+    said = {"calibration": dict(made.calibration), "steps": [dict(stage.method) for stage in made.stages],
+            "target": target, "seed": made.seed}  # fmt: skip
+    identity = stats_key("build", VERSION, view.source.digest, made.digest, target, runtime.dtype,
                          batches.digest if batches is not None else "")  # fmt: skip
+    order = Order(place(out, "--out"), identity, target, said, made.seed)
 
     def make(work: Path) -> Decided:
-        with clock.phase("fit"):
-            return _fitted(view, made, batches, work, runtime)
+        return fit_again(Job(view, work, batches, runtime, clock), made)
 
-    return produce(view, place(out, "--out"), identity, make, request, runtime, clock)
-
-
-def _fitted(view: View, made: Plan, batches: Batches | None, work: Path, runtime: Runtime) -> Decided:
-    """The plan with what each of its stages needs, found again on the text it was made on."""
-    done = Decided(made)
-    for stage in range(len(made.stages)):
-        before = replace(view, plan=replace(made, stages=made.stages[:stage]), fits=dict(done.fits))
-        this_far = replace(made, stages=made.stages[: stage + 1])
-        done.add(found(before, this_far, batches, work, runtime))
-        done.notes += unrepaired(this_far, before)
-    return done
+    return produce(view, order, make, runtime, clock)
 
 
-def _text_of_plan(view: View, made: Plan, request: Request) -> Batches | None:
+def _text_of_plan(view: View, made: Plan, recipe: Recipe) -> Batches | None:
     """The text given to `build`, which must be the text the plan was made on; a plan that is fitted needs it."""
     wanted = made.calibration
     fitted = any(
-        "text" in needs_fit(made, number) or rounds_on_text(stage) for number, stage in enumerate(made.stages)
+        "text" in needs_fit(made, number) or fits_on_text(stage) for number, stage in enumerate(made.stages)
     )
-    if not request.texts and fitted:
-        raise UserError(
-            "this plan is fitted on real text: give --text FILE or --dataset NAME, as it was made with"
-        )
+    if not recipe.calibration.texts and fitted:
+        raise text_missing("this plan is fitted on", ", as it was made with")
     if not (fitted or "digest" in wanted):
         return None
-    return _same_text(view, wanted, request, "the plan was calibrated on")
+    return _same_text(view, wanted, recipe, "the plan was calibrated on")
 
 
-def _same_text(view: View, wanted: Mapping[str, Any], request: Request, where: str) -> Batches | None:
-    """The request's texts drawn as `wanted` describes, None where there are none; raises `UserError` for other ones."""
-    if not request.texts:
+def _same_text(view: View, wanted: Mapping[str, Any], recipe: Recipe, where: str) -> Batches | None:
+    """The recipe's texts drawn as `wanted` describes, None where there are none; raises `UserError` for other ones."""
+    asked = recipe.calibration
+    if not asked.texts:
         return None
-    found = calibration(request.texts, load_tokenizer(view.checkpoint.folder), int(wanted.get("samples", request.samples)),
-                        int(wanted.get("length", request.length)), int(wanted.get("seed", request.seed)), wanted.get("mode", request.mode), view.source.vocab)  # fmt: skip
+    known = {name: wanted[name] for name in ("samples", "length", "seed", "mode") if name in wanted}
+    tokenizer = load_tokenizer(view.checkpoint.folder)
+    found = calibration(asked.texts, tokenizer, replace(recipe.sampling, **known), view.source.vocab)
     if found.digest != wanted.get("digest", found.digest):
         raise UserError(f"the text given is not the one {where}: give the same files in the same order")
     return found
 
 
-def _calibration(view: View, request: Request) -> tuple[Request, Batches | None]:
-    """The text that the steps see, and the request with rows that are no longer than the model's positions."""
-    if not all_needs(request.steps) - {"weights"}:
-        return request, None
-    if not request.texts:
-        raise UserError(
-            f"these steps see real text: give --text FILE or --dataset NAME{_without_text(request)}"
-        )
-    fitted = request.within(num_positions(view))
+def _calibration(view: View, recipe: Recipe, steps: Sequence[Step]) -> tuple[Recipe, Batches | None]:
+    """The text that the steps see, and the recipe with rows that are no longer than the model's positions."""
+    if not see_text(steps):
+        return recipe, None
+    if not recipe.calibration.texts:
+        raise text_missing("these steps see", _without_text(steps))
+    shorter = recipe.within(num_positions(view))
     tokenizer = load_tokenizer(view.checkpoint.folder)
-    batches = calibration(fitted.texts, tokenizer, fitted.samples, fitted.length, fitted.seed, fitted.mode,
-                          view.source.vocab)  # fmt: skip
-    say_shorter(fitted.length, request.length)
-    return fitted, batches
+    batches = calibration(shorter.calibration.texts, tokenizer, shorter.sampling, view.source.vocab)
+    say_shorter(shorter.calibration.length, recipe.calibration.length)
+    return shorter, batches
 
 
-def _without_text(request: Request) -> str:
+def _without_text(steps: Sequence[Step]) -> str:
     """Which settings would need no text, for the steps that have such."""
-    hints = {step.without_text for step in request.steps if step.needs() - {"weights"} and step.without_text}
+    hints = {step.without_text for step in steps if see_text([step]) and step.without_text}
     return f" (or use {' and '.join(sorted(hints))}, which needs none)" if hints else ""
 
 
@@ -376,10 +361,12 @@ def export(folder: str | Path, *, to: str, out: str | Path, runtime: Runtime | N
     """Write a packed folder again in the layout of another engine, `gptq`, `awq` or `compressed-tensors`, or as what its
     matrices decode to: `plain`."""
     runtime, clock = runtime or Runtime(), Clock()
-    layouts = [*LAYOUT_BITS, "plain"]
+    layouts = [held.layout for held in codecs() if not held.own]
     if to not in layouts:
-        planned = " (gguf is not available in this version)" if to == "gguf" else did_you_mean(to, layouts)
-        raise UserError(f"export knows no layout {to!r}{planned}")
+        later = not_yet("layout", to)
+        raise UserError(
+            f"export knows no layout {to!r}{f' ({later})' if later else did_you_mean(to, layouts)}"
+        )
     with clock.phase("open"):
         view = open_view(locate(folder))
         if not view.formats:
@@ -387,16 +374,16 @@ def export(folder: str | Path, *, to: str, out: str | Path, runtime: Runtime | N
                 "there is nothing to lay out, so press it with gptq or another step that rounds weights first"
             )  # fmt: skip
             raise UserError(f"{folder} holds no packed matrices: {cure}")
-        view = replace(view, layout=cast("Form", to))
+        check_even(view, to)
+        view = replace(view, layout=to)
         target = "plugin" if is_unequal(view.checkpoint.config) or not one_format(view) else "transformers"
         formed(target, view).check_fits()
-        check_even(view, to)
         for piece in view.pieces:
             if piece.ref.packed is not None:
-                check_layout(piece.ref.packed.layout, piece.ref.packed.format, *piece.shape)
-    request = Request(target=target, recipe={"export": to})
+                codec_in(piece.ref).check(piece.ref.packed.format, piece.shape, piece.name)
     identity = stats_key("export", VERSION, view.source.digest, to)
-    return produce(view, place(out, "--out"), identity, lambda _: Decided(view.plan), request, runtime, clock)
+    order = Order(place(out, "--out"), identity, target, {"export": to})
+    return produce(view, order, lambda _: Decided(view.plan), runtime, clock)
 
 
 def evaluate(
@@ -427,12 +414,12 @@ def evaluate(
         texts, load_tokenizer((other or view).checkpoint.folder), rows, limit, view.source.vocab
     )
     say_shorter(rows, length or EVALUATED)
-    with Reader(view.checkpoint.folder, allow_nonfinite=True) as reader:
-        skeleton = make_skeleton(view, reader, runtime)
+    with Tensors(view.checkpoint.folder, allow_nonfinite=True) as tensors:
+        meta = make_meta_model(view, tensors, runtime)
         if other is None:
-            return evaluate_models(skeleton, None, batches, runtime.progress)
-        with Reader(other.checkpoint.folder, allow_nonfinite=True) as second:
-            return evaluate_models(skeleton, make_skeleton(other, second, runtime), batches, runtime.progress)
+            return evaluate_models(meta, None, batches, runtime.progress)
+        with Tensors(other.checkpoint.folder, allow_nonfinite=True) as second:
+            return evaluate_models(meta, make_meta_model(other, second, runtime), batches, runtime.progress)
 
 
 def methods(kind: str | None = None) -> list[dict[str, Any]]:
@@ -444,11 +431,8 @@ def demo(*, out: str | Path | None = None, runtime: Runtime | None = None) -> di
     """Press a bundled model by a quarter of its experts, verify and evaluate it: no network, a minute or two."""
     runtime = runtime or Runtime()
     folder = place("moespresso-demo" if out is None else out, "--out") / "mixtral-quarter"
-    request = Request.from_options(
-        model=str(MODELS["mixtral"].name), texts=[str(TEXT / "calibration")], samples=64, length=512,
-        steps=[parse_step("expert_drop:ratio=0.25")],
-    )  # fmt: skip
-    report = press(MODELS["mixtral"], out=folder, request=request, runtime=replace(runtime, resume=False))
+    report = press(MODELS["mixtral"], out=folder, runtime=replace(runtime, resume=False), samples=64, length=512,
+                   texts=[TEXT / "calibration"], steps=["expert_drop:ratio=0.25"])  # fmt: skip
     return {
         "press": report,
         "verify": verify(folder, against=MODELS["mixtral"], runtime=runtime),

@@ -19,12 +19,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moespresso.checkpoint.manifest import MANIFEST, WORK, Manifest
 from moespresso.checkpoint.writer import Written, write_text
 from moespresso.core.errors import UserError
 from moespresso.core.place import real, sayable
 
-MANIFEST = "moespresso.json"
-WORK = ".moespresso"
 # Ways in which a path leads to no place for a folder.
 NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ELOOP)
 _SHARDS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
@@ -127,7 +126,7 @@ def _clear_own(folder: Path) -> None:
     if manifest.is_file():
         # A damaged manifest lists nothing, and must not keep anybody from starting over.
         with suppress(UserError):
-            names |= set(read_manifest(folder)["files"])
+            names |= set(Manifest.load(folder).files)
         manifest.unlink()
     for path in folder.iterdir():
         if path.is_file() and (path.name in names or _OUR_FILES.fullmatch(path.name)):
@@ -137,9 +136,9 @@ def _clear_own(folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def finish(folder: Path, manifest: dict[str, Any]) -> None:
+def finish(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, then let the work folder go."""
-    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    write_text(folder / MANIFEST, manifest.to_json())
     sweep_up(folder)
 
 
@@ -150,28 +149,3 @@ def sweep_up(folder: Path) -> None:
             path.unlink()
     if (folder / WORK).is_dir():
         shutil.rmtree(folder / WORK, ignore_errors=True)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished folder; raises `UserError` when there is none."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        unfinished = " (its run was not finished: repeat the command)" if (folder / WORK).is_dir() else ""
-        raise UserError(f"{folder} has no {MANIFEST}{unfinished}: it is not a finished moespresso result")
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        missing = {
-            "identity",
-            "files",
-            "plan",
-            "layers",
-            "cost",
-            "source",
-            "nonfinite",
-            "stock",
-        } - manifest.keys()
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}): press the model again with --no-resume") from error
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}: it was changed after it was written")
-    return manifest

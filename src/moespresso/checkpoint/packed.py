@@ -21,33 +21,14 @@ from moespresso.checkpoint.files import read_json
 from moespresso.checkpoint.section import AUTOAWQ, KIND, METHOD, OWN_KIND, SECTION, read_section
 from moespresso.core.blueprint import Packed, TensorRef
 from moespresso.core.errors import UserError
-from moespresso.core.format import OWN_LAYOUTS, SHARED_PARTS, Format, Layout, layout_of
-
-# The part of a matrix by which it is found, and all its parts.
-_PARTS: dict[Layout, tuple[str, ...]] = {
-    "compressed-tensors": (
-        "weight_packed",
-        "weight_scale",
-        "weight_zero_point",
-        "weight_shape",
-        "weight_g_idx",
-    ),
-    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
-    "awq": ("qweight", "qzeros", "scales"),
-    "bitmask": ("weight_values", "weight_mask", "weight_shape"),
-    "factors": ("weight_left", "weight_right"),
-    "bases": ("weight_own", "weight_shares", "weight_bases"),
-    "slices": ("weight_kept", "weight_index", "weight_shape"),
-}
+from moespresso.core.format import Format
+from moespresso.formats import FLOATS, Codec, codec_named, codec_of, codecs, pack
 
 # Where AutoGPTQ and AutoAWQ keep what they did.
 _TOOLS_OWN = ("quantize_config.json", "quant_config.json")
-# The end of the name of what the experts of a layer share.
-_SHARED = ".weight_bases"
 
-
-# Ends of the names of tensors that belong to packed matrices, or to what is computed with them.
-_STRANGE = frozenset(suffix for parts in _PARTS.values() for suffix in parts) | frozenset(
+# Ends of the names of tensors that belong to packed matrices in ways that no codec here has.
+_FOREIGN = frozenset(
     {"weight_global_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "input_zero_point", "input_global_scale",
      "input_g_idx", "output_scale", "output_zero_point", "output_global_scale", "q_scale", "k_scale", "v_scale", "kv_scale",
      "k_zero_point", "v_zero_point", "k_global_scale", "v_global_scale", "q_zero_point", "channel_scale"}
@@ -62,9 +43,9 @@ def joined(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: 
     if section is None:
         _check_plain(tensors, folder)
         return dict(tensors)
-    layouts: list[Layout] = [section.layout, *OWN_LAYOUTS] if section.own else [section.layout]
-    firsts: dict[str, Layout] = {_PARTS[layout][0]: layout for layout in layouts}
-    stems: dict[str, Layout] = {
+    known = [codec_named(section.layout), *(each for each in codecs() if each.own and section.own)]
+    firsts = {each.parts[0]: each for each in known}
+    stems = {
         stem: firsts[suffix]
         for stem, _, suffix in (name.rpartition(".") for name in tensors)
         if suffix in firsts
@@ -79,16 +60,17 @@ def joined(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: 
     for name, ref in tensors.items():
         stem, _, suffix = name.rpartition(".")
         here = stems.get(stem)
-        if here is None or suffix not in _PARTS[here]:
+        if here is None or suffix not in here.parts:
             _check_beside(name, stems, place)
             found[name] = ref
-        elif suffix == _PARTS[here][0]:
+        elif suffix == here.parts[0]:
             format = section.format_of(stem)
-            if here in OWN_LAYOUTS and here != layout_of(format):
+            if here.own and here is not codec_of(format):
                 raise UserError(
-                    f"{place}: {stem} is stored as {here}, and config.json's {SECTION} says {format.kind}: press the model again"
+                    f"{place}: {stem} is stored as {here.layout}, and config.json's {SECTION} says {format.kind}: press the model again"
                 )
-            found[f"{stem}.weight"] = _whole(stem, tensors, shared, format, here, folder)
+            parts = _parts_of(stem, tensors, shared, here)
+            found[f"{stem}.weight"] = _whole(stem, parts, format, here, folder)
     return found
 
 
@@ -124,11 +106,11 @@ def _to_add(odd: str, tensors: Mapping[str, TensorRef], folder: Path) -> str:
     return f'add "{SECTION}": {json.dumps({"quant_method": method} | said)} (what {file} says, in the names of config.json)'
 
 
-def _check_beside(name: str, stems: Mapping[str, Layout], place: str) -> None:
+def _check_beside(name: str, stems: Mapping[str, Codec], place: str) -> None:
     """A tensor that is no part of a packed matrix must be none that changes what such matrices compute."""
     stem, _, suffix = name.rpartition(".")
     inside = stem if stem in stems else next((above for above in _above(stem) if above in stems), None)
-    if (inside is not None and (inside, suffix) != (stem, "bias")) or suffix in _STRANGE:
+    if (inside is not None and (inside, suffix) != (stem, "bias")) or suffix in _strange():
         what = (
             f"of the packed {inside}" if inside is not None else f"as packed checkpoints have it ({suffix})"
         )
@@ -136,6 +118,12 @@ def _check_beside(name: str, stems: Mapping[str, Layout], place: str) -> None:
             f"{place}: {name} is a tensor {what}, of which this version does not know what it does to values: give the unquantized "
             "checkpoint, or one packed without it"
         )
+
+
+def _strange() -> frozenset[str]:
+    """Ends of the names of tensors that belong to packed matrices, or to what is computed with them."""
+    own = (suffix for each in codecs() if each.packs for suffix in each.parts)
+    return _FOREIGN.union(own)
 
 
 def _above(module: str) -> Iterator[str]:
@@ -146,11 +134,13 @@ def _above(module: str) -> Iterator[str]:
 
 def _shared_parts(tensors: Mapping[str, TensorRef], place: str) -> dict[str, TensorRef]:
     """What experts share, by its name without the number of the one that stores it; raises `UserError` where that is not one."""
+    ends = {f".{suffix}": f".{each.parts[0]}" for each in codecs() for suffix in each.shared}
     found: dict[str, TensorRef] = {}
     for name, ref in tensors.items():
-        if not name.endswith(_SHARED):
+        end = next((end for end in ends if name.endswith(end)), None)
+        if end is None:
             continue
-        if _alike(name) in found or name.removesuffix(_SHARED) + ".weight_own" not in tensors:
+        if _alike(name) in found or name.removesuffix(end) + ends[end] not in tensors:
             raise UserError(
                 f"{place}: {name} is not the one that its layer's experts share: download it again"
             )
@@ -163,106 +153,64 @@ def check_readable(config: Mapping[str, Any], place: str) -> None:
     read_section(config, place)
 
 
-def _whole(
-    stem: str,
-    tensors: Mapping[str, TensorRef],
-    shared: Mapping[str, TensorRef],
-    format: Format,
-    layout: Layout,
-    folder: Path,
-) -> TensorRef:
+def _parts_of(
+    stem: str, tensors: Mapping[str, TensorRef], shared: Mapping[str, TensorRef], held: Codec
+) -> dict[str, TensorRef]:
+    """The stored parts of a matrix, by suffix, with what others store for it."""
+    lent = {suffix: shared.get(_alike(f"{stem}.{suffix}")) for suffix in held.shared}
+    own = {suffix: tensors.get(f"{stem}.{suffix}", lent.get(suffix)) for suffix in held.parts}
+    return {suffix: ref for suffix, ref in own.items() if ref is not None}
+
+
+def _whole(stem: str, parts: Mapping[str, TensorRef], format: Format, held: Codec, folder: Path) -> TensorRef:
     """The reference to one packed matrix; every part must have the shape and dtype that its format says."""
-    place = str(folder)
-    parts = {
-        suffix: tensors[f"{stem}.{suffix}"] for suffix in _PARTS[layout] if f"{stem}.{suffix}" in tensors
-    }
-    leads = "weight_bases" in parts
-    if layout == "bases" and not leads and _alike(stem + _SHARED) in shared:
-        parts["weight_bases"] = shared[_alike(stem + _SHARED)]
-    found, first = dict(parts), next(iter(parts.values()))
-    scale = parts.get(_SCALES[layout])
-    if layout == "bitmask" and len(parts) == len(_PARTS[layout]) and scale is not None:
-        first, width = parts["weight_mask"], parts["weight_shape"]
-        stored_width = _stored_width(width, 8 * first.shape[-1], folder) if len(first.shape) == 2 else 0
-        shape = first.shape[0], stored_width
-    elif scale is None or any(len(part.shape) != 2 for part in (first, scale)):
-        raise UserError(f"{place}: {stem} lacks a part of its packed weight: download it again")
-    elif layout == "slices":
-        shape = _stored_shape(parts.get("weight_shape"), first, format, folder)
-    else:
-        shape = _shape(first, scale, format, layout)
-    if layout == "bases" and len(found.get("weight_bases", first).shape) == 3:
-        shape = shape[0], found["weight_bases"].shape[2]
-    if layout == "compressed-tensors" and not format.group_size and "weight_shape" in parts:
-        shape = shape[0], _stored_width(parts["weight_shape"], shape[1], folder)
-    whole = TensorRef(
-        f"{stem}.weight", shape, scale.dtype, first.file, first.offset, packed=Packed(format, layout)
+    first = parts[held.parts[0]]
+    shape, scaled = _size(stem, parts, format, held, folder), parts[held.scaled]
+    whole = pack(
+        TensorRef(f"{stem}.weight", shape, scaled.dtype, first.file, first.offset), format, held.layout
     )
-    for suffix, wanted in whole.parts.items():
-        part = parts.pop(suffix, None)
+    assert whole.packed is not None
+    for suffix, wanted in whole.packed.parts.items():
+        part = parts.get(suffix)
         if part is None or (part.shape, part.dtype) != (wanted.shape, wanted.dtype):
             have = "missing" if part is None else f"{part.dtype} {list(part.shape)}"
             raise UserError(
-                f"{place}: {wanted.name} is {have}, not {wanted.dtype} {list(wanted.shape)} as its format says: compare the "
+                f"{folder}: {wanted.name} is {have}, not {wanted.dtype} {list(wanted.shape)} as its format says: compare the "
                 f"{SECTION} of config.json with where the checkpoint came from, and download what differs again"
             )
-    if parts:
+    if more := [suffix for suffix in parts if suffix not in whole.packed.parts]:
         raise UserError(
-            f"{place}: {stem} has a {next(iter(parts))}, which its format does not know: compare the {SECTION} of config.json with "
+            f"{folder}: {stem} has a {more[0]}, which its format does not know: compare the {SECTION} of config.json with "
             "where the checkpoint came from"
         )
-    if scale.dtype not in ("F16", "BF16", "F32"):
+    if scaled.dtype not in FLOATS.values():
         raise UserError(
-            f"{place}: {scale.name} is {scale.dtype}, which is not read: give the unquantized checkpoint"
+            f"{folder}: {scaled.name} is {scaled.dtype}, which is not read: give the unquantized checkpoint"
         )
-    return replace(
-        whole, packed=Packed(format, layout, found, leads=leads or not SHARED_PARTS & found.keys())
-    )
+    leads = all(parts[suffix].name == f"{stem}.{suffix}" for suffix in held.shared)
+    return replace(whole, packed=Packed(format, held.layout, parts, held.shared, leads))
 
 
-# The part of a matrix whose dtype is its own.
-_SCALES: dict[Layout, str] = {"compressed-tensors": "weight_scale", "gptq": "scales", "awq": "scales",
-                              "bitmask": "weight_values", "factors": "weight_right", "bases": "weight_own", "slices": "weight_kept"}  # fmt: skip
+def _size(
+    stem: str, parts: Mapping[str, TensorRef], format: Format, held: Codec, folder: Path
+) -> tuple[int, int]:
+    """Outputs and inputs of a packed matrix; raises `UserError` where its parts do not say them."""
 
+    def read(ref: TensorRef) -> list[int]:
+        with (folder / ref.file).open("rb") as file:
+            raw = os.pread(file.fileno(), ref.nbytes, ref.offset)
+        return [int.from_bytes(raw[at : at + 8], "little") for at in range(0, len(raw), 8)]
 
-def _shape(first: TensorRef, scale: TensorRef, format: Format, layout: Layout) -> tuple[int, int]:
-    """Outputs and inputs, from the shapes of the packed values and the scales."""
-    if layout == "gptq":
-        return first.shape[1], first.shape[0] * 32 // format.bits
-    if layout == "awq":
-        return first.shape[1] * 32 // format.bits, first.shape[0]
-    if layout in ("factors", "bases"):
-        return first.shape[0], scale.shape[1]
-    out, groups = scale.shape
-    return out, groups * format.group_size if format.group_size else first.shape[1] * 32 // format.bits
-
-
-def _stored_width(ref: TensorRef, most: int, folder: Path) -> int:
-    """Inputs of a matrix with one scale a channel: its last word may be padded, so only its stored shape says it."""
-    with (folder / ref.file).open("rb") as file:
-        said = int.from_bytes(os.pread(file.fileno(), 8, ref.offset + 8), "little")
-    if not most - 32 < said <= most:
-        raise UserError(f"{folder}: {ref.name} says {said} inputs, its values hold {most}: download it again")
-    return said
-
-
-def _stored_shape(ref: TensorRef | None, kept: TensorRef, format: Format, folder: Path) -> tuple[int, int]:
-    """Outputs and inputs of a matrix of which some rows or columns are stored: they say themselves no more than one of both."""
-    if ref is None:
-        raise UserError(f"{folder}: {kept.name} lacks the weight_shape beside it: download it again")
-    with (folder / ref.file).open("rb") as file:
-        raw = os.pread(file.fileno(), 16, ref.offset)
-    out, width = (int.from_bytes(raw[at : at + 8], "little") for at in (0, 8))
-    most, whole = (out, width == kept.shape[1]) if format.kind == "rows" else (width, out == kept.shape[0])
-    if not whole or not format.rank <= most < 1 << 31:
-        raise UserError(
-            f"{folder}: {ref.name} says {out} x {width}, of which {list(kept.shape)} are no {format.kind}: download it again"
-        )
-    return out, width
+    try:
+        return held.size(parts, format, read)
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{folder}: {stem} lacks a part of its packed weight: download it again") from error
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
 
 
 def packing_config(
-    packed: Mapping[str, Format], plain: Iterable[str], *, layout: Layout, stock: bool
+    packed: Mapping[str, Format], plain: Iterable[str], *, layout: str, stock: bool
 ) -> dict[str, Any]:
     """The section for modules `packed`, by name, beside the `plain` ones that hold a matrix too.
 
@@ -275,18 +223,18 @@ def packing_config(
         dict.fromkeys(packed[name] for name in sorted(packed, key=lambda name: _alike(name) == name))
     )
     one = len(formats) == 1
-    if layout in ("gptq", "awq"):
+    held = codec_named(layout)
+    if held.one_format:
         if not one:
             raise UserError(
                 f"the layout {layout} has one format for all matrices, here are {len(formats)}: keep compressed-tensors"
             )
-        heads = {"lm_head": "lm_head" in packed} if layout == "gptq" else {}
-        return _OTHERS[layout](formats[0], sorted(set(plain))) | heads
+        return held.section(formats[0], packed, sorted(set(plain)))
     stems = _stems(packed)
     groups = {
         f"group_{number}": {
             "targets": ["Linear"] if one else [f"re:{_pattern(stems[format])}"],
-            "weights": _weights(format),
+            "weights": codec_of(format).say(format),
             "input_activations": None,
             "output_activations": None,
             "format": KIND if stock else OWN_KIND,
@@ -302,59 +250,6 @@ def packing_config(
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
-
-
-def _weights(format: Format) -> dict[str, Any]:
-    if format.kind != "integer":
-        return {
-            "type": format.kind,
-            "group_size": format.group_size,
-            "density": format.density,
-            "rank": format.rank,
-        } | ({"bases": format.bases} if format.bases else {})
-    return {
-        "num_bits": format.bits,
-        "type": "int",
-        "symmetric": format.symmetric,
-        "strategy": "group" if format.group_size else "channel",
-        "group_size": format.group_size or None,
-        "dynamic": False,
-        "actorder": "group" if format.ordered else None,
-        "observer": "minmax",
-    }
-
-
-def _gptq_section(format: Format, plain: list[str]) -> dict[str, Any]:
-    return {
-        "quant_method": "gptq",
-        "checkpoint_format": "gptq",
-        "bits": format.bits,
-        "group_size": format.group_size or -1,
-        "sym": format.symmetric,
-        "desc_act": format.ordered,
-        "lm_head": False,
-        "dynamic": _left_alone(plain),
-    }
-
-
-def _awq_section(format: Format, plain: list[str]) -> dict[str, Any]:
-    return {
-        "quant_method": "awq",
-        "version": "gemm",
-        "bits": format.bits,
-        "group_size": format.group_size or -1,
-        "zero_point": True,
-        "modules_to_not_convert": plain,
-        "dynamic": _left_alone(plain),
-    }
-
-
-def _left_alone(plain: list[str]) -> dict[str, dict[str, Any]]:
-    """GPTQModel's own way to say so, in both layouts: a pattern with a minus in front."""
-    return {f"-:^{re.escape(name)}$": {} for name in plain}
-
-
-_OTHERS = {"gptq": _gptq_section, "awq": _awq_section}
 
 
 def _alike(name: str) -> str:

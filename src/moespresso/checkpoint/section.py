@@ -18,7 +18,8 @@ from reprlib import repr as short
 from typing import Any, cast
 
 from moespresso.core.errors import UserError
-from moespresso.core.format import LAYOUT_BITS, Format, Layout
+from moespresso.core.format import Format
+from moespresso.formats import Codec, CompressedTensors, IntegerLayout, codec_named, codecs
 
 SECTION = "quantization_config"
 METHOD, KIND = "compressed-tensors", "pack-quantized"
@@ -61,7 +62,6 @@ _WEIGHTS = _keys(
     "observer observer_kwargs",
     "block_structure dynamic",
 )
-_OWN_WEIGHTS = _keys("type group_size density rank bases")
 # What GPTQ's and AWQ's tools note about how values were found, which kernels to run and what they were made with.
 _MADE_BY = """
     meta quantizer damp_percent damp_auto_increment true_sequential static_groups act_group_aware mse dataset tokenizer
@@ -83,6 +83,7 @@ _AWQ = _keys(
     _MADE_BY.replace("backend", "") + " lm_head",
     _UNREAD + " desc_act",
 )
+_KEYS_OF = {"gptq": _GPTQ, "awq": _AWQ}
 # What `dynamic` may change for single modules: only what is the same for all is read, so that the section can say it again.
 _OVERRIDES = _keys("bits group_size sym desc_act", _MADE_BY, _UNREAD)
 # Names in AutoAWQ's own file, and in config.json: transformers passes over the first and takes what it has by default.
@@ -119,7 +120,7 @@ class Targets:
 class Section:
     """The section, read: `own` is one that only moespresso writes, `groups` are formats by target (None: not quantized)."""
 
-    layout: Layout
+    layout: str
     place: str
     method: str
     own: bool = False
@@ -130,12 +131,13 @@ class Section:
 
     def format_of(self, module: str) -> Format:
         """The format of a packed module; raises `UserError` where the section says that it is not packed, or says nothing."""
-        if self.layout == "compressed-tensors":
+        held = _integers(self.layout)
+        if not held.one_format:
             return self._of_groups(module)
         format = cast("Format", self.groups[""])
-        _be(format.bits, LAYOUT_BITS[self.layout], f"{self.place}: {SECTION}.bits")
+        _be(format.bits, held.bits, f"{self.place}: {SECTION}.bits")
         pattern, changes = _override(_dynamic(self.said), module)
-        apart = _left_alone(self.said, module, self.layout) or (pattern if changes is None else "")
+        apart = _left_alone(self.said, module) or (pattern if changes is None else "")
         if apart:
             raise UserError(
                 f"{self.place}: {module} is packed, but {SECTION} leaves it alone ({apart}): {_ELSEWHERE}"
@@ -195,9 +197,9 @@ def read_section(config: Mapping[str, Any], place: str) -> Section | None:
     said = cast("dict[str, Any]", section) if isinstance(section, dict) else {}
     layout = _layout(said, cast("object", section), place)
     try:
-        if layout == "compressed-tensors":
-            return _compressed(said, place)
-        return _one_for_all(said, layout, place)
+        if _integers(layout).one_format:
+            return _one_for_all(said, layout, place)
+        return _compressed(said, place)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{place} is already quantized, and the {SECTION} of its config.json is not understood ({error!r}): give the "
@@ -205,7 +207,7 @@ def read_section(config: Mapping[str, Any], place: str) -> Section | None:
         ) from error
 
 
-def _layout(said: Said, section: object, place: str) -> Layout:
+def _layout(said: Said, section: object, place: str) -> str:
     method, kind = said.get("quant_method"), said.get("format")
     if method is None and said.keys() & {"bits", *AUTOAWQ}:
         raise UserError(
@@ -213,11 +215,11 @@ def _layout(said: Said, section: object, place: str) -> Layout:
             'else "quant_method": "awq"'
         )
     if (method, kind) in ((METHOD, KIND), (METHOD, OWN_KIND)):
-        return "compressed-tensors"
+        return CompressedTensors.layout
     kinds = [said.get(key) for key in ("checkpoint_format", "version", "format")]
-    if method in ("gptq", "awq") and {str(each).lower() for each in kinds if each} <= {_FIRST[method]}:
+    if method in _FIRST and {str(each).lower() for each in kinds if each} <= {_FIRST[method]}:
         if said.get("backend") != "llm-awq":
-            return method
+            return str(method)
         kinds = ["llm-awq"]
     words = " ".join(str(word) for word in (method, *dict.fromkeys(kinds)) if word)
     raise UserError(
@@ -249,7 +251,7 @@ def _compressed(said: Said, place: str) -> Section:
         groups |= dict.fromkeys(targets, format)
     targets = Targets.of(groups, where + "config_groups")
     ignored = Targets.of(said.get("ignore") or (), where + "ignore")
-    return Section("compressed-tensors", place, METHOD, own, groups, targets, ignored, said)
+    return Section(CompressedTensors.layout, place, METHOD, own, groups, targets, ignored, said)
 
 
 def _group(name: str, group: Any, where: str) -> tuple[list[str], Format | None]:
@@ -268,10 +270,9 @@ def _group(name: str, group: Any, where: str) -> tuple[list[str], Format | None]
 
 def _weights(said: Said, where: str) -> Format:
     """The format that a group gives to weights; what is not said is what the library takes for it."""
-    if said.get("type") in ("sparse", "factors", "bases", "rows", "columns"):
-        _OWN_WEIGHTS.check(said, where)
-        return Format(said["type"], group_size=int(said["group_size"]), density=float(said["density"]),
-                      rank=int(said["rank"]), bases=int(said.get("bases", 0)))  # fmt: skip
+    own = next((each for each in codecs() if each.own and said.get("type") in each.kinds), None)
+    if own is not None:
+        return _own_weights(said, own, where)
     _WEIGHTS.check(said, where)
     _be(str(said.get("type", "int")).lower(), ("int",), where + "type")
     size = said.get("group_size")
@@ -297,25 +298,33 @@ def _weights(said: Said, where: str) -> Format:
     return Format("integer", bits, whole, symmetric, ordered=ordered)
 
 
+def _own_weights(said: Said, held: Codec, where: str) -> Format:
+    """The format of a codec that only moespresso reads, as it says it itself."""
+    _keys(" ".join(("type", *held.settings))).check(said, where)
+    plain = Format()
+    return Format(said["type"], **{name: type(getattr(plain, name))(said[name]) for name in held.settings})
+
+
 # GPTQ and AWQ
 
 
-def _one_for_all(said: Said, layout: Layout, place: str) -> Section:
+def _one_for_all(said: Said, layout: str, place: str) -> Section:
     where = f"{place}: {SECTION}."
     foreign = next((key for key in AUTOAWQ if key in said), None)
     if foreign is not None:
         raise UserError(
             f"{where}{foreign} is AutoAWQ's own name, which transformers does not know: call it {AUTOAWQ[foreign]}"
         )
-    (_GPTQ if layout == "gptq" else _AWQ).check(said, where)
+    _KEYS_OF[layout].check(said, where)
     _be(said.get("pack_dtype"), (None, "int32", "torch.int32"), where + "pack_dtype")
     _be(said.get("method"), (None, layout), where + "method")
     given = {key: said[key] for key in ("bits", "group_size", "sym", "desc_act") if said.get(key) is not None}
-    if layout == "awq":
+    unsaid = 0
+    if "zero_point" in _KEYS_OF[layout].known:
         given.pop("desc_act", None)
         given["sym"] = not said["zero_point"] if said.get("zero_point") is not None else False
-    base = Format("integer", 4 if layout == "awq" else 0, 128)
-    format = _as_changed(base, given, where)
+        unsaid = 4
+    format = _as_changed(Format("integer", unsaid, 128), given, where)
     for pattern in _dynamic(said):
         Targets.of([f"re:{pattern[2:] if pattern[:2] in ('-:', '+:') else pattern}"], where + "dynamic")
     return Section(layout, place, layout, groups={"": format}, said=said)
@@ -350,20 +359,28 @@ def _override(dynamic: Mapping[str, Said | None], module: str) -> tuple[str, Sai
     return "", {}
 
 
-def _left_alone(said: Said, module: str, layout: Layout) -> str:
-    """Why the section's lists mean that a module is not packed, or nothing."""
-    names = said.get("modules_to_not_convert") or ()
-    for name in names if layout == "awq" else ():
+def _left_alone(said: Said, module: str) -> str:
+    """Why the section's lists mean that a module is not packed, or nothing. Each is known in one of the two methods alone; of
+    the head only GPTQ's says anything."""
+    for name in said.get("modules_to_not_convert") or ():
         if f".{name}." in f".{module}.":
             return f"modules_to_not_convert has {name}"
     inside = said.get("modules_in_block_to_quantize")
-    if layout == "gptq" and inside:
+    if inside:
         flat = [name for row in inside for name in ([row] if isinstance(row, str) else row)]
         if not any(module.endswith(name) for name in flat):
             return "modules_in_block_to_quantize does not have it"
-    if layout == "gptq" and module == "lm_head" and said.get("lm_head") is False:
+    if (
+        "lm_head" in _KEYS_OF[said["quant_method"]].known
+        and module == "lm_head"
+        and said.get("lm_head") is False
+    ):
         return "lm_head is false"
     return ""
+
+
+def _integers(layout: str) -> IntegerLayout:
+    return cast("IntegerLayout", codec_named(layout))
 
 
 def _be(value: Any, choices: tuple[Any, ...], where: str) -> None:
@@ -374,7 +391,7 @@ def _be(value: Any, choices: tuple[Any, ...], where: str) -> None:
 
 def _bits(value: Any, where: str) -> int:
     bits = int(value)
-    _be(bits, LAYOUT_BITS["compressed-tensors"], where)
+    _be(bits, CompressedTensors.bits, where)
     return bits
 
 

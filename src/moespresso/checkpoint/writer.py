@@ -1,7 +1,7 @@
-"""Tensors to shards, streamed: a shard's header is known before its first byte, so nothing is ever held.
+"""Files, streamed: a shard's header is known before its first byte, so nothing is ever held.
 
-Each shard goes to a temporary name, is synced and renamed; its SHA-256 is taken from the bytes as they pass, on a
-second thread. Shards follow the source's order, so both disks read and write in sequence.
+Each file goes to a temporary name, is synced and renamed; its SHA-256 is taken from the bytes as they pass, on a
+second thread.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,31 +19,14 @@ from pathlib import Path
 
 import torch
 
-from moespresso.checkpoint.index import INDEX, SINGLE
-from moespresso.checkpoint.reader import Reader
+from moespresso.checkpoint.files import INDEX
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import UserError
-from moespresso.core.format import DTYPE_BYTES
-from moespresso.core.piece import Piece
 
-_SMALLEST, _LARGEST, _AIM = 256 << 20, 4 << 30, 32
 # Bytes after which the disk is asked to start writing.
 _FLUSH = 32 << 20
 # Bytes that are sooner hashed than handed to another thread.
 _SMALL = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """A file to write and what goes into it."""
-
-    name: str
-    pieces: tuple[Piece, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Tensor bytes, without the header."""
-        return sum(piece.ref.nbytes for piece in self.pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,32 +37,6 @@ class Written:
     nbytes: int
     sha256: str
     nonfinite: dict[str, int] = field(default_factory=dict[str, int])
-
-
-def shard_limit(total: int) -> int:
-    """Bytes a shard may hold: about a 32nd of the model, between 256 MiB and 4 GiB, so that a resume redoes little."""
-    return min(max(total // _AIM, _SMALLEST), _LARGEST)
-
-
-def layout(pieces: Sequence[Piece], limit: int) -> list[Shard]:
-    """Cut `pieces`, in order, into shards of at most `limit` bytes (a larger tensor gets one of its own)."""
-    groups: list[list[Piece]] = []
-    filled = 0
-    for piece in pieces:
-        if not groups or filled + piece.ref.nbytes > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(piece)
-        filled += piece.ref.nbytes
-    names = [SINGLE] if len(groups) == 1 else [
-        f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)
-    ]  # fmt: skip
-    return [Shard(name, tuple(_aligned(group))) for name, group in zip(names, groups, strict=True)]
-
-
-def _aligned(group: list[Piece]) -> list[Piece]:
-    # Wide dtypes first keep every tensor aligned to its own width, as safetensors' own writer does.
-    return sorted(group, key=lambda piece: -DTYPE_BYTES[piece.ref.dtype])
 
 
 def header(refs: Iterable[TensorRef], metadata: Mapping[str, str]) -> bytes:
@@ -96,23 +53,6 @@ def header(refs: Iterable[TensorRef], metadata: Mapping[str, str]) -> bytes:
     body = json.dumps(rows, separators=(",", ":")).encode()
     body += b" " * (-len(body) % 8)
     return len(body).to_bytes(8, "little") + body
-
-
-def write_shard(folder: Path, shard: Shard, reader: Reader) -> Written:
-    """Stream one shard into `folder`; the name appears only when every byte of it is on the disk."""
-    reader.nonfinite = {}
-
-    def parts() -> Iterator[memoryview]:
-        yield memoryview(header((piece.ref for piece in shard.pieces), {"format": "pt"}))
-        for piece in reader.ahead(shard.pieces):
-            yield from map(as_bytes, reader.chunks(piece))
-
-    size, digest = write_file(folder / shard.name, parts())
-    for file in {ref.file for piece in shard.pieces for ref in piece.inputs}:
-        reader.drop_pages(file)
-    found = reader.nonfinite
-    counts = {piece.name: sum(found.get(ref.name, 0) for ref in piece.inputs) for piece in shard.pieces}
-    return Written(shard.name, size, digest, {name: count for name, count in counts.items() if count})
 
 
 def write_file(path: Path, parts: Iterable[memoryview]) -> tuple[int, str]:
@@ -176,12 +116,8 @@ def write_text(path: Path, text: str) -> tuple[int, str]:
     return write_file(path, [memoryview(text.encode())])
 
 
-def write_index(folder: Path, shards: Sequence[Shard]) -> tuple[int, str] | None:
-    """Write the index of a sharded checkpoint; a single file needs none."""
-    if len(shards) == 1:
-        return None
-    weight_map = {piece.name: shard.name for shard in shards for piece in shard.pieces}
-    total = sum(shard.nbytes for shard in shards)
+def write_index(folder: Path, weight_map: Mapping[str, str], total: int) -> tuple[int, str]:
+    """Write the index of a sharded checkpoint of `total` tensor bytes: which file holds which tensor."""
     body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return write_text(folder / INDEX, json.dumps(body, indent=2) + "\n")
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from moespresso.core.cost import Cost
-from moespresso.core.format import DTYPE_BYTES, SHARED_PARTS, Format, Layout, stored_parts
+from moespresso.core.format import DTYPE_BYTES, Format
 from moespresso.core.unit import Part, Unit
 
 FLOPS_TOKENS = 2048
@@ -25,14 +25,14 @@ BRANCHES: tuple[Branch, ...] = ("attention", "mlp")
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """How a matrix is stored as several tensors: `parts` by suffix where they are in files, none before they are written.
-
-    Of matrices that share a part only one `leads`, and stores it.
+    """How a matrix is stored as several tensors: the `parts` by suffix, as a codec lays them out (`formats.pack`) or as they
+    lie in files. Of matrices that have `shared` parts in common only one `leads`, and stores those.
     """
 
     format: Format
-    layout: Layout = "compressed-tensors"
+    layout: str
     parts: Mapping[str, TensorRef] = field(default_factory=dict[str, "TensorRef"])
+    shared: frozenset[str] = frozenset()
     leads: bool = True
 
 
@@ -65,23 +65,10 @@ class TensorRef:
         return int(self.numel * DTYPE_BYTES[self.dtype])
 
     def stored(self) -> Mapping[str, TensorRef]:
-        """The tensors that a packed matrix is stored as, by suffix."""
+        """The tensors that a packed matrix is stored as, by suffix: all that it is decoded from, but what another stores."""
         assert self.packed is not None
-        leads = self.packed.leads
-        return {suffix: part for suffix, part in self.parts.items() if leads or suffix not in SHARED_PARTS}
-
-    @property
-    def parts(self) -> Mapping[str, TensorRef]:
-        """The tensors that a packed matrix is decoded from, by suffix: also what it shares with others."""
-        assert self.packed is not None
-        if self.packed.parts:
-            return self.packed.parts
-        out, width = self.shape
-        parts = stored_parts(self.packed.layout, self.packed.format, out, width, self.dtype)
-        stem = self.name.removesuffix("weight")
-        return {
-            suffix: TensorRef(stem + suffix, shape, dtype, "") for suffix, (shape, dtype) in parts.items()
-        }
+        lent = frozenset[str]() if self.packed.leads else self.packed.shared
+        return {suffix: part for suffix, part in self.packed.parts.items() if suffix not in lent}
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +164,7 @@ class Blueprint:
     """
 
     family: str
-    source: str
+    place: str
     digest: str
     hidden: int
     vocab: int

@@ -3,7 +3,7 @@
 ```
 MoespressoError
 ├── UserError         the user's mistake: one sentence with the place and the cure; exit code 2
-│   └── NonFiniteError    a NaN or infinity in the weights (settings can turn it into trouble)
+│   └── NonFiniteError    a NaN or infinity in the weights (settings can turn it into warnings)
 └── CheckFailed       a check did not hold (`verify`); exit code 3
 ```
 
@@ -37,6 +37,11 @@ class CheckFailed(MoespressoError):
     """`verify` found a written folder wanting; the message names every finding."""
 
     exit_code = 3
+
+
+def text_missing(who: str, more: str = "") -> UserError:
+    """The refusal of what `who` asks for without the text that it is found on; `more` is said behind the cure."""
+    return UserError(f"{who} real text: give --text FILE or --dataset NAME{more}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

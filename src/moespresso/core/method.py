@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
-from moespresso.core.blueprint import Blueprint, Branch
+from moespresso.core.blueprint import Blueprint
 from moespresso.core.format import Format
+from moespresso.core.unit import Unit
 
 if TYPE_CHECKING:  # a stage of a plan knows its step
-    from moespresso.core.plan import Decision, Plan, Stage
+    from moespresso.core.plan import Decision, Plan, Stage, Treatment
     from moespresso.core.stats import Stats
 
 # What a step wants to see beside the layer and the tokens that the router sends to its experts: what the original layer
@@ -36,11 +37,11 @@ if TYPE_CHECKING:  # a stage of a plan knows its step
 Sight = Literal["original", "gradient", "all_tokens"]
 NOTHING: frozenset[Sight] = frozenset()
 # Parts of a model whose matrices can be given another form.
-SLIM_PARTS = ("experts", "shared", "attention", "dense", "head")
+MATRIX_PARTS = ("experts", "shared", "attention", "dense", "head")
 
-# Branches that a candidate of a search is without, and the loss of the model without each of some candidates.
-Cuts = frozenset[tuple[int, Branch]]
-Judge = Callable[[Sequence[Cuts]], list[float]]
+# What a candidate of a search does to the model as it is, and the losses of the model as each of some candidates leaves it.
+Candidate = Mapping[Unit, "Treatment"]
+Losses = Callable[[Sequence[Candidate]], list[float]]
 
 ContextT = TypeVar("ContextT")
 ResultT = TypeVar("ResultT")
@@ -86,8 +87,13 @@ class Step(ABC):
         settings = (each.name for each in fields(cast("Any", self)))
         return {"kind": self.kind} | {name: getattr(self, name) for name in settings}
 
+    @property
+    def sees_text(self) -> bool:
+        """Whether it is found on text itself, whatever else is measured for it."""
+        return False
+
     def needs(self) -> frozenset[str]:
-        """What must be measured for this step."""
+        """The statistics that must be measured for this step, by name."""
         return frozenset()
 
     def check(self, blueprint: Blueprint) -> None:
@@ -135,8 +141,13 @@ class Searches(Selects):
     def searches(self) -> bool:
         """Whether it does, as it is set; else it goes by statistics."""
 
+    @property
+    def sees_text(self) -> bool:
+        """Candidates are tried on text."""
+        return self.searches
+
     @abstractmethod
-    def search(self, blueprint: Blueprint, judge: Judge) -> Decision:
+    def search(self, blueprint: Blueprint, judge: Losses) -> Decision:
         """Choose by the losses that `judge` finds."""
 
 
@@ -145,12 +156,17 @@ class Treats(Step):
 
     __slots__ = ()
 
-    able: ClassVar[tuple[str, ...]] = SLIM_PARTS
+    able: ClassVar[tuple[str, ...]] = MATRIX_PARTS
 
     @property
     def kinds(self) -> frozenset[str]:
         """The kinds of formats that it makes."""
         return frozenset()
+
+    @property
+    def plainly(self) -> tuple[str, ...]:
+        """Steps near to this one whose matrices engines read, as they are written, nearest first."""
+        return ("rtn",)
 
 
 class Quantizes(Treats):
@@ -185,9 +201,10 @@ class Refits(Treats, Generic[ContextT, ResultT]):
         """What it wants to see beside the layer and its tokens."""
         return NOTHING
 
-    def needs(self) -> frozenset[str]:
-        """Nothing but text to see."""
-        return frozenset({"text"})
+    @property
+    def sees_text(self) -> bool:
+        """It is fitted on text."""
+        return True
 
     @abstractmethod
     def solve(self, context: ContextT) -> ResultT:

@@ -2,7 +2,7 @@
 
 A `Plan` is an ordered list of `Stage`s; a stage gives some units a `Treatment` by one method with its settings.
 Units are numbered as in the source checkpoint in every stage, so `L3.E17` is the same expert all the way down;
-what is kept after all stages is the intersection of what each keeps. `moespresso.core.rewrite` says what a plan
+what is kept after all stages is the intersection of what each keeps. `moespresso.effect.rewrite` says what a plan
 does to each tensor; an empty plan is the identity.
 """
 
@@ -19,11 +19,9 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
-from moespresso.core.blueprint import Blueprint
-from moespresso.core.cost import Cost
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import Format
-from moespresso.core.method import Step
+from moespresso.core.method import Refits, Step
 from moespresso.core.registry import parse_step
 from moespresso.core.stats import MALFORMED, at_least, described, each, given, of_kind, read_object, units_of
 from moespresso.core.unit import Unit
@@ -37,8 +35,8 @@ class Treatment:
     attention (`L3.attention`) or feed-forward part (`L3.experts`, `L3.dense`), norm included. `scale` multiplies the layer's
     routed part (folded into the down projections). An expert that merges `into` another has a `share` of the average, and so
     has that one itself.
-    `repair` says what stands in for what goes, or how members of a merge are put in line (see `moespresso.core.fits`).
-    `channels`, `rank`, `format` are for slimming; `channels` counts those that each expert of the layer keeps (`L3.experts`), or
+    `repair` says what stands in for what goes, or how members of a merge are put in line (see `moespresso.effect.cuts`).
+    `channels`, `format` are for slimming; `channels` counts those that each expert of the layer keeps (`L3.experts`), or
     one of them (`L3.E5`); which ones is found on text or weights, like all fitted values.
     """
 
@@ -48,7 +46,6 @@ class Treatment:
     into: int | None = None
     share: float = 1.0
     channels: int | None = None
-    rank: int | None = None
     format: Format | None = None
     repair: str | None = None
 
@@ -90,8 +87,8 @@ class Treatment:
 
 
 _KINDS: Mapping[str, type[Any]] = {"keep": list, "channels": int, "drop": bool, "scale": float, "into": int,
-                                   "share": float, "rank": int, "format": dict, "repair": str}  # fmt: skip
-_MAY_BE_NULL = frozenset({"keep", "channels", "into", "rank", "format", "repair"})
+                                   "share": float, "format": dict, "repair": str}  # fmt: skip
+_MAY_BE_NULL = frozenset({"keep", "channels", "into", "format", "repair"})
 
 
 _FORMAT_KINDS: Mapping[str, type[Any]] = {
@@ -137,6 +134,11 @@ class Stage:
         """The step, read once; raises `UserError` where the method is none that is known."""
         return parse_step(self.method)
 
+    @property
+    def on_text(self) -> bool:
+        """Whether its step treats whole layers on the text that reaches them; raises `UserError` as `step` does."""
+        return isinstance(self.step, Refits)
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -180,34 +182,6 @@ class Plan:
         unit = Unit(layer, "experts")
         return [stage.treatments[unit] for stage in self.stages if unit in stage.treatments]
 
-    def validated(self, blueprint: Blueprint) -> Plan:
-        """Return the plan, or raise `UserError` where it does not fit the blueprint or leaves a layer unroutable."""
-        from moespresso.core.check import check_plan
-
-        if self.blueprint != blueprint.digest:
-            raise UserError(
-                f"the plan was made for another checkpoint (digest {self.blueprint[:12]}, "
-                f"{blueprint.source} has {blueprint.digest[:12]}): make a new plan for this one"
-            )
-        check_plan(self, blueprint)
-        return self
-
-    def cost(self, blueprint: Blueprint) -> Cost:
-        """Price the model this plan makes of `blueprint`."""
-        from moespresso.core.rewrite import pressed_blueprint
-
-        return pressed_blueprint(blueprint, self).cost()
-
-    def diff(self, other: Plan) -> list[str]:
-        """One line per unit that the two plans treat differently."""
-        mine, theirs = self._rows(), other._rows()
-        return [f"{key}: {mine.get(key)} -> {theirs.get(key)}"
-                for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]  # fmt: skip
-
-    def _rows(self) -> dict[str, Any]:
-        return {f"stage {number} {unit}": treatment.as_dict()
-                for number, stage in enumerate(self.stages) for unit, treatment in stage.treatments.items()}  # fmt: skip
-
     @property
     def digest(self) -> str:
         """SHA-256 of the plan's JSON."""
@@ -227,17 +201,21 @@ class Plan:
                 "calibration": dict(self.calibration), "stages": stages}  # fmt: skip
         return json.dumps(body, indent=1, default=_plain)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data, for what holds a plan beside other things."""
+        return json.loads(self.to_json())
+
     @classmethod
     def from_json(cls, text: str, name: str = "this") -> Plan:
         """Read a plan, called `name` in messages; raises `UserError` when the text is not one."""
         try:
-            return cls._read(read_object(text))
+            return cls.read(read_object(text))
         except MALFORMED as error:
             raise _no_plan(name, error) from error
 
     @classmethod
-    def _read(cls, body: Mapping[str, Any]) -> Plan:
-        """What `to_json` wrote; raises `ValueError` for anything else."""
+    def read(cls, body: Mapping[str, Any]) -> Plan:
+        """What `as_dict` gave; raises `ValueError` for anything else."""
         rows = each(given(body, "stages", list[Any]), dict[str, Any], "stages")
         stages = tuple(_read_stage(row, f"stage {number}") for number, row in enumerate(rows))
         calibration = described(given(body, "calibration", dict[str, Any], {}))

@@ -20,7 +20,7 @@ class Runtime:
 
     `device` is a torch device or `auto`; `dtype` one of `DTYPES` (`auto`: the checkpoint's own); `max_memory` in
     bytes (None: as much as there is). `resume` takes up an unfinished run in the same folder; `allow_nonfinite`
-    counts a NaN or infinity in the weights as trouble instead of refusing it.
+    counts a NaN or infinity in the weights as warnings instead of refusing it.
     """
 
     device: str = "auto"

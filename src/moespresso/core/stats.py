@@ -1,7 +1,9 @@
 """What was measured on real text, and what went wrong.
 
 `values[unit][name]` are plain numbers, so a stats file is JSON that can be cached, shared and reused for other
-ratios. `key` is the digest of model, data and needs: two equal keys mean the same measurement.
+ratios. `key` is the digest of model, data and needs: two equal keys mean the same measurement. Where there are several values
+of a kind (one for each width, or for each other expert), their number is part of the name: how it is written, only `indexed`
+and `split_index` know.
 """
 
 from __future__ import annotations
@@ -21,19 +23,21 @@ Values = Mapping[Unit, Mapping[str, float]]
 T = TypeVar("T")
 _CALLED: dict[type[Any], str] = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number",
                                  bool: "true or false"}  # fmt: skip
+# Between the name of a value and its index.
+_INDEX = "@"
 # What reading a file of somebody else's making can raise; the sentence is made where its kind is known.
 MALFORMED = (ValueError, TypeError, OSError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Measured values per unit; `calibration` describes the text, `trouble` counts what went wrong."""
+    """Measured values per unit; `calibration` describes the text, `warnings` counts what went wrong."""
 
     key: str
     blueprint: str
     tokens: int = 0
     values: Values = field(default_factory=dict[Unit, dict[str, float]])
-    trouble: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     calibration: Mapping[str, Any] = field(default_factory=dict[str, Any])
     needs: tuple[str, ...] = ()
 
@@ -55,9 +59,14 @@ class Stats:
             raise _not_measured(unit, name)
         return row[name]
 
+    def series(self, unit: Unit, name: str) -> dict[int, float]:
+        """The values of a unit that are indexed under `name`, by index; {} where there are none."""
+        parts = {split_index(each): value for each, value in self.values.get(unit, {}).items()}
+        return {index: value for (kind, index), value in parts.items() if kind == name and index is not None}
+
     def to_json(self) -> str:
         """The stats as JSON."""
-        body = {"key": self.key, "blueprint": self.blueprint, "tokens": self.tokens, "trouble": list(self.trouble),
+        body = {"key": self.key, "blueprint": self.blueprint, "tokens": self.tokens, "warnings": list(self.warnings),
                 "calibration": dict(self.calibration), "needs": list(self.needs),
                 "values": {str(unit): dict(self.values[unit]) for unit in sorted(self.values)}}  # fmt: skip
         return json.dumps(body, indent=1) + "\n"
@@ -80,14 +89,25 @@ class Stats:
         rows = given(body, "values", dict[str, Any])
         values = {unit: {name: float(given(rows[text], name, float)) for name in given(rows, text, dict[str, Any])}
                   for text, unit in units_of(rows).items()}  # fmt: skip
-        trouble, needs = (each(given(body, name, list[Any]), str, name) for name in ("trouble", "needs"))
+        warnings, needs = (each(given(body, name, list[Any]), str, name) for name in ("warnings", "needs"))
         tokens = at_least(0, given(body, "tokens", int), "tokens")
-        return cls(given(body, "key", str), given(body, "blueprint", str), tokens, values, tuple(trouble),
+        return cls(given(body, "key", str), given(body, "blueprint", str), tokens, values, tuple(warnings),
                    described(given(body, "calibration", dict[str, Any])), tuple(needs))  # fmt: skip
 
 
 def _not_measured(unit: Unit, name: str) -> UserError:
     return UserError(f"the stats hold no {name!r} for {unit}: measure again with a step that needs it")
+
+
+def indexed(name: str, index: int) -> str:
+    """The name of one of several values of a kind."""
+    return f"{name}{_INDEX}{index}"
+
+
+def split_index(name: str) -> tuple[str, int | None]:
+    """A name without its index, and the index; None where it has none."""
+    kind, mark, index = name.partition(_INDEX)
+    return (kind, int(index)) if mark and index.isdecimal() else (name, None)
 
 
 def stats_key(*parts: str) -> str:

@@ -5,11 +5,9 @@ for measuring; `sequences` cuts them in file order for evaluation. Both give `Ba
 the plan, so that a build on other text is noticed.
 """
 
-from __future__ import annotations
-
 from moespresso.data.hub import READY
-from moespresso.data.pack import Batches, Mode, calibration, sequences
+from moespresso.data.pack import Batches, Mode, Sampling, calibration, sequences
 from moespresso.data.text import Source
 from moespresso.data.tokenizer import load_tokenizer
 
-__all__ = ["READY", "Batches", "Mode", "Source", "calibration", "load_tokenizer", "sequences"]
+__all__ = ["READY", "Batches", "Mode", "Sampling", "Source", "calibration", "load_tokenizer", "sequences"]

@@ -23,7 +23,7 @@ import math
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -105,33 +105,46 @@ class Batches:
         yield from zip(self.ids.split(size), self.mask.split(size), strict=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a text is drawn: so many `samples` of `length` tokens, by `seed`.
+
+    `mode`: "pack" joins and cuts (conversations as plain text), "chat" gives every row one conversation, and
+    "auto" decides for each source by its first document.
+    """
+
+    samples: int = 128
+    length: int = 2048
+    seed: int = 0
+    mode: Mode = "auto"
+
+
+AS_USUAL = Sampling()
+
+
 def calibration(
     sources: Sequence[Source],
     tokenizer: PreTrainedTokenizerBase,
-    samples: int = 128,
-    length: int = 2048,
-    seed: int = 0,
-    mode: Mode = "auto",
+    sampling: Sampling = AS_USUAL,
     vocab: int | None = None,
 ) -> Batches:
-    """Draw `samples` rows of `length` tokens from weighted sources, the same on every machine.
+    """Draw rows from weighted sources, the same on every machine; `vocab` is how many tokens the model has a row for.
 
-    `mode`: "pack" joins and cuts (conversations as plain text), "chat" gives every row one conversation, and
-    "auto" decides for each source by its first document. `vocab` is how many tokens the model has a row for. Raises
-    `UserError` where a source is missing, malformed, too short or beyond the model.
+    Raises `UserError` where a source is missing, malformed, too short or beyond the model.
     """
-    _check_request(sources, samples=samples, length=length)
+    samples = sampling.samples
+    _check_request(sources, samples=samples, length=sampling.length)
     border = Border(tokenizer, vocab)
     draws = [
-        _draw(source, number, border, rows, length, seed, mode)
+        _draw(source, number, border, replace(sampling, samples=rows))
         for number, (source, rows) in enumerate(zip(sources, _share(sources, samples), strict=True))
     ]
     made = {
         "sources": [draw.described for draw in draws],
         "samples": samples,
-        "length": length,
-        "seed": seed,
-        "mode": mode,
+        "length": sampling.length,
+        "seed": sampling.seed,
+        "mode": sampling.mode,
     }
     return Batches(torch.cat([draw.ids for draw in draws]), torch.cat([draw.mask for draw in draws]), made)
 
@@ -235,26 +248,19 @@ class _Reading:
             )  # fmt: skip
 
 
-def _draw(
-    source: Source,
-    number: int,
-    border: Border,
-    rows: int,
-    length: int,
-    seed: int,
-    mode: Mode,
-) -> _Draw:
+def _draw(source: Source, number: int, border: Border, sampling: Sampling) -> _Draw:
     """Take one source's rows by the rule at the top of this module."""
-    found = documents(source, CALIBRATION_PIECE)
-    first = next(found, None)
+    rows, length, mode = sampling.samples, sampling.length, sampling.mode
+    stream = documents(source, CALIBRATION_PIECE)
+    first = next(stream, None)
     if first is None:
         raise UserError(f"{source.name}: holds no text: give a file that does")
     template = _template(mode, first, border.tokenizer)
-    reading = _Reading(itertools.chain([first], found), template)
-    stream = iter(reading)
-    pool = _pool(stream, rows * length)
+    reading = _Reading(itertools.chain([first], stream), template)
+    rest = iter(reading)
+    pool = _pool(rest, rows * length)
     _check_pool(pool, border, template, mode)
-    drawn = itertools.chain(_shuffled(pool, f"{seed}:{number}"), stream)
+    drawn = itertools.chain(_shuffled(pool, f"{sampling.seed}:{number}"), rest)
     if template is None:
         ids, mask = _packed_rows(drawn, source, border, rows, length)
     else:

@@ -5,33 +5,42 @@ A cure that the next refusal takes back is none, so where more than one could be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any
 
+from moespresso.build import View, equivalent_views
 from moespresso.core.errors import UserError
+from moespresso.core.method import Treats
 from moespresso.core.plan import Plan, Stage
 from moespresso.core.registry import parse_step
-from moespresso.core.slim import slims
-from moespresso.model import View, rehoused_views
+from moespresso.effect import treats_matrices, validated
+from moespresso.formats import codec_of
 
 Load = Callable[[View], Any]
 
 
 def stored_plainly(view: View, load: Load) -> str:
     """What to do instead of storing matrices with a mask, in part or as factors."""
-    steps = [_step(stage.method) for stage in view.plan.stages if slims(stage)]
-    if len(steps) == 1:
-        return "pack=false" if "pack" in steps[0].describe() else _not_in_factors(steps[0], view, load)
+    stages = [stage for stage in view.plan.stages if treats_matrices(stage)]
+    if len(stages) == 1:
+        step = _step(stages[0])
+        return "pack=false" if "pack" in step.describe() else _near(step, view, load)
     # More than one step: each in full, since the one that is meant is not told from the others by a setting alone. A request for
     # low_rank:method=modegpt comes to this too, which is short for two.
-    words = [_not_in_factors(step, view, load) if step.kind == "low_rank" else _whole(step) for step in steps]
+    words = [_near(_step(stage), view, load) if _is_own(stage) else _whole(_step(stage)) for stage in stages]
     return " and then ".join(words) + " as the steps that treat matrices"
 
 
-def _step(method: Mapping[str, Any]) -> Any:
-    return parse_step({name: value for name, value in method.items() if value is not None})
+def _is_own(stage: Stage) -> bool:
+    """Whether a stage stores matrices as only moespresso reads them, and has no setting that it would not."""
+    formats = (treatment.format for treatment in stage.treatments.values())
+    return "pack" not in stage.method and any(each is not None and codec_of(each).own for each in formats)
+
+
+def _step(stage: Stage) -> Any:
+    return parse_step({name: value for name, value in stage.method.items() if value is not None})
 
 
 def _whole(step: Any) -> str:
@@ -46,13 +55,9 @@ def _said(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _not_in_factors(step: Any, view: View, load: Load) -> str:
-    """The step nearest to a decomposition that leaves matrices of an ordinary shape on this model."""
-    share, parts = step.ratio, str(step.parts)
-    narrower = [f"channel_prune:ratio={share}"] if "experts" in parts.split("+") else []
-    fewer = [f"attention_rank:ratio={share},pack=false"] if parts == "attention" else []
-    tried = [*narrower, *fewer, f"wanda:parts={parts},sparsity={share}"]
-    return next((steps for steps in tried if _holds(steps, view, load)), "expert_drop")
+def _near(step: Treats, view: View, load: Load) -> str:
+    """The step nearest to one that leaves matrices of an ordinary shape on this model."""
+    return next((words for words in step.plainly if _holds(words, view, load)), "expert_drop")
 
 
 def _holds(words: str, view: View, load: Load) -> bool:
@@ -61,7 +66,7 @@ def _holds(words: str, view: View, load: Load) -> bool:
         step: Any = parse_step(words)
         step.check(view.source)
         empty = Plan(view.source.digest)
-        made = replace(empty, stages=(step.outline(view.source, empty),)).validated(view.source)
+        made = validated(replace(empty, stages=(step.outline(view.source, empty),)), view.source)
         load(replace(view, plan=made))
         return True
     return False
@@ -70,7 +75,7 @@ def _holds(words: str, view: View, load: Load) -> bool:
 def repaired_otherwise(view: View, load: Load) -> str | None:
     """The repair that stands in for a bias on this model, under any name that its family has; None where the part cannot go."""
     stages = tuple(_mapped(stage) for stage in view.plan.stages)
-    for form in (view, *rehoused_views(view)):
+    for form in (view, *equivalent_views(view)):
         with suppress(UserError):
             load(replace(form, plan=Plan(form.source.digest, stages)))
             return "repair=linear or repair=scale"

@@ -6,21 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+from moespresso.build import View, half_packed, in_order, one_format, tied_head, zeros_of
 from moespresso.core.blueprint import LayerSpec
 from moespresso.core.errors import UserError, did_you_mean
-from moespresso.core.format import OWN_LAYOUTS
-from moespresso.core.rewrite import biased_stubs
+from moespresso.effect import biased_stubs
 from moespresso.export.nearest import repaired_otherwise, stored_plainly, to_leave_out
-from moespresso.model import (
-    View,
-    half_packed,
-    in_order,
-    is_unequal,
-    one_format,
-    skipping,
-    tied_head,
-    zeros_of,
-)
+from moespresso.formats import codec_in, codec_named, codecs
+from moespresso.model import is_unequal, skipping
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +38,6 @@ TARGETS = {
 }
 
 
-# What an own layout stores.
-_SMALLER = {
-    "bitmask": "pruned matrices with a mask",
-    "slices": "matrices without the rows or columns that went",
-    "factors": "products as their factors",
-    "bases": "matrices as factors with bases that experts share",
-}
-
 # Widths of experts are multiples of this.
 _WIDE = 8
 
@@ -78,7 +62,7 @@ def formed(name: str, view: View) -> View:
 
 def _stock(target: Target, view: View) -> View:
     _check_experts(target, view)
-    cut = [f"L{layer}" for layer, branch in sorted(view.left.cut) if branch == "attention"]
+    cut = [f"L{layer}" for layer, branch in sorted(view.remains.cut) if branch == "attention"]
     if cut:
         raise _beyond(target, f"leaves {_some(cut)} without attention", _blocks(view, len(cut)))
     biased = [f"L{layer}" for layer, _ in sorted(biased_stubs(view.source, view.plan))]
@@ -87,7 +71,7 @@ def _stock(target: Target, view: View) -> View:
         raise _beyond(target, f"leaves a constant where {_some(biased)} lost a part", instead)
     made = _stubbed(target, replace(view, stock=True))
     _check_widths(target, made)
-    odd = [f"L{view.left.layers[position]}" for position in skipping(made.config)]
+    odd = [f"L{view.remains.layers[position]}" for position in skipping(made.config)]
     if odd:
         raise _beyond(
             target, f"keeps layers that lack a part already ({_some(odd)})", _blocks(view, len(odd))
@@ -99,9 +83,10 @@ def _check_formats(target: Target, view: View) -> None:
     """Stock loaders take one symmetric format for all experts, and compute wrong numbers without a word from others."""
     if not view.formats:
         return
-    own = {piece.ref.packed.layout for piece in view.pieces if piece.ref.packed is not None} & OWN_LAYOUTS
+    there = {codec_in(piece.ref) for piece in view.pieces if piece.ref.packed is not None}
+    own = [held for held in codecs() if held.own and held in there]
     if own:
-        what = next(words for layout, words in _SMALLER.items() if layout in own)
+        what = own[0].title
         instead = stored_plainly(view, partial(formed, target.name))
         raise UserError(
             f"this plan stores {what}, which {target.name} does not read; the nearest plan that it can is {instead}, or say "
@@ -162,7 +147,7 @@ def _check_formats(target: Target, view: View) -> None:
 
 def _check_experts(target: Target, view: View) -> None:
     layers = _moe_layers(view)
-    gone = [f"L{layer}" for layer in view.left.gone]
+    gone = [f"L{layer}" for layer in view.remains.gone]
     if gone:
         raise _beyond(
             target,
@@ -193,7 +178,7 @@ def _check_widths(target: Target, view: View) -> None:
             f"leaves experts of unequal width ({min(widths)} to {max(widths)} channels)",
             f"channel_prune:scope=layer,width={mean}",
         )
-    if view.left.widths and is_unequal(view.config):
+    if view.remains.widths and is_unequal(view.config):
         raise _beyond(
             target,
             f"narrows experts to {widths[0]} channels, which the config of a {view.source.family} model cannot say without "
@@ -205,12 +190,12 @@ def _check_widths(target: Target, view: View) -> None:
 def check_even(view: View, layout: str) -> None:
     """Raise `UserError` where experts of a layer differ in width, or a router is packed, which no engine of another layout than
     ours can load."""
-    if layout not in ("compressed-tensors", "plain") and view.packed_alone:
+    if codec_named(layout).one_format and view.packed_alone:
         raise UserError(
             f"routers are packed here ({_some(view.packed_alone)}), for which engines that read {layout} have no place: export it as "
             "plain, and press that"
         )
-    for layer in view.blueprint.layers if layout not in ("compressed-tensors", "plain") else ():
+    for layer in view.blueprint.layers if codec_named(layout).one_format else ():
         if layer.widths:
             raise UserError(
                 f"the experts of L{layer.index} have {min(layer.widths)} to {max(layer.widths)} channels, which no engine that reads "
@@ -219,7 +204,7 @@ def check_even(view: View, layout: str) -> None:
 
 
 def _moe_layers(view: View) -> list[LayerSpec]:
-    kept: Mapping[int, tuple[int, ...]] = view.left.experts
+    kept: Mapping[int, tuple[int, ...]] = view.remains.experts
     return [
         replace(layer, experts=len(kept[layer.index]))
         for layer in view.source.moe_layers
@@ -231,7 +216,7 @@ def _stubbed(target: Target, view: View) -> View:
     """The stock form: what lost its feed-forward part has a dense one of zeros, where the family can say so."""
     if not view.stubs:
         return view
-    names = [f"L{view.left.layers[position]}" for position in view.stubs]
+    names = [f"L{view.remains.layers[position]}" for position in view.stubs]
     what = f"leaves {_some(names)} without a feed-forward part"
     instead = _blocks(view, len(names))
     if not view.source.moe_layers:

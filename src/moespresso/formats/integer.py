@@ -20,7 +20,7 @@ SLAB = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Codes:
+class QuantizedWeights:
     """Encoded matrices: `values` uint8 [N, out, in], `scale` [N, out, G] as stored, `zero` uint8 [N, out, G].
 
     `groups` [N, in] says which group each input is in, where that is not counted off from the left (None: it is).
@@ -32,14 +32,12 @@ class Codes:
     zero: Tensor
     groups: Tensor | None = None
 
-    def corner(self, number: int, shape: tuple[int, ...]) -> Codes:
-        """Codes [1, out, in] of matrix `number` as far as `shape` goes; groups must not be cut."""
-        rows, columns = shape
+    def cut(self, which: slice, rows: slice, columns: int) -> QuantizedWeights:
+        """The codes of some matrices: some of their rows, and their first columns; groups must not be cut."""
+        assert self.groups is None, "groups are counted off"
         groups = max(1, columns * self.scale.shape[2] // self.values.shape[2])
-        scale, zero = (
-            grid[number : number + 1, :rows, :groups].contiguous() for grid in (self.scale, self.zero)
-        )
-        return Codes(self.format, self.values[number : number + 1, :rows, :columns].contiguous(), scale, zero)
+        scale, zero = (grid[which, rows, :groups].contiguous() for grid in (self.scale, self.zero))
+        return QuantizedWeights(self.format, self.values[which, rows, :columns].contiguous(), scale, zero)
 
 
 def levels(format: Format) -> int:
@@ -67,17 +65,17 @@ def slabs(shape: torch.Size) -> Iterator[tuple[slice, slice]]:
             yield slice(first, first + deep), slice(row, row + tall)
 
 
-def encode(weights: Tensor, scale: Tensor, zero: Tensor, format: Format) -> Codes:
+def encode(weights: Tensor, scale: Tensor, zero: Tensor, format: Format) -> QuantizedWeights:
     """Round `weights` [N, out, in] to the nearest value of the grid."""
     values = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
     for part in slabs(weights.shape):
         steps = in_groups(weights[part].float(), format) / scale[part].float().unsqueeze(-1)
         steps.add_(zero[part].float().unsqueeze(-1)).round_().clamp_(0, levels(format) - 1)
         values[part] = steps.flatten(-2)
-    return Codes(format, values, scale, zero)
+    return QuantizedWeights(format, values, scale, zero)
 
 
-def decode(codes: Codes) -> Tensor:
+def decode(codes: QuantizedWeights) -> Tensor:
     """The weights [N, out, in] that the codes stand for, in the scales' dtype."""
     if codes.groups is not None:
         at = codes.groups.long().unsqueeze(-2).expand(codes.values.shape)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moespresso.core.format import Format
 from moespresso.formats.grids import minmax, searched, stored
-from moespresso.formats.integer import Codes, decode, encode, slabs
+from moespresso.formats.integer import QuantizedWeights, decode, encode, slabs
 
 Scales = Literal["searched", "minmax"]
 
@@ -35,14 +35,14 @@ def round_nearest(
     *,
     unbiased: bool = True,
     signed: bool = True,
-) -> Codes:
+) -> QuantizedWeights:
     """Codes of `weights` [N, out, in], with scales stored as `dtype` that were found as `scales` says."""
     scale, zero = (searched if scales == "searched" else minmax)(weights, format, dtype, signed=signed)
     codes = encode(weights, scale, zero, format)
     return unbias(weights, codes) if unbiased else codes
 
 
-def unbias(weights: Tensor, codes: Codes, hessians: Tensor | None = None) -> Codes:
+def unbias(weights: Tensor, codes: QuantizedWeights, hessians: Tensor | None = None) -> QuantizedWeights:
     """The same codes with each row's scales times (w H w^T) / (w H q^T), where that is between 1/2 and 2.
 
     `weights` are [N, out, in], `hessians` [N, in, in].
@@ -51,7 +51,7 @@ def unbias(weights: Tensor, codes: Codes, hessians: Tensor | None = None) -> Cod
     for part in slabs(weights.shape):
         own = weights[part].float()
         seen = own if hessians is None else own @ hessians[part[0]]
-        here = Codes(codes.format, codes.values[part], codes.scale[part], codes.zero[part])
+        here = QuantizedWeights(codes.format, codes.values[part], codes.scale[part], codes.zero[part])
         factor = (seen * own).sum(-1, keepdim=True) / (seen * decode(here).float()).sum(-1, keepdim=True)
         factor = torch.where((factor > 0.5) & (factor < 2), factor, torch.ones_like(factor))
         scale[part] = stored(here.scale.float() * factor, scale.dtype)

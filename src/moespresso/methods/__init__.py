@@ -3,7 +3,9 @@
 Importing this package registers all of them (`moespresso.core.registry`).
 """
 
-from moespresso.methods._on_text import LayerContext, LayerResult
+from moespresso.methods._matrices import OnMatrices
+from moespresso.methods._on_text import LayerContext, LayerResult, OnText
+from moespresso.methods._quantization import Quantization
 from moespresso.methods.attention_rank import AttentionRank
 from moespresso.methods.autoround import AutoRound
 from moespresso.methods.awq import Awq
@@ -36,8 +38,11 @@ __all__ = [
     "LayerResult",
     "LowRank",
     "Magnitude",
+    "OnMatrices",
+    "OnText",
+    "Quantization",
     "Refit",
     "Rtn",
     "SparseGpt",
     "Wanda",
-]  # fmt: skip
+]

@@ -5,7 +5,7 @@
 Nothing is known of families by name. The feed-forward part is run on a few random tokens with its experts silent; whatever
 is given the very tensor that the part was given, and has a matrix as wide, is taken for a reader. Then all of them are
 scaled by random powers of two, which floating point does exactly (in float32, that is: float16 rounds what is below 6e-5): where the scaled part does not say exactly the same, it
-reads its input in some other way, and `Untold` says so. The same trial tells a norm that multiplies by its weight from one
+reads its input in some other way, and `UnknownEntrance` says so. The same trial tells a norm that multiplies by its weight from one
 that multiplies by 1 + w, and a plain product of gate and up from one that is cut off.
 
 `narrowed` is the search for ranges that goes with it: the one of least output error, group by group.
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from moespresso.core.format import Format
-from moespresso.formats import decode, encode, in_groups
-from moespresso.formats.grids import Grid, chosen, spanned
-from moespresso.runtime.anatomy import Branch, NotResidual, find_anatomy
+from moespresso.formats import Grid, chosen, decode, encode, in_groups, spanned
+from moespresso.model import observing
+from moespresso.runtime import Branch, NotResidual, find_anatomy
 
 _TOKENS = 16
 # Larger than any bound at which a family cuts off what goes through its experts.
@@ -35,7 +35,7 @@ _RANGES, _NARROWEST = 16, 0.4
 _RIDGE = 1e-4
 
 
-class Untold(Exception):
+class UnknownEntrance(Exception):
     """The inputs of a layer's experts cannot be scaled; the message says why."""
 
 
@@ -49,17 +49,17 @@ class Entrance:
 
 
 def find_entrance(layer: nn.Module, experts: Any) -> Entrance:
-    """The norm before `experts` and all that reads its output beside them; raises `Untold` where that cannot be told."""
+    """The norm before `experts` and all that reads its output beside them; raises `UnknownEntrance` where that cannot be told."""
     try:
         branch = find_anatomy(layer).mlp
     except NotResidual as error:
-        raise Untold(f"the branches of the layer cannot be told apart: {error}") from error
+        raise UnknownEntrance(f"the branches of the layer cannot be told apart: {error}") from error
     if branch is None or branch.pre is None:
-        raise Untold("no norm stands before them")
+        raise UnknownEntrance("no norm stands before them")
     norm = layer.get_submodule(branch.pre)
     names = [name for name, _ in norm.named_parameters()]
     if len(names) != 1 or not _multiplies(norm, names[0]):
-        raise Untold(f"{branch.pre} does more than multiply by its weight")
+        raise UnknownEntrance(f"{branch.pre} does more than multiply by its weight")
     readers = _readers(layer, branch, experts, norm.get_parameter(names[0]))
     return Entrance(f"{branch.pre}.{names[0]}", readers)
 
@@ -90,16 +90,16 @@ def _readers(layer: nn.Module, branch: Branch, experts: Any, norm: Tensor) -> tu
     hidden, factors = _random(1, _TOKENS, len(norm), like=norm), _powers(len(norm), norm)
     values = _in_float32(layer, bodies, experts)
     try:
-        with _silent(experts) as told, _watched(layer, bodies, experts, hidden) as found:
+        with _silent(experts) as inputs, _watched(layer, bodies, experts, hidden) as found:
             plain = [_with(layer, name, values)(hidden) for name in bodies]
         scaled = values | {name: values[name] * factors for name in found}
         with _silent(experts) as again:
             answers = [_with(layer, name, scaled)(hidden / factors) for name in bodies]
     except Exception as error:  # whatever a module raises that is given less than it is used to
-        raise Untold(f"{' and '.join(bodies)} cannot be run alone ({error})") from error
-    alone = len(told) == 3 and torch.equal(told[0], hidden[0])
-    if not alone or not _equal([told[0] / factors, *told[1:], *plain], [*again, *answers]):
-        raise Untold(f"something in {' and '.join(bodies)} reads its input in a way of its own")
+        raise UnknownEntrance(f"{' and '.join(bodies)} cannot be run alone ({error})") from error
+    alone = len(inputs) == 3 and torch.equal(inputs[0], hidden[0])
+    if not alone or not _equal([inputs[0] / factors, *inputs[1:], *plain], [*again, *answers]):
+        raise UnknownEntrance(f"something in {' and '.join(bodies)} reads its input in a way of its own")
     return tuple(dict.fromkeys(found))
 
 
@@ -128,18 +128,15 @@ def _equal(one: Any, other: Any) -> bool:
 
 @contextmanager
 def _silent(experts: nn.Module) -> Generator[list[Tensor]]:
-    """Experts answer zeros; what they are given (tokens, selection, gates) is put into the list."""
-    told: list[Tensor] = []
+    """Experts answer zeros; their inputs (tokens, selection, gates) are put into the list."""
+    inputs: list[Tensor] = []
 
-    def on_experts(*given: Tensor) -> Tensor:
-        told.extend(given)
-        return torch.zeros_like(given[0])
+    def on_experts(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        inputs.extend((hidden, index, weights))
+        return torch.zeros_like(hidden)
 
-    experts.__dict__["moespresso_ear"] = on_experts
-    try:
-        yield told
-    finally:
-        del experts.__dict__["moespresso_ear"]
+    with observing(experts, before=on_experts):
+        yield inputs
 
 
 @contextmanager

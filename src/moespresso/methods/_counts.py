@@ -8,9 +8,8 @@ from typing import Any
 from moespresso.core.blueprint import Blueprint, LayerSpec
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Treatment
-from moespresso.core.remains import Remains
-from moespresso.core.slim import is_stack
 from moespresso.core.unit import Unit
+from moespresso.effect import Remains, is_stack
 
 
 def keep_count(settings: Any, layer: LayerSpec, *, even: bool = True) -> int:
@@ -81,13 +80,13 @@ def need_experts(kind: str, blueprint: Blueprint, *, alone: bool = False) -> Non
     """Raise `UserError` where there are no routed experts, or none whose matrices are stored as they are in memory (`alone`: by
     themselves), for a step that changes these."""
     if not blueprint.moe_layers:
-        raise UserError(f"{kind}: {blueprint.source} has no routed experts to treat: it is a dense model")
+        raise UserError(f"{kind}: {blueprint.place} has no routed experts to treat: it is a dense model")
     for entry in blueprint.entries:
         if entry.unit.part != "experts" or entry.unit.matrix == "novices":
             continue
         if (entry.unit.expert is None or len(entry.ref.shape) != 2) and (alone or not is_stack(entry)):
             cure = "use per_expert=false" if is_stack(entry) else "drop experts instead"
             raise UserError(
-                f"{kind}: {blueprint.source} ({blueprint.family}) stores its experts as {entry.ref.name}, not as matrices of "
+                f"{kind}: {blueprint.place} ({blueprint.family}) stores its experts as {entry.ref.name}, not as matrices of "
                 f"their own, which this version cannot treat: {cure}"
             )

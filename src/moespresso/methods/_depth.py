@@ -1,6 +1,6 @@
 """What Layer Drop and Block Drop share: candidates, the order of similarity, and the greedy search on true KL.
 
-A candidate is a set of branches that go together: one branch of a layer, or both of a block, or of a run of blocks.
+A candidate is what goes together: one branch of a layer, a block, or a run of blocks.
 `greedy` removes one candidate after the other, each time the one whose loss the whole model feels least, and then
 goes once through its choice: would another candidate in the place of one of them be better still? The judge answers
 for all candidates of a round at once, with one pass over the layers (`stream.sweep_variants`).
@@ -11,20 +11,15 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal, TypeVar
 
-from moespresso.core.blueprint import BRANCHES, Blueprint
+from moespresso.core.blueprint import Blueprint
 from moespresso.core.errors import UserError
-from moespresso.core.method import Cuts, Judge
+from moespresso.core.method import Candidate, Losses
 from moespresso.core.plan import Treatment
 from moespresso.core.unit import Unit
 from moespresso.model import quirks
 
 Repair = Literal["none", "bias", "scale", "linear"]
 T = TypeVar("T", bound=Hashable)
-
-
-def whole_block(layer: int) -> Cuts:
-    """Both branches of a block."""
-    return frozenset((layer, branch) for branch in BRANCHES)
 
 
 def treatment(repair: Repair) -> Treatment:
@@ -36,7 +31,7 @@ def check_divisible(kind: str, blueprint: Blueprint) -> None:
     """Raise `UserError` where the layers are no plain sum of branches, of which one could go."""
     if blueprint.indivisible:
         raise UserError(
-            f"{kind}: the layers of {blueprint.source} ({blueprint.family}) cannot lose a part ({blueprint.indivisible}); "
+            f"{kind}: the layers of {blueprint.place} ({blueprint.family}) cannot lose a part ({blueprint.indivisible}); "
             "drop whole blocks (block_drop) or experts"
         )
 
@@ -45,7 +40,7 @@ def check_comparable(kind: str, blueprint: Blueprint) -> None:
     """Raise `UserError` where candidates cannot go through the model side by side."""
     if blueprint.family in quirks.HANDS_ON:
         raise UserError(
-            f"{kind}: candidates cannot be compared on {blueprint.source}, whose layers hand on more than hidden states: "
+            f"{kind}: candidates cannot be compared on {blueprint.place}, whose layers hand on more than hidden states: "
             "use score=cosine"
         )
 
@@ -68,7 +63,9 @@ def _depth(key: object) -> int:
     return key.layer or 0 if isinstance(key, Unit) else int(str(key))
 
 
-def greedy(candidates: Mapping[Unit, Cuts], count: int, judge: Judge) -> tuple[dict[Unit, float], list[str]]:
+def greedy(
+    candidates: Mapping[Unit, Candidate], count: int, judge: Losses
+) -> tuple[dict[Unit, float], list[str]]:
     """The `count` candidates to remove, each with the KL after its removal, in order; and what the swaps did."""
     chosen: dict[Unit, float] = {}
     while len(chosen) < count:
@@ -80,7 +77,7 @@ def greedy(candidates: Mapping[Unit, Cuts], count: int, judge: Judge) -> tuple[d
 
 
 def _swapped(
-    candidates: Mapping[Unit, Cuts], chosen: dict[Unit, float], judge: Judge
+    candidates: Mapping[Unit, Candidate], chosen: dict[Unit, float], judge: Losses
 ) -> tuple[dict[Unit, float], list[str]]:
     """One pass: each choice, first to last, against every candidate that was not taken."""
     notes: list[str] = []
@@ -100,5 +97,5 @@ def _swapped(
     return chosen, notes
 
 
-def _union(candidates: Mapping[Unit, Cuts], units: Sequence[Unit]) -> Cuts:
-    return frozenset().union(*(candidates[unit] for unit in units))
+def _union(candidates: Mapping[Unit, Candidate], units: Sequence[Unit]) -> Candidate:
+    return {key: value for unit in units for key, value in candidates[unit].items()}

@@ -15,13 +15,13 @@ from typing import ClassVar
 
 from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError, did_you_mean
-from moespresso.core.format import OWN_LAYOUTS, Format, layout_of
-from moespresso.core.method import Refits, Treats
+from moespresso.core.format import Format
+from moespresso.core.method import MATRIX_PARTS, Refits, Treats
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
-from moespresso.core.remains import remains
-from moespresso.core.slim import SLIM_PARTS, check_all_storable, is_matrix, is_stack
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
+from moespresso.effect import check_all_storable, is_matrix, is_stack, remains
+from moespresso.formats import codec_of
 
 
 class Words(str):
@@ -59,7 +59,7 @@ class OnMatrices(Treats):
     # What the step does to a matrix, and what that then is.
     verb: ClassVar[tuple[str, str]] = ("round", "rounded")
     # Parts that the method can treat.
-    able: ClassVar[tuple[str, ...]] = SLIM_PARTS
+    able: ClassVar[tuple[str, ...]] = MATRIX_PARTS
 
     parts: Words = EXPERTS
     exclude: Words = NOTHING
@@ -69,8 +69,8 @@ class OnMatrices(Treats):
         for name in ("parts", "exclude"):
             object.__setattr__(self, name, Words(getattr(self, name)))
         for part in self.parts.each():
-            if part not in SLIM_PARTS:
-                raise UserError(f"{self.kind}: parts={part!r} is unknown{did_you_mean(part, SLIM_PARTS)}")
+            if part not in MATRIX_PARTS:
+                raise UserError(f"{self.kind}: parts={part!r} is unknown{did_you_mean(part, MATRIX_PARTS)}")
             if part not in self.able:
                 raise UserError(
                     f"{self.kind} {self.verb[0]}s {' and '.join(self.able)} only, not {part}: use {self.without_text} for it"
@@ -105,7 +105,7 @@ class OnMatrices(Treats):
         ]
         if fused and "experts" in self.parts.each():
             raise UserError(
-                f"{self.kind}: {blueprint.source} ({blueprint.family}) stores all experts of a layer in one tensor "
+                f"{self.kind}: {blueprint.place} ({blueprint.family}) stores all experts of a layer in one tensor "
                 f"({fused[0].ref.name}), which this version cannot {self.verb[0]}: {self._instead(fused[0], blueprint)}"
             )
         self._check_exclude(blueprint)
@@ -115,7 +115,7 @@ class OnMatrices(Treats):
                 why = (
                     f"exclude={self.exclude} leaves nothing of"
                     if self.exclude
-                    else f"{blueprint.source} has no matrices in"
+                    else f"{blueprint.place} has no matrices in"
                 )
                 raise UserError(f"{self.kind}: {why} its {part} to {self.verb[0]}: change parts")
         check_all_storable([(entry, format, entry.ref.shape) for entry, format in self._formats(blueprint)])
@@ -132,11 +132,11 @@ class OnMatrices(Treats):
             with suppress(UserError):
                 other = replace(self, parts=Words("attention"), **settings)
                 other.check(blueprint)
-                made = {layout_of(format) for _, format in other._formats(blueprint)}
+                own = any(codec_of(format).own for _, format in other._formats(blueprint))
                 words = ",".join(
                     f"{name}={value}" for name, value in ({"parts": "attention"} | settings).items()
                 )
-                return f"use {words}{' with --target plugin' if made & OWN_LAYOUTS else ''}, or {_OTHERWISE}"
+                return f"use {words}{' with --target plugin' if own else ''}, or {_OTHERWISE}"
         return _OTHERWISE
 
     def _check_exclude(self, blueprint: Blueprint) -> None:
@@ -150,7 +150,7 @@ class OnMatrices(Treats):
         for pattern in self.exclude.each():
             if not any(fnmatch(address, pattern) for address in addresses):
                 raise UserError(
-                    f"{self.kind}: exclude={pattern!r} matches no part of {blueprint.source} that is {self.verb[1]}: name parts or "
+                    f"{self.kind}: exclude={pattern!r} matches no part of {blueprint.place} that is {self.verb[1]}: name parts or "
                     "projections of layers, such as L0.* or L3.experts.down (single experts share their layer's format)"
                 )
 
@@ -223,12 +223,12 @@ class OnMatrices(Treats):
             if self._is_able(entry) and self._is_meant(entry)
             and not (entry.unit.part == "attention" and entry.unit.layer in others)
         ]  # fmt: skip
-        form = self._form(chosen)
+        form = self.form(chosen)
         for entry in chosen:
             layer = entry.unit.layer
             yield entry, form(entry, layer if positions is None or layer is None else positions.get(layer))
 
-    def _form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
+    def form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
         """What says the format of each of the `chosen` matrices, in a layer of some number."""
         raise NotImplementedError
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +16,15 @@ from torch import Tensor, nn
 from moespresso.core.blueprint import Heads
 from moespresso.core.format import Format
 from moespresso.core.method import Refits
-from moespresso.formats import Codes
-from moespresso.measure import RoutedExperts
+from moespresso.formats import QuantizedWeights
+from moespresso.kernels import RoutedExperts
 
 
 @dataclass(frozen=True, slots=True)
 class LayerContext:
     """One layer: `formats` of `up` and `down` of its experts and of every linear; `dtypes` that their scales (or what is left
     of them) are stored in; `channels` that each of its experts keeps, where some go or they differ; `curvature` [E, I] of the model's loss along the
-    output of every channel, for steps that go by gradients (`measure.Stiffness`); `missing` [T, H], what the layer's answer to
+    output of every channel, for steps that go by gradients (`statistics.GradientMoments`); `missing` [T, H], what the layer's answer to
     each token that reaches its experts lacks of the original layer's, where that may be something.
 
     `linears` maps a module's name to its weight [out, in] and the mean of x x^T [in, in] of its inputs, `means` to the mean of
@@ -51,25 +52,24 @@ class LayerContext:
 
 @dataclass(slots=True)
 class LayerResult:
-    """What a step found. `up` and `down` are codes of all experts, in order; `linears` by module.
+    """What a step found, of all experts in order or of a linear by its module's name.
 
-    `weights` are matrices that stay plain, under the same names (`up` [E, R, H], `down` [E, H, I], a linear [out, in]); where
-    they are products, `factors` holds those by the name of their stored form (`gate`, `up`, `down`), `based` the own factors
-    [E, R, r], shares [E, m] and bases [m, r, H] of those that share bases. `replaced` are tensors by
-    their name in the layer; `trouble` stands in sentences, `remedies` by expert for those that could not be treated as the others.
+    `numbers` are what the codec of a matrix's format stores: of `up` (gate and up, one above the other) and `down`, or of `gate`,
+    `up` and `down` apart; of a linear as a stack of one. `weights` are the matrices that stay plain, or what those come to:
+    `up` [E, R, H], `down` [E, H, I], a linear [out, in]. `replaced` are tensors by their name in the layer; `warnings` stands in
+    sentences, `remedies` by expert for those that could not be treated as the others.
     """
 
-    up: Codes | None = None
-    down: Codes | None = None
-    linears: dict[str, Codes] = field(default_factory=dict[str, Codes])
+    numbers: dict[str, Any] = field(default_factory=dict[str, Any])
     weights: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
-    based: dict[str, tuple[Tensor, Tensor, Tensor]] = field(
-        default_factory=dict[str, tuple[Tensor, Tensor, Tensor]]
-    )
     replaced: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    trouble: list[str] = field(default_factory=list[str])
+    warnings: list[str] = field(default_factory=list[str])
     remedies: dict[int, str] = field(default_factory=dict[int, str])
+
+    def rows(self, name: str) -> int:
+        """Rows of each expert's matrix."""
+        found = self.weights[name] if name in self.weights else self.numbers[name].values
+        return found.shape[1]
 
 
 class OnText(Refits[LayerContext, LayerResult]):
@@ -78,19 +78,19 @@ class OnText(Refits[LayerContext, LayerResult]):
     __slots__ = ()
 
 
-def joined(parts: Sequence[Codes]) -> Codes:
+def joined(parts: Sequence[QuantizedWeights]) -> QuantizedWeights:
     """Codes of several runs of matrices as one."""
     values, scale, zero = (
         torch.cat([getattr(part, name) for part in parts]) for name in ("values", "scale", "zero")
     )
-    return Codes(parts[0].format, values, scale, zero)
+    return QuantizedWeights(parts[0].format, values, scale, zero)
 
 
-def patched(codes: Codes, places: Sequence[int], others: Codes) -> Codes:
+def patched(codes: QuantizedWeights, places: Sequence[int], others: QuantizedWeights) -> QuantizedWeights:
     """`codes` with the matrices at `places` replaced by `others`."""
     index = torch.tensor(places, device=codes.values.device)
     made = {
         name: getattr(codes, name).index_copy(0, index, getattr(others, name))
         for name in ("values", "scale", "zero")
     }
-    return Codes(codes.format, **made)
+    return QuantizedWeights(codes.format, **made)

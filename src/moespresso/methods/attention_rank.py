@@ -18,17 +18,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from moespresso.core.blueprint import Blueprint, Entry, Heads, LayerSpec, Packed
+from moespresso.core.blueprint import Blueprint, Entry, Heads, LayerSpec, TensorRef
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import Format
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.registry import method
-from moespresso.core.remains import remains
-from moespresso.core.slim import is_matrix
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
-from moespresso.methods._attention_rank import query_key, value_output
-from moespresso.methods._low_rank import entropy_allocation
+from moespresso.effect import is_matrix, remains
+from moespresso.formats import codec_of, pack
+from moespresso.kernels import entropy_allocation, query_key, value_output
 from moespresso.methods._matrices import Words
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText
 
@@ -80,10 +79,7 @@ class _Part:
     def stored(self, dims: int) -> int:
         """Bytes when `dims` of each head are stored."""
         formats = self.formats(dims, pack=True)
-        return sum(
-            replace(entry.ref, packed=Packed(formats[entry.unit.matrix or ""], "slices")).nbytes
-            for entry in self.entries
-        )
+        return sum(_packed(entry, formats[entry.unit.matrix or ""]).nbytes for entry in self.entries)
 
     def kept(self, share: float) -> int:
         """The most dims that can stay when `share` of the bytes goes; all where none goes."""
@@ -139,14 +135,14 @@ class AttentionRank(OnText):
         return frozenset({"rows", "columns", "source"})
 
     def needs(self) -> frozenset[str]:
-        """What must be measured for this step: nothing but text to see, and by entropy how much blocks turn the stream."""
-        return frozenset({"text", "similarity"} if self.allocation == "entropy" else {"text"})
+        """What must be measured for this step: by entropy, how much blocks turn the stream."""
+        return frozenset({"similarity"} if self.allocation == "entropy" else ())
 
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
         layers = _layers(blueprint)
         if not layers:
-            raise UserError(f"attention_rank: {blueprint.source} has no attention whose heads could be cut")
+            raise UserError(f"attention_rank: {blueprint.place} has no attention whose heads could be cut")
         for layer in layers:
             assert layer.heads is not None
             reasons = {"qk": layer.heads.no_qk, "vo": layer.heads.no_vo}
@@ -154,7 +150,7 @@ class AttentionRank(OnText):
                 other = next((side for side in SIDES if not reasons[side]), None)
                 cure = f"modules={other}" if other else "low_rank:parts=attention with --target plugin"
                 raise UserError(
-                    f"attention_rank: the attention of L{layer.index} of {blueprint.source} ({blueprint.family}) "
+                    f"attention_rank: the attention of L{layer.index} of {blueprint.place} ({blueprint.family}) "
                     f"{' and '.join(dict.fromkeys(reasons[side] for side in self.modules.each()))}: use {cure}"
                 )
         for part in self._parts(blueprint, layers):
@@ -292,6 +288,11 @@ class AttentionRank(OnText):
         result.weights[o] = outputs.flatten(1)
 
 
+def _packed(entry: Entry, format: Format) -> TensorRef:
+    """The reference to a matrix as it will be stored."""
+    return pack(replace(entry.ref, packed=None), format, codec_of(format).layout)
+
+
 def _layers(blueprint: Blueprint) -> list[LayerSpec]:
     """The layers that have attention; other mixers (Mamba, linear attention) are left alone."""
     return [layer for layer in blueprint.layers if layer.mixer == "attention" and layer.heads is not None]
@@ -309,7 +310,7 @@ def _check_stored(part: _Part, blueprint: Blueprint) -> None:
         wide = part.dims * _owners(heads, matrix)
         if matrix not in found or found[matrix].ref.shape[0 if kind == "rows" else 1] != wide:
             raise UserError(
-                f"attention_rank: {blueprint.source} ({blueprint.family}) does not store {matrix} of L{part.layer.index} as a "
+                f"attention_rank: {blueprint.place} ({blueprint.family}) does not store {matrix} of L{part.layer.index} as a "
                 "matrix of its own: use low_rank:parts=attention with --target plugin"
             )
 

@@ -21,11 +21,9 @@ from torch import Tensor
 from moespresso.core.errors import UserError
 from moespresso.core.registry import method
 from moespresso.formats import searched
-from moespresso.measure import RoutedExperts
-from moespresso.methods._autoround import Learned, Offsets, routed_sum, slopes
-from moespresso.methods._hqq import half_quadratic
+from moespresso.kernels import Learned, Offsets, RoutedExperts, half_quadratic, routed_sum, slopes
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText, patched
-from moespresso.methods._slim import Slimming
+from moespresso.methods._quantization import Quantization
 
 # How many tokens parameters are judged on, and how often.
 _JUDGED = 4096
@@ -34,7 +32,7 @@ _LOOKS = 8
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AutoRound(Slimming, OnText):
+class AutoRound(Quantization, OnText):
     """Settings of one AutoRound.
 
     iterations: steps of the descent.
@@ -54,7 +52,7 @@ class AutoRound(Slimming, OnText):
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
-        Slimming.__post_init__(self)
+        Quantization.__post_init__(self)
         if self.iterations < 0 or self.batch < 1:
             raise UserError(
                 f"autoround: iterations={self.iterations} must not be negative and batch={self.batch} not below 1"
@@ -72,7 +70,7 @@ class AutoRound(Slimming, OnText):
             up, down = self._start(context, "up"), self._start(context, "down")
             if len(experts.hidden):
                 _Descent(self, experts, up, down).run()
-            result.up, result.down = up.codes(), down.codes()
+            result.numbers |= {"up": up.codes(), "down": down.codes()}
         _help_empty(context, experts, result)
         return result
 
@@ -87,7 +85,7 @@ def _help_empty(context: LayerContext, experts: RoutedExperts, result: LayerResu
     for name in ("up", "down") if empty else ():
         weights = getattr(experts, name)[empty].float()
         helped = half_quadratic(weights, context.formats[name], context.dtypes[name])
-        setattr(result, name, patched(getattr(result, name), empty, helped))
+        result.numbers[name] = patched(result.numbers[name], empty, helped)
     result.remedies |= dict.fromkeys(empty, "hqq")
 
 

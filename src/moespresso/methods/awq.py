@@ -22,14 +22,13 @@ from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.registry import method
-from moespresso.core.slim import REFIT
 from moespresso.core.unit import Unit
-from moespresso.formats import Codes, decode, encode, searched, unbias
-from moespresso.measure import RoutedExperts
-from moespresso.measure.hessians import usable
-from moespresso.methods._awq import Entrance, Untold, find_entrance, is_product, narrowed
+from moespresso.effect import REFIT
+from moespresso.formats import QuantizedWeights, decode, encode, searched, unbias
+from moespresso.kernels import RoutedExperts, usable
+from moespresso.methods._awq import Entrance, UnknownEntrance, find_entrance, is_product, narrowed
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText, joined
-from moespresso.methods._slim import Slimming
+from moespresso.methods._quantization import Quantization
 
 # Inputs that never fire count as this much of the strongest one.
 _FAINT = 1e-4
@@ -37,7 +36,7 @@ _FAINT = 1e-4
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Awq(Slimming, OnText):
+class Awq(Quantization, OnText):
     """Settings of one AWQ.
 
     grid: alphas tried beside 0, up to 1.
@@ -57,13 +56,13 @@ class Awq(Slimming, OnText):
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
-        Slimming.__post_init__(self)
+        Quantization.__post_init__(self)
         if not 1 <= self.grid <= 1000:
             raise UserError(f"awq: grid={self.grid} must be between 1 and 1000")
 
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` also where shared experts are packed, so that no factor can be put into them."""
-        Slimming.check(self, blueprint)
+        Quantization.check(self, blueprint)
         layers = {layer.index for layer in blueprint.moe_layers}
         packed = [entry.ref.name for entry in blueprint.entries
                   if entry.ref.packed is not None and entry.unit.layer in layers and _is_beside(entry)]  # fmt: skip
@@ -74,7 +73,7 @@ class Awq(Slimming, OnText):
 
     def outline(self, source: Blueprint, before: Plan) -> Stage:
         """A stage of the right size; nothing around experts that are gone."""
-        stage = Slimming.outline(self, source, before)
+        stage = Quantization.outline(self, source, before)
         there = {unit.layer for unit, treatment in stage.treatments.items() if treatment.format is not None}
         return Stage(
             stage.method, {unit: what for unit, what in stage.treatments.items() if unit.layer in there}
@@ -83,7 +82,7 @@ class Awq(Slimming, OnText):
     def _treatments(
         self, blueprint: Blueprint, positions: Mapping[int, int] | None = None
     ) -> dict[Unit, Treatment]:
-        made = Slimming._treatments(self, blueprint, positions)
+        made = Quantization._treatments(self, blueprint, positions)
         layers = {unit.layer for unit in made} if self.inputs else set[int]()
         around = {Unit(entry.unit.layer, entry.unit.part) for entry in blueprint.entries
                   if entry.unit.layer in layers and _is_beside(entry)}  # fmt: skip
@@ -97,7 +96,7 @@ class Awq(Slimming, OnText):
         factors = self._shared(context, experts, result) if self.inputs else None
         product = self.inner and is_product(experts.module, experts.down.shape[-1])
         made = [self._some(context, experts, some, factors, product) for some in experts.groups()]
-        result.up, result.down = joined([up for up, _ in made]), joined([down for _, down in made])
+        result.numbers |= {"up": joined([up for up, _ in made]), "down": joined([down for _, down in made])}
         return result
 
     def _some(
@@ -107,7 +106,7 @@ class Awq(Slimming, OnText):
         some: range,
         factors: Tensor | None,
         product: bool,
-    ) -> tuple[Codes, Codes]:
+    ) -> tuple[QuantizedWeights, QuantizedWeights]:
         """Codes of gate and up, and of down, of `some` experts."""
         up, down = (matrix[some.start : some.stop].float() for matrix in (experts.up, experts.down))
         given, _ = usable(experts.moments_in(some))
@@ -125,8 +124,8 @@ class Awq(Slimming, OnText):
         """The factors [H] of what all experts are given; puts what else takes them into the answer."""
         try:
             entrance = find_entrance(context.module, experts.module)
-        except Untold as reason:
-            result.trouble.append(f"L{context.layer}: the inputs of its experts are not scaled: {reason}")
+        except UnknownEntrance as reason:
+            result.warnings.append(f"L{context.layer}: the inputs of its experts are not scaled: {reason}")
             return None
         norm = context.parameter(entrance.norm)
         scales = candidates(experts.hidden.float().square().sum(0), self.alphas())
@@ -162,11 +161,13 @@ class Awq(Slimming, OnText):
         errors = decode(codes).float() / factors.unsqueeze(-2) - weights
         return ((errors @ moments) * errors).sum((1, 2))
 
-    def _rounded(self, weights: Tensor, moments: Tensor, format: Format, dtype: torch.dtype) -> Codes:
+    def _rounded(
+        self, weights: Tensor, moments: Tensor, format: Format, dtype: torch.dtype
+    ) -> QuantizedWeights:
         grid = narrowed(weights, moments, format, dtype) if self.clip else searched(weights, format, dtype)
         return encode(weights, *grid, format)
 
-    def _last(self, context: LayerContext, name: str, weights: Tensor, moments: Tensor) -> Codes:
+    def _last(self, context: LayerContext, name: str, weights: Tensor, moments: Tensor) -> QuantizedWeights:
         codes = self._rounded(weights, moments, context.formats[name], context.dtypes[name])
         return unbias(weights, codes, moments) if self.unbiased else codes
 

@@ -14,19 +14,18 @@ from typing import ClassVar, Literal
 
 from moespresso.core.blueprint import Blueprint
 from moespresso.core.errors import UserError
-from moespresso.core.method import Judge, Searches
-from moespresso.core.plan import Decision, Plan, Stage
+from moespresso.core.method import Losses, Searches
+from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.registry import method
-from moespresso.core.remains import remains
-from moespresso.core.stats import Stats
+from moespresso.core.stats import Stats, indexed
 from moespresso.core.unit import Unit
+from moespresso.effect import remains
 from moespresso.methods._depth import (
     Repair,
     check_comparable,
     greedy,
     most_similar,
     treatment,
-    whole_block,
 )
 
 
@@ -70,8 +69,8 @@ class BlockDrop(Searches):
     def needs(self) -> frozenset[str]:
         """What must be measured for this step."""
         if self.searches:
-            return frozenset({"text"})
-        return frozenset({f"run@{self.drop}"} if self.contiguous else {"similarity"})
+            return frozenset()
+        return frozenset({self._run_name} if self.contiguous else {"similarity"})
 
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
@@ -81,7 +80,7 @@ class BlockDrop(Searches):
         if self.drop >= there:
             what = "run of them" if self.contiguous else "one of them"
             raise UserError(
-                f"block_drop: drop={self.drop}, but {blueprint.source} has {there} blocks and one must stay, so no such "
+                f"block_drop: drop={self.drop}, but {blueprint.place} has {there} blocks and one must stay, so no such "
                 f"{what} exists: drop at most {there - 1}"
             )
         self._check_period(blueprint)
@@ -95,7 +94,7 @@ class BlockDrop(Searches):
         whole = min(range(every, there, every), key=lambda drop: abs(drop - self.drop), default=None)
         cure = f"say block_drop:drop={whole},contiguous=true" if whole else "drop experts or layers"
         raise UserError(
-            f"block_drop: {blueprint.source} ({blueprint.family}) repeats a pattern of {every} unlike blocks, and its config "
+            f"block_drop: {blueprint.place} ({blueprint.family}) repeats a pattern of {every} unlike blocks, and its config "
             f"can say no other, so only whole patterns in a row can go: {cure}"
         )
 
@@ -111,25 +110,32 @@ class BlockDrop(Searches):
     def decide(self, stats: Stats, blueprint: Blueprint) -> Decision:
         """Choose the blocks, or the run, that turn the stream least."""
         if self.contiguous:
-            name = f"run@{self.drop}"
-            runs = {Unit(first): stats.at(Unit(first), name) for first in self._firsts(blueprint)}
+            runs = {Unit(first): stats.at(Unit(first), self._run_name) for first in self._firsts(blueprint)}
             [first], notes = most_similar(runs, 1)
             return self._run(first, notes, runs)
         values = {Unit(layer.index): stats.at(Unit(layer.index), "cosine") for layer in blueprint.layers}
         chosen, notes = most_similar(values, self.drop)
         return Decision({unit: treatment(self.repair) for unit in chosen}, tuple(notes), values)
 
-    def search(self, blueprint: Blueprint, judge: Judge) -> Decision:
+    def search(self, blueprint: Blueprint, judge: Losses) -> Decision:
         """Choose the blocks, or the run, that the whole model misses least."""
         if self.contiguous:
             firsts = self._firsts(blueprint)
-            losses = judge([frozenset().union(*map(whole_block, self._blocks(first))) for first in firsts])
+            losses = judge(
+                [{Unit(la): Treatment(drop=True) for la in self._blocks(first)} for first in firsts]
+            )
             runs = {Unit(first): loss for first, loss in zip(firsts, losses, strict=True)}
             return self._run(min(runs, key=lambda unit: (runs[unit], unit)), [], runs)
         chosen, notes = greedy(
-            {Unit(la.index): whole_block(la.index) for la in blueprint.layers}, self.drop, judge
+            {Unit(la.index): {Unit(la.index): Treatment(drop=True)} for la in blueprint.layers},
+            self.drop,
+            judge,
         )
         return Decision({unit: treatment(self.repair) for unit in chosen}, tuple(notes), chosen)
+
+    @property
+    def _run_name(self) -> str:
+        return indexed("run", self.drop)
 
     def _firsts(self, blueprint: Blueprint) -> range:
         return range(len(blueprint.layers) - self.drop + 1)

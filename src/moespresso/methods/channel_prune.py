@@ -25,26 +25,32 @@ from moespresso.core.errors import UserError
 from moespresso.core.method import Sight
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.registry import method
-from moespresso.core.remains import remains
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
-from moespresso.measure import grid, ridged, taken, usable
-from moespresso.methods._channels import (
+from moespresso.effect import remains
+from moespresso.kernels import (
+    Key,
+    Points,
     activity,
+    allocated,
     ascending,
     energy,
     last,
+    leverage,
     peaked,
     refitted,
+    refitted_layer,
     removed,
+    ridged,
     rows_of,
     size,
+    taken,
+    thin,
+    usable,
 )
 from moespresso.methods._counts import need_experts
-from moespresso.methods._joint import refitted_layer, thin
-from moespresso.methods._low_rank import leverage
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText
-from moespresso.methods._widths import Key, Points, allocated
+from moespresso.statistics import grid
 
 # Channels that engines can multiply with: the grouped products of PyTorch want rows of whole 16 bytes.
 _LEAST = 8
@@ -146,8 +152,8 @@ class ChannelPrune(OnText):
         return f"per_expert=false,{amount}" if self.per_expert else amount
 
     def needs(self) -> frozenset[str]:
-        """What must be measured for this step: nothing but text to see, and for widths that differ what each expert would lose."""
-        return frozenset({"text", self._loss} if self.uneven else {"text"})
+        """What must be measured for this step: for widths that differ, what each expert would lose."""
+        return frozenset({self._loss} if self.uneven else ())
 
     @property
     def _loss(self) -> str:
@@ -292,13 +298,13 @@ class ChannelPrune(OnText):
 
     def _curve(self, stats: Stats, layer: LayerSpec, expert: int) -> Points:
         """How many channels of an expert may go, and what is lost without them."""
-        row, width = stats.values.get(Unit(layer.index, "experts", expert), {}), _widths(layer)[expert]
-        told = [kept for kept in grid(layer.width) if self.least <= kept < width]
-        if any(f"{self._loss}@{kept}" not in row for kept in told):
+        losses, width = stats.series(Unit(layer.index, "experts", expert), self._loss), _widths(layer)[expert]
+        measured = [kept for kept in grid(layer.width) if self.least <= kept < width]
+        if not losses.keys() >= set(measured):
             raise UserError(
                 f"these stats do not say what narrower experts of L{layer.index} would lose by score={self.score}: measure them again"
             )
-        return [(0, 0.0), *((width - kept, row[f"{self._loss}@{kept}"]) for kept in reversed(told))]
+        return [(0, 0.0), *((width - kept, losses[kept]) for kept in reversed(measured))]
 
     def _told(self, blueprint: Blueprint) -> list[str]:
         """Where a ratio could not be met to the channel."""
@@ -326,7 +332,7 @@ class ChannelPrune(OnText):
         assert keep is not None
         result = LayerResult()
         self._check_curvature(context)
-        result.trouble += self._few(context)
+        result.warnings += self._few(context)
         kept: list[Tensor] = []
         up = experts.up.new_zeros(
             experts.count, experts.up.shape[1] // experts.down.shape[2] * max(keep), experts.up.shape[2]
@@ -343,7 +349,7 @@ class ChannelPrune(OnText):
             down, raised = refitted_layer(
                 experts, up, down, kept, damping=shares, sweeps=self.sweeps, missing=context.missing
             )
-            result.trouble += thin(context.layer, raised)
+            result.warnings += thin(context.layer, raised)
         result.weights = {"up": up, "down": down}
         return result
 
@@ -376,7 +382,7 @@ class ChannelPrune(OnText):
             raised |= {same[at]: ridge for at, ridge in more.items()}
             for at, here, each in zip(same, kept, new, strict=True):
                 found[at] = here, down[at].float()[:, here] if at in empty else each
-        result.trouble += thin(
+        result.warnings += thin(
             context.layer, {some[at]: ridge for at, ridge in raised.items() if at not in empty}
         )
         return [found[at] for at in range(len(some))]

@@ -33,10 +33,11 @@ from moespresso.core.errors import UserError
 from moespresso.core.method import Selects
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.registry import method
-from moespresso.core.remains import remains
-from moespresso.core.stats import Stats
+from moespresso.core.stats import Stats, indexed
 from moespresso.core.unit import Unit
+from moespresso.effect import remains
 from moespresso.methods._counts import keep_count, outlined, refuse_skipped
+from moespresso.statistics import needs_text
 
 Score = Literal[
     "routing",
@@ -109,20 +110,23 @@ class ExpertDrop(Selects):
             needs.add("reconstruction")
         if self.renormalise == "compensate":
             needs.add("routing")
-        if self.replace == "novice":
-            needs.add("text")
         return frozenset(needs)
+
+    @property
+    def sees_text(self) -> bool:
+        """Whether mean answers are found on text."""
+        return self.replace == "novice"
 
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
         if not blueprint.moe_layers:
             raise UserError(
-                f"expert_drop needs routed experts, but {blueprint.source} ({blueprint.family}) is dense"
+                f"expert_drop needs routed experts, but {blueprint.place} ({blueprint.family}) is dense"
             )
         refuse_skipped(self.kind, blueprint)
         if self.replace == "novice" and blueprint.indivisible:
             raise UserError(
-                f"expert_drop: replace=novice cannot be placed in {blueprint.source} ({blueprint.indivisible}): leave it out"
+                f"expert_drop: replace=novice cannot be placed in {blueprint.place} ({blueprint.indivisible}): leave it out"
             )
         for layer in blueprint.moe_layers:
             self._keep_count(layer)
@@ -132,7 +136,7 @@ class ExpertDrop(Selects):
         """The settings with which it needs none."""
         others = {"score": "aimer", "replace": "none", "renormalise": "model"}
         seen = {"replace": self.replace == "novice", "renormalise": self.renormalise == "compensate",
-                "score": bool(DATA_FREE.get(self.score, {"routing"}) - {"weights"})}  # fmt: skip
+                "score": needs_text(DATA_FREE.get(self.score, {"routing"}))}  # fmt: skip
         return ",".join(f"{name}={value}" for name, value in others.items() if seen[name])
 
     @property
@@ -269,7 +273,7 @@ class ExpertDrop(Selects):
         self, stats: Stats, layer: LayerSpec, ranked: list[list[int]], count: int, supers: frozenset[Unit]
     ) -> tuple[int, ...]:
         kept = tuple(sorted(expert for group in ranked for expert in group[: count // layer.groups]))
-        name = f"reconstruction@{count}"
+        name = indexed("reconstruction", count)
         first = stats.values.get(Unit(layer.index, "experts", 0), {})
         if self.score != "reconstruction" or self.reverse or name not in first:
             return kept

@@ -28,9 +28,9 @@ from moespresso.core.errors import UserError
 from moespresso.core.method import Selects
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.registry import method
-from moespresso.core.remains import remains
-from moespresso.core.stats import Stats
+from moespresso.core.stats import Stats, indexed
 from moespresso.core.unit import Unit
+from moespresso.effect import remains
 from moespresso.methods._counts import keep_count, outlined, refuse_skipped, refuse_widths
 
 # A leader, and its members with their weights (the leader among them).
@@ -80,7 +80,7 @@ class ExpertMerge(Selects):
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
         if not blueprint.moe_layers:
             raise UserError(
-                f"expert_merge needs routed experts, but {blueprint.source} ({blueprint.family}) is dense"
+                f"expert_merge needs routed experts, but {blueprint.place} ({blueprint.family}) is dense"
             )
         refuse_skipped(self.kind, blueprint)
         refuse_widths(self.kind, blueprint)
@@ -190,7 +190,7 @@ def _shares(group: Sequence[int], weights: Sequence[float]) -> dict[int, float]:
 
 def _table(stats: Stats, layer: LayerSpec, name: str, experts: Sequence[int]) -> np.ndarray:
     """A measured table of pairs, rows and columns of `experts`."""
-    columns = [stats.of(layer.index, layer.experts, f"{name}@{other}") for other in experts]
+    columns = [stats.of(layer.index, layer.experts, indexed(name, other)) for other in experts]
     return np.array([[column[expert] for column in columns] for expert in experts])
 
 

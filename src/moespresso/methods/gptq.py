@@ -21,13 +21,11 @@ from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.core.method import Sight
 from moespresso.core.registry import method
-from moespresso.formats import Codes, decode
-from moespresso.measure import RoutedExperts
-from moespresso.measure.hessians import shrunk
-from moespresso.methods._gptq import Trouble, solve
-from moespresso.methods._hqq import half_quadratic
+from moespresso.formats import QuantizedWeights, decode
+from moespresso.kernels import RoutedExperts, Trouble, half_quadratic, shrunk
+from moespresso.kernels.gptq import solve
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText, joined, patched
-from moespresso.methods._slim import Slimming
+from moespresso.methods._quantization import Quantization
 
 # Zeros among the weights, of all, from which on they are taken as pruned.
 _PRUNED = 0.1
@@ -35,7 +33,7 @@ _PRUNED = 0.1
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gptq(Slimming, OnText):
+class Gptq(Quantization, OnText):
     """Settings of one GPTQ.
 
     damping: share of the mean diagonal added to every second moment; raised tenfold where that does not do.
@@ -63,7 +61,7 @@ class Gptq(Slimming, OnText):
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
-        Slimming.__post_init__(self)
+        Quantization.__post_init__(self)
         for name in ("damping", "shrink", "sweeps"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"gptq: {name}={getattr(self, name)} must not be negative")
@@ -79,17 +77,17 @@ class Gptq(Slimming, OnText):
         if context.experts is not None:
             self._experts(context, context.experts, result)
         for name, (weight, moment) in context.linears.items():
-            codes, trouble = self.solved(
+            codes, warnings = self.solved(
                 weight[None], moment[None], context.formats[name], context.dtypes[name]
             )
-            result.linears[name] = codes
-            result.trouble += _told(trouble, lambda _, name=name: f"L{context.layer}.{name}")
-            result.trouble += _refilled(weight[None], codes, f"L{context.layer}.{name}")
+            result.numbers[name] = codes
+            result.warnings += _told(warnings, lambda _, name=name: f"L{context.layer}.{name}")
+            result.warnings += _refilled(weight[None], codes, f"L{context.layer}.{name}")
         return result
 
     def _experts(self, context: LayerContext, experts: RoutedExperts, result: LayerResult) -> None:
-        ups: list[Codes] = []
-        downs: list[Codes] = []
+        ups: list[QuantizedWeights] = []
+        downs: list[QuantizedWeights] = []
         pooled = experts.pooled() if self.shrink else None
         for some in experts.groups():
             empty = [expert for expert in some if not len(experts.rows(expert)[0])]
@@ -108,7 +106,7 @@ class Gptq(Slimming, OnText):
             ups.append(up)
             downs.append(down)
             result.remedies |= dict.fromkeys(empty, "hqq")
-        result.up, result.down = joined(ups), joined(downs)
+        result.numbers |= {"up": joined(ups), "down": joined(downs)}
 
     def _rounded(
         self,
@@ -119,12 +117,12 @@ class Gptq(Slimming, OnText):
         some: range,
         empty: list[int],
         result: LayerResult,
-    ) -> Codes:
+    ) -> QuantizedWeights:
         """Codes of one projection of `some` experts [N, out, in]; `empty` ones without any token's help."""
         format, dtype = context.formats[matrix], context.dtypes[matrix]
-        codes, trouble = self.solved(weights, moments, format, dtype)
-        result.trouble += _told(trouble, lambda number: f"L{context.layer}.E{some[number]}.{matrix}")
-        result.trouble += _refilled(
+        codes, warnings = self.solved(weights, moments, format, dtype)
+        result.warnings += _told(warnings, lambda number: f"L{context.layer}.E{some[number]}.{matrix}")
+        result.warnings += _refilled(
             weights, codes, f"L{context.layer}.E{some[0]}.{matrix} and those beside it"
         )
         places = [expert - some.start for expert in empty]
@@ -132,7 +130,7 @@ class Gptq(Slimming, OnText):
 
     def solved(
         self, weights: Tensor, moments: Tensor, format: Format, dtype: torch.dtype
-    ) -> tuple[Codes, Trouble]:
+    ) -> tuple[QuantizedWeights, Trouble]:
         """Codes of `weights` [N, out, in] under the second moments [N, in, in] of their inputs, and what went wrong."""
         return solve(
             weights, moments, format, dtype, damping=self.damping, act_order=self.act_order, sweeps=self.sweeps,
@@ -140,7 +138,7 @@ class Gptq(Slimming, OnText):
         )  # fmt: skip
 
 
-def _refilled(weights: Tensor, codes: Codes, name: str) -> list[str]:
+def _refilled(weights: Tensor, codes: QuantizedWeights, name: str) -> list[str]:
     """What becomes of weights that an earlier step pruned: errors that are handed on fill some of them."""
     pruned = weights == 0
     if int(pruned.sum()) < _PRUNED * pruned.numel():
@@ -156,16 +154,16 @@ def _refilled(weights: Tensor, codes: Codes, name: str) -> list[str]:
     )
 
 
-def _told(trouble: Trouble, name: Callable[[int], str]) -> list[str]:
+def _told(warnings: Trouble, name: Callable[[int], str]) -> list[str]:
     """What went wrong with matrices, called by their numbers, in sentences."""
     lines = [f"{name(number)}: its second moment was not positive, damping raised to {damping:g}"
-             for number, damping in sorted(trouble.damped.items())]  # fmt: skip
+             for number, damping in sorted(warnings.damped.items())]  # fmt: skip
     lines += [
         f"{name(number)}: its second moment was not finite, rounded to nearest"
-        for number in trouble.nonfinite
+        for number in warnings.nonfinite
     ]
-    if trouble.clipped:
+    if warnings.clipped:
         lines.append(
-            f"{name(0)} and those beside it: {trouble.clipped} scales were too large for their dtype and were clipped"
+            f"{name(0)} and those beside it: {warnings.clipped} scales were too large for their dtype and were clipped"
         )
     return lines

@@ -16,14 +16,14 @@ from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.core.method import Quantizes
 from moespresso.core.registry import method
-from moespresso.formats import Codes
-from moespresso.methods._hqq import half_quadratic
-from moespresso.methods._slim import Slimming
+from moespresso.formats import QuantizedWeights
+from moespresso.kernels import half_quadratic
+from moespresso.methods._quantization import Quantization
 
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hqq(Slimming, Quantizes):
+class Hqq(Quantization, Quantizes):
     """Settings of one half-quadratic quantization.
 
     p: the norm of the error, in (0, 1).
@@ -36,12 +36,12 @@ class Hqq(Slimming, Quantizes):
 
     def __post_init__(self) -> None:
         """Refuse what the formula does not allow."""
-        Slimming.__post_init__(self)
+        Quantization.__post_init__(self)
         if not 0 < self.p < 1:
             raise UserError(f"hqq: p={self.p} must lie between 0 and 1")
         if self.iterations < 1:
             raise UserError(f"hqq: iterations={self.iterations} must be at least 1")
 
-    def quantize(self, weights: Tensor, format: Format, dtype: torch.dtype) -> Codes:
+    def quantize(self, weights: Tensor, format: Format, dtype: torch.dtype) -> QuantizedWeights:
         """Codes of `weights` [N, out, in], with scales stored as `dtype`."""
         return half_quadratic(weights, format, dtype, p=self.p, iterations=self.iterations)

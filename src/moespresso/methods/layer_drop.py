@@ -20,13 +20,11 @@ from typing import ClassVar, Literal
 
 from moespresso.core.blueprint import Blueprint, Branch, LayerSpec
 from moespresso.core.errors import UserError
-from moespresso.core.fits import is_left
-from moespresso.core.method import Cuts, Judge, Searches
-from moespresso.core.plan import Decision, Plan, Stage
+from moespresso.core.method import Losses, Searches
+from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.registry import method
-from moespresso.core.remains import remains
 from moespresso.core.stats import Stats
-from moespresso.core.unit import Unit
+from moespresso.effect import is_left, remains
 from moespresso.methods._depth import (
     Repair,
     check_comparable,
@@ -76,7 +74,7 @@ class LayerDrop(Searches):
 
     def needs(self) -> frozenset[str]:
         """What must be measured for this step."""
-        return frozenset({"text"} if self.searches else {"similarity"})
+        return frozenset(() if self.searches else {"similarity"})
 
     def check(self, blueprint: Blueprint) -> None:
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
@@ -93,7 +91,7 @@ class LayerDrop(Searches):
                 else "a dense feed-forward part"
             )
             raise UserError(
-                f"layer_drop: drop={self.drop}, but {blueprint.source} has only {there} layers with {what} to drop"
+                f"layer_drop: drop={self.drop}, but {blueprint.place} has only {there} layers with {what} to drop"
             )
 
     def amounts(self, blueprint: Blueprint) -> list[LayerDrop]:
@@ -116,13 +114,10 @@ class LayerDrop(Searches):
         chosen, notes = most_similar(values, self.drop)
         return Decision({unit: treatment(self.repair) for unit in chosen}, tuple(notes), values)
 
-    def search(self, blueprint: Blueprint, judge: Judge) -> Decision:
+    def search(self, blueprint: Blueprint, judge: Losses) -> Decision:
         """Choose the layers that the whole model misses least, one after another."""
-        cuts: dict[Unit, Cuts] = {
-            layer.unit(self._branch): frozenset({(layer.index, self._branch)})
-            for layer in self._candidates(blueprint)
-        }
-        chosen, notes = greedy(cuts, self.drop, judge)
+        units = [layer.unit(self._branch) for layer in self._candidates(blueprint)]
+        chosen, notes = greedy({unit: {unit: Treatment(drop=True)} for unit in units}, self.drop, judge)
         return Decision({unit: treatment(self.repair) for unit in chosen}, tuple(notes), chosen)
 
     @property

@@ -24,13 +24,10 @@ from moespresso.core.errors import UserError
 from moespresso.core.format import DTYPE_BYTES, Format
 from moespresso.core.method import Sight
 from moespresso.core.registry import method
-from moespresso.core.slim import is_matrix
+from moespresso.effect import is_matrix
 from moespresso.formats import based, product
-from moespresso.measure import RoutedExperts
-from moespresso.methods._bases import shared_bases
+from moespresso.kernels import RoutedExperts, damped, refitted_layer, shared_bases, thin, truncated, whole
 from moespresso.methods._counts import refuse_widths
-from moespresso.methods._joint import damped, refitted_layer, thin, whole
-from moespresso.methods._low_rank import truncated
 from moespresso.methods._matrices import EXPERTS, OnMatrices
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText
 
@@ -108,6 +105,14 @@ class LowRank(OnMatrices, OnText):
         return "magnitude"
 
     @property
+    def plainly(self) -> tuple[str, ...]:
+        """Narrower experts or heads, or fewer weights."""
+        parts = self.parts.each()
+        narrower = (f"channel_prune:ratio={self.ratio}",) if "experts" in parts else ()
+        fewer = (f"attention_rank:ratio={self.ratio},pack=false",) if parts == ["attention"] else ()
+        return (*narrower, *fewer, f"wanda:parts={self.parts},sparsity={self.ratio}")
+
+    @property
     def _shares_bases(self) -> bool:
         return self.method == "shared_basis"
 
@@ -146,7 +151,7 @@ class LowRank(OnMatrices, OnText):
             fit(context, context.experts, result)
         for name, (weight, moment) in context.linears.items():
             factors = self._factors(weight[None].float(), moment[None], context, name)
-            result.factors[name], result.weights[name] = factors, product(*factors)[0]
+            result.numbers[name], result.weights[name] = factors, product(*factors)[0]
         return result
 
     # Each matrix by itself
@@ -164,12 +169,12 @@ class LowRank(OnMatrices, OnText):
             empty = [expert for expert in some if not len(experts.rows(expert)[0])]
             result.remedies |= dict.fromkeys(empty, "their weights alone")
         for name, parts in found.items():
-            result.factors[name] = (
+            result.numbers[name] = (
                 torch.cat([left for left, _ in parts]),
                 torch.cat([right for _, right in parts]),
             )
-        result.weights["up"] = torch.cat([product(*result.factors[name]) for name in halves], dim=1)
-        result.weights["down"] = product(*result.factors["down"])
+        result.weights["up"] = torch.cat([product(*result.numbers[name]) for name in halves], dim=1)
+        result.weights["down"] = product(*result.numbers["down"])
 
     def _factors(self, weights: Tensor, moments: Tensor, context: LayerContext, name: str) -> Factors:
         """Factors [N, out, r] and [N, r, in] as they are stored."""
@@ -180,7 +185,7 @@ class LowRank(OnMatrices, OnText):
 
     def _together(self, context: LayerContext, experts: RoutedExperts, result: LayerResult) -> None:
         halves, format, dtype = _halves(experts), context.formats["up"], context.dtypes["up"]
-        if format.kind != "bases":
+        if not format.bases:
             raise UserError(f"low_rank: the plan gives gate and up of L{context.layer} no bases to share")
         moments, made = experts.pooled(), list[Tensor]()
         importance = self._importance(experts).chunk(len(halves), dim=1)
@@ -188,8 +193,9 @@ class LowRank(OnMatrices, OnText):
             own, bases, shares = shared_bases(
                 weights, moments, format.rank, format.bases, damping=self._damping, importance=rows
             )
-            result.based[name] = own.to(dtype), shares, bases.to(dtype)
-            made.append(based(*result.based[name][:2], result.based[name][2].unsqueeze(0)))
+            mixture = own.to(dtype), shares, bases.to(dtype)
+            result.numbers[name] = mixture
+            made.append(based(mixture[0], mixture[1], mixture[2].unsqueeze(0)))
             if float((made[-1].float() - weights).square().sum()) > float(weights.float().square().sum()):
                 raise UserError(
                     f"low_rank: no bases come near {name} of L{context.layer}'s experts: leave them out with exclude=L{context.layer}.experts"
@@ -203,7 +209,7 @@ class LowRank(OnMatrices, OnText):
         result.weights = {"up": up, "down": down}
         silent = (experts.tokens == 0).nonzero().flatten().tolist()
         result.remedies |= dict.fromkeys(silent, "what the others were given, and no refit")
-        result.trouble += thin(context.layer, raised)
+        result.warnings += thin(context.layer, raised)
 
     def _importance(self, experts: RoutedExperts) -> Tensor:
         """What an error in each row counts [E, R]: the root of how much the answer moves with it, between all alike and what
@@ -221,7 +227,8 @@ class LowRank(OnMatrices, OnText):
     def _damping(self) -> float:
         return _DAMPING[self.method] if self.damping is None else self.damping
 
-    def _form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
+    def form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
+        """Factors of the rank that leaves the bytes asked for, or bases that experts share."""
         if not self._shares_bases:
             return lambda entry, layer: Format("factors", rank=self._rank(*entry.ref.shape))
         groups = self._groups(chosen)

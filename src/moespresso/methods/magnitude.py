@@ -14,8 +14,8 @@ from torch import Tensor
 from moespresso.core.format import Format
 from moespresso.core.method import Prunes
 from moespresso.core.registry import method
-from moespresso.methods._masks import kept
-from moespresso.methods._prune import Pruning
+from moespresso.kernels import kept
+from moespresso.methods._pruning import Pruning
 
 
 @method

@@ -19,11 +19,11 @@ from moespresso.core.errors import UserError
 from moespresso.core.method import Sight
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.registry import method
-from moespresso.core.remains import remains
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
+from moespresso.effect import remains
+from moespresso.kernels import TO_ORIGINAL, made_up, thin
 from moespresso.methods._counts import need_experts
-from moespresso.methods._joint import TO_ORIGINAL, made_up, thin
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText
 
 
@@ -88,14 +88,14 @@ class Refit(OnText):
         assert widths is not None
         result = LayerResult(weights={"up": experts.up, "down": experts.down})
         if context.missing is None:
-            result.trouble.append(
+            result.warnings.append(
                 f"refit: L{context.layer} stays as it is: no earlier step of this recipe changed it, or its answer is normed before "
                 "it is added"
             )
             return result
         down, raised = made_up(experts, context.missing, widths, damping=self.damping, sweeps=self.sweeps)
         result.weights["down"] = down
-        result.trouble += thin(context.layer, raised)
+        result.warnings += thin(context.layer, raised)
         return result
 
 

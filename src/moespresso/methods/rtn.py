@@ -17,13 +17,13 @@ from torch import Tensor
 from moespresso.core.format import Format
 from moespresso.core.method import Quantizes
 from moespresso.core.registry import method
-from moespresso.formats import Codes, Scales, round_nearest
-from moespresso.methods._slim import Slimming
+from moespresso.formats import QuantizedWeights, Scales, round_nearest
+from moespresso.methods._quantization import Quantization
 
 
 @method
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rtn(Slimming, Quantizes):
+class Rtn(Quantization, Quantizes):
     """Settings of one rounding to nearest.
 
     scales: `searched` shrinks each group's range to where the rounding error is least, `minmax` takes it as it is.
@@ -34,6 +34,6 @@ class Rtn(Slimming, Quantizes):
     scales: Scales = "searched"
     unbiased: bool = True
 
-    def quantize(self, weights: Tensor, format: Format, dtype: torch.dtype) -> Codes:
+    def quantize(self, weights: Tensor, format: Format, dtype: torch.dtype) -> QuantizedWeights:
         """Codes of `weights` [N, out, in], with scales stored as `dtype`."""
         return round_nearest(weights, format, dtype, self.scales, unbiased=self.unbiased)

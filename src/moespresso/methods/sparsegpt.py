@@ -18,13 +18,11 @@ from torch import Tensor
 
 from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError
-from moespresso.core.format import Format, check_pattern
+from moespresso.core.format import Format
 from moespresso.core.registry import method
-from moespresso.formats import Codes
-from moespresso.measure import RoutedExperts
-from moespresso.methods._hqq import half_quadratic
-from moespresso.methods._prune import PruningOnText
-from moespresso.methods._sparsegpt import solve
+from moespresso.formats import QuantizedWeights, check_pattern
+from moespresso.kernels import RoutedExperts, half_quadratic, solve
+from moespresso.methods._pruning import PruningOnText
 
 
 @method
@@ -95,27 +93,29 @@ class SparseGpt(PruningOnText):
 
     def left(
         self, weights: Tensor, seen: Tensor, format: Format, dtype: torch.dtype, halves: int = 1
-    ) -> tuple[Tensor | Codes, list[tuple[int, str]]]:
+    ) -> tuple[Tensor | QuantizedWeights, list[tuple[int, str]]]:
         """`weights` [N, out, in] with zeros for those that go, or their codes."""
         code = format if self.bits else None
-        new, _, codes, trouble = solve(weights, seen, self.sparsity.pattern, damping=self.damping, block=self.block,
+        new, _, codes, warnings = solve(weights, seen, self.sparsity.pattern, damping=self.damping, block=self.block,
                                        code=code, dtype=dtype, halves=halves)  # fmt: skip
         told = [(number, f"its second moment was not positive, damping raised to {damping:g}")
-                for number, damping in sorted(trouble.damped.items())]  # fmt: skip
+                for number, damping in sorted(warnings.damped.items())]  # fmt: skip
         told += [
-            (number, "its second moment was not finite, pruned by size alone") for number in trouble.nonfinite
+            (number, "its second moment was not finite, pruned by size alone")
+            for number in warnings.nonfinite
         ]
         return codes if codes is not None else new, told
 
-    def unseen(self, weights: Tensor, format: Format, dtype: torch.dtype) -> Tensor | Codes:
+    def unseen(self, weights: Tensor, format: Format, dtype: torch.dtype) -> Tensor | QuantizedWeights:
         """The same for matrices that were given nothing."""
         new = PruningOnText.unseen(self, weights, self.sparsity.pattern, dtype)
         assert isinstance(new, Tensor)
         return half_quadratic(new, format, dtype, unbiased=False) if self.bits else new
 
-    def _form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
+    def form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
+        """Pruned in its pattern, and rounded where bits are asked for."""
         if not self.bits:
-            return PruningOnText._form(self, chosen)
+            return PruningOnText.form(self, chosen)
         grid = Format("integer", self.bits, self.group_size, self.symmetric)
         return lambda entry, layer: grid
 

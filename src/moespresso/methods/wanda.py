@@ -17,9 +17,8 @@ from torch import Tensor
 from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.core.registry import method
-from moespresso.measure import RoutedExperts
-from moespresso.methods._masks import kept, kept_by_share
-from moespresso.methods._prune import PruningOnText
+from moespresso.kernels import RoutedExperts, kept, kept_by_share
+from moespresso.methods._pruning import PruningOnText
 
 
 @method

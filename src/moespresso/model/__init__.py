@@ -1,38 +1,53 @@
 """What a checkpoint's names mean: config to blueprint, layers on and off, names both ways, lock-step forward."""
 
-from moespresso.model.blueprint import read_blueprint
+from moespresso.model.blueprint import check_tensors, read_blueprint
 from moespresso.model.counts import is_unequal, skipping
+from moespresso.model.depth import with_dense
+from moespresso.model.equivalent import (
+    adopt,
+    converted,
+    equivalents_of,
+    is_apart,
+    is_converted,
+    obstacle,
+    tokenizer_config,
+)
+from moespresso.model.experts import expert_forward, observing
 from moespresso.model.halves import without
-from moespresso.model.loading import load_model
-from moespresso.model.lockstep import Waiting, start
-from moespresso.model.opening import (
-    apart_view,
-    config_view,
-    make_skeleton,
-    open_view,
-    pick_device,
-    pick_dtype,
-    precision,
-    rehoused_views,
-)
-from moespresso.model.reach import num_positions
-from moespresso.model.rehouse import adopt, is_apart, is_rehoused, tokenizer_config
-from moespresso.model.skeleton import Skeleton, quiet_transformers, read_config
-from moespresso.model.view import (
-    View,
-    half_packed,
-    in_order,
-    one_format,
-    other_layout,
-    own_packing,
-    tied_head,
-    zeros_of,
-)
+from moespresso.model.joined import joined, packed_alone, unreadable
+from moespresso.model.lockstep import PausedBatch, start
+from moespresso.model.meta_model import MetaModel, build_meta, quiet_transformers, read_config
+from moespresso.model.names import Names, stock_dtype
+from moespresso.model.unequal import pressed_config
+from moespresso.model.unstack import unstacked
 
 __all__ = [
-    "Skeleton", "View", "Waiting", "adopt", "apart_view", "config_view", "half_packed", "in_order",
-    "is_apart", "is_rehoused", "is_unequal", "load_model", "make_skeleton", "num_positions", "one_format",
-    "open_view", "other_layout", "own_packing", "pick_device", "pick_dtype", "precision",
-    "quiet_transformers", "read_blueprint", "read_config", "rehoused_views", "skipping", "start", "tied_head",
-    "tokenizer_config", "without", "zeros_of",
-]  # fmt: skip
+    "MetaModel",
+    "Names",
+    "PausedBatch",
+    "adopt",
+    "build_meta",
+    "check_tensors",
+    "converted",
+    "equivalents_of",
+    "expert_forward",
+    "is_apart",
+    "is_converted",
+    "is_unequal",
+    "joined",
+    "observing",
+    "obstacle",
+    "packed_alone",
+    "pressed_config",
+    "quiet_transformers",
+    "read_blueprint",
+    "read_config",
+    "skipping",
+    "start",
+    "stock_dtype",
+    "tokenizer_config",
+    "unreadable",
+    "unstacked",
+    "with_dense",
+    "without",
+]

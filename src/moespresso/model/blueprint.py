@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moespresso.checkpoint.index import Checkpoint
+from moespresso.checkpoint import Checkpoint
 from moespresso.core.blueprint import Blueprint, Branch, Entry, Heads, LayerSpec, TensorRef
 from moespresso.core.errors import UserError
-from moespresso.core.remains import SILENT_KV
 from moespresso.core.unit import Part, Unit
+from moespresso.effect import SILENT_KV
 from moespresso.model import quirks
 from moespresso.model.axes import axes_of_expert, matrix_of_expert
 from moespresso.model.counts import expert_axes, is_unequal
@@ -31,8 +31,7 @@ from moespresso.model.depth import period
 from moespresso.model.experts import is_experts
 from moespresso.model.heads import find_heads
 from moespresso.model.lacking import not_whole
-from moespresso.model.names import Names
-from moespresso.model.skeleton import (
+from moespresso.model.meta_model import (
     build_meta,
     decoder_layers,
     find_router,
@@ -42,9 +41,9 @@ from moespresso.model.skeleton import (
     read_config,
     scores_groups_by_two,
 )
-from moespresso.runtime.anatomy import MIXERS, Anatomy, NotResidual, find_anatomy
-from moespresso.runtime.anatomy import Branch as BranchParts
-from moespresso.runtime.parts import Silent, SilentMixer
+from moespresso.model.names import Names
+from moespresso.runtime import MIXERS, Anatomy, NotResidual, Silent, SilentMixer, find_anatomy
+from moespresso.runtime import Branch as BranchParts
 
 _EXPERT = re.compile(r"experts\.(\d+)\.")
 
@@ -70,7 +69,7 @@ def read_blueprint(checkpoint: Checkpoint) -> Blueprint:
     text = config.get_text_config()
     return Blueprint(
         family=config.model_type,
-        source=place,
+        place=place,
         digest=checkpoint.digest,
         hidden=text.hidden_size,
         vocab=text.vocab_size,

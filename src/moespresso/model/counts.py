@@ -18,8 +18,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moespresso.core.errors import UserError
 from moespresso.model import quirks
 from moespresso.model.experts import is_experts
-from moespresso.model.skeleton import build_meta, read_config
-from moespresso.runtime.guard import OWN_WIDTHS
+from moespresso.model.meta_model import build_meta, read_config
+from moespresso.runtime import OWN_WIDTHS
 
 
 def with_count(config: Mapping[str, Any], family: str, count: int) -> dict[str, Any]:

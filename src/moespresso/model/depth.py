@@ -24,7 +24,7 @@ from torch import nn
 
 from moespresso.core.errors import UserError
 from moespresso.model import quirks
-from moespresso.model.skeleton import build_meta, decoder_layers, moe_block, read_config
+from moespresso.model.meta_model import build_meta, decoder_layers, moe_block, read_config
 
 Config = dict[str, Any]
 
@@ -68,13 +68,13 @@ def with_dense(raw: Mapping[str, Any], dense: Collection[int], place: str) -> tu
     edited = _say_dense(raw, source, dense, place)
     if edited is None:
         raise _cannot_say_dense(raw, dense, place, _other_dense(raw, source, dense, place))
-    trouble = None
+    warnings = None
     for candidate in (*_narrow(edited, source), edited):
         built = _model(candidate, place)
-        trouble = _dense_trouble(source, built, dense)
-        if trouble is None:
+        warnings = _dense_trouble(source, built, dense)
+        if warnings is None:
             return candidate, _dense_width(source, built, dense)
-    raise _cannot_say_dense(raw, dense, place, f"drop whole layers instead ({trouble})")
+    raise _cannot_say_dense(raw, dense, place, f"drop whole layers instead ({warnings})")
 
 
 # What a config makes
@@ -159,10 +159,10 @@ def _cut_to(raw: Mapping[str, Any], source: _Model, kept: Sequence[int], place: 
             raise UserError(
                 f"{place}: {_listed(rule.keys)} of {family} cannot say which layers hold {rule.kind} without {gone}"
             )
-        trouble = _kept_trouble(edited, source, kept, place)
-        if trouble is None:
+        warnings = _kept_trouble(edited, source, kept, place)
+        if warnings is None:
             return edited
-        reasons.append(trouble)
+        reasons.append(warnings)
     raise UserError(f"{place}: no config of {family} describes the layers without {gone} ({reasons[-1]})")
 
 
@@ -446,9 +446,9 @@ def _dense_trouble(source: _Model, built: _Model, dense: Collection[int]) -> str
         if number in dense:
             block = cast("str", source.blocks[number])
             old, new = _beside(old, block), _beside(new, block)
-        trouble = _difference(number, old, new)
-        if trouble:
-            return trouble
+        warnings = _difference(number, old, new)
+        if warnings:
+            return warnings
     left = built.holds["experts"] & set(dense)
     return f"{_names(left)} would still hold experts" if left else None
 

@@ -1,13 +1,15 @@
 """Every expert of every family in one function, so that what they compute can be seen.
 
-transformers lets an experts implementation be registered by name; ours computes each selected expert's answer and,
-while a tap is armed, hands out tokens, gate weights and answers. The modules' own flags (`has_gate`, `has_bias`,
+transformers lets an experts implementation be registered by name; ours computes each selected expert's answer and shows tokens,
+gate weights and answers to whoever is `observing` (one at a time; who began last). The modules' own flags (`has_gate`, `has_bias`,
 `is_transposed`, `has_post_expert_norm`) say how their weights are laid out; their classes share no base, hence `Any`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,23 +17,51 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 NAME = "moespresso"
-# hidden [T, H], index [T, k], weights [T, k], outputs [T, k, H]
-Tap = Callable[[Tensor, Tensor, Tensor, Tensor], None]
-# hidden, index, weights; what it returns is answered in the experts' place, and with None they answer themselves
-Ear = Callable[[Tensor, Tensor, Tensor], Tensor | None]
+# hidden [T, H], index [T, k], weights [T, k]; what it returns is answered in the experts' place, and with None they answer.
+Before = Callable[[Tensor, Tensor, Tensor], Tensor | None]
+# the same, and outputs [T, k, H]
+After = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+_OBSERVERS = "moespresso_observers"
+
+
+@dataclass(frozen=True, slots=True)
+class _Observers:
+    before: Before | None = None
+    after: After | None = None
+
+
+_NOBODY = _Observers()
+
+
+@contextmanager
+def observing(
+    experts: nn.Module, *, before: Before | None = None, after: After | None = None
+) -> Generator[None]:
+    """While in here, `before` sees what the experts are asked (and may answer in their place) and `after` what each selected one
+    answered, unweighted. Whoever observed them until then does not, and does again afterwards."""
+    outer = experts.__dict__.get(_OBSERVERS)
+    experts.__dict__[_OBSERVERS] = _Observers(before, after)
+    try:
+        yield
+    finally:
+        if outer is None:
+            del experts.__dict__[_OBSERVERS]
+        else:
+            experts.__dict__[_OBSERVERS] = outer
 
 
 def experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Weighted sum [T, H] of what the selected experts answer; a slot with index >= num_experts adds nothing."""
-    ear: Ear | None = self.__dict__.get("moespresso_ear")
-    if ear is not None and (answer := ear(hidden_states, top_k_index, top_k_weights)) is not None:
-        return answer
+    observers: _Observers = self.__dict__.get(_OBSERVERS, _NOBODY)
+    if observers.before is not None:
+        answer = observers.before(hidden_states, top_k_index, top_k_weights)
+        if answer is not None:
+            return answer
     outputs = expert_outputs(self, hidden_states, top_k_index)
-    tap: Tap | None = self.__dict__.get("moespresso_tap")
-    if tap is not None:
-        tap(hidden_states, top_k_index, top_k_weights, outputs)
+    if observers.after is not None:
+        observers.after(hidden_states, top_k_index, top_k_weights, outputs)
     if outputs.dtype == top_k_weights.dtype:  # no copy of all answers
         return torch.einsum("tkh,tk->th", outputs, top_k_weights)
     return (outputs * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)

@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from moespresso.core.blueprint import Branch
-from moespresso.runtime.anatomy import Anatomy
-from moespresso.runtime.parts import NoNorm, Silent
+from moespresso.runtime import Anatomy, NoNorm, Silent
 
 
 @contextmanager

@@ -29,16 +29,16 @@ _OTHERS = ("rotary", "rope", "freqs", "position_embeddings")
 
 def find_heads(module: nn.Module, config: PreTrainedConfig, model: PreTrainedModel) -> Heads:
     """The heads of an attention `module` of `model`; `config` is that of its layer."""
-    trouble = _not_plain(module) or _shared(config)
-    if trouble:
-        return Heads(no_qk=trouble, no_vo=trouble)
+    warnings = _not_plain(module) or _shared(config)
+    if warnings:
+        return Heads(no_qk=warnings, no_vo=warnings)
     q, k, v, o = (tuple(module.get_submodule(name).weight.shape) for name in PROJECTIONS)  # pyright: ignore[reportArgumentType, reportCallIssue]
     count = int(config.num_attention_heads)
     kv_count = int(getattr(config, "num_key_value_heads", None) or count)
     qk_dim, v_dim = q[0] // count, v[0] // kv_count
     if (count * qk_dim, kv_count * qk_dim, kv_count * v_dim, count * v_dim) != (q[0], k[0], v[0], o[1]):
-        trouble = f"has projections that {count} heads on {kv_count} do not explain (an output gate may be one of them)"
-        return Heads(no_qk=trouble, no_vo=trouble)
+        warnings = f"has projections that {count} heads on {kv_count} do not explain (an output gate may be one of them)"
+        return Heads(no_qk=warnings, no_vo=warnings)
     norms = {side: [n for n in _norms(module) if n[0] in letters] for side, letters in _SIDES.items()}
     no_qk = f"has a norm over the dims of queries or keys ({norms['qk'][0]})" if norms["qk"] else ""
     no_vo = f"has a norm over the dims of values ({norms['vo'][0]})" if norms["vo"] else ""

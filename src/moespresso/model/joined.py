@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from moespresso.checkpoint.packed import SECTION
-from moespresso.core.piece import Piece
+from moespresso.checkpoint import SECTION
+from moespresso.effect import Piece
+from moespresso.formats import CompressedTensors, codec_in
+from moespresso.model.meta_model import build_meta, read_config
 from moespresso.model.names import Names
-from moespresso.model.skeleton import build_meta, read_config
 
 Config = Mapping[str, Any]
 
@@ -63,8 +64,9 @@ def packed_alone(pieces: Sequence[Piece], config: Config, place: str) -> list[st
 
 
 def _beside_packed(pieces: Sequence[Piece]) -> bool:
-    packed = (piece.ref.packed for piece in pieces)
-    return any(each is not None and each.layout == "compressed-tensors" for each in packed)
+    return any(
+        isinstance(codec_in(piece.ref), CompressedTensors) for piece in pieces if piece.ref.packed is not None
+    )
 
 
 def _converted(pieces: Sequence[Piece], names: Names) -> dict[str, list[Piece]]:

@@ -1,8 +1,8 @@
-"""Lock-step forward: every batch runs the model's own forward, all of them waiting at the same layer.
+"""Lock-step forward: every batch runs the model's own forward, all of them paused at the same layer.
 
 Each decoder layer is replaced by a stand-in that switches to the driver (`greenlet`) with its arguments and returns
 what the driver hands back. So masks, rotary tables, sliding windows and whatever else a family does between layers
-come from the family's own code; the driver loads a layer once, runs all waiting batches through it, and lets them go
+come from the family's own code; the driver loads a layer once, runs all paused batches through it, and lets them go
 on to the next. Nothing is captured by raising, nothing is re-implemented.
 """
 
@@ -12,6 +12,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from typing import Any, cast
 
@@ -42,21 +43,22 @@ class _StandIn(nn.Module):
         return driver.switch(hidden_states, args, kwargs)
 
 
-class Waiting:
-    """One batch on its way: its hidden states at the layer it waits for, or the last ones when it is through."""
+class PausedBatch:
+    """One batch on its way: its `hidden` states before the layer that it is paused at, or the last ones when it is through;
+    `args` and `kwargs` are what that layer is called with beside them."""
 
     def __init__(self, forward: Callable[[], Tensor], *, hands_on: bool = False) -> None:
         self._greenlet = greenlet(forward)
         self._hands_on = hands_on
         self._beside: tuple[Any, ...] | None = None
-        self._args: tuple[Any, ...] = ()
-        self._kwargs: dict[str, Any] = {}
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
         self.hidden = self._take(self._greenlet.switch())
 
     def run(self, layer: nn.Module, hidden: Tensor | None = None) -> Tensor:
-        """The layer's output for this batch, or for other hidden states in its place (the batch goes on waiting: this
+        """The layer's output for this batch, or for other hidden states in its place (the batch stays paused: this
         may be called again)."""
-        output = layer(self.hidden if hidden is None else hidden, *self._args, **self._kwargs)
+        output = layer(self.hidden if hidden is None else hidden, *self.args, **self.kwargs)
         if self._hands_on and isinstance(output, tuple):
             output, *beside = cast("tuple[Any, ...]", output)
             self._beside = tuple(beside)
@@ -65,6 +67,12 @@ class Waiting:
                 f"{type(layer).__name__} answers with more than hidden states, which this version does not understand"
             )
         return output
+
+    def snapshot(self, hidden: Tensor) -> PausedBatch:
+        """This pause, which stays when the batch goes on, with its hidden states where they are kept meanwhile."""
+        kept = copy(self)
+        kept.hidden = hidden
+        return kept
 
     def go_on(self, output: Tensor) -> None:
         """Hand `output` back as the layer's result and run on to the next layer."""
@@ -81,33 +89,33 @@ class Waiting:
     def _take(self, yielded: Any) -> Tensor:
         if self._greenlet.dead:
             return cast("Tensor", yielded)
-        hidden, self._args, self._kwargs = yielded
+        hidden, self.args, self.kwargs = yielded
         return hidden
 
 
 def start(
     base: PreTrainedModel, layers_name: str, ids: list[Tensor], masks: list[Tensor | None]
-) -> list[Waiting]:
-    """Start one forward per batch of `ids` [B, L]; all wait at the first layer. Gradient mode is the caller's.
+) -> list[PausedBatch]:
+    """Start one forward per batch of `ids` [B, L]; all pause at the first layer. Gradient mode is the caller's.
 
     Batches of equal ids hold what came before the first layer once: treat `hidden` as read-only.
     """
     hands_on = base.config.model_type in quirks.HANDS_ON
-    waiting: list[Waiting] = []
+    batches: list[PausedBatch] = []
     firsts: dict[Any, list[Tensor]] = {}
     path = layers_name.rpartition(".")[2]
     real = getattr(base, path)
     stand_ins = nn.ModuleList([_StandIn(layer) for layer in real])
     setattr(base, path, stand_ins)
     try:
-        with _shared_tables(base), _overheard(base.get_input_embeddings()) as embedded:
+        with _shared_tables(base), _observed(base.get_input_embeddings()) as embedded:
             for batch, mask in zip(ids, masks, strict=True):
                 embedded.clear()
-                waiting.append(Waiting(partial(_forward, base, batch, mask), hands_on=hands_on))
-                held = [*embedded, waiting[-1].hidden]
-                for mine, first in zip(held, firsts.setdefault(_fingerprint(batch), held), strict=False):
-                    _share(mine, first)
-        return waiting
+                batches.append(PausedBatch(partial(_forward, base, batch, mask), hands_on=hands_on))
+                held = [*embedded, batches[-1].hidden]
+                for tensor, first in zip(held, firsts.setdefault(_fingerprint(batch), held), strict=False):
+                    _share(tensor, first)
+        return batches
     finally:
         setattr(base, path, real)
 
@@ -117,27 +125,27 @@ def _forward(base: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def _overheard(embedding: nn.Module) -> Iterator[list[Tensor]]:
+def _observed(embedding: nn.Module) -> Iterator[list[Tensor]]:
     """What the embedding answers, while in here."""
     answers: list[Tensor] = []
 
-    def hear(_: nn.Module, __: Any, answer: Any) -> None:
+    def on_answer(_: nn.Module, __: Any, answer: Any) -> None:
         answers.append(answer)
 
-    hook = embedding.register_forward_hook(hear)
+    hook = embedding.register_forward_hook(on_answer)
     try:
         yield answers
     finally:
         hook.remove()
 
 
-def _share(mine: Tensor, first: Tensor) -> None:
-    """Let `mine` stand on the memory of `first`, if they are equal."""
-    # The waiting forward holds this very tensor (some to the end, some scaled first), so nothing but its memory can be
+def _share(tensor: Tensor, first: Tensor) -> None:
+    """Let `tensor` stand on the memory of `first`, if they are equal."""
+    # The paused forward holds this very tensor (some to the end, some scaled first), so nothing but its memory can be
     # exchanged. Sharing the embedding's answer before it is used would be wrong where a family scales it in place.
-    alike = mine.stride() == first.stride() and mine.dtype == first.dtype and not mine.requires_grad
-    if mine.data_ptr() != first.data_ptr() and alike and torch.equal(mine, first):
-        mine.set_(first)  # pyright: ignore[reportArgumentType]
+    alike = tensor.stride() == first.stride() and tensor.dtype == first.dtype and not tensor.requires_grad
+    if tensor.data_ptr() != first.data_ptr() and alike and torch.equal(tensor, first):
+        tensor.set_(first)  # pyright: ignore[reportArgumentType]
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from transformers.modeling_utils import (
 from transformers.utils import logging as transformers_logging
 
 from moespresso.core.errors import UserError
-from moespresso.runtime.widths import stacked, widened
+from moespresso.runtime import stacked, widened
 
 transformers_logging.disable_progress_bar()
 

@@ -18,13 +18,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from moespresso.core.blueprint import Blueprint, Branch, LayerSpec
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan
-from moespresso.core.remains import Remains, pressed_layers
-from moespresso.core.rewrite import biased_stubs
+from moespresso.effect import Remains, biased_stubs, pressed_layers
 from moespresso.model import quirks
 from moespresso.model.counts import evened, with_count
 from moespresso.model.depth import with_layers
 from moespresso.model.widths import width_key, with_width
-from moespresso.runtime.guard import OWN_WIDTHS, guarded, stock, zero_means_nothing
+from moespresso.runtime import OWN_WIDTHS, guarded, stock, zero_means_nothing
 
 Config = dict[str, Any]
 
@@ -36,7 +35,7 @@ def pressed_config(
     form shared experts may be said to be wider than they are."""
     whole = len(left.layers) == len(source.layers)
     raw = evened(raw)  # what `left` knows of widths is said anew
-    config = copy.deepcopy(dict(raw)) if whole else with_layers(raw, left.layers, source.source)
+    config = copy.deepcopy(dict(raw)) if whole else with_layers(raw, left.layers, source.place)
     config.pop("auto_map", None)  # custom code is not copied; the family is transformers' own
     specs = {layer.index: layer for layer in source.layers}
     layers, biased = pressed_layers(source, left), biased_stubs(source, plan)
@@ -97,11 +96,11 @@ def _narrowed(
     widths = {at: layers[at].width for at in positions}
     if any(width != source.layers[left.layers[at]].width for at, width in widths.items()):
         same = len(widths) == len(left.experts) and len(set(widths.values())) == 1 and not own
-        edited = with_width(config, widths[positions[0]], source.source, grow=stock) if same else None
+        edited = with_width(config, widths[positions[0]], source.place, grow=stock) if same else None
         key = width_key(config)
         if edited is None and key is None:
             raise UserError(
-                f"{source.source} ({source.family}): no known key of its config sets the width of its experts"
+                f"{source.place} ({source.family}): no known key of its config sets the width of its experts"
             )
         if edited is None:
             for at, width in widths.items():

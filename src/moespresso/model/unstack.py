@@ -3,7 +3,7 @@
 transformers 5 may save a model as it lies in memory (`save_original_format=False`): one `mlp.experts.gate_up_proj` a layer,
 where the family's own layout has `experts.3.gate_proj.weight` and so on, and only that has a packed form that engines load.
 In a stack [E, out, in] every expert's matrix is a run of bytes, and so are its halves where gate lies above up: each becomes
-a tensor by itself on the headers alone, under the name that the library would write it with. Like re-housing it is done on
+a tensor by itself on the headers alone, under the name that the library would write it with. Like conversion it is done on
 the `Checkpoint`, and nothing above it knows; it is done only where a request cannot be met on the stacks.
 """
 
@@ -16,11 +16,11 @@ from itertools import takewhile
 
 import torch
 
-from moespresso.checkpoint.index import Checkpoint
+from moespresso.checkpoint import Checkpoint
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.format import DTYPE_BYTES
+from moespresso.model.meta_model import build_meta, read_config
 from moespresso.model.names import Names, Slice
-from moespresso.model.skeleton import build_meta, read_config
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 
 from moespresso.core.errors import UserError
 from moespresso.model import quirks
-from moespresso.model.skeleton import build_meta, read_config
+from moespresso.model.meta_model import build_meta, read_config
 
 Config = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]

@@ -4,8 +4,6 @@ The renderers are pure functions from a result to text of at most 100 columns wi
 report reads the same on a screen, in a pipe and in a file.
 """
 
-from __future__ import annotations
-
 from moespresso.report.card import Licence, model_card, shareable, source_licence
 from moespresso.report.catalogue import describe_methods
 from moespresso.report.machine import machine, total_memory, versions

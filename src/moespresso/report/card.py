@@ -88,7 +88,7 @@ def model_card(report: Report, base_model: str | None = None, licence: Licence |
         _deed(name, report),
         _numbers(report),
         _dropped(report.scores),
-        _listed((*report.trouble, *report.notes)),
+        _listed((*report.warnings, *report.notes)),
         f"## Load it\n\n{_load(report)}",
         _check(base_model),
         f"## Recipe\n\n```yaml\n{_yaml(recipe)}```\n",

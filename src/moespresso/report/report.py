@@ -40,7 +40,7 @@ class Report:
     its score where it has one; `seconds` by phase; peaks in bytes; `out` the folder written, and whether only
     moespresso's `plugin` loads it; who reads its packed matrices (`packing`: `stock`, `own`, `gptq`, `awq`, or empty).
 
-    `trouble` is what went wrong and was survived, `notes` what a reader should know; both are whole sentences.
+    `warnings` is what went wrong and was survived, `notes` what a reader should know; both are whole sentences.
     """
 
     recipe: Mapping[str, Any]
@@ -55,7 +55,7 @@ class Report:
     out: str | Path = ""
     plugin: bool = False
     packing: str = ""
-    trouble: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     peak_rss_bytes: int = 0
     peak_anonymous_bytes: int = 0
@@ -78,10 +78,10 @@ class Report:
             "phases": {name: value for name, value in self.seconds.items() if name != "total"},
             "peak_rss_bytes": self.peak_rss_bytes,
             "peak_anonymous_bytes": self.peak_anonymous_bytes,
-            "plan": json.loads(self.plan.to_json()),
+            "plan": self.plan.as_dict(),
             "scores": {f"L{layer}": asdict(scores) for layer, scores in sorted(self.scores.items())},
             "gone": {str(unit): score for unit, score in self.gone.items()},
-            "trouble": list(self.trouble),
+            "warnings": list(self.warnings),
             "notes": list(self.notes),
             "recipe": dict(self.recipe),
             "machine": dict(self.machine),

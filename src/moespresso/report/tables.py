@@ -37,14 +37,14 @@ COSTS = (
 
 
 def render_report(report: Report | Body) -> str:
-    """One page: cost before and after, dropped experts by layer, trouble, notes, time and memory."""
+    """One page: cost before and after, dropped experts by layer, warnings, notes, time and memory."""
     body = report.to_dict() if isinstance(report, Report) else report
     return _page(
         _title("pressed", body.get("recipe", {}).get("model"), body["out"] and f"into {body['out']}"),
         _costs(body),
         *_gone(body.get("gone", {}), body["plan"]["stages"]),
         *_dropped(body.get("scores", {})),
-        *_listed("trouble", body.get("trouble", ())),
+        *_listed("warnings", body.get("warnings", ())),
         *_listed("notes", body.get("notes", ())),
         _effort(body),
     )
@@ -82,7 +82,7 @@ def render_evaluation(scores: Body) -> str:
         rows.append(("same first choice", words.percent(scores["top1_agreement"])))
     return _page(
         _pairs(*rows),
-        *_listed("trouble", scores.get("trouble", ())),
+        *_listed("warnings", scores.get("warnings", ())),
         *_listed("notes", scores.get("notes", ())),
     )
 
@@ -109,7 +109,7 @@ def render_stats(stats: Stats, out: str = "") -> str:
     tokens = [("tokens", f"{stats.tokens:,}")] if stats.tokens else []
     rows = [*tokens, ("layers", words.spans(layers)), ("measured", ", ".join(stats.needs))]
     return _page(
-        _title("measured", "", out and f"into {out}"), _pairs(*rows), *_listed("trouble", stats.trouble)
+        _title("measured", "", out and f"into {out}"), _pairs(*rows), *_listed("warnings", stats.warnings)
     )
 
 

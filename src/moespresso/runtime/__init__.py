@@ -5,6 +5,25 @@ from its own module: `anatomy` (what a decoder layer adds to the residual stream
 `per_layer_config` may say).
 """
 
-from moespresso.runtime.hook import watch
+from moespresso.runtime.anatomy import MIXERS, Anatomy, Branch, NotResidual, find_anatomy
+from moespresso.runtime.guard import OWN_WIDTHS, guarded, stock, zero_means_nothing
+from moespresso.runtime.parts import NoNorm, Silent, SilentMixer, hidden_of
+from moespresso.runtime.widths import stacked, widened
 
-__all__ = ["watch"]
+__all__ = [
+    "MIXERS",
+    "OWN_WIDTHS",
+    "Anatomy",
+    "Branch",
+    "NoNorm",
+    "NotResidual",
+    "Silent",
+    "SilentMixer",
+    "find_anatomy",
+    "guarded",
+    "hidden_of",
+    "stacked",
+    "stock",
+    "widened",
+    "zero_means_nothing",
+]

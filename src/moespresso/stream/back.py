@@ -6,12 +6,12 @@ through the layer again, this time remembered by autograd, and the gradient goes
 
     dL/dx_l  =  (d layer_l(x_l) / dx_l)^T  dL/dx_(l+1)
 
-It passes the routed experts on its way, where the visitor hears it. Held are one layer, the graph of one batch and, on the way
+It passes the routed experts on its way, where the visitor sees it. Held are one layer, the graph of one batch and, on the way
 forth, what the embedding answered; on the disk, hidden states once for every layer. No weight gets a gradient. L is the sum over
-all predicted tokens, not their mean, so that gradients do not shrink with the length of the text (see `measure.curvature`).
+all predicted tokens, not their mean, so that gradients do not shrink with the length of the text (see `statistics.gradient_moments`).
 
 Gradients have the precision of the layers. float16 knows nothing below 6e-8 and little below 6e-5, so there each batch's is
-multiplied with a power of two before every layer, which brings its largest value to about 1; what is heard is freed of it again.
+multiplied with a power of two before every layer, which brings its largest value to about 1; what is shown is freed of it again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from copy import copy
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -32,27 +31,24 @@ from torch.nn import functional as F
 
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Layer
-from moespresso.core.progress import Progress, Silent
-from moespresso.measure.curvature import Pulled, Stiffness
-from moespresso.model import Skeleton, Waiting, quirks
-from moespresso.model.experts import expert_forward
-from moespresso.stream.sweep import begin, reserve, rows_at_once, within
+from moespresso.model import MetaModel, PausedBatch, expert_forward, observing, quirks
+from moespresso.statistics import FedGradient, GradientMoments
+from moespresso.stream.sweep import UNWATCHED, Watch, begin, reserve, rows_at_once, within
 
-BackVisitor = Callable[[Layer, Iterator[Pulled]], None]
+BackVisitor = Callable[[Layer, Iterator[FedGradient]], None]
 # Logits computed at once: 64 MiB in float32 (their gradient and a few copies beside them).
 _LOGITS = 16 << 20
 
 
 @torch.no_grad()
 def sweep_back(
-    skeleton: Skeleton,
+    meta: MetaModel,
     ids: Tensor,
     mask: Tensor,
     visit: BackVisitor,
     *,
     work: Path,
-    progress: Progress | None = None,
-    label: str = "layers",
+    watch: Watch = UNWATCHED,
 ) -> float:
     """Mean cross-entropy of the next tokens of `ids` [N, L] (int64; `mask` False on padding), with its gradients on the way.
 
@@ -60,19 +56,19 @@ def sweep_back(
     for. Their `grad` is that of the summed, not of the mean cross-entropy. Hidden states wait in files in the folder `work`.
     Raises `UserError` for families whose layers hand on more than hidden states, and when the disk is full.
     """
-    if skeleton.config.model_type in quirks.HANDS_ON:
-        raise _no_way_back(skeleton)
-    watch, count = progress or Silent(), len(skeleton.layers)
-    rows = rows_at_once(ids.shape[1], skeleton.specs, skeleton.config.get_text_config().hidden_size)
+    if meta.config.model_type in quirks.HANDS_ON:
+        raise _no_way_back(meta)
+    count = len(meta.layers)
+    rows = rows_at_once(ids.shape[1], meta.specs, meta.config.get_text_config().hidden_size)
     masks = mask.split(rows)
-    waiting = begin(skeleton, ids.split(rows), masks)
-    watch.stage(label, 2 * count)
-    with _shelf(work, [batch.hidden for batch in waiting], count + 1) as shelf:
-        stops, last = _forth(skeleton, waiting, masks, shelf, watch)
-        loss, powers = _head(skeleton, waiting, last, ids.split(rows), masks)
+    paused = begin(meta, ids.split(rows), masks)
+    watch.begin(2 * count)
+    with _shelf(work, [batch.hidden for batch in paused], count + 1) as shelf:
+        stops, last = _forth(meta, paused, masks, shelf, watch)
+        loss, powers = _head(meta, paused, last, ids.split(rows), masks)
         for index in reversed(range(count)):
-            with skeleton.layer(index) as layer:
-                batches = _back(layer, stops.pop(), masks, last, powers, skeleton.device)
+            with meta.layer(index) as layer:
+                batches = _back(layer, stops.pop(), masks, last, powers, meta.device)
                 if layer.experts is not None:
                     visit(layer, batches)
                 for _ in batches:  # what nobody asked for has to be gone through all the same
@@ -82,71 +78,58 @@ def sweep_back(
     return loss
 
 
-def stiffness(
-    skeleton: Skeleton,
-    ids: Tensor,
-    mask: Tensor,
-    work: Path,
-    *,
-    progress: Progress | None = None,
-    label: str = "layers",
+def gradient_moments(
+    meta: MetaModel, ids: Tensor, mask: Tensor, work: Path, watch: Watch = UNWATCHED
 ) -> dict[int, Tensor]:
-    """How steeply the loss bends along every column of the experts' down projections: [E, I] for each layer that has experts
-    (see `measure.curvature`)."""
-    found = Stiffness()
-    sweep_back(skeleton, ids, mask, found, work=work, progress=progress, label=label)
-    return found.values
+    """Second moments of the loss's gradient along every column of the experts' down projections: [E, I] for each layer that has
+    experts (see `statistics.gradient_moments`)."""
+    moments = GradientMoments()
+    sweep_back(meta, ids, mask, moments, work=work, watch=watch)
+    return moments.values
 
 
 # Forward
 
 
 def _forth(
-    skeleton: Skeleton, waiting: list[Waiting], masks: Sequence[Tensor], shelf: _Shelf, watch: Progress
-) -> tuple[list[list[Waiting]], list[Tensor]]:
-    """Take all batches through the layers: how each waited before each layer, and what the last layer answers."""
-    hidden = [shelf.put(0, number, batch.hidden) for number, batch in enumerate(waiting)]
-    stops: list[list[Waiting]] = []
-    for index in range(len(skeleton.layers)):
+    meta: MetaModel, paused: list[PausedBatch], masks: Sequence[Tensor], shelf: _Shelf, watch: Watch
+) -> tuple[list[list[PausedBatch]], list[Tensor]]:
+    """Take all batches through the layers: how each paused before each layer, and what the last layer answers."""
+    hidden = [shelf.put(0, number, batch.hidden) for number, batch in enumerate(paused)]
+    stops: list[list[PausedBatch]] = []
+    for index in range(len(meta.layers)):
         if index:
-            for batch, output in zip(waiting, hidden, strict=True):
-                _go_on(skeleton, batch, output)
-        stops.append([_stop(batch, states) for batch, states in zip(waiting, hidden, strict=True)])
-        with skeleton.layer(index) as layer:
+            for batch, output in zip(paused, hidden, strict=True):
+                _go_on(meta, batch, output)
+        stops.append([batch.snapshot(states) for batch, states in zip(paused, hidden, strict=True)])
+        with meta.layer(index) as layer:
             hidden = [
-                shelf.put(index + 1, number, within(_answer(skeleton, layer.module, stop), valid, index))
+                shelf.put(index + 1, number, within(_answer(meta, layer.module, stop), valid, index))
                 for number, (stop, valid) in enumerate(zip(stops[-1], masks, strict=True))
             ]
         watch.advance()
     return stops, hidden
 
 
-def _stop(batch: Waiting, hidden: Tensor) -> Waiting:
-    """A batch as it waits now, whatever becomes of it: what the layer is called with, and its hidden states on the shelf."""
-    stop = copy(batch)
-    stop.hidden = hidden
-    return stop
-
-
-def _go_on(skeleton: Skeleton, batch: Waiting, output: Tensor) -> None:
+def _go_on(meta: MetaModel, batch: PausedBatch, output: Tensor) -> None:
     batch.go_on(output)
     if batch.hidden is not output:  # what is computed between layers, autograd would not see
-        raise _no_way_back(skeleton)
+        raise _no_way_back(meta)
 
 
-def _answer(skeleton: Skeleton, layer: nn.Module, stop: Waiting) -> Tensor:
+def _answer(meta: MetaModel, layer: nn.Module, stop: PausedBatch) -> Tensor:
     """The layer's output, unless the layer also leaves something for later ones where they look for it (keys and values)."""
-    boxes = [value for value in stop._kwargs.values() if isinstance(value, MutableMapping)]
+    boxes = [value for value in stop.kwargs.values() if isinstance(value, MutableMapping)]
     before = [len(box) for box in boxes]
-    output = stop.run(layer, stop.hidden.to(skeleton.device))
+    output = stop.run(layer, stop.hidden.to(meta.device))
     if before != [len(box) for box in boxes]:
-        raise _no_way_back(skeleton)
+        raise _no_way_back(meta)
     return output
 
 
-def _no_way_back(skeleton: Skeleton) -> UserError:
+def _no_way_back(meta: MetaModel) -> UserError:
     return UserError(
-        f"no gradients can be taken on {skeleton.place}: its layers hand on more than hidden states; "
+        f"no gradients can be taken on {meta.place}: its layers hand on more than hidden states; "
         "choose a score that needs no gradients"
     )
 
@@ -155,8 +138,8 @@ def _no_way_back(skeleton: Skeleton) -> UserError:
 
 
 def _head(
-    skeleton: Skeleton,
-    waiting: list[Waiting],
+    meta: MetaModel,
+    paused: list[PausedBatch],
     last: list[Tensor],
     ids: Sequence[Tensor],
     masks: Sequence[Tensor],
@@ -164,86 +147,88 @@ def _head(
     """The mean loss from what the last layer answers; puts the summed loss's gradient in its place, and says by which power of two
     each batch's is multiplied."""
     total, predicted, powers = 0.0, 0, list[int]()
-    with skeleton.outer():
-        skeleton.model.requires_grad_(False)
-        for batch, hidden, tokens, valid in zip(waiting, last, ids, masks, strict=True):
+    with meta.outer():
+        meta.model.requires_grad_(False)
+        for batch, hidden, tokens, valid in zip(paused, last, ids, masks, strict=True):
             at = torch.nonzero(valid[:, :-1] & valid[:, 1:])
-            leaf = hidden.to(skeleton.device).detach().requires_grad_()
+            leaf = hidden.to(meta.device).detach().requires_grad_()
             with torch.enable_grad():
                 batch.go_on(leaf)  # through whatever the family has behind its layers
-            loss, pull = _loss(skeleton, batch.hidden.detach(), tokens.to(skeleton.device), at)
-            pull, own = _centred(pull)
-            pull, more = _centred(torch.autograd.grad(batch.hidden, leaf, pull)[0])
-            hidden.copy_(pull)
+            loss, gradient = _loss(meta, batch.hidden.detach(), tokens.to(meta.device), at)
+            gradient, power = _centred(gradient)
+            gradient, more = _centred(torch.autograd.grad(batch.hidden, leaf, gradient)[0])
+            hidden.copy_(gradient)
             batch.hidden = hidden
-            powers.append(own + more)
+            powers.append(power + more)
             total, predicted = total + loss, predicted + len(at)
     return total / predicted, powers
 
 
-def _loss(skeleton: Skeleton, hidden: Tensor, ids: Tensor, at: Tensor) -> tuple[float, Tensor]:
+def _loss(meta: MetaModel, hidden: Tensor, ids: Tensor, at: Tensor) -> tuple[float, Tensor]:
     """Summed cross-entropy of the tokens behind the positions `at` [n, 2], and its gradient with respect to the last hidden
     states [B, L, H]; never the logits of all of them."""
-    total, pull = 0.0, torch.zeros_like(hidden)
-    rows = max(1, _LOGITS // skeleton.config.get_text_config().vocab_size)
+    total, gradient = 0.0, torch.zeros_like(hidden)
+    rows = max(1, _LOGITS // meta.config.get_text_config().vocab_size)
     for chunk in at.to(hidden.device).split(rows):
         row, place = chunk.unbind(1)
         states = hidden[row, place].requires_grad_()
         with torch.enable_grad():
-            logits = skeleton.logits(states).float()
+            logits = meta.logits(states).float()
             loss = F.cross_entropy(logits, ids[row, place + 1], reduction="sum")
-        (pull[row, place],) = torch.autograd.grad(loss, states)
+        (gradient[row, place],) = torch.autograd.grad(loss, states)
         total += loss.item()
-    return total, pull
+    return total, gradient
 
 
-def _centred(pull: Tensor) -> tuple[Tensor, int]:
+def _centred(gradient: Tensor) -> tuple[Tensor, int]:
     """A gradient times the power of two that suits its precision, and the power; raises `UserError` where it is beyond that."""
-    if pull.dtype is not torch.float16:  # the others reach as far as float32
-        return pull, 0
-    largest = float(pull.abs().max())
+    if gradient.dtype is not torch.float16:  # the others reach as far as float32
+        return gradient, 0
+    largest = float(gradient.abs().max())
     if not math.isfinite(largest):
         raise UserError(
             "the gradients of the loss are beyond what float16 holds: use --dtype bfloat16 or float32"
         )
     power = -math.frexp(largest)[1]
-    return (pull.float() * 2.0**power).to(pull.dtype), power
+    return (gradient.float() * 2.0**power).to(gradient.dtype), power
 
 
 def _back(
     layer: Layer,
-    stops: list[Waiting],
+    stops: list[PausedBatch],
     masks: Sequence[Tensor],
-    pulls: list[Tensor],
+    gradients: list[Tensor],
     powers: list[int],
     device: torch.device,
-) -> Iterator[Pulled]:
-    """What the experts of the layer hear, batch by batch; takes each of `pulls`, which are multiplied by `powers` of two, from
-    the layer's output to its input."""
+) -> Iterator[FedGradient]:
+    """What reaches the experts of the layer, with its gradient, batch by batch; takes each of `gradients`, which are multiplied
+    by `powers` of two, from the layer's output to its input."""
     layer.module.requires_grad_(False)
-    for number, (stop, valid, pull) in enumerate(zip(stops, masks, pulls, strict=True)):
-        found: list[Pulled] = []
-        hearing = _overheard(layer.experts, valid.to(device), found, 2.0 ** -powers[number])
-        new, more = _centred(_pull_back(layer, stop, pull.to(device), hearing))
-        pull.copy_(new)
+    for number, (stop, valid, gradient) in enumerate(zip(stops, masks, gradients, strict=True)):
+        seen: list[FedGradient] = []
+        observer = _observed(layer.experts, valid.to(device), seen, 2.0 ** -powers[number])
+        new, more = _centred(_through_layer(layer, stop, gradient.to(device), observer))
+        gradient.copy_(new)
         powers[number] += more
-        yield from found
+        yield from seen
 
 
-def _pull_back(layer: Layer, stop: Waiting, pull: Tensor, hearing: AbstractContextManager[None]) -> Tensor:
+def _through_layer(
+    layer: Layer, stop: PausedBatch, gradient: Tensor, observer: AbstractContextManager[None]
+) -> Tensor:
     """The gradient with respect to what one batch brought to the layer."""
-    leaf = stop.hidden.to(pull.device).detach().requires_grad_()
-    with torch.enable_grad(), hearing:
+    leaf = stop.hidden.to(gradient.device).detach().requires_grad_()
+    with torch.enable_grad(), observer:
         output = stop.run(layer.module, leaf)
-    return torch.autograd.grad(output, leaf, pull)[0]
+    return torch.autograd.grad(output, leaf, gradient)[0]
 
 
 @contextmanager
-def _overheard(
-    experts: nn.Module | None, valid: Tensor, found: list[Pulled], scale: float
+def _observed(
+    experts: nn.Module | None, valid: Tensor, seen: list[FedGradient], scale: float
 ) -> Generator[None]:
     """While the layer runs once on a batch with the mask `valid` [B, L]: as soon as the gradient with respect to the experts'
-    answer is known, it is added to `found` in float32, times `scale`, with what they were given."""
+    answer is known, it is added to `seen` in float32, times `scale`, with their inputs."""
     if experts is None:
         yield
         return
@@ -251,16 +236,13 @@ def _overheard(
 
     def on_experts(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         answer = _weighted_sum(experts, hidden, index, weights)
-        given = (hidden.detach()[tokens], index[tokens], weights.detach()[tokens].float())
+        inputs = (hidden.detach()[tokens], index[tokens], weights.detach()[tokens].float())
         # A hook, since the family may go on to change the answer in place.
-        answer.register_hook(lambda grad: found.append(Pulled(*given, grad[tokens].float() * scale)))
+        answer.register_hook(lambda grad: seen.append(FedGradient(*inputs, grad[tokens].float() * scale)))
         return answer
 
-    experts.__dict__["moespresso_ear"] = on_experts
-    try:
+    with observing(experts, before=on_experts):
         yield
-    finally:
-        del experts.__dict__["moespresso_ear"]
 
 
 def _weighted_sum(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -269,8 +251,8 @@ def _weighted_sum(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) 
     slots = index.reshape(-1)
     counts = torch.bincount(slots, minlength=experts.num_experts)[: experts.num_experts].tolist()
     order = slots.argsort(stable=True)[: sum(counts)]  # numbers beyond the last expert add nothing
-    given = hidden.index_select(0, order // index.shape[1]).split(counts)
-    answers = [expert_forward(experts, expert, rows) for expert, rows in enumerate(given) if len(rows)]
+    inputs = hidden.index_select(0, order // index.shape[1]).split(counts)
+    answers = [expert_forward(experts, expert, rows) for expert, rows in enumerate(inputs) if len(rows)]
     outputs = hidden.new_zeros(len(slots), hidden.shape[1])
     if answers:
         outputs = outputs.index_copy(0, order, torch.cat(answers))
@@ -280,7 +262,7 @@ def _weighted_sum(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) 
     return (outputs * weights.unsqueeze(-1)).sum(1).to(hidden.dtype)
 
 
-# Where hidden states wait
+# Where hidden states are kept
 
 
 class _Shelf:

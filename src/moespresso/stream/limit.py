@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
+from moespresso.build import View, pick_device, pick_dtype
 from moespresso.core.errors import UserError
 from moespresso.core.runtime import Runtime
 from moespresso.data import Batches
-from moespresso.model import View, pick_device, pick_dtype
 from moespresso.stream.sweep import ANSWER_BYTES
 
 # Memory beside the layer and its hidden states: a few copies of what all selected experts answer to one batch, and more.

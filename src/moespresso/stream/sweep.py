@@ -1,8 +1,8 @@
 """The one loop: layer in, visit, layer out.
 
-`sweep` runs token batches through a model that is on disk. Every batch waits at the same layer (`model.lockstep`); the
+`sweep` runs token batches through a model that is on disk. Every batch is paused at the same layer (`model.lockstep`); the
 layer is loaded once, the visitor looks at it and at what flows through it, the batches go on, the layer goes. A visitor
-never sees the loop and the loop never sees a method. With a `Memento` the hidden states are kept after each layer, so
+never sees the loop and the loop never sees a method. With a `SweepState` the hidden states are kept after each layer, so
 that a killed sweep goes on where it was.
 """
 
@@ -14,10 +14,10 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -28,8 +28,8 @@ from moespresso.core.blueprint import BRANCHES, Branch, LayerSpec, TensorRef
 from moespresso.core.errors import UserError
 from moespresso.core.layer import Call, Fed, Layer, LayerWeights, Taps
 from moespresso.core.progress import Progress, Silent
-from moespresso.model import Skeleton, Waiting, start, without
-from moespresso.stream.listen import Held, listening, overhearing
+from moespresso.model import MetaModel, PausedBatch, start, without
+from moespresso.stream.observe import HeldRun, observe_inputs, observe_layer
 
 Visitor = Callable[[Layer, Taps], LayerWeights | None]
 # Tokens that pass a layer at once: enough to keep matrix products busy, few enough that what all selected experts answer
@@ -38,7 +38,7 @@ BATCH_TOKENS, ANSWER_BYTES = 4096, 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Memento:
+class SweepState:
     """Where a sweep keeps what it needs to go on after a kill: the next layer, hidden states, the visitor's notes."""
 
     path: Path
@@ -66,41 +66,69 @@ class Memento:
         return int(metadata["layer"]), hidden
 
 
+@dataclass(frozen=True, slots=True)
+class SweepOptions:
+    """What a sweep does beside showing layers.
+
+    carry: `rebuilt` puts the weights that a visitor returns in place before the batches go on; `original` leaves them out.
+    state: keeps what a killed sweep needs to go on.
+    spill: a folder for hidden states that would not fit in memory.
+    """
+
+    carry: Literal["original", "rebuilt"] = "original"
+    state: SweepState | None = None
+    spill: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Who sees how far a sweep is, and what it is called there."""
+
+    progress: Progress = field(default_factory=Silent)
+    label: str = "layers"
+
+    def begin(self, total: int) -> None:
+        """Open a row of so many layers."""
+        self.progress.stage(self.label, total)
+
+    def advance(self) -> None:
+        """One layer is done."""
+        self.progress.advance()
+
+
+PLAIN, UNWATCHED = SweepOptions(), Watch()
+
+
 @torch.inference_mode()
 def sweep(
-    skeleton: Skeleton,
+    meta: MetaModel,
     ids: Tensor,
     mask: Tensor,
     visit: Visitor | None = None,
-    *,
-    carry: str = "original",
-    memento: Memento | None = None,
-    spill: Path | None = None,
-    progress: Progress | None = None,
-    label: str = "layers",
+    options: SweepOptions = PLAIN,
+    watch: Watch = UNWATCHED,
 ) -> Tensor:
     """Run `ids` [N, L] (int64; `mask` False on padding) through the model; return last hidden states [N, L, H].
 
-    `visit(layer, taps)` sees each loaded layer; with `carry="rebuilt"` the weights it returns are put in place before
-    the batches go on. `spill` is a folder for hidden states that would not fit in memory.
+    `visit(layer, taps)` sees each loaded layer, and may return new weights for it.
     """
-    watch = progress or Silent()
-    next_layer, remembered = memento.load() if memento else (0, [])
+    state = options.state
+    next_layer, remembered = state.load() if state else (0, [])
     with ExitStack() as stack:
-        parked = stack.enter_context(parking(spill))
-        rows = rows_at_once(ids.shape[1], skeleton.specs, skeleton.config.get_text_config().hidden_size)
-        waiting = begin(skeleton, ids.split(rows), mask.split(rows))
+        parked = stack.enter_context(parking(options.spill))
+        rows = rows_at_once(ids.shape[1], meta.specs, meta.config.get_text_config().hidden_size)
         masks = mask.split(rows)
-        watch.stage(label, len(skeleton.layers))
-        for index in range(len(skeleton.layers)):
+        batches = begin(meta, ids.split(rows), masks)
+        watch.begin(len(meta.layers))
+        for index in range(len(meta.layers)):
             if index < next_layer:
-                _skip(waiting, remembered if index == next_layer - 1 else None, skeleton.device)
+                _skip(batches, remembered if index == next_layer - 1 else None, meta.device)
             else:
-                _pass(skeleton, index, waiting, masks, visit, carry, parked, hold=spill is None)
-                if memento:
-                    memento.save(index + 1, [batch.hidden for batch in waiting])
+                _pass(meta, index, _Batches(batches, masks), visit, options, parked)
+                if state:
+                    state.save(index + 1, [batch.hidden for batch in batches])
             watch.advance()
-        return torch.cat([batch.hidden.cpu() for batch in waiting])
+        return torch.cat([batch.hidden.cpu() for batch in batches])
 
 
 def rows_at_once(length: int, specs: Sequence[LayerSpec], hidden: int) -> int:
@@ -109,44 +137,55 @@ def rows_at_once(length: int, specs: Sequence[LayerSpec], hidden: int) -> int:
     return max(1, min(BATCH_TOKENS, ANSWER_BYTES // answers if answers else BATCH_TOKENS) // length)
 
 
-def begin(skeleton: Skeleton, ids: Sequence[Tensor], mask: Sequence[Tensor]) -> list[Waiting]:
-    """Start the batches `ids` [B, L]; all of them wait at the first layer."""
-    device = skeleton.device
+def begin(meta: MetaModel, ids: Sequence[Tensor], mask: Sequence[Tensor]) -> list[PausedBatch]:
+    """Start the batches `ids` [B, L]; all of them pause at the first layer."""
+    device = meta.device
     # Without padding no mask is built at all, and the attention kernels take their causal path.
     masks = [None if bool(part.all()) else part.long().to(device) for part in mask]
-    with skeleton.outer():
-        return start(skeleton.base, skeleton.layers_name, [part.to(device) for part in ids], masks)
+    with meta.outer():
+        return start(meta.base, meta.layers_name, [part.to(device) for part in ids], masks)
 
 
-def _skip(waiting: list[Waiting], remembered: list[Tensor] | None, device: torch.device) -> None:
-    for number, batch in enumerate(waiting):
+def _skip(batches: list[PausedBatch], remembered: list[Tensor] | None, device: torch.device) -> None:
+    for number, batch in enumerate(batches):
         batch.go_on(batch.hidden if remembered is None else remembered[number].to(device))
 
 
+@dataclass(frozen=True, slots=True)
+class _Batches:
+    """All batches of a sweep with their masks."""
+
+    paused: list[PausedBatch]
+    masks: Sequence[Tensor]
+
+
 def _pass(
-    skeleton: Skeleton,
+    meta: MetaModel,
     index: int,
-    waiting: list[Waiting],
-    masks: Sequence[Tensor],
+    batches: _Batches,
     visit: Visitor | None,
-    carry: str,
+    options: SweepOptions,
     parked: Callable[[int, Tensor], Tensor],
-    *,
-    hold: bool,
 ) -> None:
     """Take all batches through one layer."""
-    with skeleton.layer(index) as layer:
-        taps = _LayerTaps(layer, waiting, masks, hold=hold)
-        new = visit(layer, taps) if visit else None
-        if new is not None and carry == "rebuilt":
-            changed = [layer.module.get_parameter(name) for name in new]
-            for parameter, tensor in zip(changed, new.values(), strict=True):
-                parameter.data = tensor
-            experts = set() if layer.experts is None else set(layer.experts.parameters())
-            taps.forget(whole=not experts.issuperset(changed))
+    with meta.layer(index) as layer:
+        taps = _LayerTaps(layer, batches, hold=options.spill is None)
+        _show(layer, taps, visit, options.carry)
         outputs = taps.outputs(parked)
-    for batch, output, valid in zip(waiting, outputs, masks, strict=True):
+    for batch, output, valid in zip(batches.paused, outputs, batches.masks, strict=True):
         batch.go_on(within(output, valid, index))
+
+
+def _show(layer: Layer, taps: _LayerTaps, visit: Visitor | None, carry: str) -> None:
+    """Let the visitor see a layer, and put what it returns in place."""
+    new = visit(layer, taps) if visit else None
+    if new is None or carry != "rebuilt":
+        return
+    changed = [layer.module.get_parameter(name) for name in new]
+    for parameter, tensor in zip(changed, new.values(), strict=True):
+        parameter.data = tensor
+    experts = set() if layer.experts is None else set(layer.experts.parameters())
+    taps.forget(whole=not experts.issuperset(changed))
 
 
 def within(output: Tensor, valid: Tensor, layer: int) -> Tensor:
@@ -164,64 +203,62 @@ def within(output: Tensor, valid: Tensor, layer: int) -> Tensor:
 class _LayerTaps:
     """Runs each batch through the layer once; what the visitor did not ask for is run when the loop needs it.
 
-    With `hold`, batches that were run as far as the experts wait there, so that nothing before these runs twice; each then
+    With `hold`, batches that were run as far as the experts stay there, so that nothing before these runs twice; each then
     holds a few more hidden states.
     """
 
-    def __init__(
-        self, layer: Layer, waiting: list[Waiting], masks: Sequence[Tensor], *, hold: bool = False
-    ) -> None:
-        self._layer, self._waiting, self._masks, self._hold = layer, waiting, masks, hold
+    def __init__(self, layer: Layer, batches: _Batches, *, hold: bool = False) -> None:
+        self._layer, self._batches, self._masks, self._hold = layer, batches.paused, batches.masks, hold
         self._outputs: dict[int, Tensor] = {}
-        self._held: dict[int, Held] = {}
+        self._held: dict[int, HeldRun] = {}
 
     def __iter__(self) -> Iterator[Call]:
-        for number, (batch, valid) in enumerate(zip(self._waiting, self._masks, strict=True)):
-            with listening(self._layer) as heard:
+        for number, (batch, valid) in enumerate(zip(self._batches, self._masks, strict=True)):
+            with observe_layer(self._layer) as observed:
                 output = batch.run(self._layer.module)
             self._outputs[number] = output
             yield Call(
                 batch.hidden,
                 output,
                 valid.to(output.device),
-                heard.routed,
-                heard.middle,
-                heard.fed,
-                heard.answer,
+                observed.routed,
+                observed.middle,
+                observed.fed,
+                observed.answer,
             )
 
     def fed(self, watched: Mapping[str, Callable[[Tensor], None]]) -> list[Fed]:
         """What reaches the experts, batch by batch; their own answers are not computed."""
-        found: list[Fed] = []
+        fed: list[Fed] = []
         hold = self._hold and not watched  # watched modules may come behind the experts
-        for number, (batch, valid) in enumerate(zip(self._waiting, self.valid, strict=True)):
-            with overhearing(self._layer, valid, watched, found, hold=hold):
+        for number, (batch, valid) in enumerate(zip(self._batches, self.valid, strict=True)):
+            with observe_inputs(self._layer, valid, watched, fed, hold=hold):
                 run = partial(batch.run, self._layer.module)
                 if hold:
-                    self._held[number] = Held(run)
+                    self._held[number] = HeldRun(run)
                 else:
                     run()
-        return found
+        return fed
 
     @property
     def inputs(self) -> list[Tensor]:
         """Hidden states of every batch before the layer."""
-        return [batch.hidden for batch in self._waiting]
+        return [batch.hidden for batch in self._batches]
 
     @property
     def valid(self) -> list[Tensor]:
         """Masks of every batch."""
-        return [mask.to(batch.hidden.device) for mask, batch in zip(self._masks, self._waiting, strict=True)]
+        return [mask.to(batch.hidden.device) for mask, batch in zip(self._masks, self._batches, strict=True)]
 
     def branch(self, number: int, hidden: Tensor, branch: Branch) -> Tensor:
         """`hidden` and what one branch of the layer adds to it."""
         others: list[Branch] = [other for other in BRANCHES if other != branch]
         with without(self._layer.module, self._layer.anatomy, others):
-            return self._waiting[number].run(self._layer.module, hidden)
+            return self._batches[number].run(self._layer.module, hidden)
 
     def through(self, module: nn.Module) -> Iterator[Tensor]:
         """What every batch becomes in another layer's module."""
-        return (batch.run(module) for batch in self._waiting)
+        return (batch.run(module) for batch in self._batches)
 
     def put(self, number: int, output: Tensor) -> None:
         """Let a batch go on with `output`."""
@@ -235,13 +272,13 @@ class _LayerTaps:
 
     def outputs(self, parked: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
         """Outputs of all batches, put where they may wait for the next layer."""
-        return [parked(number, self._output(number)) for number in range(len(self._waiting))]
+        return [parked(number, self._output(number)) for number in range(len(self._batches))]
 
     def _output(self, number: int) -> Tensor:
         if number in self._outputs:
             return self._outputs.pop(number)
         held = self._held.pop(number, None)
-        return self._waiting[number].run(self._layer.module) if held is None else held.finish()
+        return self._batches[number].run(self._layer.module) if held is None else held.finish()
 
 
 @contextmanager

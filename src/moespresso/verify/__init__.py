@@ -6,6 +6,6 @@ unexpected or mismatched and gives the logits that our streamed forward gives, a
 tensor is byte for byte what the plan says.
 """
 
-from moespresso.verify.checks import Check, verify
+from moespresso.verify.checks import verify
 
-__all__ = ["Check", "verify"]
+__all__ = ["verify"]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -16,31 +15,31 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from moespresso.build import (
+    Tensors,
+    View,
+    apart_view,
+    equivalent_views,
+    load_model,
+    other_layout,
+    own_packing,
+)
 from moespresso.checkpoint import (
     MANIFEST,
     TORCH_DTYPES,
     Checkpoint,
+    Manifest,
     Reader,
     count_nonfinite,
     open_checkpoint,
-    read_manifest,
 )
 from moespresso.core.blueprint import Blueprint
 from moespresso.core.errors import UserError
-from moespresso.core.format import OWN_LAYOUTS
 from moespresso.core.plan import Plan
 from moespresso.core.progress import Progress
-from moespresso.model import (
-    Skeleton,
-    View,
-    apart_view,
-    is_unequal,
-    load_model,
-    other_layout,
-    own_packing,
-    read_blueprint,
-    rehoused_views,
-)
+from moespresso.effect import validated
+from moespresso.formats import codec_in
+from moespresso.model import MetaModel, is_unequal, read_blueprint
 from moespresso.stream import sweep
 
 _CHUNK = 16 << 20
@@ -60,7 +59,7 @@ class Check:
 
 def verify(folder: Path, source: View | None, progress: Progress) -> list[Check]:
     """Run all checks on a folder we wrote; `source` is the original it was made from."""
-    manifest = read_manifest(folder)
+    manifest = Manifest.load(folder)
     found = [_run("files are the ones that were written", lambda: _digests(folder, manifest, progress))]
     state: dict[str, View] = {}
     found.append(_run("names, shapes and experts make the whole model", lambda: _complete(folder, state)))
@@ -69,7 +68,7 @@ def verify(folder: Path, source: View | None, progress: Progress) -> list[Check]
         found.append(_run("every value is finite", lambda: _finite(view, manifest, progress)))
         if view.formats:
             found.append(_run("every packed matrix decodes", lambda: _decodes(view)))
-        found.append(_run(_loads(view), lambda: _stock(folder, view, manifest["nonfinite"])))
+        found.append(_run(_loads(view), lambda: _stock(folder, view, manifest.nonfinite)))
         found.append(_run("counts are those of the plan", lambda: _planned_counts(view.blueprint, manifest)))
         if source is not None:
             found.append(_run("every tensor is what the plan makes of the original",
@@ -99,16 +98,16 @@ def _require(holds: bool, words: str) -> None:
         raise AssertionError(words)
 
 
-def _digests(folder: Path, manifest: dict[str, Any], progress: Progress) -> str:
-    files: dict[str, dict[str, Any]] = manifest["files"]
+def _digests(folder: Path, manifest: Manifest, progress: Progress) -> str:
+    files = manifest.files
     progress.stage("check files", len(files))
-    for name, row in files.items():
+    for name, facts in files.items():
         path = folder / name
         _require(path.is_file(), f"{name} is missing")
         _require(
-            path.stat().st_size == row["bytes"], f"{name} has {path.stat().st_size} bytes, not {row['bytes']}"
+            path.stat().st_size == facts.bytes, f"{name} has {path.stat().st_size} bytes, not {facts.bytes}"
         )
-        _require(_sha256(path) == row["sha256"], f"{name} was changed after it was written")
+        _require(_sha256(path) == facts.sha256, f"{name} was changed after it was written")
         progress.advance()
     strangers = sorted({path.name for path in folder.iterdir()} - set(files) - {MANIFEST})
     shards = [name for name in strangers if name.endswith((".safetensors", ".json"))]
@@ -132,7 +131,7 @@ def _complete(folder: Path, state: dict[str, View]) -> str:
     )
 
 
-def _finite(view: View, manifest: dict[str, Any], progress: Progress) -> str:
+def _finite(view: View, manifest: Manifest, progress: Progress) -> str:
     bad: dict[str, int] = {}
     progress.stage("check values", len(view.stored))
     with Reader(view.checkpoint.folder) as reader:
@@ -141,8 +140,10 @@ def _finite(view: View, manifest: dict[str, Any], progress: Progress) -> str:
             if count:
                 bad[piece.name] = count
             progress.advance()
-    allowed: dict[str, int] = manifest["nonfinite"]
-    _require(bad == allowed, f"not finite: {', '.join(f'{name} ({count})' for name, count in bad.items())}")
+    _require(
+        bad == manifest.nonfinite,
+        f"not finite: {', '.join(f'{name} ({count})' for name, count in bad.items())}",
+    )
     return f"{sum(bad.values())} non-finite values, as the manifest says" if bad else "all of them"
 
 
@@ -154,17 +155,12 @@ def _decodes(view: View) -> str:
             packed = piece.source.ref.packed
             if packed is None:
                 continue
-            if packed.layout in OWN_LAYOUTS:
-                found = tuple(reader.tensor(piece.source.ref).shape)
-                _require(found == piece.shape, f"{piece.name} decodes to {found}, not {piece.shape}")
-                counts[packed.layout] += 1
-                continue
-            if packed.layout == "compressed-tensors":
-                shape = tuple(reader.tensor(packed.parts["weight_shape"]).tolist())
-                _require(shape == piece.shape, f"{piece.name} says that it is {shape}, not {piece.shape}")
-            scale = reader.codes_of(piece.source.ref).scale
-            _require(bool((scale != 0).all()), f"{piece.name} has scales that are zero")
-            counts[f"{packed.format.bits} bits"] += 1
+            held = codec_in(piece.source.ref)
+            shape = tuple(reader.tensor(piece.source.ref).shape)
+            _require(shape == piece.shape, f"{piece.name} decodes to {shape}, not {piece.shape}")
+            scale = reader.tensor(packed.parts[held.scaled])
+            _require(not held.rounds or bool((scale != 0).all()), f"{piece.name} has scales that are zero")
+            counts[held.label(packed.format)] += 1
     counted = [f"{count} matrices of {bits}" for bits, count in sorted(counts.items())]
     return ", ".join([*counted, *filter(None, [_by_library(view.checkpoint)])])
 
@@ -175,9 +171,9 @@ def _by_library(checkpoint: Checkpoint) -> str:
     return decoded_alike(checkpoint)
 
 
-def _planned_counts(blueprint: Blueprint, manifest: dict[str, Any]) -> str:
+def _planned_counts(blueprint: Blueprint, manifest: Manifest) -> str:
     """Every layer has the experts, and the parts, that the manifest says."""
-    planned: list[dict[str, Any]] = manifest["layers"]
+    planned = manifest.layers
     layers = [layer.facts() for layer in blueprint.layers]
     _require(len(layers) == len(planned), f"it has {len(layers)} layers, the plan says {len(planned)}")
     for layer, wanted in zip(layers, planned, strict=True):
@@ -188,30 +184,30 @@ def _planned_counts(blueprint: Blueprint, manifest: dict[str, Any]) -> str:
     return f"{len(layers)} layers, {' or '.join(map(str, counts))} experts in each of {len(blueprint.moe_layers)}"
 
 
-def _stock(folder: Path, view: View, nonfinite: dict[str, int]) -> str:
+def _stock(folder: Path, view: View, nonfinite: Mapping[str, int]) -> str:
     """Load with stock transformers and compare logits with the streamed forward of the same files."""
     if view.blueprint.cost().bytes > STOCK_BYTES:
         return (
             f"not run: the model is larger than {STOCK_BYTES >> 30} GiB (names and shapes were checked above)"
         )
-    with Reader(folder, allow_nonfinite=True) as reader:
-        skeleton = view.skeleton(reader, torch.float32, torch.device("cpu"))
+    with Tensors(folder, allow_nonfinite=True) as tensors:
+        meta = view.meta_model(tensors, torch.float32, torch.device("cpu"))
         if other_layout(view):
             return "not run: GPTQ and AWQ layouts need an engine of their own; names, shapes and codes were checked"
         if own_packing(view):
             whole = load_model(view, torch.float32, "cpu")
-            return f"stock loaders stop at its format; {_same_logits(whole, skeleton, view.blueprint.vocab)}"
-        model, info = _loaded(folder, view, skeleton)
-        outside = {skeleton.in_memory(entry.ref.name) for entry in view.blueprint.outside}
+            return f"stock loaders stop at its format; {_same_logits(whole, meta, view.blueprint.vocab)}"
+        model, info = _loaded(folder, view, meta)
+        outside = {meta.in_memory(entry.ref.name) for entry in view.blueprint.outside}
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             wrong = {str(key) for key in info[kind]} - outside
             _require(not wrong, f"{kind.replace('_', ' ')}: {', '.join(sorted(wrong)[:3])}")
         if nonfinite:
             return "no key missing, unexpected or mismatched; logits not compared, since the source was not finite"
-        return f"no key missing, unexpected or mismatched; {_same_logits(model.eval(), skeleton, view.blueprint.vocab)}"
+        return f"no key missing, unexpected or mismatched; {_same_logits(model.eval(), meta, view.blueprint.vocab)}"
 
 
-def _loaded(folder: Path, view: View, skeleton: Skeleton) -> tuple[nn.Module, dict[str, Any]]:
+def _loaded(folder: Path, view: View, meta: MetaModel) -> tuple[nn.Module, dict[str, Any]]:
     """What stock transformers loads, in float32, and what it says about the tensors."""
     with redirect_stderr(StringIO()):  # unpacking shows progress bars of its own
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -219,16 +215,16 @@ def _loaded(folder: Path, view: View, skeleton: Skeleton) -> tuple[nn.Module, di
         )
         model, info = loaded
         if view.formats:
-            _unpack(model, view, skeleton)
+            _unpack(model, view, meta)
     return model, info
 
 
-def _unpack(model: Any, view: View, skeleton: Skeleton) -> None:
+def _unpack(model: Any, view: View, meta: MetaModel) -> None:
     """Unpack the matrices that the loader left packed (it would at the first forward), and compute in float32.
 
     Scales must have the dtype they are stored in again, since weights are rounded to that.
     """
-    packed = {skeleton.in_memory(piece.name).removesuffix("weight") + "weight_scale": piece.ref.dtype for piece in view.pieces
+    packed = {meta.in_memory(piece.name).removesuffix("weight") + "weight_scale": piece.ref.dtype for piece in view.pieces
               if piece.ref.packed is not None}  # fmt: skip
     for name, parameter in model.named_parameters():
         if name in packed:
@@ -239,12 +235,12 @@ def _unpack(model: Any, view: View, skeleton: Skeleton) -> None:
 
 
 @torch.inference_mode()
-def _same_logits(model: nn.Module, skeleton: Skeleton, vocab: int) -> str:
+def _same_logits(model: nn.Module, meta: MetaModel, vocab: int) -> str:
     ids = torch.randint(vocab, (2, 32), generator=torch.Generator().manual_seed(0))
     stock = model(input_ids=ids, use_cache=False).logits.float()
-    hidden = sweep(skeleton, ids, torch.ones_like(ids, dtype=torch.bool))
-    with skeleton.outer():
-        streamed = skeleton.logits(hidden.flatten(0, 1)).view_as(stock)
+    hidden = sweep(meta, ids, torch.ones_like(ids, dtype=torch.bool))
+    with meta.outer():
+        streamed = meta.logits(hidden.flatten(0, 1)).view_as(stock)
     distance = float((stock - streamed).abs().max() / stock.abs().max())
     _require(
         distance <= _TOLERANCE, f"its logits differ from the streamed ones by {distance:.1e} of the largest"
@@ -252,7 +248,7 @@ def _same_logits(model: nn.Module, skeleton: Skeleton, vocab: int) -> str:
     return f"logits within {distance:.0e} of the largest"
 
 
-def _against(view: View, source: View, manifest: dict[str, Any], progress: Progress) -> str:
+def _against(view: View, source: View, manifest: Manifest, progress: Progress) -> str:
     _by_library(source.checkpoint)  # what was misread there would be wrong here in the same way
     wanted_view = _as_planned(view, source, manifest)
     config = wanted_view.config
@@ -269,7 +265,10 @@ def _against(view: View, source: View, manifest: dict[str, Any], progress: Progr
         wanted.keys() == have.keys(), f"tensors differ from the plan's: {_some(wanted.keys() ^ have.keys())}"
     )
     progress.stage("compare tensors", len(wanted))
-    with Reader(source.checkpoint.folder, allow_nonfinite=True) as old, Reader(view.checkpoint.folder) as new:
+    with (
+        Tensors(source.checkpoint.folder, allow_nonfinite=True) as old,
+        Reader(view.checkpoint.folder) as new,
+    ):
         for name, piece in wanted.items():
             equal = have[name].shape == piece.shape and have[name].dtype == piece.ref.dtype
             _require(
@@ -289,14 +288,16 @@ def _against(view: View, source: View, manifest: dict[str, Any], progress: Progr
     return f"config.json, and {len(wanted) - fitted} tensors byte for byte{apart}"
 
 
-def _as_planned(view: View, source: View, manifest: dict[str, Any]) -> View:
+def _as_planned(view: View, source: View, manifest: Manifest) -> View:
     """What the plan makes of the original, in the family and form that it was written in."""
-    if manifest.get("apart"):
+    if manifest.apart:
         source = apart_view(source) or source
-    plan = Plan.from_json(json.dumps(manifest["plan"])).validated(source.source)
-    houses = [each for each in (source, *rehoused_views(source)) if each.source.family == view.source.family]
-    _require(bool(houses), f"it is a {view.source.family} model, the original {source.source.family}")
-    return replace(houses[0], plan=plan, stock=bool(manifest["stock"]), layout=manifest.get("layout"))
+    plan = validated(manifest.plan, source.source)
+    equivalents = [
+        each for each in (source, *equivalent_views(source)) if each.source.family == view.source.family
+    ]
+    _require(bool(equivalents), f"it is a {view.source.family} model, the original {source.source.family}")
+    return replace(equivalents[0], plan=plan, stock=manifest.stock, layout=manifest.layout)
 
 
 def _same(chunks: Iterator[torch.Tensor], written: torch.Tensor) -> bool:

@@ -16,6 +16,7 @@ from compressed_tensors.utils.match import is_match, match_targets
 
 from moespresso.checkpoint import OWN_KIND, SECTION, Checkpoint, Reader
 from moespresso.core.blueprint import TensorRef
+from moespresso.formats import CompressedTensors, codec_in
 
 _KIND = "pack-quantized"
 # Weights that are decoded at most; of larger checkpoints as many matrices, evenly spaced, as have so many.
@@ -43,7 +44,7 @@ def decoded_alike(checkpoint: Checkpoint) -> str:
 
 def _of_library(ref: TensorRef) -> bool:
     packed = ref.packed
-    return packed is not None and packed.layout == "compressed-tensors" and not packed.format.ordered
+    return packed is not None and isinstance(codec_in(ref), CompressedTensors) and not packed.format.ordered
 
 
 def _config(section: dict[str, Any]) -> Any:

@@ -1,0 +1,276 @@
+"""Tensors of a result, made from those of the source as a plan says: taken, averaged, mapped, pruned, packed.
+
+`Tensors` reads what a `Piece` needs and answers with the piece as a whole, or chunk by chunk as it is written: nothing is
+held for longer than a matrix. `Lazy` is one that has not been made yet: it answers `lazy[...]`, which is all that the layer
+loader of transformers wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moespresso.checkpoint import TORCH_DTYPES, Reader, count_nonfinite
+from moespresso.core.blueprint import TensorRef
+from moespresso.core.errors import NonFiniteError
+from moespresso.core.method import Prunes, Quantizes
+from moespresso.effect import Encoding, Fold, Member, Piece
+from moespresso.formats import Codec, codec_in, codec_named, times
+
+_CHUNK = 16 << 20
+_AHEAD = 64 << 20
+
+
+class Tensors:
+    """Makes pieces from the files of one folder; use it as a context manager to let the files go.
+
+    Whatever is read for a piece is looked at for NaN and infinities: they raise `NonFiniteError`, or with `allow_nonfinite`
+    are counted in `nonfinite` by the source's name.
+    """
+
+    def __init__(self, folder: Path, *, allow_nonfinite: bool = False) -> None:
+        self._folder, self._allow = folder, allow_nonfinite
+        self.reader = Reader(folder)
+        self.nonfinite: dict[str, int] = {}
+        self._parts: dict[tuple[str, str], Tensor] = {}
+
+    def __enter__(self) -> Tensors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.reader.close()
+        self._parts.clear()
+
+    def whole(self, piece: Piece) -> Tensor:
+        """The tensor as a plan leaves it, decoded (a view of the mapped file where nothing is done to it)."""
+        if piece.encoding is not None:
+            held, format = codec_named(piece.encoding.layout), piece.encoding.format
+            return held.decode(self._made(piece), format, two(piece.shape)).squeeze(0)
+        if piece.take is None and piece.copied:
+            tensor = self.reader.tensor(piece.source.ref)
+            self._look(piece, tensor)
+            return tensor
+        return torch.cat([*self.chunks(piece)]).view(piece.shape)
+
+    def chunks(self, piece: Piece) -> Iterator[Tensor]:
+        """The piece's elements in stored order, as flat tensors of its dtype and bounded size."""
+        if piece.joins:
+            for each in piece.joins:
+                yield from self.chunks(each)
+            return
+        if piece.whole is not None:
+            yield self._part(piece.whole, piece.part).reshape(-1)
+            return
+        if piece.filled:
+            yield self._filled(piece).reshape(-1)
+            return
+        if piece.pruned:
+            yield self._pruned(piece).reshape(-1)
+            return
+        if piece.given is not None:
+            flat = piece.given.to(TORCH_DTYPES[piece.ref.dtype]).reshape(-1)
+            yield flat if piece.scale == 1 else times(flat, piece.scale)
+            return
+        assert not piece.refit, f"{piece.name} was never fitted"
+        if piece.blend or piece.folds:
+            for values in self._computed(piece):
+                yield values.to(TORCH_DTYPES[piece.ref.dtype]).reshape(-1)
+            return
+        yield from self._taken(piece)
+
+    def _taken(self, piece: Piece) -> Iterator[Tensor]:
+        """Bytes of the source, of some rows or all, scaled."""
+        tensor = self.reader.tensor(piece.source.ref)
+        if piece.take is None:
+            slabs = [tensor]
+        elif piece.axis == 0:
+            slabs = [tensor[start:stop] for start, stop in runs(piece.take)]
+        else:
+            assert piece.axis is not None
+            slabs = [tensor.index_select(piece.axis, torch.tensor(piece.take))]
+        for slab in slabs:
+            flat = slab.reshape(-1)
+            step = _CHUNK // flat.element_size()
+            for chunk in (flat[start : start + step] for start in range(0, flat.numel(), step)):
+                self._look(piece, chunk)
+                yield chunk if piece.scale == 1 else times(chunk, piece.scale)
+
+    # Packed matrices
+
+    def _part(self, whole: Piece, part: str) -> Tensor:
+        """One of the tensors that a matrix is packed as. Writing asks for those of wide dtypes first; the others are kept
+        until they are asked for."""
+        how = whole.encoding
+        assert how is not None
+        if part == "weight_shape":  # comes before all others in a shard
+            return torch.tensor(whole.shape)
+        if part in how.found and how.factor == 1:
+            return how.found[part]
+        key = whole.name, part
+        if key not in self._parts:
+            self._parts |= {
+                (whole.name, name): tensor.squeeze(0) for name, tensor in self._made(whole).items()
+            }
+        return self._parts.pop(key)
+
+    def _made(self, whole: Piece) -> Mapping[str, Tensor]:
+        """All parts of a packed matrix, a stack of one."""
+        how = whole.encoding
+        assert how is not None
+        held = codec_named(how.layout)
+        parts = self._unscaled(whole, how, held)
+        return parts if how.factor == 1 else held.rescale(parts, how.factor)
+
+    def _unscaled(self, whole: Piece, how: Encoding, held: Codec) -> Mapping[str, Tensor]:
+        bare, dtype = replace(whole, encoding=None), TORCH_DTYPES[whole.ref.dtype]
+        if how.found:
+            return {suffix: tensor.unsqueeze(0) for suffix, tensor in how.found.items()}
+        if how.again:
+            weights = self.whole(bare).float().unsqueeze(0)
+            return held.encode(held.nearest(weights, how.format, dtype), how.format)
+        if how.by is None:
+            return self._laid_out(whole.source.ref, how, held)
+        step = how.by.step
+        if isinstance(step, Quantizes):
+            weights = self.whole(bare).float().unsqueeze(0)
+            return held.encode(step.quantize(weights, how.format, dtype), how.format)
+        assert isinstance(step, Prunes), f"{whole.name} was never fitted"
+        return held.encode(self.whole(bare).unsqueeze(0), how.format)
+
+    def _laid_out(self, ref: TensorRef, how: Encoding, held: Codec) -> Mapping[str, Tensor]:
+        """The numbers of a matrix that is packed already, in the layout asked for."""
+        parts, before = self.reader.parts(ref), codec_in(ref)
+        if before is held:
+            return parts
+        with self.reader.named(ref):
+            return held.encode(before.numbers(parts, how.format, two(ref.shape)), how.format)
+
+    # New values
+
+    def _filled(self, piece: Piece) -> Tensor:
+        """The piece in the first corner of its shape, zeros around it."""
+        values = self.whole(replace(piece, filled=False, shape=piece.source.ref.shape))
+        wide = values.new_zeros(piece.shape)
+        wide[tuple(slice(size) for size in values.shape)] = values
+        return wide
+
+    def _pruned(self, piece: Piece) -> Tensor:
+        """The piece with zeros in place of what its stages prune by weights alone."""
+        values = self.whole(replace(piece, pruned=()))
+        for each in piece.pruned:
+            step = each.stage.step
+            assert isinstance(step, Prunes), f"{piece.name} was never fitted"
+            values = step.prune(values.reshape(-1, *values.shape[-2:]), each.format).view(values.shape)
+        return values
+
+    def _computed(self, piece: Piece) -> Iterator[Tensor]:
+        """A piece whose values are new, in float32: averaged, scaled, mapped, in that order. A stack of experts comes one
+        by one, since each is a matrix of its own."""
+        for values in self._ingredients(piece):
+            result = values * piece.scale if piece.scale != 1 else values
+            for fold in piece.folds:
+                result = folded(result, fold)
+            yield result
+
+    def _ingredients(self, piece: Piece) -> Iterator[Tensor]:
+        if piece.blend and piece.axis in (None, 0):
+            yield from (self._average(piece, members) for members in piece.blend)
+        elif piece.blend:
+            yield torch.stack([self._average(piece, members) for members in piece.blend], piece.axis or 0)
+        else:
+            values = self.reader.tensor(piece.source.ref)
+            self._look(piece, values)
+            taken = (
+                values
+                if piece.take is None
+                else values.index_select(piece.axis or 0, torch.tensor(piece.take))
+            )
+            yield from (part.float() for part in (taken if taken.ndim == 3 else [taken]))
+
+    def _average(self, piece: Piece, members: Sequence[Member]) -> Tensor:
+        total: Tensor | None = None
+        for member in members:
+            values = self.reader.tensor(member.entry.ref)
+            self._look(piece, values)
+            values = values if piece.axis is None else values.select(piece.axis, member.expert)
+            part = in_order(values.float(), member) * member.share
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def ahead(self, pieces: Sequence[Piece]) -> Iterator[Piece]:
+        """Go through `pieces` in order, with the kernel reading a little ahead (page faults alone read in small bites)."""
+        asked, coming = 0, 0
+        for number, piece in enumerate(pieces):
+            while asked < len(pieces) and coming < _AHEAD:
+                self.reader.will_need(pieces[asked].source.ref)
+                coming += pieces[asked].source.ref.nbytes
+                asked = max(asked, number) + 1
+            coming -= piece.source.ref.nbytes
+            yield piece
+
+    def _look(self, piece: Piece, values: Tensor) -> None:
+        count = count_nonfinite(values)
+        if not count:
+            return
+        name = piece.source.ref.name
+        if not self._allow:
+            raise NonFiniteError(
+                f"tensor {name} in {self._folder / piece.source.ref.file} holds {count} NaN or infinite values: repair "
+                "the source, or pass --allow-nonfinite to count them as warnings and go on"
+            )
+        self.nonfinite[name] = self.nonfinite.get(name, 0) + count
+
+
+class Lazy:
+    """A piece that is made when it is indexed with `...`."""
+
+    def __init__(self, tensors: Tensors, piece: Piece) -> None:
+        self._tensors, self.piece = tensors, piece
+
+    def __getitem__(self, index: object) -> Tensor:
+        assert index is Ellipsis
+        return self._tensors.whole(self.piece)
+
+
+def two(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The shape of a matrix."""
+    out, width = shape
+    return out, width
+
+
+def folded(values: Tensor, fold: Fold) -> Tensor:
+    """`values` with what `fold` does to their output axis. Raises `AssertionError` when it was never fitted."""
+    assert fold.values is not None, f"a {fold.kind} repair has no values: it was never fitted"
+    given = fold.values.float()
+    if fold.kind == "bias":
+        return values + given
+    moved = values.movedim(fold.axis, -1)
+    return (moved @ given.T if fold.kind == "linear" else moved * given).movedim(-1, fold.axis)
+
+
+def in_order(values: Tensor, member: Member) -> Tensor:
+    """One expert's tensor with its channels in the member's order (channel c of the result is its channel order[c])."""
+    axis, joined, order = member.entry.channel_axis, member.entry.joined, member.order
+    if order is None or axis is None:
+        return values
+    if joined == "interleaved":
+        order = torch.stack([2 * order, 2 * order + 1], 1).flatten()
+    elif joined == "halves":
+        order = torch.cat([order, order + len(order)])
+    return values.index_select(axis, order)
+
+
+def runs(numbers: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Half-open ranges that cover ascending `numbers`: (0, 1, 4) gives [(0, 2), (4, 5)]."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and found[-1][1] == number:
+            found[-1] = (found[-1][0], number + 1)
+        else:
+            found.append((number, number + 1))
+    return found
