@@ -1,5 +1,11 @@
-# make demo   press the bundled model, evaluate it, write a report (no network after the installation)
-# make test   everything that has to be green: lint, types, floors, tests
+# make demo       press the bundled model, evaluate it, write a report (no network after the installation)
+# make test       lint, types, floors, and the tests without their breadth: a few minutes, while you work
+# make test-all   the same with every test: before anything is called done
+# make mutants    plant known faults one at a time, and tell which of them the tests miss
+#
+# `make test` has every kind of test, and of tests over many families or settings a few cases that between them have every
+# mechanism; the others are marked `breadth` (tests/conftest.py says how). What `make mutants` plants (tools/faults.py) must be
+# caught by `make test` alone. Who leaves a test out of it, or moves a kernel, runs `make mutants`.
 #
 # Needs only python3 (3.11 or newer) and make; the rest is installed into .venv, once.
 
@@ -9,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
 DEMO_OUT ?= moespresso-demo
 
-.PHONY: demo test lint types floors tests clean
+.PHONY: demo test test-all checks lint types floors tests all-tests mutants clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
@@ -17,10 +23,17 @@ demo: $(VENV)/.installed
 
 # One after another, cheapest first, also under `make -j`.
 test: $(VENV)/.installed-dev
+	@$(MAKE) --no-print-directory checks
+	@$(MAKE) --no-print-directory tests
+
+test-all: $(VENV)/.installed-dev
+	@$(MAKE) --no-print-directory checks
+	@$(MAKE) --no-print-directory all-tests
+
+checks: $(VENV)/.installed-dev
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory types
 	@$(MAKE) --no-print-directory floors
-	@$(MAKE) --no-print-directory tests
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check --quiet .
@@ -32,9 +45,18 @@ types: $(VENV)/.installed-dev
 floors: $(VENV)/.installed-dev
 	@$(BIN)/lint-imports --no-cache --no-logo
 
-# Two workers on small machines: one thread each, or they take the cores from one another.
+# Two workers on small machines: one thread each, or they take the cores from one another. Each begins with a half of the
+# files, so that what a file's tests share is made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
 tests: $(VENV)/.installed-dev
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	@$(PYTEST) -m "not breadth"
+
+all-tests: $(VENV)/.installed-dev
+	@$(PYTEST)
+
+mutants: $(VENV)/.installed-dev
+	@$(BIN)/python tools/mutants.py
 
 clean:
 	rm -rf $(VENV) $(DEMO_OUT) build dist

@@ -1,10 +1,15 @@
 """What all tests share: the zoo on disk with a tokenizer beside each model, and a text to calibrate on.
 
 Whatever is handed out here is shared by the whole session: read it, never write into it.
+
+`make test` leaves out what is marked `breadth`, which is more of what other cases show. Tests over all families keep those of
+`CORE`, and tests marked `few(n)` keep `n` of their cases, the first, the last and some between; `pytest` without options, as
+`make test-all`, runs everything.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from driver import Driver
-from families import COMMON, build, write_checkpoint
+from families import COMMON, CORE, FAMILIES, build, write_checkpoint
 from moespresso import api
 
 Zoo = Callable[[str], Path]
@@ -28,6 +33,46 @@ _MERGES = ["th", "he", "in", "er", "an", "on", "re"]
 # How long an example takes says more about the machine's other work than about ours.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as breadth what other cases of the same test show."""
+    tests: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        tests[item.nodeid.partition("[")[0]].append(item)
+    for cases in tests.values():
+        found = [_families_of(case) for case in cases]
+        if (
+            len(CORE & set().union(*found)) > 3
+        ):  # a test over families, not one of a few with something special
+            _leave_out(case for case, families in zip(cases, found, strict=True) if families - CORE)
+        few = cases[0].get_closest_marker("few")
+        if few:
+            left = [case for case in cases if not case.get_closest_marker("breadth")]
+            places = _spread(len(left), *few.args)
+            _leave_out(case for place, case in enumerate(left) if place not in places)
+
+
+def _families_of(item: pytest.Item) -> set[str]:
+    """The families of the zoo among the parameters of a case."""
+    call = getattr(item, "callspec", None)
+    return (
+        {value for value in call.params.values() if isinstance(value, str) and value in FAMILIES}
+        if call
+        else set()
+    )
+
+
+def _leave_out(cases: Iterable[pytest.Item]) -> None:
+    for case in cases:
+        case.add_marker("breadth")
+
+
+def _spread(count: int, few: int) -> set[int]:
+    """`few` places of `count`, as far apart as can be, the first among them."""
+    return (
+        {place * (count - 1) // max(few - 1, 1) for place in range(few)} if few < count else set(range(count))
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,7 +103,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_words(tmp_path_factory.mktemp("text") / "words.txt", 800)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     """Runs commands in processes of their own, and kills them where a test says."""
     with Driver(tmp_path_factory.mktemp("driver")) as running:

@@ -21,6 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+# The exit code of a child whose memory the kernel does not limit.
+NO_LIMIT = 99
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -56,7 +59,8 @@ class Driver:
     def run(self, argv: list[str], **job: Any) -> Outcome:
         """Run `moespresso ARGV`.
 
-        Options: `shard_bytes` (largest shard), `kill`, `full` (a log line), `kill_after` (a number of lines).
+        Options: `shard_bytes` (largest shard), `kill`, `full` (a log line), `kill_after` (a number of lines), `memory` (bytes
+        that may be allocated above what imports took, and some that are more).
         """
         paths = {name: self._folder / name for name in ("stdout", "stderr", "log")}
         for path in paths.values():
@@ -124,10 +128,28 @@ def _child(job: dict[str, Any], main: Callable[[list[str]], int]) -> int:
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(job[name], os.O_WRONLY), number)
     _instrument(Log(job), job)
+    if "memory" in job and not _limited(*job["memory"]):
+        return NO_LIMIT
     code = main(job["argv"])
     sys.stdout.flush()
     sys.stderr.flush()
     return code
+
+
+def _limited(allowed: int, more: int) -> bool:
+    """Let the kernel refuse what is beyond `allowed` bytes above the level now; whether it refuses `more`."""
+    import resource
+
+    import torch
+
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    level = int(status["VmData"].split()[0]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (level + allowed, resource.RLIM_INFINITY))
+    try:
+        torch.empty(more, dtype=torch.uint8)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _instrument(log: Log, job: dict[str, Any]) -> None:

@@ -391,6 +391,10 @@ def _list_families() -> Iterable[Family]:
 
 
 FAMILIES: dict[str, Family] = {family.name: family for family in _list_families()}
+# Those that between them have every mechanism: plain experts; a gated shared one, dense layers between, windows; layers without
+# experts, attention biases; groups, correction biases, latent attention; fused and transposed experts with biases and sinks;
+# stacks on disk with multipliers and a tied head; a hybrid. Tests over all families leave the others to `make test-all`.
+CORE = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "jamba"})
 
 
 # Building

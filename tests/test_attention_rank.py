@@ -66,6 +66,7 @@ def by_head(rows: Tensor, heads: int) -> Tensor:
 
 
 @pytest.mark.parametrize("family", PLAIN + NORMED)
+@pytest.mark.few(2)
 def test_rows_and_columns_are_stored_and_the_stock_model_with_zeros_is_the_same(
     family: str, zoo: Zoo, text: Path, tmp_path: Path
 ):
@@ -99,6 +100,7 @@ def test_rows_and_columns_are_stored_and_the_stock_model_with_zeros_is_the_same(
 
 
 @pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.few(3)
 def test_dims_of_queries_and_keys_stay_as_they_are_by_pairs_or_go(
     family: str, zoo: Zoo, text: Path, tmp_path: Path
 ):
@@ -287,6 +289,7 @@ def test_later_layers_see_what_the_cut_ones_let_through(zoo: Zoo, text: Path, tm
         ["attention_rank:pack=false", "gptq:group_size=32,parts=experts+attention"],
     ],
 )
+@pytest.mark.few(1)
 def test_before_and_after_other_steps(steps: list[str], text: Path, tmp_path: Path):
     source = write_wide(tmp_path / "source")
     out = press(source, tmp_path / "out", *steps, text=text, target="plugin")
@@ -296,6 +299,7 @@ def test_before_and_after_other_steps(steps: list[str], text: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("step", ["expert_drop:keep=6", "block_drop", "wanda:parts=attention", "gptq:group_size=32",
                                   "attention_rank:ratio=0.5"])  # fmt: skip
+@pytest.mark.few(1)
 def test_a_cut_folder_goes_on(step: str, source: Path, text: Path, tmp_path: Path):
     cut = press(source, tmp_path / "cut", "attention_rank", text=text, target="plugin")
     out = press(cut, tmp_path / "out", step, text=text, target="plugin")
@@ -344,6 +348,7 @@ def test_other_steps_after_it_in_one_recipe_are_refused(source: Path, text: Path
 
 @pytest.mark.parametrize("experts", ["rtn:group_size=32", "gptq:group_size=32", "wanda:pack=true"])
 @pytest.mark.parametrize("first", [True, False])
+@pytest.mark.few(1)
 def test_other_parts_are_treated_before_or_after_it(
     experts: str, first: bool, source: Path, text: Path, tmp_path: Path
 ):
@@ -401,6 +406,7 @@ def test_what_is_stored_comes_back(kind: str, rank: int, empty: int, seed: int):
      ("weight_shape", lambda t: t // 100, "download it again"), ("weight_shape", lambda t: t * 3, "download it again"),
      ("weight_shape", None, "download it again"), ("weight_index", None, "is missing")],
 )  # fmt: skip
+@pytest.mark.few(2)
 def test_a_damaged_part_is_told(part: str, spoil, reason: str, zoo: Zoo, text: Path, tmp_path: Path):
     out = press(zoo("mixtral"), tmp_path / "out", "attention_rank", text=text, target="plugin")
     tensors = disk(out)

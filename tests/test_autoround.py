@@ -201,6 +201,7 @@ def test_an_expert_that_no_token_reaches_is_helped():
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.few(1)
 def test_a_pressed_checkpoint_verifies(family: str, zoo: Zoo, text: Path, tmp_path: Path):
     steps = ["autoround:bits=4,group_size=8,iterations=4,batch=64"]
     api.press(zoo(family), out=tmp_path / "out", steps=steps, texts=[text], samples=4, length=32)

@@ -20,12 +20,14 @@ from moespresso import api
 from moespresso.build import open_view
 from moespresso.core.errors import UserError
 from moespresso.core.format import Format
+from moespresso.core.unit import Unit
 from moespresso.formats import QuantizedWeights, decode, round_nearest
 from moespresso.kernels import RoutedExperts
 from moespresso.methods import Awq, LayerContext
 from moespresso.methods._awq import UnknownEntrance, find_entrance, is_product
 from moespresso.methods.awq import candidates, divided
 from moespresso.model import experts as experts_function
+from test_depth_steps import plan_of
 from test_engine import streamed_logits
 
 FAMILIES = ["mixtral", "qwen2_moe", "deepseek_v3", "hunyuan_v1_moe", "granitemoe", "jamba"]
@@ -192,6 +194,7 @@ def test_on_inputs_with_outliers_the_output_is_nearer_than_with_rounding_to_near
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3"])
+@pytest.mark.few(1)
 def test_a_pressed_checkpoint_agrees_with_the_original(family: str, zoo: Zoo, text: Path, tmp_path: Path):
     out = tmp_path / "out"
     api.press(zoo(family), out=out, steps=["awq:bits=8,group_size=0"], texts=[text], samples=4, length=32)
@@ -219,10 +222,28 @@ def changed_parts(old: Path, new: Path) -> set[str]:
     return {name.split(".")[-2] for name in both if not torch.equal(before[name], after[name])}
 
 
+@pytest.mark.breadth
 def test_experts_that_go_afterwards_take_their_scaled_rows_along(zoo: Zoo, text: Path, tmp_path: Path):
     out, steps = tmp_path / "out", ["awq:bits=8,group_size=0", "expert_drop:keep=6"]
     api.press(zoo("mixtral"), out=out, steps=steps, texts=[text], samples=4, length=32)
     assert api.verify(out, against=zoo("mixtral"))["ok"]
+
+
+def test_after_an_earlier_drop_they_take_the_rows_that_are_theirs(zoo: Zoo, text: Path, tmp_path: Path):
+    """What awq found for the router has the rows that were left by then."""
+    steps = ["expert_drop:keep=6", "awq:bits=8,group_size=0", "expert_drop:keep=4"]
+    for name, some in (("two", steps[:2]), ("three", steps)):
+        api.press(zoo("mixtral"), out=tmp_path / name, steps=some, texts=[text], samples=4, length=32)
+    first, _, last = (stage.treatments for stage in plan_of(tmp_path / "three").stages)
+    shifted = 0
+    for layer in range(3):
+        there, kept = (stage[Unit(layer, "experts")].keep or () for stage in (first, last))
+        rows = [there.index(expert) for expert in kept]
+        shifted += rows != list(kept)
+        name = f"model.layers.{layer}.block_sparse_moe.gate.weight"
+        two, three = (families.read_tensor(tmp_path / folder, name) for folder in ("two", "three"))
+        assert torch.equal(three, two[rows])
+    assert shifted
 
 
 @pytest.mark.parametrize("settings", [{"grid": 0}, {"parts": "attention"}])

@@ -102,6 +102,7 @@ def swept(folder: Path, ids: Tensor, mask: Tensor, work: Path, visit: Any) -> fl
 
 @over_families
 @pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.few(7)
 def test_gradients_and_loss_are_those_of_the_whole_model(family: str, padded: bool, zoo: Zoo, tmp_path: Path):
     ids, mask = text_for(open_view(zoo(family)), padded=padded)
     loss, wanted = truth(families.reference(zoo(family)), ids, mask)

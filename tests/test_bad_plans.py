@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_rehouse import TINY
 
 from conftest import Zoo
 from moespresso.checkpoint.index import Checkpoint
@@ -20,6 +19,7 @@ from moespresso.core.registry import parse_step
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.model.equivalent import adopt, equivalents_of, obstacle
+from test_equivalent import TINY
 
 Body = dict[str, Any]
 

@@ -33,6 +33,7 @@ SHARED = ["deepseek_v2", "deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe"]
 @pytest.mark.parametrize(
     "step", [HALF, "channel_prune:width=8,score=camera,refit=expert", "channel_prune:width=8,score=heapr"]
 )
+@pytest.mark.few(3)
 def test_stock_transformers_loads_it_with_our_values(
     family: str, step: str, zoo: Zoo, text: Path, tmp_path: Path
 ):
@@ -53,6 +54,7 @@ def test_stock_transformers_loads_it_with_our_values(
 
 
 @pytest.mark.parametrize("family", SHARED)
+@pytest.mark.few(2)
 def test_shared_experts_keep_their_channels_and_gain_zeros(family: str, zoo: Zoo, text: Path, tmp_path: Path):
     out = press(zoo(family), tmp_path / "out", "channel_prune:width=8", text=text)
     before, after = disk_of(zoo(family)), disk(out)
@@ -63,6 +65,7 @@ def test_shared_experts_keep_their_channels_and_gain_zeros(family: str, zoo: Zoo
 
 
 @pytest.mark.parametrize("family", ["jamba", "hunyuan_v1_moe"])
+@pytest.mark.few(1)
 def test_a_config_that_cannot_say_it_needs_the_plugin(family: str, zoo: Zoo, text: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"cannot say without changing its dense layers.*--target plugin"):
         press(zoo(family), tmp_path / "stock", HALF, text=text)
@@ -104,6 +107,7 @@ def test_nothing_to_remove_changes_nothing(zoo: Zoo, text: Path, tmp_path: Path)
         ["channel_prune:width=32", "rtn:group_size=32"],
     ],
 )
+@pytest.mark.few(1)
 def test_before_and_after_other_steps(steps: list[str], text: Path, tmp_path: Path):
     source = write_wide(tmp_path / "source")
     proven(press(source, tmp_path / "out", *steps, text=text), source)
@@ -217,6 +221,7 @@ def test_few_tokens_are_told(zoo: Zoo, tmp_path: Path):
 
 
 @pytest.mark.parametrize("line", ["end rename slim-00001.safetensors", "end remember 2", "begin rename moespresso.json"])  # fmt: skip
+@pytest.mark.few(1)
 def test_killed_and_taken_up(line: str, driver: Driver, zoo: Zoo, text: Path, tmp_path: Path):
     whole = Press(driver, zoo("mixtral"), text, tmp_path / "whole")
     assert whole(HALF).code == 0

@@ -576,6 +576,7 @@ class TestClaim:
         assert (tmp_path / "out").read_text() == "precious"
 
     @pytest.mark.parametrize("resume", [True, False])
+    @pytest.mark.few(1)
     def test_a_folder_in_use_is_refused_and_left_alone(self, tmp_path: Path, source: Path, resume: bool):
         out = tmp_path / "out"
         holder = subprocess.Popen(

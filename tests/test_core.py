@@ -447,6 +447,7 @@ def open_unwritten(folder: Path, config: dict[str, Any], shapes: Shapes) -> Blue
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
+@pytest.mark.few(3)
 def test_real_models_weigh_what_is_published(
     make: Any, params: int, active: int, kv_bytes: int, tmp_path: Path
 ):

@@ -148,6 +148,7 @@ def test_a_wrapper_is_called_one(family: str, text: str, tmp_path: Path):
      "expert_drop:keep=5,score=ean,replace=novice", "gptq:group_size=32", "wanda", "low_rank",
      "channel_prune:score=magnitude,refit=none,ratio=0.5"],
 )  # fmt: skip
+@pytest.mark.few(2)
 def test_steps_that_see_text_name_what_sees_none(step: str, source: Path, text: Path, tmp_path: Path):
     target = "plugin" if "novice" in step or "low_rank" in step else "transformers"
     with pytest.raises(UserError, match="give --text FILE") as error:
@@ -208,6 +209,7 @@ def test_a_plan_by_hand_names_what_fits_all(zoo: Zoo, tmp_path: Path):
     ("bits", "to", "cure"),
     [(8, "awq", "use bits=4, or the layout"), (3, "gptq", "use the layout"), (4, "awq", "use the layout")],
 )
+@pytest.mark.few(1)
 def test_an_export_that_does_not_fit_says_what_does(bits: int, to: str, cure: str, tmp_path: Path):
     width = {8: 96, 3: 112, 4: 100}[bits]
     families.build("mixtral", hidden_size=48, intermediate_size=width).save_pretrained(tmp_path / "model")

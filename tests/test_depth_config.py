@@ -130,6 +130,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("family", EVERY)
+@pytest.mark.few(8)
 def test_first_middle_last_or_both_ends_can_go(family: str):
     raw = raw_config(family)
     before = copy.deepcopy(raw)
@@ -751,6 +752,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
         ("gemma2", [1, 2], {"layer_types": [F, W]}),
     ],
 )
+@pytest.mark.few(7)
 def test_the_cut_checkpoint_loads_and_agrees(
     checkpoint: Callable[[str], Path], tmp_path: Path, family: str, kept: list[int], by_hand: Config
 ):
@@ -783,6 +785,7 @@ def test_the_cut_checkpoint_loads_and_agrees(
         ("nemotron_h", [1]),
     ],
 )
+@pytest.mark.few(5)
 def test_a_dense_mlp_of_zeros_is_a_mixture_that_says_nothing(
     checkpoint: Callable[[str], Path], tmp_path: Path, family: str, dense: list[int]
 ):

@@ -81,6 +81,7 @@ def test_every_cosine_is_its_formula_and_padding_has_no_part_in_it(family: str, 
 
 @scored
 @pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.few(5)
 def test_a_run_is_measured_across_exactly_its_blocks(family: str, length: int, zoo: Zoo):
     view = open_view(zoo(family))
     batches = tokens_for(view, short=(11, 12))
@@ -112,6 +113,7 @@ def test_a_run_on_a_sample_of_tokens_is_near_the_whole(zoo: Zoo, monkeypatch: py
         ("block_drop:drop=2", lambda observed: (observed.before, observed.after)),
     ],
 )
+@pytest.mark.few(2)
 def test_the_most_similar_go(step: str, cut: Callable[..., Any], zoo: Zoo, text: Path):
     """On real text, through the front door."""
     plan = api.plan(
@@ -206,6 +208,7 @@ def by_brute_force(
         ("granitemoe", BlockDrop(drop=2, score="kl"), [(layer, "block") for layer in range(3)]),
     ],
 )  # fmt: skip
+@pytest.mark.few(2)
 def test_kl_chooses_what_trying_everything_chooses(
     family: str, step: Any, candidates: list[Cut], zoo: Zoo, tmp_path: Path
 ):
@@ -302,6 +305,7 @@ VARIANTS: list[frozenset[tuple[int, Any]]] = [
 @pytest.mark.parametrize(
     "family", ["mixtral", "qwen2_moe", "granitemoe", "jamba", "gpt_oss", "nemotron_h", "gemma2"]
 )
+@pytest.mark.few(2)
 def test_hidden_states_of_candidates_are_those_of_views_with_the_plan(family: str, zoo: Zoo, tmp_path: Path):
     folder = zoo(family) if family in families.FAMILIES else other_folder(family, tmp_path)
     view = open_view(folder)

@@ -142,6 +142,7 @@ def worst(found: PreTrainedModel, wanted: PreTrainedModel, ids: Tensor) -> float
 @pytest.mark.parametrize(
     ("repair", "ridge", "error"), [("linear", 1e-10, 1e-5), ("linear", 1e-3, 3e-2), ("scale", 0, 1e-5)]
 )
+@pytest.mark.few(2)
 def test_what_is_a_map_of_what_came_before_leaves_no_trace(
     repair: str, ridge: float, error: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -173,6 +174,7 @@ def test_what_is_a_map_of_what_came_before_leaves_no_trace(
         ("ernie4_5_moe", "L3.attention", "attention", False),  # into the bias of the dense part before it
     ],
 )
+@pytest.mark.few(2)
 def test_what_is_a_constant_leaves_no_trace(
     family: str, unit: str, branch: str, stub: bool, text: Path, tmp_path: Path
 ):
@@ -242,6 +244,7 @@ CUTS: list[tuple[str, list[Cut], dict[str, None]]] = [
 @pytest.mark.parametrize(
     ("family", "cuts", "units"), CUTS, ids=[f"{name}-{'+'.join(units)}" for name, _, units in CUTS]
 )
+@pytest.mark.few(4)
 def test_a_repair_is_the_published_solution_and_adds_no_tensor(
     family: str, cuts: list[Cut], units: dict[str, None], repair: str, plain: Zoo, text: Path, tmp_path: Path
 ):
@@ -309,6 +312,7 @@ def test_a_bias_without_a_place_needs_the_plugin_or_is_refused(plain: Zoo, text:
 @pytest.mark.parametrize("repair", ["linear", "scale", "bias"])
 @pytest.mark.parametrize(("family", "cut"), [("mixtral", (1, "mlp")), ("gpt_oss", (2, "mlp")), ("granitemoe", (1, "mlp")),
                                              ("deepseek_v2", (2, "attention")), ("jamba", (1, "mlp"))])  # fmt: skip
+@pytest.mark.few(3)
 def test_a_repair_brings_the_stream_no_farther_from_what_it_was(
     family: str, cut: Cut, repair: str, plain: Zoo, text: Path, tmp_path: Path
 ):
@@ -392,6 +396,7 @@ def test_a_cut_without_repair_is_made_before_another_is_repaired(plain: Zoo, tex
 
 
 @pytest.mark.parametrize("repair", ["linear", "scale"])
+@pytest.mark.few(1)
 def test_one_branch_may_make_up_for_two_steps(repair: str, plain: Zoo, text: Path, tmp_path: Path):
     """The attention of layer 1 comes before the experts of layer 1, and once they are gone before what follows them."""
     stages = {"L1.experts": drop(repair)}, {"L2.attention": drop(repair)}
@@ -473,6 +478,7 @@ def test_where_nothing_can_be_fitted_nothing_is_run(
 
 @pytest.mark.parametrize("family", ["gemma2", "afmoe", "flex_olmo"])
 @pytest.mark.parametrize("repair", ["linear", "scale"])
+@pytest.mark.few(2)
 def test_no_map_is_put_before_a_norm_that_would_undo_it(family: str, repair: str, text: Path, tmp_path: Path):
     """These families norm what a branch answers, so no weight of theirs can hold a repair but one with a place of its own."""
     folder = other_folder(family, tmp_path)

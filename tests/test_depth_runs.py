@@ -45,6 +45,7 @@ def undisturbed(driver: Driver, zoo: Zoo, text: Path, tmp_path_factory: pytest.T
      "begin rename model-00002-of-00006.safetensors", "end record model-00004-of-00006.safetensors",
      "begin rename config.json", "begin rename moespresso.json"],
 )  # fmt: skip
+@pytest.mark.few(2)
 def test_killed_and_run_again_it_writes_the_same_bytes(
     line: str, driver: Driver, undisturbed: Path, zoo: Zoo, text: Path, tmp_path: Path
 ):
@@ -62,6 +63,7 @@ def test_killed_and_run_again_it_writes_the_same_bytes(
 
 
 @pytest.mark.parametrize("step", [LINEAR, "block_drop:drop=1,score=kl,rows=3,repair=scale"])
+@pytest.mark.few(1)
 def test_a_plan_and_its_text_give_the_same_bytes_again(step: str, zoo: Zoo, text: Path, tmp_path: Path):
     run = ["--text", str(text), "--samples", str(SAMPLES), "--length", str(LENGTH), "--step", step]
     source = str(zoo("mixtral"))
@@ -135,6 +137,7 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("family", "step", "target", "words"), REFUSED, ids=[" ".join(row[:3]) for row in REFUSED]
 )
+@pytest.mark.few(6)
 def test_what_cannot_be_is_refused_before_any_work(
     family: str, step: str, target: str, words: str, zoo: Zoo, text: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -86,6 +86,7 @@ def first_moe_and_last_attention(view: View) -> list[str]:
 
 @pytest.mark.parametrize("what", ["parts", "block"])
 @pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.few(4)
 def test_every_family_without_parts_or_a_block_is_the_model_silenced_by_hand(
     family: str, what: str, zoo: Zoo, tmp_path: Path
 ):
@@ -116,6 +117,7 @@ STOCK = {
 
 
 @pytest.mark.parametrize("case", STOCK)
+@pytest.mark.few(2)
 def test_where_stock_can_say_so_a_layer_without_a_mixture_is_a_dense_one_of_zeros(
     case: str, text: Path, tmp_path: Path
 ):
@@ -148,6 +150,7 @@ def lively(family: str, folder: Path, **changes: Any) -> Path:
 
 @pytest.mark.parametrize("target", ["plugin", "transformers"])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.few(1)
 def test_a_model_may_lose_its_last_mixture(family: str, target: str, zoo: Zoo, tmp_path: Path):
     units = [f"L{layer.index}.experts" for layer in open_view(zoo(family)).source.moe_layers]
     out = by_hand(zoo(family), tmp_path / "out", dict.fromkeys(units, GONE), target=target)
@@ -159,6 +162,7 @@ def test_a_model_may_lose_its_last_mixture(family: str, target: str, zoo: Zoo, t
 @pytest.mark.parametrize(
     ("family", "prefix"), [("deepseek_v2", 0), ("deepseek_v3", 1), ("glm4_moe", 0), ("dots1", 0)]
 )
+@pytest.mark.few(2)
 def test_a_dense_first_block_goes(family: str, prefix: int, zoo: Zoo, tmp_path: Path):
     out = by_hand(zoo(family), tmp_path / "out", {"L0": GONE}, target="transformers")
     assert json.loads((out / "config.json").read_text())["first_k_dense_replace"] == prefix
@@ -176,6 +180,7 @@ def test_a_dense_first_block_goes(family: str, prefix: int, zoo: Zoo, tmp_path: 
      for family in ("mixtral", "granitemoe", "jamba", "gpt_oss")
      if (family, unit) != ("jamba", "L1")],  # its blocks come in patterns
 )  # fmt: skip
+@pytest.mark.few(4)
 def test_what_adds_nothing_is_chosen_and_leaves_no_trace(
     family: str, step: str, unit: str, text: Path, tmp_path: Path
 ):
@@ -205,6 +210,7 @@ def test_what_adds_nothing_is_chosen_and_leaves_no_trace(
         ("ernie4_5_moe", "block_drop:drop={}", "plugin"),
     ],
 )
+@pytest.mark.few(1)
 def test_two_steps_that_are_not_rescored_are_one(
     family: str, step: str, target: str, zoo: Zoo, text: Path, tmp_path: Path
 ):
@@ -218,6 +224,7 @@ def test_two_steps_that_are_not_rescored_are_one(
 
 
 @pytest.mark.parametrize("step", ["layer_drop", "block_drop", "layer_drop:part=attention"])
+@pytest.mark.few(1)
 def test_a_rescored_second_step_sees_what_the_first_left(step: str, zoo: Zoo, text: Path, tmp_path: Path):
     plan = api.plan(zoo("gpt_oss"), texts=[text], steps=[step, step], target="plugin", **OPTIONS)
     (first,), (second,) = gone(plan, 0), gone(plan, 1)
@@ -294,9 +301,11 @@ sequences = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
-@example(family="qwen2_moe", asked=[("block", 1), ("aimer", 4), ("mlp", 1), ("aimer", 3)])
-@given(family=st.sampled_from(["qwen2_moe", "qwen3_moe", "gpt_oss"]), asked=sequences)
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "gpt_oss"])
+@pytest.mark.few(1)
+@settings(max_examples=9, deadline=None, derandomize=True, database=None)
+@example(asked=[("block", 1), ("aimer", 4), ("mlp", 1), ("aimer", 3)])
+@given(asked=sequences)
 def test_steps_in_any_order_keep_what_they_would_keep_in_memory(
     family: str, asked: list[tuple[str, int]], zoo: Zoo, tmp_path_factory: pytest.TempPathFactory
 ):
@@ -359,6 +368,7 @@ FORMS = {
     "step", ["layer_drop", "layer_drop:part=attention", "block_drop", "expert_drop:keep=5,score=aimer"]
 )
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.few(2)
 def test_a_pressed_folder_can_be_pressed_again(form: str, step: str, zoo: Zoo, text: Path, tmp_path: Path):
     family, before, target = FORMS[form]
     once, twice = tmp_path / "once", tmp_path / "twice"
@@ -376,6 +386,7 @@ def test_a_pressed_folder_can_be_pressed_again(form: str, step: str, zoo: Zoo, t
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "deepseek_v3", "dots1", "minimax_m2"])
+@pytest.mark.few(1)
 def test_one_folder_after_the_other_is_one_plan(family: str, zoo: Zoo, tmp_path: Path):
     """Byte for byte: layers that differ move up when a block before them goes, and lose experts as they would at once."""
     last, size = (

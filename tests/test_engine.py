@@ -110,6 +110,7 @@ def test_padding_on_the_right_changes_no_real_token(zoo: Zoo, family: str) -> No
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.few(4)
 def test_an_empty_plan_writes_the_same_bytes(zoo: Zoo, tmp_path: Path, family: str) -> None:
     view = view_of(zoo(family))
     out = written(view, view.plan, tmp_path / "out")
@@ -118,6 +119,7 @@ def test_an_empty_plan_writes_the_same_bytes(zoo: Zoo, tmp_path: Path, family: s
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.few(4)
 def test_a_quarter_of_the_experts_dropped_is_the_model_cut_by_hand(
     zoo: Zoo, tmp_path: Path, family: str
 ) -> None:
@@ -135,6 +137,7 @@ def test_a_quarter_of_the_experts_dropped_is_the_model_cut_by_hand(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.few(4)
 def test_priced_bytes_are_the_bytes_written(zoo: Zoo, tmp_path: Path, family: str) -> None:
     view = view_of(zoo(family))
     plan = quarter_dropped(view)
@@ -220,6 +223,7 @@ def test_rebuilt_weights_carry_on_to_the_next_layer(zoo: Zoo) -> None:
 
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.few(5)
 def test_batches_that_wait_at_the_experts_go_on_as_if_run_again(
     zoo: Zoo, tmp_path: Path, family: str, whole: bool
 ) -> None:

@@ -86,6 +86,7 @@ def check(how: str, was: Tensor, now: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("kind", "parts"), cases())
+@pytest.mark.few(2)
 def test_a_part_that_is_named_is_treated(kind: str, parts: str, zoo: Zoo, text: Path, tmp_path: Path):
     _held(zoo("deepseek_v3"), kind, parts, "", text, tmp_path)
 
@@ -99,6 +100,7 @@ def test_a_part_that_is_named_is_treated(kind: str, parts: str, zoo: Zoo, text: 
         ("magnitude", "experts+attention+head"),
     ],
 )
+@pytest.mark.few(1)
 def test_so_is_one_that_is_stored_with_a_mask(kind: str, parts: str, zoo: Zoo, text: Path, tmp_path: Path):
     _held(zoo("qwen2_moe"), kind, parts, ",pack=true", text, tmp_path)
 

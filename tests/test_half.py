@@ -199,6 +199,7 @@ def _kl(one: tuple[MetaModel, Tensor], other: tuple[MetaModel, Tensor]) -> float
 
 
 @pytest.mark.parametrize(("name", "recipe"), CASES)
+@pytest.mark.few(6)
 def test_every_step_comes_out_near_float32(
     name: str, recipe: str, models: Callable[[str], Model], tmp_path: Path
 ):
@@ -348,6 +349,7 @@ def beyond(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ["expert_drop:keep=6", "expert_drop:keep=6,score=reconstruction", "gptq:group_size=8", "channel_prune:ratio=0.3,score=heapr",
      "layer_drop:drop=1,repair=linear", "block_drop:drop=1,score=kl", "low_rank:method=shared_basis,ratio=0.2", "attention_rank"],
 )  # fmt: skip
+@pytest.mark.few(4)
 def test_a_model_that_float16_cannot_hold_is_refused_in_one_sentence(
     recipe: str, beyond: Path, tmp_path: Path
 ):
@@ -382,6 +384,7 @@ def test_evaluating_takes_a_precision_too(beyond: Path, text: Path, models: Call
      ("sparsegpt:sparsity=0", ("w1", "w2", "w3"), "float16"),
      ("channel_prune:ratio=0.3,refit=none", ("w1", "w2", "w3"), "bfloat16"), ("expert_drop:keep=7|refit", ("w1", "w3"), "float16")],
 )  # fmt: skip
+@pytest.mark.few(1)
 def test_weights_that_a_step_leaves_alone_are_the_stored_ones(
     recipe: str, exact: tuple[str, ...], dtype: str, tmp_path: Path
 ):
@@ -427,6 +430,7 @@ def test_factors_find_their_way_in_16_bits(dtype: torch.dtype):
     ("recipe", "dtype"),
     [("gptq:group_size=8", "bfloat16"), ("expert_drop:keep=6", "float16"), ("channel_prune:ratio=0.3,score=heapr", "float16")],
 )  # fmt: skip
+@pytest.mark.few(1)
 def test_a_run_in_16_bits_is_taken_up_where_it_was(
     recipe: str, dtype: str, models: Callable[[str], Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -61,6 +61,7 @@ assert not any(name.startswith("moespresso") for name in sys.modules)
 @pytest.mark.parametrize(
     "imports", [["moespresso", "transformers"], ["transformers.modeling_utils", "moespresso"]], ids=" ".join
 )
+@pytest.mark.few(1)
 def test_importing_moespresso_is_enough(folders: list[str], imports: list[str]) -> None:
     said = run(f"""
 import sys

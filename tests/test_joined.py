@@ -64,6 +64,7 @@ def names_of(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.few(1)
 def test_packed_experts_load_where_a_conversion_stands_beside_them(family, models, tmp_path: Path):
     model, out = models[family], tmp_path / "out"
     assert any(PART[family] in name for name in names_of(model))

@@ -72,10 +72,13 @@ def powers(weights: Tensor, grid: tuple[Tensor, Tensor], format: Format, power: 
 @formats
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("side", [0, 1, -1])
 def test_minmax_leaves_no_weight_much_over_half_a_step_from_a_level(
-    format: Format, dtype: torch.dtype, signed: bool
+    format: Format, dtype: torch.dtype, signed: bool, side: int
 ):
+    """Where all weights lie on one side of 0, too: no grid is without it."""
     weights, _ = problem(0)
+    weights = side * (weights.abs() + 0.05) if side else weights
     scale, zero = minmax(weights, format, dtype, signed=signed)
     lost = (weights - decode(encode(weights, scale, zero, format)).float()).abs()
     # Rounding the scale moves the farthest level, and a whole zero the whole grid, by half a step at most.
@@ -512,6 +515,7 @@ def test_a_hessian_that_is_not_finite_falls_back_to_rounding_to_nearest(place: t
 @formats
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [0.0, 1e-9, 1e-38, 1e38])
+@pytest.mark.few(96)
 def test_scales_are_never_zero_nor_infinite(format: Format, dtype: torch.dtype, size: float):
     weights, hessians = problem(17)
     weights = weights.sign() * size

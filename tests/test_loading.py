@@ -30,7 +30,7 @@ from moespresso import api
 from moespresso.build import Tensors, open_view, pick_dtype
 from moespresso.core.errors import UserError
 from moespresso.runtime import saving
-from test_rehouse import TINY, write_deepseek
+from test_equivalent import TINY, write_deepseek
 
 IDS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -129,6 +129,7 @@ def check_saved(model: PreTrainedModel, folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 @pytest.mark.parametrize("name", FORMS)
+@pytest.mark.few(6)
 def test_what_is_loaded_is_saved_as_a_plain_checkpoint(
     name: str, dtype: str, form: Callable[[str], Path], tmp_path: Path
 ):
@@ -149,6 +150,7 @@ def test_what_is_loaded_is_saved_as_a_plain_checkpoint(
 
 
 @pytest.mark.parametrize("name", ["plain", "4 bits", "attention", "mask", "rows", "gptq layout"])
+@pytest.mark.few(2)
 def test_what_is_loaded_can_be_trained_cast_and_moved(name: str, form: Callable[[str], Path], tmp_path: Path):
     model = moespresso.load(form(name), dtype=torch.float32, device="auto").to("cpu")
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -288,6 +290,7 @@ def edited(source: Path, folder: Path, **changes: Any) -> Path:
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.few(3)
 def test_the_dtype_that_no_config_names_is_the_one_stock_takes(family: str, shards: int, tmp_path: Path):
     """Its files begin with floats of another dtype: order in a file is by size, and stock goes by name."""
     written = write_model(family, tmp_path / "written", shards=shards)
@@ -322,6 +325,7 @@ def test_an_index_can_name_the_dtype(tmp_path: Path):
 
 
 @pytest.mark.parametrize("said", [{"dtype": "half"}, {"dtype": None, "torch_dtype": "half"}])
+@pytest.mark.few(1)
 def test_dtypes_have_torchs_own_names(
     said: dict[str, Any], half: Path, form: Callable[[str], Path], tmp_path: Path
 ):
@@ -450,6 +454,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("name", STOCK)
+@pytest.mark.few(2)
 def test_what_transformers_decoded_is_saved_plainly(
     name: str, used: bool, form: Callable[[str], Path], tmp_path: Path
 ):
@@ -590,6 +595,7 @@ def test_plain_models_are_saved_by_transformers_alone(form: Callable[[str], Path
 
 
 @pytest.mark.parametrize("name", PACKED)
+@pytest.mark.few(2)
 def test_a_packed_folder_is_exported_as_what_it_decodes_to(
     name: str, form: Callable[[str], Path], tmp_path: Path
 ):

@@ -8,8 +8,6 @@ limits are set above the level after them.
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from transformers import MixtralConfig
 
 from conftest import Zoo, tiny_tokenizer
+from driver import Driver, Outcome
 from moespresso import api
 from moespresso.checkpoint.files import INDEX
 from moespresso.core.errors import UserError
@@ -30,24 +29,6 @@ HIDDEN, WIDTH, EXPERTS, LAYERS, HEADS, KEY_HEADS, HEAD = 512, 512, 32, 24, 8, 2,
 LARGEST_TENSOR = 2 * HIDDEN * WIDTH
 DATA_FREE_LIMIT = 128 * MIB
 CALIBRATED_LIMIT = 256 * MIB
-
-_CHILD = """
-import resource, sys
-import torch
-from moespresso.cli import main
-import moespresso.api
-
-torch.set_num_threads(1)
-allowed, whole = int(sys.argv[1]), int(sys.argv[2])
-status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-level = int(status["VmData"].split()[0]) * 1024
-resource.setrlimit(resource.RLIMIT_DATA, (level + allowed, resource.RLIM_INFINITY))
-try:
-    torch.empty(whole, dtype=torch.uint8)
-except RuntimeError:
-    sys.exit(main(sys.argv[3:]))
-sys.exit("the limit does not hold")
-"""
 
 
 @dataclass(frozen=True)
@@ -122,28 +103,25 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Large]:
     shutil.rmtree(folder)
 
 
-def run_within(limit: int, large: Large, out: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
+def run_within(limit: int, driver: Driver, large: Large, out: Path, *words: str | Path) -> Outcome:
     """Press in a process of its own that may take `limit` bytes above the level after imports."""
     command = ["press", large.folder, "--out", out, *words, "--json"]
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD, str(limit), str(large.nbytes), *map(str, command)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = driver.run([*map(str, command)], memory=[limit, large.nbytes])
     shutil.rmtree(out, ignore_errors=True)
     return done
 
 
-def press_within(limit: int, large: Large, out: Path, *words: str | Path) -> dict:
+def press_within(limit: int, driver: Driver, large: Large, out: Path, *words: str | Path) -> dict:
     """Press within `limit`, which must do, and return the report."""
-    done = run_within(limit, large, out, *words)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_within(limit, driver, large, out, *words)
+    assert done.code == 0, (done.code, done.stderr[-2000:])
     return json.loads(done.stdout)
 
 
-def test_data_free(large: Large, tmp_path: Path):
+def test_data_free(driver: Driver, large: Large, tmp_path: Path):
     assert large.nbytes > 8 * DATA_FREE_LIMIT
     report = press_within(
-        DATA_FREE_LIMIT, large, tmp_path / "out", "--step", "expert_drop:keep=16,score=aimer"
+        DATA_FREE_LIMIT, driver, large, tmp_path / "out", "--step", "expert_drop:keep=16,score=aimer"
     )
     assert report["bytes"]["after"] < 0.6 * large.nbytes
     assert report["peak_anonymous_bytes"] <= LARGEST_TENSOR + 512 * MIB
@@ -152,10 +130,10 @@ def test_data_free(large: Large, tmp_path: Path):
     assert report["peak_rss_bytes"] > report["peak_anonymous_bytes"]
 
 
-def test_calibrated(large: Large, text: Path, tmp_path: Path):
+def test_calibrated(driver: Driver, large: Large, text: Path, tmp_path: Path):
     assert large.nbytes > 4 * CALIBRATED_LIMIT
     words = ("--step", "expert_drop:keep=16,score=reap", "--text", text, "--samples", "4", "--length", "32")
-    report = press_within(CALIBRATED_LIMIT, large, tmp_path / "out", *words)
+    report = press_within(CALIBRATED_LIMIT, driver, large, tmp_path / "out", *words)
     layer = 2 * large.layer_nbytes  # computed in float32
     assert report["peak_anonymous_bytes"] <= layer + 1024 * MIB
     # Much closer than promised: the layer, and what passes through it.
@@ -163,10 +141,10 @@ def test_calibrated(large: Large, text: Path, tmp_path: Path):
     assert report["peak_rss_bytes"] > report["peak_anonymous_bytes"]
 
 
-def test_too_little_memory_is_said(large: Large, text: Path, tmp_path: Path):
+def test_too_little_memory_is_said(driver: Driver, large: Large, text: Path, tmp_path: Path):
     words = ("--step", "expert_drop:keep=16,score=reap", "--text", text, "--samples", "4", "--length", "32")
-    done = run_within(80 * MIB, large, tmp_path / "out", *words)
-    assert done.returncode == 2
+    done = run_within(80 * MIB, driver, large, tmp_path / "out", *words)
+    assert done.code == 2
     assert "memory" in done.stderr
     assert "Traceback" not in done.stderr
 

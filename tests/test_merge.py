@@ -178,6 +178,7 @@ def moe_width(model: PreTrainedModel, layer: int) -> int:
 
 
 @every_family
+@pytest.mark.few(3)
 def test_merging_copies_with_permuted_channels_gives_back_the_expert(name: str, tmp_path: Path):
     """Put in line, the copies are equal to the last bit, so that their averages and those of their equal router rows are
     what Expert Drop leaves; out of line they are not."""
@@ -189,6 +190,7 @@ def test_merging_copies_with_permuted_channels_gives_back_the_expert(name: str, 
 
 
 @every_layout
+@pytest.mark.few(1)
 def test_merging_equal_experts_is_dropping_all_but_one(name: str, tmp_path: Path):
     """In line or not, rows averaged or not. All that changes is what the router has to choose from."""
     source = crafted(name, tmp_path / "source", lambda model: make_twins(model, shuffled=False))
@@ -222,6 +224,7 @@ SWELLS = {"qwen2_moe", "deepseek_v2", "jamba"}
 
 
 @pytest.mark.parametrize("name", [name for name in families.FAMILIES if name != "phimoe"])
+@pytest.mark.few(2)
 def test_where_all_experts_are_alike_merging_changes_nothing_but_gates(name: str, tmp_path: Path):
     """Whichever are selected, they answer the same: the logits stay where a token's gates have a fixed sum, and where
     they are a softmax over all, their sum grows by just as much as there are fewer."""
@@ -241,6 +244,7 @@ def test_where_all_experts_are_alike_merging_changes_nothing_but_gates(name: str
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, "deepseek_v2"])
+@pytest.mark.few(1)
 def test_an_expert_that_nobody_joins_keeps_its_bytes(zoo: Zoo, tmp_path: Path, name: str):
     """In a stack, too, where its neighbours are averaged; the zoo's dtypes differ from expert to expert."""
     whole = families.reference(zoo(name))
@@ -304,6 +308,7 @@ def test_by_hand_means_what_it_says():
 
 
 @every_family
+@pytest.mark.few(3)
 def test_a_pressed_merge_is_the_stock_model_averaged_by_hand(
     name: str, precise: Zoo, text: Path, tmp_path: Path
 ):
@@ -319,6 +324,7 @@ def test_a_pressed_merge_is_the_stock_model_averaged_by_hand(
 
 
 @every_family
+@pytest.mark.few(2)
 def test_a_plan_by_hand_is_built_without_text_from_weights_alone(name: str, precise: Zoo, tmp_path: Path):
     """Some members in line and some not, some experts alone, shares that are not equal, rows and biases averaged."""
     whole = families.reference(precise(name))
@@ -339,6 +345,7 @@ def test_a_plan_by_hand_is_built_without_text_from_weights_alone(name: str, prec
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v2"])
 @pytest.mark.parametrize("options", ["method=hc_smoe", "method=hc_smoe,align=true", "method=ream,group=2,router=mean",
                                      "method=ream,align=false", "method=m_smoe,router=mean", "method=ream,sequential=true"])  # fmt: skip
+@pytest.mark.few(3)
 def test_every_method_averages_what_its_plan_says(
     name: str, options: str, precise: Zoo, text: Path, tmp_path: Path
 ):
@@ -388,6 +395,7 @@ def renumbered(stage: Merges, before: Merges) -> Merges:
 
 @pytest.mark.parametrize("name", [*LAYOUTS, "deepseek_v2"])
 @pytest.mark.parametrize("means", [(True, False), (False, True)])
+@pytest.mark.few(1)
 def test_a_merge_of_merges_is_an_average_of_averages(
     name: str, means: tuple[bool, bool], precise: Zoo, tmp_path: Path
 ):
@@ -415,6 +423,7 @@ SEVERAL = [
 
 @pytest.mark.parametrize("steps", SEVERAL)
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.few(2)
 def test_steps_follow_one_another(name: str, steps: list[str], precise: Zoo, text: Path, tmp_path: Path):
     out = tmp_path / "out"
     api.press(precise(name), out=out, texts=[text], samples=6, length=32, steps=steps)

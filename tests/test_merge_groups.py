@@ -246,6 +246,7 @@ def test_groups_of_a_router_stay_of_one_size_and_keep_to_themselves(
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v2", "gpt_oss"])
 @pytest.mark.parametrize("method", ["ream", "hc_smoe"])
+@pytest.mark.few(2)
 def test_in_sequence_each_layer_is_decided_on_what_the_merged_ones_before_it_let_through(
     name: str, method: Any, text: Path, tmp_path: Path
 ):
@@ -301,6 +302,7 @@ def made_up(
     ("experts", "groups", "keep", "most"), [(40, 1, 7, 16), (40, 1, 30, 16), (48, 4, 12, 3), (24, 2, 4, 2)]
 )
 @every_method
+@pytest.mark.few(5)
 def test_groups_of_many_experts(method: Any, experts: int, groups: int, keep: int, most: int):
     """The last two leave REAM's leaders with more than they may take."""
     stats, tables, weights = made_up(experts, seed=experts + keep)

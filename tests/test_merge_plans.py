@@ -215,6 +215,7 @@ def files(folder: Path, *, but: tuple[str, ...] = ()) -> Mapping[str, bytes]:
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.few(1)
 def test_a_pressed_merge_is_built_again_from_its_plan_without_text(
     name: str, zoo: Zoo, text: Path, tmp_path: Path
 ):

@@ -164,6 +164,7 @@ def found_means(folder: Path, batches: Batches) -> dict[int, Tensor]:
 
 
 @every_family
+@pytest.mark.few(3)
 def test_a_novice_is_the_mean_answer_to_the_tokens_its_expert_was_selected_for(name: str, zoo: Zoo):
     """Padding aside, whatever stands on it."""
     batches = tokens_for(open_view(zoo(name)), 3, 16, short=(11,))
@@ -197,6 +198,7 @@ def test_the_novice_of_an_expert_that_no_token_reached_says_nothing(
 
 
 @every_family
+@pytest.mark.few(3)
 def test_dropped_experts_leave_their_mean_answers(name: str, precise: Zoo, text: Path, tmp_path: Path):
     source, step = precise(name), f"expert_drop:keep={half(name)},replace=novice,score=ean"
     out = pressed(source, tmp_path / "out", text, step)
@@ -219,6 +221,7 @@ def nbytes(folder: Path) -> int:
 
 
 @every_family
+@pytest.mark.few(3)
 def test_a_preserved_router_skips_the_terms_of_dropped_experts(name: str, precise: Zoo, tmp_path: Path):
     """Their gates are lost, not shared out among the others; no text is needed."""
     source = precise(name)
@@ -237,6 +240,7 @@ def test_a_preserved_router_skips_the_terms_of_dropped_experts(name: str, precis
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v2"])
+@pytest.mark.few(1)
 def test_it_generates(name: str, precise: Zoo, text: Path, tmp_path: Path):
     for end in ("replace=novice", "router=preserve"):
         generates(pressed(precise(name), tmp_path / end, text, f"expert_drop:keep={half(name)},{end}"))
@@ -247,6 +251,7 @@ def test_it_generates(name: str, precise: Zoo, text: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     "first", ["expert_drop:keep=6,score=ean", "expert_merge:keep=6,method=ream,router=mean"]
 )
+@pytest.mark.few(2)
 def test_the_router_that_stays_is_the_one_that_an_earlier_step_left(
     first: str, end: str, name: str, precise: Zoo, text: Path, tmp_path: Path
 ):
@@ -265,6 +270,7 @@ def test_the_router_that_stays_is_the_one_that_an_earlier_step_left(
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "granitemoe"])
+@pytest.mark.few(1)
 def test_depth_steps_go_on_after_it(name: str, precise: Zoo, text: Path, tmp_path: Path):
     """A feed-forward part with novices in it may go, and a whole block; those that stay keep their novices."""
     source = precise(name)
@@ -311,6 +317,7 @@ LATER = [
 
 @pytest.mark.parametrize("end", ["replace=novice", "router=preserve"])
 @pytest.mark.parametrize("later", LATER)
+@pytest.mark.few(3)
 def test_experts_behind_it_cannot_change_again(end: str, later: str, zoo: Zoo, text: Path, tmp_path: Path):
     """Not in the same recipe, and not when the written folder is pressed again."""
     first, out = f"expert_drop:keep=6,{end}", tmp_path / "out"
@@ -379,6 +386,7 @@ def test_novices_are_found_again_on_the_same_text_only(zoo: Zoo, text: Path, tmp
     [("mixtral", 5), ("gpt_oss", 5), ("granitemoe", 5), ("minimax_m2", 5), ("deepseek_v2", 9)],
 )
 @pytest.mark.parametrize("end", ["", ",replace=novice"])
+@pytest.mark.few(2)
 def test_layers_keep_what_the_whole_model_needs_most(
     name: str, keep: int, end: str, precise: Zoo, text: Path, tmp_path: Path
 ):
@@ -405,6 +413,7 @@ def test_layers_keep_what_the_whole_model_needs_most(
 @pytest.mark.parametrize(
     ("name", "asked", "nearest"), [("mixtral", 5, 5), ("deepseek_v2", 8, 6), ("dots1", 15, 12)]
 )
+@pytest.mark.few(2)
 def test_stock_engines_are_offered_the_nearest_even_plan(
     target: str, name: str, asked: int, nearest: int, zoo: Zoo, text: Path, tmp_path: Path
 ):
@@ -434,6 +443,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("name", "first", "second"), PAIRS)
+@pytest.mark.few(1)
 def test_two_steps_in_one_go_are_two_presses(
     name: str, first: str, second: str, precise: Zoo, text: Path, tmp_path: Path
 ):

@@ -68,6 +68,7 @@ PARTS = {
 
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("weights", [W4, W8, W8_ZEROS], ids=["4 bits", "8 bits", "zeros"])
+@pytest.mark.few(4)
 def test_a_packed_router_loses_rows(parts: str, weights: dict[str, Any], source: Path, tmp_path: Path):
     truth = packed_whole(source, tmp_path / "model", weights, PARTS[parts])
     report = api.press(tmp_path / "model", out=tmp_path / "out",
@@ -100,6 +101,7 @@ def test_averages_of_packed_rows_are_stored_plainly(step: str, source: Path, tex
 
 
 @pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.few(1)
 def test_routers_that_stay_packed_are_not_for_stock_loaders(
     parts: str, source: Path, text: Path, tmp_path: Path
 ):

@@ -24,6 +24,7 @@ ROWS = [(model, row) for model, rows in MODELS.items() for row in rows]
 
 
 @pytest.mark.parametrize(("model", "row"), ROWS, ids=[f"{model} {row.name}" for model, row in ROWS])
+@pytest.mark.few(4)
 def test_bytes_and_flops_are_the_papers(model: str, row: Row):
     cost = cost_of(config_view(CONFIGS / f"{model}.json"), row.step)
     assert cost.bytes / GIB == pytest.approx(row.gib, abs=0.01)

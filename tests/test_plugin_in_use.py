@@ -155,6 +155,7 @@ def balance(logits: tuple[Tensor, ...], top_k: int, mask: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.few(12)
 def test_losses_and_gradients(case: Any, model: Any, ids: Tensor, masked: bool):
     family = case[0]
     mask = torch.ones_like(ids)
@@ -181,6 +182,7 @@ def test_losses_and_gradients(case: Any, model: Any, ids: Tensor, masked: bool):
     assert all(found[name].any() for name in trained if not name.endswith("novices"))
 
 
+@pytest.mark.few(11)
 def test_gradient_checkpointing(model: Any, ids: Tensor):
     model.train()
     wanted = model(ids, labels=ids).loss
@@ -212,6 +214,7 @@ class Low(nn.Module):
         return weight + self.b @ self.a
 
 
+@pytest.mark.few(5)
 def test_adapters_on_experts_learn_and_are_merged(model: Any, ids: Tensor, tmp_path: Path):
     before = families.logits_of(model, ids)
     model.requires_grad_(False)
@@ -290,6 +293,7 @@ def test_hidden_states_and_attentions(model: Any, ids: Tensor):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.few(16)
 def test_padding(model: Any, ids: Tensor, side: str):
     short, pad = ids[:1, :9], torch.zeros(1, 4, dtype=ids.dtype)
     padded = torch.cat([pad, short] if side == "left" else [short, pad], 1)
@@ -309,6 +313,7 @@ def test_embeddings_instead_of_tokens(model: Any, ids: Tensor):
 
 
 @pytest.mark.parametrize("function", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.few(24)
 def test_every_function_of_experts(model: Any, ids: Tensor, function: str):
     wanted = families.logits_of(model, ids)
     model.set_experts_implementation(function)
@@ -319,12 +324,14 @@ def test_every_function_of_experts(model: Any, ids: Tensor, function: str):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.few(8)
 def test_kinds_of_cache(case: Any, model: Any, ids: Tensor, kind: str):
     if reason := unable(case[0], cache_implementation=kind):
         pytest.skip(reason)
     assert tokens(model, ids, cache_implementation=kind) == tokens(model, ids, use_cache=False)
 
 
+@pytest.mark.few(3)
 def test_ways_to_generate(case: Any, model: Any, ids: Tensor):
     greedy = tokens(model, ids)
     assert greedy == tokens(model, ids, use_cache=False)
@@ -344,6 +351,7 @@ def test_ways_to_generate(case: Any, model: Any, ids: Tensor):
 
 
 @pytest.mark.parametrize("options", [{"max_shard_size": "20KB"}, {"save_original_format": False}], ids=str)
+@pytest.mark.few(8)
 def test_saved_and_loaded_again(model: Any, ids: Tensor, tmp_path: Path, options: dict[str, Any]):
     model.save_pretrained(tmp_path / "0", **options)
     again = families.reference(tmp_path / "0")
@@ -358,6 +366,7 @@ def test_saved_and_loaded_again(model: Any, ids: Tensor, tmp_path: Path, options
         torch.testing.assert_close(new.float(), old.to(torch.bfloat16).float(), msg=name)
 
 
+@pytest.mark.few(8)
 def test_copied_pickled_and_saved_whole(model: Any, ids: Tensor):
     wanted = families.logits_of(model, ids)
     stored = io.BytesIO()
@@ -369,6 +378,7 @@ def test_copied_pickled_and_saved_whole(model: Any, ids: Tensor):
         assert [type(part) for part in each.modules()] == [type(part) for part in model.modules()]
 
 
+@pytest.mark.few(8)
 def test_state_dicts_fit_and_vocabularies_grow(case: Any, model: Any, ids: Tensor):
     other = made(case[0], case[1])
     assert not any(other.load_state_dict(model.state_dict()))
@@ -377,6 +387,7 @@ def test_state_dicts_fit_and_vocabularies_grow(case: Any, model: Any, ids: Tenso
     close(model(ids).logits[..., :96], other(ids).logits)
 
 
+@pytest.mark.few(11)
 def test_other_heads_load_it(case: Any, model: Any, ids: Tensor, tmp_path: Path):
     try:
         AutoModelForSequenceClassification.from_config(stock(case[0]).config)

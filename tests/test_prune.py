@@ -32,6 +32,7 @@ def experts(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("step", STEPS)
+@pytest.mark.few(4)
 def test_half_of_every_matrix_goes_and_nothing_else_changes(
     family: str, step: str, zoo: Zoo, text: Path, tmp_path: Path
 ):
@@ -61,6 +62,7 @@ def test_patterns_are_kept_to_the_weight(step: str, zoo: Zoo, text: Path, tmp_pa
 
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
+@pytest.mark.few(1)
 def test_pruned_and_rounded_in_one_pass(bits: int, sparsity: str, source: Path, text: Path, tmp_path: Path):
     out = press(
         source, tmp_path / "out", f"sparsegpt:sparsity={sparsity},bits={bits},group_size=32", text=text
@@ -89,6 +91,7 @@ def test_pruned_and_rounded_in_one_pass(bits: int, sparsity: str, source: Path, 
         ["magnitude", "block_drop"],
     ],
 )
+@pytest.mark.few(1)
 def test_before_and_after_other_steps(steps: list[str], text: Path, tmp_path: Path):
     source = write_wide(tmp_path / "source")
     out = press(source, tmp_path / "out", *steps, text=text)
@@ -192,6 +195,7 @@ def test_pruning_after_rounding_and_merging_after_pruning_are_refused(
 
 
 @pytest.mark.parametrize("line", ["end rename slim-00001.safetensors", "end remember 2"])
+@pytest.mark.few(1)
 def test_killed_and_taken_up(line: str, driver: Driver, zoo: Zoo, text: Path, tmp_path: Path):
     whole = Press(driver, zoo("mixtral"), text, tmp_path / "whole")
     assert whole("sparsegpt").code == 0
@@ -208,6 +212,7 @@ PACKED = ["magnitude:pack=true", "wanda:pack=true,sparsity=2:4", "sparsegpt:pack
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "ernie4_5_moe"])
 @pytest.mark.parametrize("step", PACKED)
+@pytest.mark.few(1)
 def test_a_mask_and_what_stays_are_the_same_matrices_in_fewer_bytes(
     family: str, step: str, zoo: Zoo, text: Path, tmp_path: Path
 ):
@@ -236,6 +241,7 @@ def test_a_mask_and_what_stays_are_the_same_matrices_in_fewer_bytes(
     ["expert_drop:keep=6", "block_drop", "channel_prune:width=64", "rtn:group_size=32", "gptq:group_size=32",
      "expert_merge:ratio=0.25", "magnitude:sparsity=0.75,pack=true", "expert_drop:keep=6,renormalise=compensate"],
 )  # fmt: skip
+@pytest.mark.few(2)
 def test_a_masked_folder_goes_on(step: str, text: Path, tmp_path: Path):
     source = write_wide(tmp_path / "source", "deepseek_v2", moe_intermediate_size=96)
     masked = press(source, tmp_path / "masked", "wanda:pack=true", text=text, target="plugin")
@@ -243,6 +249,7 @@ def test_a_masked_folder_goes_on(step: str, text: Path, tmp_path: Path):
     proven(out, masked)
 
 
+@pytest.mark.breadth
 def test_a_byte_budget_finds_the_share(zoo: Zoo, tmp_path: Path):
     whole = open_view(zoo("mixtral")).source.cost().bytes
     out = press(
@@ -266,6 +273,7 @@ def test_a_damaged_mask_is_told(zoo: Zoo, tmp_path: Path):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "qwen3_moe"])
+@pytest.mark.few(1)
 def test_products_are_stored_as_their_factors(family: str, zoo: Zoo, text: Path, tmp_path: Path):
     out = press(zoo(family), tmp_path / "out", "low_rank:ratio=0.25", text=text, target="plugin")
     proven(out, zoo(family))

@@ -114,6 +114,7 @@ def tokens_for(name: str, rows: int = 2, length: int = 20) -> Tensor:
 
 
 @pytest.mark.parametrize("name", UNGROUPED)
+@pytest.mark.few(3)
 def test_the_best_set_is_the_best_of_all_sets_by_brute_force(name: str, zoo: Zoo):
     ids = tokens_for(name)
     truth = by_hand(name, zoo, ids)

@@ -42,6 +42,7 @@ def layer_errors(out: Path, source: Path, text: Path) -> list[float]:
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "olmoe"])
 @pytest.mark.parametrize("step", [DROP, "expert_merge:keep=6"])
 @torch.no_grad()
+@pytest.mark.few(1)
 def test_every_layer_comes_nearer_to_the_original(
     family: str, step: str, zoo: Zoo, text: Path, tmp_path: Path
 ):
@@ -107,6 +108,7 @@ def test_a_layer_that_nothing_was_done_to_stays_as_it_is_and_is_told(zoo: Zoo, t
         [DROP, "block_drop", "refit"],
     ],
 )
+@pytest.mark.few(1)
 def test_with_other_steps(steps: list[str], zoo: Zoo, text: Path, tmp_path: Path):
     if steps[0].startswith("wanda"):  # refitted weights are no longer zero
         with pytest.raises(UserError, match="prunes single weights, which would no longer be zero"):

@@ -115,6 +115,7 @@ def sentence(outcome: Outcome) -> str:
 
 class TestKilled:
     @pytest.mark.parametrize("line", WHILE_MEASURING)
+    @pytest.mark.few(3)
     def test_while_measuring(self, press: Press, reference: dict[str, dict[str, bytes]], line: str):
         first = press(REAP, kill=line)
         assert first.code == KILLED
@@ -126,6 +127,7 @@ class TestKilled:
         assert second.numbers("begin measure") == [str(layer) for layer in range(finished, 3)]
 
     @pytest.mark.parametrize("line", WHILE_BUILDING)
+    @pytest.mark.few(4)
     def test_while_building(self, press: Press, reference: dict[str, dict[str, bytes]], line: str):
         first = press(AIMER, kill=line)
         assert first.code == KILLED
@@ -136,13 +138,16 @@ class TestKilled:
         assert finished == {name: identity_of(press.out / name) for name in finished}
         assert not set(second.numbers("begin shard")) & finished.keys()
 
-    def test_again_and_again(self, press: Press):
-        """Two steps, the second measured on what the first leaves: three layers each, one memory of each."""
+    @pytest.mark.parametrize("more", [4, 1])
+    @pytest.mark.few(1)
+    def test_again_and_again(self, press: Press, more: int):
+        """Two steps, the second measured on what the first leaves: three layers each, one memory of each. Every run may do
+        some things more than the one before."""
         steps = "expert_drop:keep=6,score=reap", "expert_drop:keep=5,score=frequency"
         whole = press.into(press.out.with_name("whole"))
         assert whole(*steps).code == 0
         events: list[str] = []
-        for patience in range(6, 60):
+        for patience in range(6, 100, more):
             outcome = press(*steps, kill_after=patience)
             events += outcome.events
             if outcome.code != KILLED:
@@ -171,6 +176,7 @@ class TestKilled:
     @pytest.mark.parametrize(
         "more", [("--text", "other.txt"), ("--samples", "5"), ("--seed", "1"), ("--target", "vllm")]
     )
+    @pytest.mark.few(1)
     def test_other_settings_are_refused(self, press: Press, more: tuple[str, ...], text: Path):
         press(REAP, kill="end remember 0")
         other = press.out.parent / "other.txt"
@@ -183,6 +189,7 @@ class TestKilled:
     @pytest.mark.parametrize(
         "line", ["begin rename model-00003-of-00005.safetensors", "begin rename README.md"]
     )
+    @pytest.mark.few(1)
     def test_starting_over_with_other_settings_leaves_nothing_of_the_old(self, press: Press, line: str):
         other = "expert_drop:keep=3,score=aimer"
         whole = press.into(press.out.with_name("whole"))
@@ -194,6 +201,7 @@ class TestKilled:
     @pytest.mark.parametrize(
         "line", ["end unlink moespresso.json", "end unlink model-00002-of-00005.safetensors"]
     )
+    @pytest.mark.few(1)
     def test_while_clearing_a_finished_folder(
         self, press: Press, reference: dict[str, dict[str, bytes]], line: str
     ):
@@ -276,6 +284,7 @@ class TestFullDisk:
         ["begin rename sweep.safetensors", "begin rename model-00003-of-00005.safetensors", "begin rename README.md",
          "begin record model-00002-of-00005.safetensors"],
     )  # fmt: skip
+    @pytest.mark.few(2)
     def test_at(self, press: Press, reference: dict[str, dict[str, bytes]], line: str):
         first = press(REAP, full=line)
         assert "free some space" in sentence(first)
@@ -286,6 +295,7 @@ class TestFullDisk:
         assert finished == {name: identity_of(press.out / name) for name in finished}
 
     @pytest.mark.parametrize("free_kib", [0, 4, 24, 60, 130, 250, 280, 296])
+    @pytest.mark.few(2)
     def test_for_real(
         self, press: Press, reference: dict[str, dict[str, bytes]], small_disk: Path, free_kib: int
     ):

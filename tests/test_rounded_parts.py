@@ -23,6 +23,7 @@ def wrong(out: Path, model: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("bits", ["shared:8+gate_up:4+down:4", "shared:4+gate_up:8+down:8"])
+@pytest.mark.few(1)
 def test_experts_have_their_own_format_whatever_lies_first_in_the_files(bits, tmp_path: Path):
     model = tmp_path / "model"
     build("deepseek_v3", hidden_size=64, moe_intermediate_size=32).save_pretrained(model)
@@ -46,6 +47,7 @@ def test_experts_have_their_own_format_whatever_lies_first_in_the_files(bits, tm
 
 @pytest.mark.parametrize(("family", "parts"), [("kimi_linear", "experts+shared"), ("bailing_hybrid", "experts+attention"),
                                                 ("qwen4_exp_text", "experts+dense")])  # fmt: skip
+@pytest.mark.few(1)
 def test_parts_that_the_library_renames_are_found_by_it(family, parts, tmp_path: Path):
     model = written(family, tmp_path / "model")
     moespresso.press(model, out=tmp_path / "out", steps=[f"rtn:group_size=0,parts={parts}"])
@@ -78,6 +80,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.few(1)
 def test_what_transformers_stops_at_is_refused_and_the_cures_work(case, tmp_path: Path):
     changes, step, cure = REFUSED[case]
     model = write_wide(tmp_path / "model", **changes)

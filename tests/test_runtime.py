@@ -165,6 +165,7 @@ def lose(layer: nn.Module, gone: Mapping[int, Tensor | None]) -> None:
 
 
 @pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.few(9)
 def test_the_same_smaller_count_in_every_layer_is_stock(family: str, tmp_path: Path) -> None:
     small, key = stock(family), count_key(stock(family).config)
     count = getattr(small.config, key)
@@ -245,6 +246,7 @@ def by_hand(reference: PreTrainedModel, model: PreTrainedModel, differences: Dif
 
 
 @pytest.mark.parametrize("family", [family for family in MIXTURES if family not in INDIVISIBLE])
+@pytest.mark.few(7)
 def test_branches_and_experts_that_are_gone(family: str, tmp_path: Path) -> None:
     reference = stock(family)
     differences = everything(reference)
@@ -262,6 +264,7 @@ def test_branches_and_experts_that_are_gone(family: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("family", more.DENSE)
+@pytest.mark.few(3)
 def test_dense_layers_without_a_branch(family: str, tmp_path: Path) -> None:
     reference = stock(family)
     differences = {"0": {"skip": ["attention"], **NO_HEADS}, "1": {"skip": ["mlp"], "intermediate_size": 0},
@@ -337,6 +340,7 @@ def test_a_rebuilt_mixture_follows_the_models_function() -> None:
     "family", ["mixtral", "gpt_oss", "qwen2_moe", "jamba", "lfm2_moe", "deepseek_v2", "gemma2"]
 )
 @pytest.mark.parametrize("layers", ["first", "last", "all"])
+@pytest.mark.few(5)
 def test_generation_counts_tokens_past_lost_attention(family: str, layers: str) -> None:
     whole = stock(family)
     every = [str(index) for index in range(whole.config.num_hidden_layers)]

@@ -44,6 +44,7 @@ def stored_experts(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("family", [*PLAIN, *SHARED, "jamba", "hunyuan_v1_moe"])
+@pytest.mark.few(1)
 def test_every_family_shares_bases(family: str, zoo: Zoo, text: Path, tmp_path: Path):
     out = press(zoo(family), tmp_path / "out", STEP, text=text, target="plugin")
     proven(out, zoo(family))
@@ -100,6 +101,7 @@ def test_what_is_stored_is_what_is_loaded(zoo: Zoo, text: Path, tmp_path: Path):
         [f"{STEP},sequential=false,damping=0"],
     ],
 )
+@pytest.mark.few(1)
 def test_in_one_recipe_with_other_steps(steps: list[str], text: Path, tmp_path: Path):
     source = write_wide(tmp_path / "source")
     out = press(source, tmp_path / "out", *steps, text=text, target="plugin")
@@ -124,6 +126,7 @@ def test_in_one_recipe_with_other_steps(steps: list[str], text: Path, tmp_path: 
         ([STEP], True),
     ],
 )
+@pytest.mark.few(2)
 def test_a_folder_with_bases_is_a_source_like_any_other(
     steps: list[str], still: bool, text: Path, tmp_path: Path
 ):
@@ -136,7 +139,8 @@ def test_a_folder_with_bases_is_a_source_like_any_other(
         assert all(torch.equal(disk(out)[name], tensor) for name, tensor in disk(first).items())
 
 
-@pytest.mark.parametrize("at", ["recipe", "folder"])
+@pytest.mark.parametrize("at", ["folder", "recipe"])
+@pytest.mark.few(1)
 def test_the_first_that_is_left_stores_what_all_need(at: str, text: Path, tmp_path: Path):
     source, options = write_wide(tmp_path / "source"), {"texts": [text], "target": "plugin", **OPTIONS}
     first = press(source, tmp_path / "first", STEP, text=text, target="plugin")
@@ -160,6 +164,7 @@ def test_the_first_that_is_left_stores_what_all_need(at: str, text: Path, tmp_pa
                 assert torch.equal(after[mine.format(new)], before[mine.format(old)])
 
 
+@pytest.mark.breadth
 def test_experts_of_widths_of_their_own_share_bases(text: Path, tmp_path: Path):
     source = write_wide(tmp_path / "source")
     first = press(source, tmp_path / "first", OWN, text=text, target="plugin")
@@ -181,6 +186,7 @@ def test_more_bases_of_fewer_ranks_and_shares_of_bytes(zoo: Zoo, text: Path, tmp
     assert made[1].rank > made[3].rank > made[6].rank
 
 
+@pytest.mark.breadth
 def test_a_byte_budget_is_kept(zoo: Zoo, text: Path, tmp_path: Path):
     whole = open_view(zoo("mixtral")).source.cost().bytes
     out = press(zoo("mixtral"), tmp_path / "out", "low_rank:method=shared_basis", text=text, target="plugin",
@@ -192,6 +198,7 @@ def test_a_byte_budget_is_kept(zoo: Zoo, text: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("line", ["end rename slim-00001.safetensors", "end remember 2"])
+@pytest.mark.few(1)
 def test_killed_and_taken_up(line: str, driver: Driver, zoo: Zoo, text: Path, tmp_path: Path):
     whole = Press(driver, zoo("mixtral"), text, tmp_path / "whole")
     assert whole(STEP, more=PLUGIN).code == 0
@@ -260,6 +267,7 @@ def test_stock_engines_and_steps_that_would_undo_it_are_refused(text: Path, tmp_
         ("L0.experts.gate", None, "gives some matrices of L0's experts a format, but gate none"),
     ],
 )
+@pytest.mark.few(1)
 def test_bad_plans(
     unit: str, format: dict[str, Any] | None, reason: str, zoo: Zoo, text: Path, tmp_path: Path
 ):
@@ -276,6 +284,7 @@ def test_bad_plans(
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "magnitude", "channel_prune"])
+@pytest.mark.few(1)
 def test_a_plan_whose_method_makes_other_formats(method: str, zoo: Zoo, text: Path, tmp_path: Path):
     recipe = Recipe().with_options(
         model=zoo("mixtral"), steps=[STEP], texts=[text], target="plugin", **OPTIONS
@@ -288,6 +297,7 @@ def test_a_plan_whose_method_makes_other_formats(method: str, zoo: Zoo, text: Pa
 
 
 @pytest.mark.parametrize("damage", ["gone", "shape", "shares", "scalar", "twice", "orphan"])
+@pytest.mark.few(1)
 def test_damaged_bases_are_told(damage: str, zoo: Zoo, text: Path, tmp_path: Path):
     out = press(zoo("mixtral"), tmp_path / "out", STEP, text=text, target="plugin")
     tensors = disk(out)
@@ -339,6 +349,7 @@ def changed(folder: Path, ends: Sequence[str], change: Callable[[Tensor], Tensor
         ([".experts.3.w2.weight"], torch.float16),
     ],
 )
+@pytest.mark.few(1)
 def test_matrices_of_several_dtypes(ends: list[str], dtype: torch.dtype, text: Path, tmp_path: Path):
     source = write_wide(tmp_path / "source")
     changed(source, ["weight"], Tensor.bfloat16)
@@ -351,6 +362,7 @@ def test_matrices_of_several_dtypes(ends: list[str], dtype: torch.dtype, text: P
 
 
 @pytest.mark.parametrize("matrix", ["w2", "w3"])
+@pytest.mark.few(1)
 def test_experts_that_answer_nothing(matrix: str, text: Path, tmp_path: Path):
     ends = [f"layers.1.block_sparse_moe.experts.{expert}.{matrix}.weight" for expert in range(8)]
     source = changed(write_wide(tmp_path / "source"), ends, torch.zeros_like)
@@ -383,6 +395,7 @@ def test_one_expert_alone_is_not_spoilt(text: Path, tmp_path: Path):
         ["rtn:parts=attention,group_size=32", "channel_prune:width=64"],
     ],
 )
+@pytest.mark.few(1)
 def test_what_another_part_is_stored_as_is_in_nobodys_way(steps: list[str], text: Path, tmp_path: Path):
     source = write_wide(tmp_path / "source")
     proven(press(source, tmp_path / "out", *steps, text=text, target="plugin"), source)

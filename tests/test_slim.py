@@ -56,6 +56,7 @@ def disk(out: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.few(3)
 def test_stock_transformers_loads_what_is_written_with_our_values(
     family: str, step: str, zoo: Zoo, text: Path, tmp_path: Path
 ):
@@ -90,6 +91,7 @@ def test_experts_in_memory_are_what_our_reader_decodes(packed: Path):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("step", ["rtn", "hqq", "gptq"])
+@pytest.mark.few(2)
 def test_more_bits_come_closer(step: str, bits: int, source: Path, text: Path, tmp_path: Path):
     out = press(source, tmp_path / "out", f"{step}:bits={bits},group_size=32", text=text)
     whole, pressed = families.reference(source), api.load(out, dtype="float32")
@@ -137,6 +139,7 @@ def test_the_head_can_be_rounded_where_it_is_its_own(source: Path, tmp_path: Pat
         (["gptq:layers=0:8,group_size=32", "block_drop"], "plugin"),
     ],
 )
+@pytest.mark.few(1)
 def test_trimming_and_rounding_in_one_recipe(
     steps: list[str], target: Any, source: Path, text: Path, tmp_path: Path
 ):
@@ -197,6 +200,7 @@ def numbers(tensors: Tensors, ref: TensorRef) -> QuantizedWeights:
 
 
 @pytest.mark.parametrize("step", ["gptq:group_size=0", "rtn:group_size=0"])
+@pytest.mark.few(1)
 def test_a_scale_that_comes_later_goes_into_the_scales(step: str, zoo: Zoo, text: Path, tmp_path: Path):
     """DeepSeek-V2 does not renormalise, so dropping experts scales its routed part."""
     drop = "expert_drop:keep=6,renormalise=compensate"
@@ -219,6 +223,7 @@ def test_a_scale_that_comes_later_goes_into_the_scales(step: str, zoo: Zoo, text
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v2"])
+@pytest.mark.few(1)
 def test_plain_experts_beside_what_is_packed_stop_stock_transformers(family: str, zoo: Zoo, tmp_path: Path):
     step = "rtn:parts=attention,group_size=8"
     with pytest.raises(
@@ -250,6 +255,7 @@ def test_plain_experts_beside_what_is_packed_stop_stock_transformers(family: str
         ("gptq:bits=3,group_size=32", "transformers"),
     ],
 )
+@pytest.mark.few(2)
 def test_a_packed_folder_can_be_pressed_on(step: str, target: Any, packed: Path, text: Path, tmp_path: Path):
     out = press(packed, tmp_path / "out", step, text=text, target=target)
     proven(out, packed)
@@ -283,6 +289,7 @@ MIXED = ["rtn:bits=gate_up:3+down:4,group_size=32", "rtn:layers=0:8,group_size=3
 
 
 @pytest.mark.parametrize("step", MIXED)
+@pytest.mark.few(1)
 def test_what_engines_would_read_wrongly_is_refused_and_loads_by_us(step: str, source: Path, tmp_path: Path):
     with pytest.raises(
         UserError, match=r"loads without an error and computes wrong; the nearest plan .* --target plugin"
@@ -364,6 +371,7 @@ def test_experts_without_tokens_are_rounded_without_them(text: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("layout", ["gptq", "awq"])
+@pytest.mark.few(1)
 def test_other_layouts_hold_the_same_values(layout: str, packed: Path, tmp_path: Path):
     api.export(packed, to=layout, out=tmp_path / "out")
     proven(tmp_path / "out", packed)

@@ -67,6 +67,7 @@ def same(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.parametrize("family", [*families.FAMILIES, *MORE])
+@pytest.mark.few(5)
 def test_every_matrix_is_found_where_it_lies_in_its_stack(family: str, twins: Twins):
     own, stacked = twins(family)
     view = open_view(stacked)
@@ -89,6 +90,7 @@ def test_every_matrix_is_found_where_it_lies_in_its_stack(family: str, twins: Tw
     [("mixtral", "rtn:group_size=8"), ("nemotron_h", "rtn:group_size=0,bits=3"), ("qwen3_5_moe_text", "rtn:group_size=0"),
      ("deepseek_v3", "gptq:group_size=0"), ("phimoe", "gptq:group_size=8"), ("jamba", "low_rank")],
 )  # fmt: skip
+@pytest.mark.few(1)
 def test_what_needs_experts_apart_gives_what_the_own_layout_gives(
     family: str, step: str, twins: Twins, text: Path, tmp_path: Path
 ):
@@ -106,6 +108,7 @@ def test_what_needs_experts_apart_gives_what_the_own_layout_gives(
     ["channel_prune:ratio=0.4,per_expert=true,score=magnitude,refit=expert", "wanda:pack=true",
      "sparsegpt:bits=4,group_size=0", "magnitude:sparsity=0.4"],
 )  # fmt: skip
+@pytest.mark.few(1)
 def test_so_does_every_other_step_that_needs_them(step: str, twins: Twins, text: Path, tmp_path: Path):
     own, stacked = twins("olmoe")
     outs = [press(each, tmp_path / each.name, step, text=text, target="plugin") for each in (own, stacked)]
@@ -115,6 +118,7 @@ def test_so_does_every_other_step_that_needs_them(step: str, twins: Twins, text:
 @pytest.mark.parametrize(
     "steps", [["channel_prune:ratio=0.4"], ["magnitude:sparsity=2:4"], ["expert_drop:keep=7,score=aimer"]]
 )
+@pytest.mark.few(1)
 def test_what_stacks_can_hold_stays_in_stacks(steps: list[str], twins: Twins, text: Path, tmp_path: Path):
     own, stacked = twins("mixtral")
     outs = [press(each, tmp_path / each.name, *steps, text=text) for each in (own, stacked)]

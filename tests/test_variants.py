@@ -65,6 +65,7 @@ def found(
 
 @pytest.mark.parametrize("family", ["gpt_oss", "granitemoe", "gemma2"])
 @pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.few(3)
 def test_states_on_the_disk_are_those_in_memory(
     family: str, order: int, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -103,6 +104,7 @@ def lies_in(folder: Path, tensor: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "granitemoe", "gemma2", "nanochat"])
+@pytest.mark.few(1)
 def test_candidates_that_start_hold_one_answer_of_the_embedding(family: str, zoo: Zoo, tmp_path: Path):
     """Most families hand it on as it is; granitemoe scales it and keeps that alone, nanochat norms it and keeps both."""
     folder = zoo(family) if family in families.FAMILIES else folder_of(family, tmp_path)

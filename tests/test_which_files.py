@@ -94,6 +94,7 @@ def explicit_before_single(old: Path, made: Path) -> None:
 
 
 @pytest.mark.parametrize("arrange", [both, stale, broken_index, linked, explicit, explicit_before_single])
+@pytest.mark.few(3)
 def test_the_single_file_is_the_model(
     arrange: Callable[[Path, Path], None], old: Path, made: Path, tmp_path: Path
 ):
@@ -139,6 +140,7 @@ def unlisted(old: Path) -> None:
         (unlisted, ""),
     ],
 )
+@pytest.mark.few(3)
 def test_an_index_is_read_as_transformers_reads_it(
     arrange: Callable[[Path], None], words: str, old: Path, made: Path, tmp_path: Path
 ):
@@ -173,6 +175,7 @@ def test_other_weights_beside_the_model_are_named(old: Path, made: Path):
         "consolidated.00.pth",
     ],
 )
+@pytest.mark.few(2)
 def test_weights_in_other_forms_are_named_once(name: str, old: Path, made: Path, tmp_path: Path):
     (old / name).write_bytes(b"weights")
     (note,) = proven(old, tmp_path / "out", head_of(made / "old"))

@@ -67,6 +67,7 @@ def ragged(source: Path, out: Path, text: Path) -> Path:
 
 
 @pytest.mark.parametrize("family", [*PLAIN, *SHARED, "jamba", "hunyuan_v1_moe"])
+@pytest.mark.few(2)
 def test_every_family_loads_experts_of_any_width(family: str, zoo: Zoo, text: Path, tmp_path: Path):
     out = ragged(zoo(family), tmp_path / "out", text)
     assert "logits within" in proven(out, zoo(family))["transformers with moespresso loads it and agrees"]
@@ -77,6 +78,7 @@ def test_every_family_loads_experts_of_any_width(family: str, zoo: Zoo, text: Pa
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])
+@pytest.mark.few(1)
 def test_in_memory_they_are_as_narrow_as_on_disk(family: str, zoo: Zoo, text: Path, tmp_path: Path):
     out = ragged(zoo(family), tmp_path / "out", text)
     stored = sum(tensor.numel() for name, tensor in disk(out).items() if ".experts." in name)
@@ -117,6 +119,7 @@ def test_it_equals_the_original_with_channels_cut_by_hand(zoo: Zoo, text: Path, 
         torch.testing.assert_close(pressed(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.breadth
 def test_without_moespresso_transformers_stops(zoo: Zoo, text: Path, tmp_path: Path):
     out = ragged(zoo("mixtral"), tmp_path / "out", text)
     code = f"from transformers import AutoModelForCausalLM as A\nA.from_pretrained({str(out)!r})"
@@ -163,6 +166,7 @@ def test_gradients_flow(zoo: Zoo, text: Path, tmp_path: Path):
         [],
     ],
 )  # fmt: skip
+@pytest.mark.few(2)
 def test_a_ragged_folder_is_a_source_like_any_other(steps: list[str], text: Path, tmp_path: Path):
     source = write_wide(tmp_path / "source")
     first = ragged(source, tmp_path / "first", text)
@@ -186,6 +190,7 @@ def test_a_ragged_folder_is_a_source_like_any_other(steps: list[str], text: Path
         [f"{OWN},scope=global", "wanda:sparsity=0.5"],
     ],
 )
+@pytest.mark.few(1)
 def test_in_one_recipe_with_other_steps(steps: list[str], text: Path, tmp_path: Path):
     source = write_wide(tmp_path / "source")
     proven(press(source, tmp_path / "out", *steps, text=text, target="plugin"), source)
@@ -202,6 +207,7 @@ def test_in_one_recipe_with_other_steps(steps: list[str], text: Path, tmp_path: 
         ("low_rank:ratio=0.25", "differ in width"),
     ],
 )
+@pytest.mark.few(1)
 def test_what_needs_equal_experts_is_refused(step: str, reason: str, text: Path, tmp_path: Path):
     first = ragged(write_wide(tmp_path / "source"), tmp_path / "first", text)
     with pytest.raises(UserError, match=reason):
@@ -358,6 +364,7 @@ def test_a_plan_says_of_all_experts_of_a_layer_or_of_none(zoo: Zoo, text: Path, 
 
 
 @pytest.mark.parametrize("change", [[8], "all", [8] * 8, [0] * 8])
+@pytest.mark.few(1)
 def test_a_config_that_says_other_widths_is_refused(change: Any, zoo: Zoo, text: Path, tmp_path: Path):
     out = ragged(zoo("mixtral"), tmp_path / "out", text)
     path = out / "config.json"
@@ -370,6 +377,7 @@ def test_a_config_that_says_other_widths_is_refused(change: Any, zoo: Zoo, text:
 
 
 @pytest.mark.parametrize("settings", ["per_expert=true", "per_expert=true,scope=global", "scope=global"])
+@pytest.mark.few(1)
 def test_a_byte_budget_is_kept(settings: str, zoo: Zoo, text: Path, tmp_path: Path):
     whole = open_view(zoo("mixtral")).source.cost().bytes
     size = round(whole * 0.9)
@@ -406,6 +414,7 @@ def test_no_expert_becomes_narrower_than_the_least_and_what_could_not_go_is_told
 @pytest.mark.parametrize(
     "step", ["channel_prune:per_expert=true", "channel_prune:scope=global", "expert_drop:scope=global"]
 )
+@pytest.mark.few(1)
 def test_one_measurement_serves_every_ratio(step: str, zoo: Zoo, text: Path, tmp_path: Path):
     stats, plan, out = tmp_path / "stats.json", tmp_path / "plan.json", tmp_path / "out"
     asked: Any = {"texts": [text], **OPTIONS}

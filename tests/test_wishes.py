@@ -76,6 +76,7 @@ def test_stats_are_planned_from_with_the_text_they_were_measured_on(source: Path
 
 @pytest.mark.parametrize("step", ["attention_rank", "low_rank", "wanda:pack=true", "expert_drop:scope=global",
                                   "low_rank:method=modegpt"])  # fmt: skip
+@pytest.mark.few(2)
 def test_measuring_is_no_matter_of_who_loads_the_result(step: str, source: Path, text: Path, tmp_path: Path):
     api.measure(source, out=tmp_path / "stats.json", steps=[step], texts=[text], **OPTIONS)
     assert (tmp_path / "stats.json").is_file()
@@ -93,6 +94,7 @@ def test_measuring_is_no_matter_of_who_loads_the_result(step: str, source: Path,
         ("low_rank:ratio=0.97", "97.4% of the bytes of these matrices go, 97.0% were asked for"),
     ],
 )
+@pytest.mark.few(2)
 def test_another_share_than_asked_for_is_said(step: str, told: str, source: Path, text: Path, tmp_path: Path):
     report = api.press(source, out=tmp_path / "out", steps=[step], texts=[text], target="plugin", **OPTIONS)
     assert any(told in note for note in report.notes), report.notes
@@ -182,6 +184,7 @@ def test_orders_that_undo_what_was_done(
         ["attention_rank:modules=qk", "attention_rank:modules=vo"],
     ],
 )
+@pytest.mark.few(1)
 def test_orders_that_do_not(steps: list[str], source: Path, text: Path, tmp_path: Path):
     proven(press(source, tmp_path / "out", *steps, text=text, target="plugin"), source)
 
@@ -209,6 +212,7 @@ def test_zeros_that_gptq_fills_are_counted(source: Path, text: Path, tmp_path: P
      ("attention_rank", "attention_rank:pack=false")],
 )  # fmt: skip
 @pytest.mark.parametrize("target", ["llama.cpp", "vllm", "transformers"])
+@pytest.mark.few(2)
 def test_the_nearest_plan_loads_there(
     target: str, step: str, cured: str, source: Path, text: Path, tmp_path: Path
 ):
