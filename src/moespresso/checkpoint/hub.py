@@ -34,30 +34,30 @@ def locate(model: str | os.PathLike[str]) -> Path:
 
     Raises `UserError` where it is on neither, or could be several.
     """
-    said = typed(model, "MODEL")
-    folder = sayable(Path(said), "MODEL")
-    if _there(folder):
-        return _around(folder) if folder.is_file() else _inside(folder)
-    if found := _URL.fullmatch(said):
-        if found["kind"]:
+    text = typed(model, "MODEL")
+    folder = sayable(Path(text), "MODEL")
+    if _exists(folder):
+        return _folder_of(folder) if folder.is_file() else _checkpoint_in(folder)
+    if match := _URL.fullmatch(text):
+        if match["kind"]:
             raise UserError(
-                f"{said} is no model but one of the hub's {found['kind'][:-1]}: give a model's owner/name"
+                f"{text} is no model but one of the hub's {match['kind'][:-1]}: give a model's owner/name"
             )
-        logger.warning("%s: taken as the hub id %s", said, found["name"])
-        return _fetched(found["name"], found["revision"] or found["at"])
-    if (found := _ID.fullmatch(said)) and not said.startswith("."):
-        return _fetched(found["name"], found["revision"])
+        logger.warning("%s: taken as the hub id %s", text, match["name"])
+        return _fetch(match["name"], match["revision"] or match["at"])
+    if (match := _ID.fullmatch(text)) and not text.startswith("."):
+        return _fetch(match["name"], match["revision"])
     return folder
 
 
-def _there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError:  # too long for a name, or in a folder that may not be looked into
         return False
 
 
-def _fetched(name: str, revision: str | None) -> Path:
+def _fetch(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
     try:
@@ -69,7 +69,7 @@ def _fetched(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def _around(file: Path) -> Path:
+def _folder_of(file: Path) -> Path:
     """The folder of a file of a checkpoint."""
     if file.suffix.lower() in OTHER:
         raise UserError(
@@ -83,27 +83,27 @@ def _around(file: Path) -> Path:
     return file.parent
 
 
-def _inside(folder: Path) -> Path:
+def _checkpoint_in(folder: Path) -> Path:
     """The checkpoint's own folder, where `folder` is the one around it; itself, where nothing better is found."""
     if (folder / CONFIG).exists() or not os.access(folder, os.R_OK | os.X_OK):
         return folder
     cache = folder.parent if folder.name == "snapshots" else folder
     if (cache / "snapshots").is_dir() and (revision := _main(cache)):
-        found = [cache / "snapshots" / revision]
+        folders = [cache / "snapshots" / revision]
     else:
         around = cache / "snapshots" if (cache / "snapshots").is_dir() else folder
-        found = sorted(
+        folders = sorted(
             child for child in around.iterdir() if child.name[0] != "." and (child / CONFIG).is_file()
         )
-    if len(found) > 1:
-        some = ", ".join(child.name for child in found[:3]) + (", ..." if len(found) > 3 else "")
+    if len(folders) > 1:
+        examples = ", ".join(child.name for child in folders[:3]) + (", ..." if len(folders) > 3 else "")
         raise UserError(
-            f"{folder} is no checkpoint but holds {len(found)} of them ({some}): give the folder of one"
+            f"{folder} is no checkpoint but holds {len(folders)} of them ({examples}): give the folder of one"
         )
-    if not found:
+    if not folders:
         return folder
-    logger.warning("%s: taken as the checkpoint in it, %s", folder, found[0])
-    return found[0]
+    logger.warning("%s: taken as the checkpoint in it, %s", folder, folders[0])
+    return folders[0]
 
 
 def _main(cache: Path) -> str | None:
