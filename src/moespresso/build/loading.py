@@ -37,7 +37,7 @@ def load_model(
     """
     chosen, place = _asked_dtype(dtype, view), pick_device(str(device or "cpu"))
     try:
-        model: Any = _as_it_is(view, chosen) if _plain_to_transformers(view) else _decoded(view, chosen)
+        model: Any = _as_it_is(view, chosen) if _plain_to_transformers(view) else _decode_all(view, chosen)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # whatever a family or a file makes it raise
@@ -53,13 +53,13 @@ def _asked_dtype(dtype: str | torch.dtype | None, view: View) -> torch.dtype:
     name = str(dtype or "auto").removeprefix("torch.")
     if name == "auto":
         return own_dtype(view)
-    found = getattr(torch, name, None)
-    if found not in FLOATS:
-        known = [str(each).removeprefix("torch.") for each in FLOATS]
+    asked = getattr(torch, name, None)
+    if asked not in FLOATS:
+        known = [str(known_dtype).removeprefix("torch.") for known_dtype in FLOATS]
         raise UserError(
             f"dtype {name!r} is none that a model computes in{did_you_mean(name, [*known, 'auto'])}"
         )
-    return found
+    return asked
 
 
 def _plain_to_transformers(view: View) -> bool:
@@ -80,14 +80,14 @@ def _first_line(error: Exception) -> str:
     return reason(Exception(lines[0]))
 
 
-def _decoded(view: View, dtype: torch.dtype) -> PreTrainedModel:
+def _decode_all(view: View, dtype: torch.dtype) -> PreTrainedModel:
     config = read_config(view.config, view.source.place)
     folder, kind = view.checkpoint.folder, cast("Any", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     with Tensors(folder, allow_nonfinite=True) as tensors:
         lock = Lock()
-        own = {piece.name: _Own(tensors, piece, lock) for piece in view.pieces}
+        values = {piece.name: _Own(tensors, piece, lock) for piece in view.pieces}
         # Without a name the loader reads no files: all it loads is here.
-        model = kind.from_pretrained(None, config=config, state_dict=own, dtype=dtype)
+        model = kind.from_pretrained(None, config=config, state_dict=values, dtype=dtype)
     model.name_or_path = model.config.name_or_path = str(folder)
     if model.can_generate():
         model.generation_config = _generation(folder)

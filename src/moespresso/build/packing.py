@@ -14,8 +14,8 @@ if TYPE_CHECKING:  # a view asks for its own packing
 
 def own_packing(view: View) -> bool:
     """Whether a checkpoint has packed matrices that transformers stops at, or (in folders of others) reads wrongly."""
-    said = (view.checkpoint.config.get(SECTION) or {}).get("format")
-    return said == OWN_KIND or half_packed(view) or not (one_format(view) or other_layout(view))
+    format_name = (view.checkpoint.config.get(SECTION) or {}).get("format")
+    return format_name == OWN_KIND or half_packed(view) or not (one_format(view) or other_layout(view))
 
 
 def half_packed(view: View) -> bool:

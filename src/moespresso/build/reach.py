@@ -21,15 +21,15 @@ NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_s
 def num_positions(view: View) -> int | None:
     """How many tokens a row may have; None where the config does not say."""
     text: Any = read_config(view.checkpoint.config, str(view.checkpoint.folder)).get_text_config()
-    said = (getattr(text, name, None) for name in NAMES)
-    positions = next((count for count in said if isinstance(count, int) and count > 0), None)
+    limits = (getattr(text, name, None) for name in NAMES)
+    positions = next((count for count in limits if isinstance(count, int) and count > 0), None)
     if positions is None:
         return None
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
-    return max([positions, *_stretched(rope, positions)])
+    return max([positions, *_stretched_lengths(rope, positions)])
 
 
-def _stretched(rope: Any, positions: int) -> Iterator[int]:
+def _stretched_lengths(rope: Any, positions: int) -> Iterator[int]:
     """What every stretch of a config comes to; layers of different kinds may have one each."""
     if not isinstance(rope, Mapping):
         return
@@ -37,4 +37,4 @@ def _stretched(rope: Any, positions: int) -> Iterator[int]:
     if isinstance(factor, int | float):
         yield int((original or positions) * factor)
     for inside in rope.values():
-        yield from _stretched(inside, positions)
+        yield from _stretched_lengths(inside, positions)

@@ -79,8 +79,8 @@ class View:
     @cached_property
     def pieces(self) -> list[Piece]:
         """Every tensor of the result, in the source's order."""
-        found = pieces(self.source, self.plan, self.fits, stock=self.stock)
-        grown = self._grown(found)
+        planned = pieces(self.source, self.plan, self.fits, stock=self.stock)
+        grown = self._widen_shared(planned)
         laid = grown if self.layout is None else [laid_out(piece, self.layout) for piece in grown]
         return [*joined(laid, self.checkpoint.config, self.source.place), *self._stub_pieces()]
 
@@ -102,8 +102,8 @@ class View:
     @cached_property
     def formats(self) -> dict[str, Format]:
         """The format of every matrix that is packed, by the name of its module."""
-        found = {piece.name.removesuffix(".weight"): piece.ref.packed for piece in self.pieces}
-        return {name: packed.format for name, packed in found.items() if packed is not None}
+        packed_by_module = {piece.name.removesuffix(".weight"): piece.ref.packed for piece in self.pieces}
+        return {name: packed.format for name, packed in packed_by_module.items() if packed is not None}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class View:
             return pressed_config(
                 self.checkpoint.config, self.source, self.plan, self.remains, stock=self.stock
             ), 0
-        whole = frozenset(at for at in self.remains.cut if at[1] != "mlp")
+        cut = frozenset(at for at in self.remains.cut if at[1] != "mlp")
         kept = {
             **{layer.index: tuple(range(layer.experts)) for layer in self.source.moe_layers},
             **self.remains.experts,
@@ -158,7 +158,7 @@ class View:
             self.checkpoint.config,
             self.source,
             self.plan,
-            replace(self.remains, cut=whole, experts=experts, widths=widths),
+            replace(self.remains, cut=cut, experts=experts, widths=widths),
             stock=self.stock,
         )
         return with_dense(config, self.stubs, self.source.place)
@@ -167,15 +167,15 @@ class View:
         layer = self.remains.layers[position]
         return next(spec for spec in self.source.layers if spec.index == layer).bodies["mlp"]
 
-    def _grown(self, found: list[Piece]) -> list[Piece]:
+    def _widen_shared(self, planned: list[Piece]) -> list[Piece]:
         """Shared experts as wide as the config says: where its one width of experts counts them."""
         if not self.stock or not self.remains.widths:
-            return found
+            return planned
         config, place = self._config[0], self.source.place
         model = build_meta(read_config(config, place), torch.bfloat16, place)
         names, state = Names(model), model.state_dict()
         grown: list[Piece] = []
-        for piece in found:
+        for piece in planned:
             wanted = state.get(names.in_memory(piece.name)[0]) if piece.unit.part == "shared" else None
             wide = wanted is not None and tuple(wanted.shape) != piece.shape
             grown.append(
@@ -192,7 +192,7 @@ class View:
         place = self.source.place
         state = build_meta(read_config(self._config[0], place), torch.bfloat16, place).state_dict()
         dtypes = self.source.dtypes
-        made: list[Piece] = []
+        zeros: list[Piece] = []
         for position in self.stubs:
             prefix = f"{self.source.layers_name}.{position}.{self._body(position)}."
             dtype = dtypes[self.remains.layers[position]]
@@ -201,10 +201,10 @@ class View:
                 for name, t in state.items()
                 if name.startswith(prefix)
             ]
-            made += [
+            zeros += [
                 Piece(ref.name, ref.shape, Entry(ref, Unit(position, "dense"), branch="mlp")) for ref in refs
             ]
-        return made
+        return zeros
 
     def check_fits(self) -> None:
         """Raise `UserError` when the tensors to write are not the ones that the model of the edited config asks for."""

@@ -65,10 +65,10 @@ def shards_of(pieces: Sequence[Piece], limit: int) -> list[Shard]:
     names = [SINGLE] if len(groups) == 1 else [
         f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)
     ]  # fmt: skip
-    return [Shard(name, tuple(_aligned(group))) for name, group in zip(names, groups, strict=True)]
+    return [Shard(name, tuple(_align(group))) for name, group in zip(names, groups, strict=True)]
 
 
-def _aligned(group: list[Piece]) -> list[Piece]:
+def _align(group: list[Piece]) -> list[Piece]:
     # Wide dtypes first keep every tensor aligned to its own width, as safetensors' own writer does.
     return sorted(group, key=lambda piece: -DTYPE_BYTES[piece.ref.dtype])
 
@@ -107,8 +107,8 @@ def _sidecar(view: View, folder: Path, name: str) -> Written:
         or not (source / "tokenizer.json").is_file()
     ):
         return copy_sidecar(source, folder, name)
-    said = tokenizer_config(json.loads((source / name).read_text()))
-    return Written(name, *write_text(folder / name, json.dumps(said, indent=2, ensure_ascii=False) + "\n"))
+    config = tokenizer_config(json.loads((source / name).read_text()))
+    return Written(name, *write_text(folder / name, json.dumps(config, indent=2, ensure_ascii=False) + "\n"))
 
 
 def write_shard(folder: Path, shard: Shard, tensors: Tensors) -> Written:
@@ -123,8 +123,8 @@ def write_shard(folder: Path, shard: Shard, tensors: Tensors) -> Written:
     size, digest = write_file(folder / shard.name, parts())
     for file in {ref.file for piece in shard.pieces for ref in piece.inputs}:
         tensors.reader.drop_pages(file)
-    found = tensors.nonfinite
-    counts = {piece.name: sum(found.get(ref.name, 0) for ref in piece.inputs) for piece in shard.pieces}
+    nonfinite = tensors.nonfinite
+    counts = {piece.name: sum(nonfinite.get(ref.name, 0) for ref in piece.inputs) for piece in shard.pieces}
     return Written(shard.name, size, digest, {name: count for name, count in counts.items() if count})
 
 

@@ -85,9 +85,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 )
             tensors[ref.name] = ref
     notes = chosen.notes(folder, tensors)
-    whole = joined(config, tensors, folder)
-    _check_some(whole, folder)
-    return Checkpoint(folder, config, whole, chosen.files, notes, chosen.index)
+    packed = joined(config, tensors, folder)
+    _check_some(packed, folder)
+    return Checkpoint(folder, config, packed, chosen.files, notes, chosen.index)
 
 
 def _check_some(tensors: Mapping[str, TensorRef], folder: Path) -> None:

@@ -65,9 +65,9 @@ class Journal:
     def _append(self, row: dict[str, Any]) -> None:
         text = self._path.read_text() if self._path.is_file() else ""
         # A torn last line of a killed run is overwritten, not continued.
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            write_text(self._path, whole)
+        lines = text[: text.rfind("\n") + 1]
+        if lines != text:
+            write_text(self._path, lines)
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
@@ -98,8 +98,8 @@ def claim(folder: Path, source: Path, *, resume: bool = True) -> Generator[Path]
 
 
 def _refuse_foreign(folder: Path, source: Path) -> None:
-    here, there = real(sayable(folder, "--out")), real(source)
-    if here == there or there in here.parents:
+    target, origin = real(sayable(folder, "--out")), real(source)
+    if target == origin or origin in target.parents:
         raise UserError(
             f"--out {folder} lies in the source folder {source}, which is never written to: choose another"
         )

@@ -103,5 +103,5 @@ class Border:
         """Where in the text the token begins; its start, where the tokenizer cannot say."""
         if not self.tokenizer.is_fast:
             return 0
-        found = self.tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-        return found["offset_mapping"][index][0]
+        encoding = self.tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        return encoding["offset_mapping"][index][0]

@@ -185,8 +185,8 @@ def _fault(text: str) -> Exception | None:
 
 
 def _invalid(place: str, error: Exception) -> UserError:
-    said = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-    return UserError(f"{place}: not valid JSON ({said}): mend it or take it out")
+    fault = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    return UserError(f"{place}: not valid JSON ({fault}): mend it or take it out")
 
 
 def _values(text: str, file: Path) -> Iterator[tuple[str, Any]]:
@@ -204,7 +204,7 @@ def _values(text: str, file: Path) -> Iterator[tuple[str, Any]]:
 def _sequence(text: str, file: Path) -> Iterator[tuple[int, Any]]:
     at = _skip(text, 0)
     while at < len(text):
-        value, end = _decoded(text, at, file)
+        value, end = _decode(text, at, file)
         yield at, value
         at = _skip(text, end)
 
@@ -219,7 +219,7 @@ def _elements(text: str, at: int) -> Iterator[tuple[int, Any]]:
         at = _skip(text, at + 1) if text[at] == "," else at
 
 
-def _decoded(text: str, at: int, file: Path) -> tuple[Any, int]:
+def _decode(text: str, at: int, file: Path) -> tuple[Any, int]:
     try:
         return json.JSONDecoder().raw_decode(text, at)
     except json.JSONDecodeError:
@@ -229,6 +229,6 @@ def _decoded(text: str, at: int, file: Path) -> tuple[Any, int]:
 
 
 def _skip(text: str, at: int) -> int:
-    found = BLANK.match(text, at)
-    assert found is not None
-    return found.end()
+    match = BLANK.match(text, at)
+    assert match is not None
+    return match.end()

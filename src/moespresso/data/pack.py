@@ -139,14 +139,16 @@ def calibration(
         _draw(source, number, border, replace(sampling, samples=rows))
         for number, (source, rows) in enumerate(zip(sources, _share(sources, samples), strict=True))
     ]
-    made = {
+    description = {
         "sources": [draw.described for draw in draws],
         "samples": samples,
         "length": sampling.length,
         "seed": sampling.seed,
         "mode": sampling.mode,
     }
-    return Batches(torch.cat([draw.ids for draw in draws]), torch.cat([draw.mask for draw in draws]), made)
+    return Batches(
+        torch.cat([draw.ids for draw in draws]), torch.cat([draw.mask for draw in draws]), description
+    )
 
 
 def sequences(
@@ -169,17 +171,23 @@ def sequences(
     border = Border(tokenizer, vocab)
     readings = [_Reading(documents(source, EVALUATION_PIECE)) for source in sources]
     pieces = _tokens(itertools.chain.from_iterable(readings), border, eos="ends")
-    windows, found = pack_windows(pieces, length, limit)
-    if found < 2:
+    windows, count = pack_windows(pieces, length, limit)
+    if count < 2:
         raise UserError(
-            f"{_names(sources)}: evaluation needs at least 2 tokens, but there are {found}: give more text"
+            f"{_names(sources)}: evaluation needs at least 2 tokens, but there are {count}: give more text"
         )
     ids, mask = _one_window(windows, length, border)
     for source, reading in zip(sources, readings, strict=True):
         reading.say_unread(source)
-    described = [_described(source, reading) for source, reading in zip(sources, readings, strict=True)]
-    made = {"sources": described, "samples": len(ids), "length": length, "seed": None, "mode": "sequences"}
-    return Batches(ids, mask, made)
+    described = [_description(source, reading) for source, reading in zip(sources, readings, strict=True)]
+    description = {
+        "sources": described,
+        "samples": len(ids),
+        "length": length,
+        "seed": None,
+        "mode": "sequences",
+    }
+    return Batches(ids, mask, description)
 
 
 def pack_windows(
@@ -215,8 +223,8 @@ class _Reading:
     Of conversations in a `template`, that is also whatever else the template asks for.
     """
 
-    def __init__(self, found: Iterator[Document], template: Template | None = None) -> None:
-        self._found = found
+    def __init__(self, stream: Iterator[Document], template: Template | None = None) -> None:
+        self._stream = stream
         self._seen = ((), ()) if template is None else (template.words, template.fields)
         self._read = self._seen if template is not None else ((), ("tools", "documents"))
         self._unread: Counter[str] = Counter()
@@ -226,7 +234,7 @@ class _Reading:
         self.documents = 0
 
     def __iter__(self) -> Iterator[Document]:
-        for document in self._found:
+        for document in self._stream:
             self._digest.update(document.digest(*self._seen))
             self.documents += not self._inside
             self._inside = not document.ends
@@ -267,18 +275,18 @@ def _draw(source: Source, number: int, border: Border, sampling: Sampling) -> _D
         ids, mask = _chat_rows(drawn, source, border, template, rows, length)
     reading.say_unread(source)
     described = {
-        **_described(source, reading),
+        **_description(source, reading),
         "samples": rows,
         "mode": "pack" if template is None else "chat",
     }
     return _Draw(ids, mask, described)
 
 
-def _pool(found: Iterator[Document], tokens: int) -> list[Document]:
+def _pool(stream: Iterator[Document], tokens: int) -> list[Document]:
     """The first documents of a source, which rows are drawn from."""
     pool: list[Document] = []
     room = max(POOL_CHARACTERS, POOL_CHARACTERS_PER_TOKEN * tokens)
-    while room > 0 and (document := next(found, None)) is not None:
+    while room > 0 and (document := next(stream, None)) is not None:
         pool.append(document)
         room -= len(document.text)
     return pool
@@ -301,7 +309,7 @@ def _check_pool(pool: Sequence[Document], border: Border, template: Template | N
             border.encode(document.text, document)
         return
     for document in pool:
-        rendered = _rendered(document, template)
+        rendered = _render(document, template)
         if ask or len(rendered) < SHORT or len(rendered.split()) < 2:
             _row(rendered, document, border)
 
@@ -317,7 +325,7 @@ def _row(rendered: str, document: Document, border: Border) -> list[int]:
     return ids
 
 
-def _rendered(document: Document, template: Template) -> str:
+def _render(document: Document, template: Template) -> str:
     if document.chat is None:
         raise UserError(
             f"{document.place}: chat mode needs conversations, but this is plain text; use mode pack"
@@ -328,12 +336,12 @@ def _rendered(document: Document, template: Template) -> str:
 def _packed_rows(
     drawn: Iterator[Document], source: Source, border: Border, rows: int, length: int
 ) -> tuple[Tensor, Tensor]:
-    windows, found = pack_windows(_tokens(drawn, border, eos="always"), length, rows)
-    if found < rows * length:
-        fewer = f"at most {found // length} samples or shorter ones" if found >= length else "shorter ones"
+    windows, count = pack_windows(_tokens(drawn, border, eos="always"), length, rows)
+    if count < rows * length:
+        fewer = f"at most {count // length} samples or shorter ones" if count >= length else "shorter ones"
         raise UserError(
             f"{source.name}: {rows} samples of {length} tokens need {rows * length:,} tokens, "
-            f"but there are {found:,}; "
+            f"but there are {count:,}; "
             f"give more text, or ask for {fewer}"
         )
     return windows, torch.ones_like(windows, dtype=torch.bool)
@@ -343,7 +351,7 @@ def _chat_rows(
     drawn: Iterator[Document], source: Source, border: Border, template: Template, rows: int, length: int
 ) -> tuple[Tensor, Tensor]:
     taken = list(itertools.islice(drawn, rows))
-    texts = [_rendered(document, template) for document in taken]
+    texts = [_render(document, template) for document in taken]
     if len(taken) < rows:
         raise UserError(
             f"{source.name}: {rows} samples need {rows} conversations, but there are {len(taken)}; "
@@ -352,7 +360,7 @@ def _chat_rows(
     _say_unseen(taken, template, source)
     pairs = zip(taken, texts, strict=True)
     encoded = [_row(text, document, border)[:length] for document, text in pairs]
-    return _padded(encoded, length, border.pad)
+    return _pad(encoded, length, border.pad)
 
 
 def _say_unseen(taken: Sequence[Document], template: Template, source: Source) -> None:
@@ -368,7 +376,7 @@ def _say_unseen(taken: Sequence[Document], template: Template, source: Source) -
         )  # fmt: skip
 
 
-def _padded(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[Tensor, Tensor]:
+def _pad(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[Tensor, Tensor]:
     """Pad on the right: causal layers never let a real token see what follows it."""
     ids = torch.full((len(rows), length), pad, dtype=torch.int64)
     mask = torch.zeros((len(rows), length), dtype=torch.bool)
@@ -382,12 +390,14 @@ def _one_window(windows: Tensor, length: int, border: Border) -> tuple[Tensor, T
     """Pad the single short window of a text that fills none; whole windows pass untouched."""
     if windows.shape[1] == length:
         return windows, torch.ones_like(windows, dtype=torch.bool)
-    return _padded(windows.tolist(), length, border.pad)
+    return _pad(windows.tolist(), length, border.pad)
 
 
-def _tokens(found: Iterable[Document], border: Border, eos: Literal["always", "ends"]) -> Iterator[list[int]]:
+def _tokens(
+    stream: Iterable[Document], border: Border, eos: Literal["always", "ends"]
+) -> Iterator[list[int]]:
     """Tokenize without BOS; EOS ends a document, or "always" every piece (shuffled ones have no next)."""
-    for document in found:
+    for document in stream:
         ids = border.encode(document.text, document)
         yield ids + border.stop if eos == "always" or document.ends else ids
 
@@ -423,10 +433,10 @@ def _share(sources: Sequence[Source], samples: int) -> list[int]:
     return rows
 
 
-def _described(source: Source, reading: _Reading) -> dict[str, Any]:
-    given = {"name": source.name, "weight": source.weight, "field": source.field, "split": source.split}
+def _description(source: Source, reading: _Reading) -> dict[str, Any]:
+    fields = {"name": source.name, "weight": source.weight, "field": source.field, "split": source.split}
     flags = {"join": source.join, "hub": source.hub}
-    return {**given, **flags, "documents": reading.documents, "digest": reading.digest}
+    return {**fields, **flags, "documents": reading.documents, "digest": reading.digest}
 
 
 def _check_request(sources: Sequence[Source], *, samples: int, length: int) -> None:

@@ -40,13 +40,13 @@ class Spot:
 
 def spots_of(turns: Sequence[Turn]) -> list[Spot]:
     """Every spot of a conversation."""
-    found = [Spot(number) for number, turn in enumerate(turns) if turn.get("content")]
+    spots = [Spot(number) for number, turn in enumerate(turns) if turn.get("content")]
     for number, turn in enumerate(turns):
         for at, call in enumerate(calls_of(turn)):
-            found.append(Spot(number, at))
+            spots.append(Spot(number, at))
             if _function(call).get("arguments") not in (None, "", "{}", {}):
-                found.append(Spot(number, at, arguments=True))
-    return found
+                spots.append(Spot(number, at, arguments=True))
+    return spots
 
 
 def _function(call: Any) -> Mapping[str, Any]:
@@ -56,14 +56,14 @@ def _function(call: Any) -> Mapping[str, Any]:
 
 def altered(turns: Sequence[Turn], marks: Mapping[Spot, str]) -> tuple[Turn, ...]:
     """The turns with a mark in each of these spots."""
-    return tuple(_altered(number, turn, marks) for number, turn in enumerate(turns))
+    return tuple(_with_marks(number, turn, marks) for number, turn in enumerate(turns))
 
 
-def _altered(number: int, turn: Turn, marks: Mapping[Spot, str]) -> Turn:
-    made = dict(turn)
+def _with_marks(number: int, turn: Turn, marks: Mapping[Spot, str]) -> Turn:
+    copy = dict(turn)
     if (mark := marks.get(Spot(number))) is not None:
         content = turn["content"]
-        made["content"] = (
+        copy["content"] = (
             [{**part, "text": f"{mark}{part.get('text', '')}{mark}"} for part in content]
             if isinstance(content, list)
             else f"{mark}{content}{mark}"
@@ -73,10 +73,10 @@ def _altered(number: int, turn: Turn, marks: Mapping[Spot, str]) -> Turn:
         for at, call in enumerate(calls_of(turn))
     ]
     if turn.get("tool_calls"):
-        made["tool_calls"] = calls[: len(turn["tool_calls"])]
+        copy["tool_calls"] = calls[: len(turn["tool_calls"])]
     if turn.get("function_call"):
-        made["function_call"] = calls[-1]
-    return made
+        copy["function_call"] = calls[-1]
+    return copy
 
 
 def _call(call: Any, function: str | None, arguments: str | None) -> Any:
@@ -85,17 +85,17 @@ def _call(call: Any, function: str | None, arguments: str | None) -> Any:
         return call
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": _call(call["function"], function, arguments)}
-    made = dict(call)
+    copy = dict(call)
     if function is not None:
-        made["name"] = f"{call.get('name', '')}{function.strip()}"
+        copy["name"] = f"{call.get('name', '')}{function.strip()}"
     if arguments is not None:
-        made["arguments"] = _arguments(call["arguments"], arguments.strip())
-    return made
+        copy["arguments"] = _arguments(call["arguments"], arguments.strip())
+    return copy
 
 
-def _arguments(given: Any, mark: str) -> Any:
-    inside = opened(given)
+def _arguments(arguments: Any, mark: str) -> Any:
+    inside = opened(arguments)
     if not isinstance(inside, Mapping):
-        return f"{given}{mark}"
+        return f"{arguments}{mark}"
     other = dict.fromkeys(inside, mark)
-    return other if isinstance(given, Mapping) else json.dumps(other)
+    return other if isinstance(arguments, Mapping) else json.dumps(other)
