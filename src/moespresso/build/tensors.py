@@ -62,8 +62,8 @@ class Tensors:
             for joined in piece.joins:
                 yield from self.chunks(joined)
             return
-        if piece.whole is not None:
-            yield self._part(piece.whole, piece.part).reshape(-1)
+        if piece.matrix is not None:
+            yield self._part(piece.matrix, piece.part).reshape(-1)
             return
         if piece.filled:
             yield self._with_zeros(piece).reshape(-1)
@@ -71,8 +71,8 @@ class Tensors:
         if piece.pruned:
             yield self._pruned_values(piece).reshape(-1)
             return
-        if piece.given is not None:
-            flat = piece.given.to(TORCH_DTYPES[piece.ref.dtype]).reshape(-1)
+        if piece.values is not None:
+            flat = piece.values.to(TORCH_DTYPES[piece.ref.dtype]).reshape(-1)
             yield flat if piece.scale == 1 else times(flat, piece.scale)
             return
         assert not piece.refit, f"{piece.name} was never fitted"
@@ -108,8 +108,8 @@ class Tensors:
         assert how is not None
         if part == "weight_shape":  # comes before all others in a shard
             return torch.tensor(matrix.shape)
-        if part in how.found and how.factor == 1:
-            return how.found[part]
+        if part in how.parts and how.factor == 1:
+            return how.parts[part]
         key = matrix.name, part
         if key not in self._parts:
             self._parts |= {
@@ -121,14 +121,14 @@ class Tensors:
         """All parts of a packed matrix, a stack of one."""
         how = matrix.encoding
         assert how is not None
-        held = codec_named(how.layout)
-        parts = self._encode_unscaled(matrix, how, held)
-        return parts if how.factor == 1 else held.rescale(parts, how.factor)
+        codec = codec_named(how.layout)
+        parts = self._encode_unscaled(matrix, how, codec)
+        return parts if how.factor == 1 else codec.rescale(parts, how.factor)
 
     def _encode_unscaled(self, matrix: Piece, how: Encoding, codec: Codec) -> Mapping[str, Tensor]:
         bare, dtype = replace(matrix, encoding=None), TORCH_DTYPES[matrix.ref.dtype]
-        if how.found:
-            return {suffix: tensor.unsqueeze(0) for suffix, tensor in how.found.items()}
+        if how.parts:
+            return {suffix: tensor.unsqueeze(0) for suffix, tensor in how.parts.items()}
         if how.again:
             weights = self.whole(bare).float().unsqueeze(0)
             return codec.encode(codec.nearest(weights, how.format, dtype), how.format)

@@ -65,7 +65,7 @@ class Batches:
 
     ids: Tensor
     mask: Tensor
-    made: Mapping[str, Any]
+    description: Mapping[str, Any]
 
     def __post_init__(self) -> None:
         """Guard the shapes and dtypes that everyone downstream relies on."""
@@ -98,7 +98,7 @@ class Batches:
 
     def describe(self) -> dict[str, Any]:
         """Return what stands in a plan: sources and their digests, settings, tokens, token digest."""
-        return {**self.made, "tokens": self.num_tokens, "digest": self.digest}
+        return {**self.description, "tokens": self.num_tokens, "digest": self.digest}
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (ids, mask), `size` rows at a time; the last chunk may be shorter."""

@@ -54,7 +54,7 @@ def key(stage: int, unit: Unit, kind: str) -> str:
 def is_part(name: str) -> bool:
     """Whether what is found under a name is a part of one matrix, packed: neither a whole tensor nor what others share."""
     suffix = name.rpartition("/")[2]
-    return any(suffix in each.parts and suffix not in each.shared for each in codecs())
+    return any(suffix in codec.parts and suffix not in codec.shared for codec in codecs())
 
 
 def found_key(stage: int, name: str, suffix: str) -> str:
@@ -68,7 +68,7 @@ def cuts(plan: Plan, stage: int, blueprint: Blueprint) -> list[Cut]:
     alive = [at for at in blueprint.branches if is_left(at, earlier)]
     after = remains(Plan(plan.blueprint, plan.stages[: stage + 1]), blueprint)
     treatments = plan.stages[stage].treatments
-    found: list[Cut] = []
+    runs: list[Cut] = []
     run: list[tuple[int, Branch]] = []
     before: tuple[int, Branch] | None = None
     for at in [*alive, None]:
@@ -79,9 +79,9 @@ def cuts(plan: Plan, stage: int, blueprint: Blueprint) -> list[Cut]:
             repair = _repair_of(run, blueprint, treatments)
             stubs = [branch for branch in run if branch[0] in after.layers]
             if repair is not None:
-                found.append(Cut(repair, tuple(run), before, stubs[-1] if stubs else None))
+                runs.append(Cut(repair, tuple(run), before, stubs[-1] if stubs else None))
         before, run = at, []
-    return found
+    return runs
 
 
 def _repair_of(

@@ -57,7 +57,9 @@ def remains(plan: Plan, blueprint: Blueprint) -> Remains:
     }
     gone = {layer: lost for layer in experts if (lost := _gone(plan, layer, specs[layer].experts))}
     novices = frozenset(layer for layer in gone if _has_novices(plan, layer))
-    widths = {layer: found for layer, kept in experts.items() if (found := _widths(plan, specs[layer], kept))}
+    widths = {
+        layer: channels for layer, kept in experts.items() if (channels := _widths(plan, specs[layer], kept))
+    }
     return Remains(layers, cut, experts, gone, novices, widths)
 
 
@@ -70,35 +72,35 @@ def dropped_units(plan: Plan) -> frozenset[Unit]:
 
 def merged_into(plan: Plan, layer: int) -> dict[int, int]:
     """Experts of `layer` that are part of an average, each with the one whose place it takes."""
-    found: dict[int, int] = {}
+    leaders: dict[int, int] = {}
     for stage in plan.stages:
         for unit, treatment in stage.treatments.items():
             into = treatment.into
             if unit.layer == layer and unit.expert is not None and into is not None and into != unit.expert:
-                found |= {member: into for member, leader in found.items() if leader == unit.expert}
-                found[unit.expert] = into
-    return found
+                leaders |= {member: into for member, leader in leaders.items() if leader == unit.expert}
+                leaders[unit.expert] = into
+    return leaders
 
 
 def _widths(plan: Plan, layer: LayerSpec, kept: tuple[int, ...]) -> dict[int, int]:
     """Channels of every kept expert of a layer; nothing where all have as many as before, which is one number."""
-    found = {expert: layer.widths[expert] if layer.widths else layer.width for expert in kept}
+    channels_of = {expert: layer.widths[expert] if layer.widths else layer.width for expert in kept}
     cut = False
     for stage in plan.stages:
         for expert in kept:
             channels = channels_left(stage, layer.index, expert)
             if channels is not None:
-                found[expert], cut = min(found[expert], channels), True
-    return found if cut or layer.widths else {}
+                channels_of[expert], cut = min(channels_of[expert], channels), True
+    return channels_of if cut or layer.widths else {}
 
 
 def channels_left(stage: Stage, layer: int, expert: int | None) -> int | None:
     """The channels that `stage` leaves to an expert: what it says of that one, else of all in the layer; None for all."""
-    own, whole = (
+    of_expert, of_layer = (
         stage.treatments.get(Unit(layer, "experts", number), Treatment()).channels
         for number in (expert, None)
     )
-    return whole if own is None else own
+    return of_layer if of_expert is None else of_expert
 
 
 def _gone(plan: Plan, layer: int, experts: int) -> tuple[int, ...]:
@@ -124,10 +126,10 @@ def _has_novices(plan: Plan, layer: int) -> bool:
 def pressed_layers(blueprint: Blueprint, left: Remains) -> tuple[LayerSpec, ...]:
     """The kept layers as they are afterwards, renumbered."""
     specs = {layer.index: layer for layer in blueprint.layers}
-    return tuple(_pressed(specs[layer], position, left) for position, layer in enumerate(left.layers))
+    return tuple(_remaining_layer(specs[layer], position, left) for position, layer in enumerate(left.layers))
 
 
-def _pressed(layer: LayerSpec, position: int, left: Remains) -> LayerSpec:
+def _remaining_layer(layer: LayerSpec, position: int, left: Remains) -> LayerSpec:
     bodies = {branch: name for branch, name in layer.bodies.items() if (layer.index, branch) not in left.cut}
     layer = replace(layer, bodies=bodies)
     if (layer.index, "attention") in left.cut:
@@ -138,12 +140,12 @@ def _pressed(layer: LayerSpec, position: int, left: Remains) -> LayerSpec:
         )
     if layer.experts:
         gone = len(left.gone.get(layer.index, ()))
-        own = tuple(left.widths.get(layer.index, {}).values())
+        widths = tuple(left.widths.get(layer.index, {}).values())
         layer = replace(
             layer,
             experts=len(left.experts[layer.index]),
             skipped=layer.skipped + gone,
-            width=max(own, default=layer.width),
-            widths=own if len(set(own)) > 1 else (),
+            width=max(widths, default=layer.width),
+            widths=widths if len(set(widths)) > 1 else (),
         )
     return replace(layer, index=position)

@@ -30,23 +30,23 @@ def joined(pieces: Sequence[Piece], config: Config, place: str) -> list[Piece]:
     if not _beside_packed(pieces):
         return list(pieces)
     names = _names_of(config, place)
-    groups = _converted(pieces, names)
+    groups = _by_conversion(pieces, names)
     firsts = {together[0].name: name for name, together in groups.items() if _can_join(name, together, names)}
     gone = {piece.name for name in firsts.values() for piece in groups[name]}
-    found: list[Piece] = []
+    result: list[Piece] = []
     for piece in pieces:
         if piece.name in firsts:
-            found.append(_end_to_end(firsts[piece.name], groups[firsts[piece.name]]))
+            result.append(_end_to_end(firsts[piece.name], groups[firsts[piece.name]]))
         elif piece.name not in gone:
-            found.append(piece)
-    return found
+            result.append(piece)
+    return result
 
 
 def unreadable(pieces: Sequence[Piece], config: Config, place: str) -> list[str]:
     """Names of plain pieces that the library would have to convert beside packed ones, which it cannot."""
     if not _beside_packed(pieces):
         return []
-    groups = _converted(pieces, _names_of(config, place))
+    groups = _by_conversion(pieces, _names_of(config, place))
     return [piece.name for together in groups.values() for piece in together]
 
 
@@ -69,15 +69,16 @@ def _beside_packed(pieces: Sequence[Piece]) -> bool:
     )
 
 
-def _converted(pieces: Sequence[Piece], names: Names) -> dict[str, list[Piece]]:
+def _by_conversion(pieces: Sequence[Piece], names: Names) -> dict[str, list[Piece]]:
     """Plain pieces behind a conversion that waits for packed parts, in the order it takes them, by the name they get."""
-    found: dict[str, list[tuple[Any, Piece]]] = {}
+    waiting: dict[str, list[tuple[Any, Piece]]] = {}
     for piece in pieces:
         name, pattern = names.in_memory(piece.name)
         if piece.ref.packed is None and pattern is not None and names.waits_for_packed(pattern):
-            found.setdefault(name, []).append((names.order(piece.name, pattern), piece))
+            waiting.setdefault(name, []).append((names.order(piece.name, pattern), piece))
     return {
-        name: [piece for _, piece in sorted(each, key=lambda pair: pair[0])] for name, each in found.items()
+        name: [piece for _, piece in sorted(ordered, key=lambda pair: pair[0])]
+        for name, ordered in waiting.items()
     }
 
 

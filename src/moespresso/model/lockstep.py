@@ -70,9 +70,9 @@ class PausedBatch:
 
     def snapshot(self, hidden: Tensor) -> PausedBatch:
         """This pause, which stays when the batch goes on, with its hidden states where they are kept meanwhile."""
-        kept = copy(self)
-        kept.hidden = hidden
-        return kept
+        pause = copy(self)
+        pause.hidden = hidden
+        return pause
 
     def go_on(self, output: Tensor) -> None:
         """Hand `output` back as the layer's result and run on to the next layer."""
@@ -108,7 +108,7 @@ def start(
     stand_ins = nn.ModuleList([_StandIn(layer) for layer in real])
     setattr(base, path, stand_ins)
     try:
-        with _shared_tables(base), _observed(base.get_input_embeddings()) as embedded:
+        with _shared_tables(base), _observe(base.get_input_embeddings()) as embedded:
             for batch, mask in zip(ids, masks, strict=True):
                 embedded.clear()
                 batches.append(PausedBatch(partial(_forward, base, batch, mask), hands_on=hands_on))
@@ -125,7 +125,7 @@ def _forward(base: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def _observed(embedding: nn.Module) -> Iterator[list[Tensor]]:
+def _observe(embedding: nn.Module) -> Iterator[list[Tensor]]:
     """What the embedding answers, while in here."""
     answers: list[Tensor] = []
 

@@ -62,12 +62,12 @@ def read_config(raw: Mapping[str, Any], place: str) -> PreTrainedConfig:
 
 
 def _check_dtype(raw: Mapping[str, Any], place: str) -> None:
-    said = raw.get("torch_dtype") if raw.get("dtype") is None else raw["dtype"]
+    named = raw.get("torch_dtype") if raw.get("dtype") is None else raw["dtype"]
     # One of several, by the names of inner models, is left to the family.
-    if said is None or isinstance(said, dict) or isinstance(getattr(torch, str(said), None), torch.dtype):
+    if named is None or isinstance(named, dict) or isinstance(getattr(torch, str(named), None), torch.dtype):
         return
     raise UserError(
-        f"{place}/config.json names dtype {said!r}, which torch does not have: write bfloat16, float16 or float32 there"
+        f"{place}/config.json names dtype {named!r}, which torch does not have: write bfloat16, float16 or float32 there"
     )
 
 
@@ -180,7 +180,7 @@ class MetaModel:
         self.specs, self.place, self.dtype, self.device = specs, place, dtype, device
         self._names = Names(self.model)
         self._tensors = self._by_layer(tensors)
-        stored = {self.in_memory(key) for each in self._tensors.values() for key in each}
+        stored = {self.in_memory(key) for by_key in self._tensors.values() for key in by_key}
         self._absent = self._names.state.keys() - stored
         self._anatomies: dict[int, Anatomy | None] = {}
         self._materialise_buffers()
@@ -222,11 +222,11 @@ class MetaModel:
             _to_meta(module)
 
     def _handle(self, index: int, module: nn.Module) -> Layer:
-        found = moe_block(module)
+        moe = moe_block(module)
         multiplier, anatomy = float(getattr(module, "residual_multiplier", 1.0)), self._anatomy(index)
-        if found is None:
+        if moe is None:
             return Layer(self.specs[index], module, residual_multiplier=multiplier, anatomy=anatomy)
-        block = found[1]
+        block = moe[1]
         router = find_router(block)
         assert router is not None
         return Layer(

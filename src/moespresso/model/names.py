@@ -161,10 +161,10 @@ class Names:
             info, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), settings)
         if info.conversion_errors:
             name, error = next(iter(info.conversion_errors.items()))
-            raise _conversion_failed(name, [line for line in str(error).splitlines() if line.strip()])
-        for name, found, wanted in info.mismatched_keys:
+            raise _conversion_error(name, [line for line in str(error).splitlines() if line.strip()])
+        for name, shape, wanted in info.mismatched_keys:
             raise UserError(
-                f"{name} has shape {list(found)} in the files, the config asks for {list(wanted)}"
+                f"{name} has shape {list(shape)} in the files, the config asks for {list(wanted)}"
             )
 
     def to_disk(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -194,9 +194,9 @@ class Names:
             name, pattern = self.in_memory(disk)
             if name in probes and pattern is not None and self.only_stacks(pattern):
                 slices.setdefault(name, []).append(_run_of_rows(disk, tensor))
-        whole = {name: sum(part.share for part in parts) for name, parts in slices.items()}
+        shares = {name: sum(part.share for part in parts) for name, parts in slices.items()}
         return renamed, {
-            name: parts for name, parts in slices.items() if whole[name] == probes[name].shape[0]
+            name: parts for name, parts in slices.items() if shares[name] == probes[name].shape[0]
         }
 
 
@@ -215,7 +215,7 @@ def _run_of_rows(name: str, tensor: Tensor) -> Slice:
     return Slice(name, expert, Fraction(row, _ROWS), Fraction(share, _ROWS))
 
 
-def _conversion_failed(name: str, traceback: list[str]) -> Exception:
+def _conversion_error(name: str, traceback: list[str]) -> Exception:
     """What the library tells as a traceback in text, as the error it was."""
     last = (traceback or ["unknown"])[-1].strip()
     if any("allocate memory" in line or "MemoryError" in line for line in traceback):

@@ -26,11 +26,13 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if key.tag not in NAMES:
-                said = f"{key.value!r} is" if isinstance(key, yaml.ScalarNode) else "a list or a mapping is"
+                subject = (
+                    f"{key.value!r} is" if isinstance(key, yaml.ScalarNode) else "a list or a mapping is"
+                )
                 raise yaml.constructor.ConstructorError(
                     None,
                     None,
-                    f"{said} no name of a field: write a word, in quotes where YAML takes it for something else",
+                    f"{subject} no name of a field: write a word, in quotes where YAML takes it for something else",
                     key.start_mark,
                 )
             if key.value in seen:

@@ -44,9 +44,9 @@ def stock(names: list[str]) -> list[str]:
     return [name.removeprefix(_PREFIX) for name in names]
 
 
-def zero_means_nothing(said: Mapping[str, Any]) -> bool:
+def zero_means_nothing(override: Mapping[str, Any]) -> bool:
     """Whether a count of zero in what a layer says is there for stock loaders only."""
-    return OWN_WIDTHS in said or bool(said.get("skip"))
+    return OWN_WIDTHS in override or bool(override.get("skip"))
 
 
 def install(ours: Callable[[PreTrainedConfig], bool]) -> None:

@@ -39,6 +39,6 @@ def _parts(kind: type[nn.Module]) -> tuple[type[nn.Module], ...]:
 def _again(*parts: Any) -> nn.Module:
     """An empty module of the class that parts make."""
     *ours, kind = parts
-    for each in reversed(ours):
-        kind = mixed(each, kind)
+    for mixin in reversed(ours):
+        kind = mixed(mixin, kind)
     return kind.__new__(kind)
