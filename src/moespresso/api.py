@@ -1,8 +1,8 @@
 """One function per verb; the command line and Python walk through the same doors.
 
-Each takes a checkpoint (folder or hub id), a `Recipe` and options that are followed in the place of its fields (what is
-wanted), and a `Runtime` (how it is carried out), and raises `UserError` with one sentence before anything is written
-when that cannot be done.
+Each takes a checkpoint (folder or hub id), a `Recipe` and options that are followed in the place of its
+fields (what is wanted), and a `Runtime` (how it is carried out), and raises `UserError` with one sentence
+before anything is written when that cannot be done.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ def measure(
 
 
 def _check_file(out: Path, source: Path) -> None:
-    """A file to write must be one that can be, and must not lie in the source: found out before any work is done for it."""
+    """A file to write must be one that can be, and must not lie in the source: found out before any work is
+    done for it."""
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: give a file name")
     if lost := next((part for part in (out, *out.parents) if part.is_symlink() and not part.exists()), None):
@@ -277,7 +278,8 @@ def build(
     runtime: Runtime | None = None,
     **options: Unpack[Options],
 ) -> Report:
-    """Do exactly what a saved plan says, for the recipe's target and with its text; nothing else of it is asked."""
+    """Do exactly what a saved plan says, for the recipe's target and with its text; nothing else of it is
+    asked."""
     runtime, clock, recipe = runtime or Runtime(), Clock(), _with_options(model, recipe, options)
     target = recipe.target
     with clock.phase("open"):
@@ -303,7 +305,8 @@ def build(
 
 
 def _text_of_plan(view: View, plan: Plan, recipe: Recipe) -> Batches | None:
-    """The text given to `build`, which must be the text the plan was made on; a plan that is fitted needs it."""
+    """The text given to `build`, which must be the text the plan was made on; a plan that is fitted needs
+    it."""
     wanted = plan.calibration
     fitted = any(
         "text" in needs_fit(plan, number) or fits_on_text(stage) for number, stage in enumerate(plan.stages)
@@ -316,7 +319,8 @@ def _text_of_plan(view: View, plan: Plan, recipe: Recipe) -> Batches | None:
 
 
 def _same_text(view: View, wanted: Mapping[str, Any], recipe: Recipe, where: str) -> Batches | None:
-    """The recipe's texts drawn as `wanted` describes, None where there are none; raises `UserError` for other ones."""
+    """The recipe's texts drawn as `wanted` describes, None where there are none; raises `UserError` for other
+    ones."""
     asked = recipe.calibration
     if not asked.texts:
         return None
@@ -361,8 +365,8 @@ def verify(
 
 
 def export(folder: str | Path, *, to: str, out: str | Path, runtime: Runtime | None = None) -> Report:
-    """Write a packed folder again in the layout of another engine, `gptq`, `awq` or `compressed-tensors`, or as what its
-    matrices decode to: `plain`."""
+    """Write a packed folder again in the layout of another engine, `gptq`, `awq` or `compressed-tensors`, or
+    as what its matrices decode to: `plain`."""
     runtime, clock = runtime or Runtime(), Clock()
     layouts = [held.layout for held in codecs() if not held.own]
     if to not in layouts:
@@ -431,7 +435,8 @@ def methods(kind: str | None = None) -> list[dict[str, Any]]:
 
 
 def demo(*, out: str | Path | None = None, runtime: Runtime | None = None) -> dict[str, Any]:
-    """Press a bundled model by a quarter of its experts, verify and evaluate it: no network, a minute or two."""
+    """Press a bundled model by a quarter of its experts, verify and evaluate it: no network, a minute or
+    two."""
     runtime = runtime or Runtime()
     folder = place("moespresso-demo" if out is None else out, "--out") / "mixtral-quarter"
     report = press(MODELS["mixtral"], out=folder, runtime=replace(runtime, resume=False), samples=64, length=512,
@@ -448,9 +453,10 @@ def demo(*, out: str | Path | None = None, runtime: Runtime | None = None) -> di
 def load(
     folder: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
-    """The model in any folder we write, or any original: one that can be used, trained and saved as every other.
+    """The model in any folder we write, or any original: one that can be used, trained and saved as every
+    other.
 
-    `dtype` is the checkpoint's own unless another is named, `device` a name or `auto` (a GPU where there is one). Packed
-    matrices are decoded; what such a model is saved as is a plain checkpoint.
+    `dtype` is the checkpoint's own unless another is named, `device` a name or `auto` (a GPU where there is
+    one). Packed matrices are decoded; what such a model is saved as is a plain checkpoint.
     """
     return load_model(open_view(locate(folder)), dtype, device)

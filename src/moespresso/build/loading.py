@@ -1,10 +1,10 @@
 """A checkpoint as a model to use: whole, in memory, decoded, and from then on like any other.
 
-What is stored plainly is left to transformers. Packed matrices, of whatever layout, families that transformers has under
-another name, and folders with an index or a config whose gaps it stumbles over are handed to its own loader as tensors that
-are read, and decoded, when they are asked for. So what comes out is a plain model of the family, in the dtype that was asked
-for: its config has no quantization section and nothing quantizes it, so it can be cast, moved, trained and saved; what it is
-saved as is a plain checkpoint.
+What is stored plainly is left to transformers. Packed matrices, of whatever layout, families that
+transformers has under another name, and folders with an index or a config whose gaps it stumbles over are
+handed to its own loader as tensors that are read, and decoded, when they are asked for. So what comes out is
+a plain model of the family, in the dtype that was asked for: its config has no quantization section and
+nothing quantizes it, so it can be cast, moved, trained and saved; what it is saved as is a plain checkpoint.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from moespresso.model import is_converted, read_config
 def load_model(
     view: View, dtype: str | torch.dtype | None, device: str | torch.device | None
 ) -> PreTrainedModel:
-    """The model of a checkpoint with all its weights, in `dtype` (`auto`: its own) on `device` (`auto`: a GPU where there is one).
+    """The model of a checkpoint with all its weights, in `dtype` (`auto`: its own) on `device` (`auto`: a GPU
+    where there is one).
 
-    Raises `UserError` for a dtype that no model computes in, for a device that is not there, and for what transformers
-    does not load.
+    Raises `UserError` for a dtype that no model computes in, for a device that is not there, and for what
+    transformers does not load.
     """
     chosen, place = _asked_dtype(dtype, view), pick_device(str(device or "cpu"))
     try:
@@ -63,8 +64,8 @@ def _asked_dtype(dtype: str | torch.dtype | None, view: View) -> torch.dtype:
 
 
 def _plain_to_transformers(view: View) -> bool:
-    """Whether transformers reads the folder on its own. It does not where an index says nothing of the shards as a whole, and
-    where the section of packed matrices is there and empty."""
+    """Whether transformers reads the folder on its own. It does not where an index says nothing of the shards
+    as a whole, and where the section of packed matrices is there and empty."""
     checkpoint = view.checkpoint
     if view.formats or is_converted(checkpoint) or checkpoint.config.get(SECTION) is not None:
         return False
@@ -103,8 +104,8 @@ def _generation(folder: Path) -> GenerationConfig:
 
 
 class _Own(Lazy):
-    """A tensor that is read when it is asked for, by one thread at a time, and is the model's own: never a view of a mapped
-    file, which cannot be written to."""
+    """A tensor that is read when it is asked for, by one thread at a time, and is the model's own: never a
+    view of a mapped file, which cannot be written to."""
 
     def __init__(self, tensors: Tensors, piece: Piece, lock: Lock) -> None:
         super().__init__(tensors, piece)

@@ -1,8 +1,9 @@
 """How long a text the model was made for: the positions that its config speaks of.
 
-A table of learned positions ends there; rotary positions can be computed for any length, but behind the last one that the
-model was trained on its answers mean nothing, and so would every statistic of them. A config that stretches them (yarn,
-linear, dynamic, longrope) speaks of either end of the stretch, depending on who wrote it: the further one holds here.
+A table of learned positions ends there; rotary positions can be computed for any length, but behind the last
+one that the model was trained on its answers mean nothing, and so would every statistic of them. A config
+that stretches them (yarn, linear, dynamic, longrope) speaks of either end of the stretch, depending on who
+wrote it: the further one holds here.
 """
 
 from __future__ import annotations

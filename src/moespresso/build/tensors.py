@@ -1,8 +1,8 @@
 """Tensors of a result, made from those of the source as a plan says: taken, averaged, mapped, pruned, packed.
 
-`Tensors` reads what a `Piece` needs and answers with the piece as a whole, or chunk by chunk as it is written: nothing is
-held for longer than a matrix. `Lazy` is one that has not been made yet: it answers `lazy[...]`, which is all that the layer
-loader of transformers wants.
+`Tensors` reads what a `Piece` needs and answers with the piece as a whole, or chunk by chunk as it is
+written: nothing is held for longer than a matrix. `Lazy` is one that has not been made yet: it answers
+`lazy[...]`, which is all that the layer loader of transformers wants.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _AHEAD = 64 << 20
 class Tensors:
     """Makes pieces from the files of one folder; use it as a context manager to let the files go.
 
-    Whatever is read for a piece is looked at for NaN and infinities: they raise `NonFiniteError`, or with `allow_nonfinite`
-    are counted in `nonfinite` by the source's name.
+    Whatever is read for a piece is looked at for NaN and infinities: they raise `NonFiniteError`, or with
+    `allow_nonfinite` are counted in `nonfinite` by the source's name.
     """
 
     def __init__(self, folder: Path, *, allow_nonfinite: bool = False) -> None:
@@ -102,8 +102,8 @@ class Tensors:
     # Packed matrices
 
     def _part(self, matrix: Piece, part: str) -> Tensor:
-        """One of the tensors that a matrix is packed as. Writing asks for those of wide dtypes first; the others are kept
-        until they are asked for."""
+        """One of the tensors that a matrix is packed as. Writing asks for those of wide dtypes first; the
+        others are kept until they are asked for."""
         how = matrix.encoding
         assert how is not None
         if part == "weight_shape":  # comes before all others in a shard
@@ -168,8 +168,8 @@ class Tensors:
         return values
 
     def _compute(self, piece: Piece) -> Iterator[Tensor]:
-        """A piece whose values are new, in float32: averaged, scaled, mapped, in that order. A stack of experts comes one
-        by one, since each is a matrix of its own."""
+        """A piece whose values are new, in float32: averaged, scaled, mapped, in that order. A stack of
+        experts comes one by one, since each is a matrix of its own."""
         for values in self._ingredients(piece):
             result = values * piece.scale if piece.scale != 1 else values
             for fold in piece.folds:
@@ -203,7 +203,8 @@ class Tensors:
         return total
 
     def ahead(self, pieces: Sequence[Piece]) -> Iterator[Piece]:
-        """Go through `pieces` in order, with the kernel reading a little ahead (page faults alone read in small bites)."""
+        """Go through `pieces` in order, with the system reading a little ahead (page faults alone read in
+        small bites)."""
         asked, coming = 0, 0
         for number, piece in enumerate(pieces):
             while asked < len(pieces) and coming < _AHEAD:
@@ -244,7 +245,8 @@ def two(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def folded(values: Tensor, fold: Fold) -> Tensor:
-    """`values` with what `fold` does to their output axis. Raises `AssertionError` when it was never fitted."""
+    """`values` with what `fold` does to their output axis. Raises `AssertionError` when it was never
+    fitted."""
     assert fold.values is not None, f"a {fold.kind} repair has no values: it was never fitted"
     factors = fold.values.float()
     if fold.kind == "bias":
@@ -254,7 +256,8 @@ def folded(values: Tensor, fold: Fold) -> Tensor:
 
 
 def in_order(values: Tensor, member: Member) -> Tensor:
-    """One expert's tensor with its channels in the member's order (channel c of the result is its channel order[c])."""
+    """One expert's tensor with its channels in the member's order (channel c of the result is its channel
+    order[c])."""
     axis, joined, order = member.entry.channel_axis, member.entry.joined, member.order
     if order is None or axis is None:
         return values

@@ -1,11 +1,11 @@
 """A checkpoint as a plan leaves it, before anything is written.
 
-A `View` answers with the edited config, the tensors to write (`pieces`) and a `MetaModel` that loads them: so a later
-step is measured on the model as the earlier ones leave it, pricing and writing agree by construction, and `verify`
-compares files with what they ought to be. With an empty plan it is the checkpoint itself.
+A `View` answers with the edited config, the tensors to write (`pieces`) and a `MetaModel` that loads them: so
+a later step is measured on the model as the earlier ones leave it, pricing and writing agree by construction,
+and `verify` compares files with what they ought to be. With an empty plan it is the checkpoint itself.
 
-Layers that differ are said in the words of moespresso's runtime. In its `stock` form a view says what it can in words
-that engines know on their own: a feed-forward part that is gone is a dense one of zeros there.
+Layers that differ are said in the words of moespresso's runtime. In its `stock` form a view says what it can
+in words that engines know on their own: a feed-forward part that is gone is a dense one of zeros there.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class View:
 
     @cached_property
     def packed_alone(self) -> list[str]:
-        """Names of packed matrices that stock transformers would leave random: it has no linear layer there."""
+        """Names of packed matrices that stock transformers would leave random: it has no linear layer
+        there."""
         return packed_alone(self.pieces, self.checkpoint.config, self.source.place)
 
     @cached_property
@@ -119,8 +120,8 @@ class View:
         return config | {SECTION: section}
 
     def _modules(self, config: dict[str, Any]) -> tuple[dict[str, Format], set[str]]:
-        """The formats of packed modules, and the other modules with a matrix; by their names on disk and in memory, since loaders look
-        them up by either."""
+        """The formats of packed modules, and the other modules with a matrix; by their names on disk and in
+        memory, since loaders look them up by either."""
         place = self.source.place
         model = build_meta(read_config(config, place), torch.bfloat16, place)
         names, formats = Names(model), dict(self.formats)
@@ -207,7 +208,8 @@ class View:
         return zeros
 
     def check_fits(self) -> None:
-        """Raise `UserError` when the tensors to write are not the ones that the model of the edited config asks for."""
+        """Raise `UserError` when the tensors to write are not the ones that the model of the edited config
+        asks for."""
         try:
             check_tensors(self.config, [piece.ref for piece in self.pieces], self.source.place)
         except UserError as error:

@@ -1,7 +1,7 @@
 """A view to a folder: tensors in shards, streamed, and the config and side files beside them.
 
-Shards follow the source's order, so both disks read and write in sequence; a finished one is noted in the journal and not
-written again.
+Shards follow the source's order, so both disks read and write in sequence; a finished one is noted in the
+journal and not written again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Shard:
 
 
 def shard_limit(total: int) -> int:
-    """Bytes a shard may hold: about a 32nd of the model, between 256 MiB and 4 GiB, so that a resume redoes little."""
+    """Bytes a shard may hold: about a 32nd of the model, between 256 MiB and 4 GiB, so that a resume redoes
+    little."""
     return min(max(total // _AIM, _SMALLEST), _LARGEST)
 
 
@@ -76,7 +77,8 @@ def _align(group: list[Piece]) -> list[Piece]:
 def write_folder(
     view: View, folder: Path, journal: Journal, runtime: Runtime
 ) -> tuple[list[Written], list[str]]:
-    """Write the view's tensors, config and side files; finished ones are not done again. Returns files and notes."""
+    """Write the view's tensors, config and side files; finished ones are not done again. Returns files and
+    notes."""
     source = view.checkpoint.folder
     shards = shards_of(view.stored, shard_limit(sum(piece.ref.nbytes for piece in view.stored)))
     runtime.progress.stage("write shards", len(shards))

@@ -1,9 +1,10 @@
-"""Which files of a folder are the model: those that transformers 5.23 loads, in its order, and which are left over.
+"""Which files of a folder are the model: those that transformers 5.23 loads, in its order, and which are left
+over.
 
-`transformers_weights` in config.json, then `model.safetensors`, then what `model.safetensors.index.json` names (in
-sub-folders too); an index beside a single file is not looked at. Of an index only the names of the files count: a shard is
-loaded whole, wherever the index places its tensors. Weights that are not loaded are named in a note, since other engines,
-or somebody who looks for them, may take them for the model.
+`transformers_weights` in config.json, then `model.safetensors`, then what `model.safetensors.index.json`
+names (in sub-folders too); an index beside a single file is not looked at. Of an index only the names of the
+files count: a shard is loaded whole, wherever the index places its tensors. Weights that are not loaded are
+named in a note, since other engines, or somebody who looks for them, may take them for the model.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Chosen:
     index: str = ""
 
     def notes(self, folder: Path, tensors: Mapping[str, TensorRef]) -> tuple[str, ...]:
-        """What is left over, and where the index is wrong; raises `UserError` where it promises what no file has."""
+        """What is left over, and where the index is wrong; raises `UserError` where it promises what no file
+        has."""
         notes: list[str] = []
         over = _unused(folder, {*self.files, self.index})
         if over:
@@ -74,8 +76,8 @@ class Chosen:
 
 
 def choose(folder: Path, explicit: object) -> Chosen:
-    """The files that transformers would load, `explicit` being what config.json says of them; raises `UserError` where there
-    are none."""
+    """The files that transformers would load, `explicit` being what config.json says of them; raises
+    `UserError` where there are none."""
     if explicit is not None:
         name = str(explicit)
         if not name.endswith((".safetensors", ".safetensors.index.json")) or not _inside(name):

@@ -1,8 +1,10 @@
-"""Where the checkpoint is that somebody means by MODEL: a folder, something in it or just above it, or the hub.
+"""Where the checkpoint is that somebody means by MODEL: a folder, something in it or just above it, or the
+hub.
 
-People paste what they have at hand: the address of a model's page, `owner/name@revision`, the path of a shard or of
-config.json, the folder that a download made around the checkpoint, the hub cache's own folder. What is meant is clear in
-each of these, so it is taken, and the log says what was taken; where it is not, the sentence names the choices.
+People paste what they have at hand: the address of a model's page, `owner/name@revision`, the path of a shard
+or of config.json, the folder that a download made around the checkpoint, the hub cache's own folder. What is
+meant is clear in each of these, so it is taken, and the log says what was taken; where it is not, the
+sentence names the choices.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ _ID = re.compile(rf"(?P<name>{_NAME})(?:@(?P<revision>[^/@]+))?/?")
 
 
 def locate(model: str | os.PathLike[str]) -> Path:
-    """The folder of a checkpoint; what is no path and reads as a hub id is downloaded (safetensors and small files).
+    """The folder of a checkpoint; what is no path and reads as a hub id is downloaded (safetensors and small
+    files).
 
     Raises `UserError` where it is on neither, or could be several.
     """
@@ -84,7 +87,8 @@ def _folder_of(file: Path) -> Path:
 
 
 def _checkpoint_in(folder: Path) -> Path:
-    """The checkpoint's own folder, where `folder` is the one around it; itself, where nothing better is found."""
+    """The checkpoint's own folder, where `folder` is the one around it; itself, where nothing better is
+    found."""
     if (folder / CONFIG).exists() or not os.access(folder, os.R_OK | os.X_OK):
         return folder
     cache = folder.parent if folder.name == "snapshots" else folder

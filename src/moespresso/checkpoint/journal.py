@@ -1,8 +1,8 @@
 """An output folder in the making: who works in it, what is finished, and when it counts as done.
 
-While a run is under way the folder holds `.moespresso/`: a lock (one run at a time), the journal (one line per
-finished file, synced) and what the run wants to find again (measured layers, stats, the plan). The manifest
-`moespresso.json` is written last; its existence means done, and the work folder goes.
+While a run is under way the folder holds `.moespresso/`: a lock (one run at a time), the journal (one line
+per finished file, synced) and what the run wants to find again (measured layers, stats, the plan). The
+manifest `moespresso.json` is written last; its existence means done, and the work folder goes.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def is_ours(folder: Path) -> bool:
 
 
 def _clear_own(folder: Path) -> None:
-    """Remove what runs of ours left, but the lock; the manifest first, so that a half-cleared folder never counts as
-    done. What the manifest does not list is known by its name."""
+    """Remove what runs of ours left, but the lock; the manifest first, so that a half-cleared folder never
+    counts as done. What the manifest does not list is known by its name."""
     manifest = folder / MANIFEST
     names = {"config.json", "README.md"}
     if manifest.is_file():

@@ -1,10 +1,11 @@
 """Checkpoints whose matrices are stored packed: several tensors on disk are one matrix to everybody else.
 
-Three layouts are understood, with integers of 2 to 8 bits and scales per group or channel: compressed-tensors'
-`pack-quantized`, in which `config.json` says by regular expressions which modules have how many bits, and those of GPTQ and
-AWQ, which have one format for all (`section` reads what it says). `joined` replaces the tensors of each matrix by one
-reference with the shape and dtype of what it decodes to, and refuses tensors beside them that it does not know;
-`packing_config` writes the section of `config.json` again.
+Three layouts are understood, with integers of 2 to 8 bits and scales per group or channel:
+compressed-tensors' `pack-quantized`, in which `config.json` says by regular expressions which modules have
+how many bits, and those of GPTQ and AWQ, which have one format for all (`section` reads what it says).
+`joined` replaces the tensors of each matrix by one reference with the shape and dtype of what it decodes to,
+and refuses tensors beside them that it does not know; `packing_config` writes the section of `config.json`
+again.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ _FOREIGN = frozenset(
 
 
 def joined(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: Path) -> dict[str, TensorRef]:
-    """`tensors` with the parts of every packed matrix as one reference; raises `UserError` where they do not fit, and for
-    every tensor beside them that is not understood."""
+    """`tensors` with the parts of every packed matrix as one reference; raises `UserError` where they do not
+    fit, and for every tensor beside them that is not understood."""
     place = str(folder)
     section = read_section(config, place)
     if section is None:
@@ -85,7 +86,8 @@ def _check_plain(tensors: Mapping[str, TensorRef], folder: Path) -> None:
 
 
 def _to_add(odd: str, tensors: Mapping[str, TensorRef], folder: Path) -> str:
-    """How a config gets its section: of the tool's own file where that is there, with the names that config.json uses."""
+    """How a config gets its section: of the tool's own file where that is there, with the names that
+    config.json uses."""
     if odd.endswith(".weight_packed"):
         return "download its config.json again"
     method = "gptq" if any(name.endswith(".g_idx") for name in tensors) else "awq"
@@ -133,7 +135,8 @@ def _above(module: str) -> Iterator[str]:
 
 
 def _shared_parts(tensors: Mapping[str, TensorRef], place: str) -> dict[str, TensorRef]:
-    """What experts share, by its name without the number of the one that stores it; raises `UserError` where that is not one."""
+    """What experts share, by its name without the number of the one that stores it; raises `UserError` where
+    that is not one."""
     ends = {f".{suffix}": f".{each.parts[0]}" for each in codecs() for suffix in each.shared}
     by_name: dict[str, TensorRef] = {}
     for name, ref in tensors.items():
@@ -216,9 +219,9 @@ def packing_config(
 ) -> dict[str, Any]:
     """The section for modules `packed`, by name, beside the `plain` ones that hold a matrix too.
 
-    In compressed-tensors one format for all is said of every `Linear` but the plain ones, as engines expect; several by a
-    regular expression each. Without `stock` the format's name is one that only moespresso reads. Raises `UserError` where
-    another layout cannot say it.
+    In compressed-tensors one format for all is said of every `Linear` but the plain ones, as engines expect;
+    several by a regular expression each. Without `stock` the format's name is one that only moespresso reads.
+    Raises `UserError` where another layout cannot say it.
     """
     # transformers takes the first group whose pattern speaks of experts for that of the routed ones.
     formats = list(

@@ -1,12 +1,13 @@
 """What `quantization_config` says: which layout a checkpoint is packed in, and the format of every matrix.
 
-Every key stands in one of three tables: it is understood here, it says nothing about how values are decoded, or it must
-say nothing (null, empty, false) since what it does is not read. Any other key is refused by name, as is any value that is
-not understood: what would be passed over here would be gone from the result. Sources: the config classes of
-compressed-tensors 0.20, and of GPTQ and AWQ in transformers 5.23 and GPTQModel.
+Every key stands in one of three tables: it is understood here, it says nothing about how values are decoded,
+or it must say nothing (null, empty, false) since what it does is not read. Any other key is refused by name,
+as is any value that is not understood: what would be passed over here would be gone from the result. Sources:
+the config classes of compressed-tensors 0.20, and of GPTQ and AWQ in transformers 5.23 and GPTQModel.
 
-Which group of compressed-tensors means a module is decided as its library does (`match_targets`): the module's own name,
-then `re:` patterns in the order of the alphabet, then class names; a target that two groups name is the later one's.
+Which group of compressed-tensors means a module is decided as its library does (`match_targets`): the
+module's own name, then `re:` patterns in the order of the alphabet, then class names; a target that two
+groups name is the later one's.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Keys:
-    """The keys of one table of the section: `known` are understood, `silent` say nothing about decoding, `unread` must be
-    null, empty or false."""
+    """The keys of one table of the section: `known` are understood, `silent` say nothing about decoding,
+    `unread` must be null, empty or false."""
 
     known: frozenset[str]
     silent: frozenset[str] = frozenset()
@@ -120,7 +121,8 @@ class Targets:
 
 @dataclass(frozen=True)
 class Section:
-    """The section, read: `own` is one that only moespresso writes, `groups` are formats by target (None: not quantized)."""
+    """The section, read: `own` is one that only moespresso writes, `groups` are formats by target (None: not
+    quantized)."""
 
     layout: str
     place: str
@@ -132,7 +134,8 @@ class Section:
     raw: Settings = field(default_factory=dict[str, Any])
 
     def format_of(self, module: str) -> Format:
-        """The format of a packed module; raises `UserError` where the section says that it is not packed, or says nothing."""
+        """The format of a packed module; raises `UserError` where the section says that it is not packed, or
+        says nothing."""
         held = _integers(self.layout)
         if not held.one_format:
             return self._of_groups(module)
@@ -169,7 +172,8 @@ class Section:
 
 
 def hoisted(config: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """The config with its section at the top, where a wrapper has it inside of `text_config`: transformers looks there too.
+    """The config with its section at the top, where a wrapper has it inside of `text_config`: transformers
+    looks there too.
 
     Raises `UserError` for sections in other places, which it does not read."""
     merged = dict(config)
@@ -195,7 +199,8 @@ def hoisted(config: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def read_section(config: Mapping[str, Any], place: str) -> Section | None:
-    """The section of a config, None where it has none; raises `UserError` for what is not understood, by name."""
+    """The section of a config, None where it has none; raises `UserError` for what is not understood, by
+    name."""
     section: object = hoisted(config, place).get(SECTION)
     if not section:
         return None
@@ -364,7 +369,8 @@ def _dynamic(settings: Settings) -> Mapping[str, Settings | None]:
 
 
 def _override(dynamic: Mapping[str, Settings | None], module: str) -> tuple[str, Settings | None]:
-    """The first pattern of GPTQModel's `dynamic` that a module matches, with what it changes (None: left alone)."""
+    """The first pattern of GPTQModel's `dynamic` that a module matches, with what it changes (None: left
+    alone)."""
     for pattern, changes in dynamic.items():
         if pattern.startswith("-:"):
             if re.match(pattern[2:], module):
@@ -375,8 +381,8 @@ def _override(dynamic: Mapping[str, Settings | None], module: str) -> tuple[str,
 
 
 def _why_unpacked(settings: Settings, module: str) -> str:
-    """Why the section's lists mean that a module is not packed, or nothing. Each is known in one of the two methods alone; of
-    the head only GPTQ's says anything."""
+    """Why the section's lists mean that a module is not packed, or nothing. Each is known in one of the two
+    methods alone; of the head only GPTQ's says anything."""
     for name in settings.get("modules_to_not_convert") or ():
         if f".{name}." in f".{module}.":
             return f"modules_to_not_convert has {name}"

@@ -12,10 +12,11 @@ reads like that dataset:
 | `prompt`, `completion`, of texts or of turns     | TRL                                |
 | `prompt`, `chosen`, `rejected`                   | preferences; what was chosen counts |
 
-A turn keeps every key that is not null (tool calls, reasoning, names, parts): what becomes of them is the chat template's
-matter (`data/template.py`). A system prompt beside the turns becomes the first of them, an answer and its reasoning the last;
-`functions` are tools by their older name. Whatever else the record says (`documents`, `enable_thinking`, ...) stays beside
-them, and what of it is text that nothing reads can be named (`unread`).
+A turn keeps every key that is not null (tool calls, reasoning, names, parts): what becomes of them is the
+chat template's matter (`data/template.py`). A system prompt beside the turns becomes the first of them, an
+answer and its reasoning the last; `functions` are tools by their older name. Whatever else the record says
+(`documents`, `enable_thinking`, ...) stays beside them, and what of it is text that nothing reads can be
+named (`unread`).
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ Turn = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Chat:
-    """The turns of a conversation, each a mapping as a chat template takes it, and what its record says beside them."""
+    """The turns of a conversation, each a mapping as a chat template takes it, and what its record says
+    beside them."""
 
     turns: tuple[Turn, ...]
     beside: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -123,14 +125,16 @@ def conversation(record: Mapping[str, Any], place: str) -> Chat | None:
 
 
 def is_turn(turn: object) -> bool:
-    """Whether this is a turn of a conversation: an object that says who speaks, and something that is said."""
+    """Whether this is a turn of a conversation: an object that says who speaks, and something that is
+    said."""
     if not isinstance(turn, Mapping) or not isinstance(turn.get("role", turn.get("from")), str):
         return False
     return bool({*turn} & {*SPOKEN[1:], "value"})
 
 
 def opened(value: Any) -> Any:
-    """A list or an object that was stored as JSON text, as tables do with what has no fixed columns; else as it is."""
+    """A list or an object that was stored as JSON text, as tables do with what has no fixed columns; else as
+    it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -140,7 +144,8 @@ def opened(value: Any) -> Any:
 
 
 def unread(chat: Chat, text: str, keys: Container[str] = (), fields: Container[str] = ()) -> set[str]:
-    """The fields that hold words which are neither in `text` nor read: keys of turns but for `keys`, others but for `fields`."""
+    """The fields that hold words which are neither in `text` nor read: keys of turns but for `keys`, others
+    but for `fields`."""
     shown = {*text.split("\n\n")}
     held = [(name, value) for name, value in chat.beside.items() if name not in fields]
     held += [(key, turn[key]) for turn in chat.turns for key in turn if key not in SPOKEN and key not in keys]
@@ -169,7 +174,8 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _prose(text: str) -> bool:
-    """Whether this is what somebody wrote, and no label, date or address: three words, or a line of a script without blanks."""
+    """Whether this is what somebody wrote, and no label, date or address: three words, or a line of a script
+    without blanks."""
     return len(text.split()) > 2 or (
         len(text) > 8 and sum(letter > "\u2e80" for letter in text) > len(text) / 2
     )
@@ -231,7 +237,8 @@ def _as_json(value: Any) -> str:
 
 
 def _chat(turns: Sequence[Turn], record: Mapping[str, Any], used: set[str], place: str) -> Chat:
-    """Put what stands beside the turns where it belongs: the system prompt before them, an answer and its reasoning behind."""
+    """Put what stands beside the turns where it belongs: the system prompt before them, an answer and its
+    reasoning behind."""
     more, answers = _answer_beside(turns, record, used, place)
     turns = _with_system([*turns, *more], record, place)
     turns, thoughts = _thinking(turns, record)
@@ -274,7 +281,8 @@ def _speaks(turn: Turn) -> bool:
 
 
 def _thinking(turns: Sequence[Turn], record: Mapping[str, Any]) -> tuple[list[Turn], set[str]]:
-    """Give the assistant's last turn the reasoning that stands beside the turns, and say in which fields that was."""
+    """Give the assistant's last turn the reasoning that stands beside the turns, and say in which fields that
+    was."""
     thoughts = {name: record[name] for name in REASONING if isinstance(record.get(name), str)}
     if not thoughts or not _speaks(turns[-1]):
         return [*turns], set()
@@ -354,7 +362,8 @@ def _history(pairs: Any, place: str) -> list[Turn]:
 
 
 def _exchange(record: Mapping[str, Any], question: str, answer: str, place: str) -> list[Turn]:
-    """A question and its answer, each a text or a list of turns; an answer that begins with its question says it once."""
+    """A question and its answer, each a text or a list of turns; an answer that begins with its question says
+    it once."""
     asked, answered = (_side(record[name]) for name in (question, answer))
     before = (
         _turns(asked, question, place)
@@ -368,7 +377,8 @@ def _exchange(record: Mapping[str, Any], question: str, answer: str, place: str)
 
 
 def _side(value: Any) -> Any:
-    """A list of turns, also where it is one turn or was stored as JSON text; anything else as it is, but no list."""
+    """A list of turns, also where it is one turn or was stored as JSON text; anything else as it is, but no
+    list."""
     opened_value = opened(value)
     opened_value = (
         [opened_value] if isinstance(opened_value, Mapping) and is_turn(opened_value) else opened_value
@@ -394,7 +404,8 @@ def _plain_turn(role: str, content: Any, place: str) -> Turn:
 
 
 def _turn(turn: Any, place: str) -> Turn:
-    """Read one turn: a (role, content) or (from, value) mapping; keys whose value is null are as good as not there."""
+    """Read one turn: a (role, content) or (from, value) mapping; keys whose value is null are as good as not
+    there."""
     turn = (
         {key: value for key, value in turn.items() if value is not None} if isinstance(turn, Mapping) else {}
     )

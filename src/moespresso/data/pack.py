@@ -10,8 +10,9 @@ characters per token needed and at least 4 Mi characters, are the *pool*; the po
 documents behind it follow in file order. So the order is the same on every machine, and no more than the pool
 is held of a source of any size. A text longer than 16 Ki characters takes part as several documents.
 
-What cannot be measured on is looked for in the whole pool, whichever rows are drawn: a conversation that the chat template
-refuses, a text among conversations, a token that the model has no row for. So another seed meets no other faults.
+What cannot be measured on is looked for in the whole pool, whichever rows are drawn: a conversation that the
+chat template refuses, a text among conversations, a token that the model has no row for. So another seed
+meets no other faults.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ def calibration(
     sampling: Sampling = AS_USUAL,
     vocab: int | None = None,
 ) -> Batches:
-    """Draw rows from weighted sources, the same on every machine; `vocab` is how many tokens the model has a row for.
+    """Draw rows from weighted sources, the same on every machine; `vocab` is how many tokens the model has a
+    row for.
 
     Raises `UserError` where a source is missing, malformed, too short or beyond the model.
     """
@@ -299,7 +301,8 @@ def _shuffled(pool: Sequence[Document], key: str) -> Iterator[Document]:
 
 
 def _check_pool(pool: Sequence[Document], border: Border, template: Template | None, mode: Mode) -> None:
-    """Refuse what any draw could meet. A tokenizer that can do with every text need not be asked about each."""
+    """Refuse what any draw could meet. A tokenizer that can do with every text need not be asked about
+    each."""
     ask = border.wide or border.partial or sum(len(document.text) for document in pool) <= ASKED
     if template is None:
         chat = next((document.place for document in pool if document.chat), None)

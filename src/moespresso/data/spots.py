@@ -1,7 +1,8 @@
 """The spots of a conversation where something is said, and the conversation with other words in some of them.
 
-A template that shows a spot cannot be unaware of other words in it. A spot is the text of one turn, or one of its calls: what
-is dropped may be the second system prompt, or a text beside calls, while the rest of its kind is shown.
+A template that shows a spot cannot be unaware of other words in it. A spot is the text of one turn, or one of
+its calls: what is dropped may be the second system prompt, or a text beside calls, while the rest of its kind
+is shown.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ CALLS, CALL, ARGUMENTS = "tool calls", "one of several calls", "the arguments of
 
 @dataclass(frozen=True)
 class Spot:
-    """The text of the turn of this number, or (`call`) one of its calls: which function, or its `arguments`."""
+    """The text of the turn of this number, or (`call`) one of its calls: which function, or its
+    `arguments`."""
 
     turn: int
     call: int | None = None

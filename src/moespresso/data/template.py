@@ -1,13 +1,15 @@
 """One conversation in the tokenizer's chat template, nothing of it lost in silence.
 
-Turns go to transformers' `apply_chat_template` as the record holds them, with the record's tools, documents and whatever
-other variable the template asks for by name (`enable_thinking`, or anything in `chat_template_kwargs`). Templates differ
-in what they take, so where one fails it is asked again in the other usual spelling of the same: an empty text for a
-missing one, a call's arguments as an object for JSON text. Content in parts is joined to one text (lines) for a template
-that would print the parts as Python does, or not at all.
+Turns go to transformers' `apply_chat_template` as the record holds them, with the record's tools, documents
+and whatever other variable the template asks for by name (`enable_thinking`, or anything in
+`chat_template_kwargs`). Templates differ in what they take, so where one fails it is asked again in the other
+usual spelling of the same: an empty text for a missing one, a call's arguments as an object for JSON text.
+Content in parts is joined to one text (lines) for a template that would print the parts as Python does, or
+not at all.
 
-What a template drops is found by trying: a conversation that reads the same without its tools is one whose tools are not
-shown, and one that reads the same with other words in a turn is one whose turn is not (`data/spots.py`). No template's source is interpreted, beyond the names of its variables.
+What a template drops is found by trying: a conversation that reads the same without its tools is one whose
+tools are not shown, and one that reads the same with other words in a turn is one whose turn is not
+(`data/spots.py`). No template's source is interpreted, beyond the names of its variables.
 """
 
 from __future__ import annotations
@@ -108,7 +110,8 @@ class Template:
         yield from [name for name in names if name != CALL or CALLS not in names]
 
     def _unmarked(self, form: Chat, spots: Sequence[Spot]) -> Sequence[Spot]:
-        """The spots whose marks cannot be seen where every one has its own: only these need be tried one by one."""
+        """The spots whose marks cannot be seen where every one has its own: only these need be tried one by
+        one."""
         marks = {spot: f" {MARK}{number}x " for number, spot in enumerate(spots)}
         try:
             shown = self._apply(replace(form, turns=altered(form.turns, marks)))
@@ -151,7 +154,8 @@ class Template:
         }
 
     def _readable(self, chat: Chat, place: str) -> Chat:
-        """The conversation with its parts, where the template reads parts; else with each turn's parts joined."""
+        """The conversation with its parts, where the template reads parts; else with each turn's parts
+        joined."""
         if not any(isinstance(turn.get("content"), list) for turn in chat.turns) or self._reads_parts(chat):
             return chat
         return replace(chat, turns=tuple(_join_parts(turn, f"{place}: turn {number}")
@@ -184,7 +188,8 @@ def _is_shown(part: Mapping[str, Any], rendered: str) -> bool:
 
 
 def _variables(sources: list[str]) -> set[str]:
-    """The names that templates take from outside; nothing where one cannot be parsed, which rendering will say."""
+    """The names that templates take from outside; nothing where one cannot be parsed, which rendering will
+    say."""
     from jinja2 import Environment, TemplateError, meta
 
     known = Environment(extensions=["jinja2.ext.loopcontrols"])

@@ -5,8 +5,8 @@ told from its fields (`chat` lists the conversations; otherwise `text`, or the f
 folder is its files in the order of their names. Nothing reads further than its caller asks, so a source may
 be larger than memory: long texts come in pieces, cut after a blank line where there is one.
 
-What is not what it seems (half a character, a record without a text, a table) is refused with its place and a cure, or
-said aloud where it can be read in one way only.
+What is not what it seems (half a character, a record without a text, a table) is refused with its place and a
+cure, or said aloud where it can be read in one way only.
 """
 
 from __future__ import annotations
@@ -305,7 +305,8 @@ def _document(place: str, record: Any, field: str | None, logged: set[str]) -> D
 
 
 def _check_encodable(text: str, place: str, chat: Chat | None = None) -> str:
-    """The text, refused where it (or what else a conversation says) holds half a character, which no tokenizer takes."""
+    """The text, refused where it (or what else a conversation says) holds half a character, which no
+    tokenizer takes."""
     content = (
         text
         if chat is None

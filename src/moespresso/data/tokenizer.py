@@ -1,6 +1,7 @@
 """The tokenizer of a checkpoint, or the reason why there is none in the library's own words.
 
-A checkpoint's code is never run, so a tokenizer that is nothing but code is refused like one that is not there.
+A checkpoint's code is never run, so a tokenizer that is nothing but code is refused like one that is not
+there.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def _cure(folder: Path, error: Exception) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those it came of: the library tries one reader after the other, and says what the last one lacked."""
+    """An error and those it came of: the library tries one reader after the other, and says what the last one
+    lacked."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,7 +1,7 @@
 """Whether a plan can be done to a model at all: every unit is there, every layer stays usable.
 
-Plans are edited by hand and shared, so nothing in them is taken on trust: what does not fit is a `UserError` with
-the unit's address, before a byte is written.
+Plans are edited by hand and shared, so nothing in them is taken on trust: what does not fit is a `UserError`
+with the unit's address, before a byte is written.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from moespresso.effect.slim import REFIT, check_formats, check_step
 
 
 def validated(plan: Plan, blueprint: Blueprint, *, steps: bool = False) -> Plan:
-    """Return the plan, or raise `UserError` where it does not fit the blueprint or leaves a layer unroutable; with `steps`,
-    which must then be known, also where one of them cannot do what the plan says of it."""
+    """Return the plan, or raise `UserError` where it does not fit the blueprint or leaves a layer unroutable;
+    with `steps`, which must then be known, also where one of them cannot do what the plan says of it."""
     if plan.blueprint != blueprint.digest:
         raise UserError(
             f"the plan was made for another checkpoint (digest {plan.blueprint[:12]}, "
@@ -33,8 +33,8 @@ def validated(plan: Plan, blueprint: Blueprint, *, steps: bool = False) -> Plan:
 
 
 def check_plan(plan: Plan, blueprint: Blueprint, *, steps: bool = False) -> None:
-    """Raise `UserError` when a treatment names what is not there, asks for what this version cannot do, or leaves a
-    router without enough experts or a model without blocks."""
+    """Raise `UserError` when a treatment names what is not there, asks for what this version cannot do, or
+    leaves a router without enough experts or a model without blocks."""
     specs = {layer.index: layer for layer in blueprint.layers}
     for number, stage in enumerate(plan.stages):
         if steps:
@@ -165,8 +165,8 @@ def _check_widths(stage: Stage, experts_before: Mapping[int, Sequence[int]]) -> 
 
 
 def _check_merges(stage: Stage) -> None:
-    """Each average is of shares that make one, and what others merge into is itself a member, and the only one that is
-    kept."""
+    """Each average is of shares that make one, and what others merge into is itself a member, and the only
+    one that is kept."""
     sums: dict[Unit, float] = {}
     for unit, treatment in stage.treatments.items():
         if treatment.into is None:
@@ -199,7 +199,8 @@ def _check_cuts(plan: Plan, stage: int, blueprint: Blueprint) -> None:
 
 
 def _check_rows(plan: Plan) -> None:
-    """After a stage that leaves routers whole, positions and router rows part ways, so it must be a layer's last."""
+    """After a stage that leaves routers whole, positions and router rows part ways, so it must be a layer's
+    last."""
     whole_routers: set[int | None] = set()
     for stage in plan.stages:
         for unit in sorted(stage.treatments):

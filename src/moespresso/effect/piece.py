@@ -1,7 +1,7 @@
 """One tensor of the result: which bytes of the source it takes, and what is done to them on the way.
 
-`rewrite` makes pieces of a plan, `build.tensors` turns them into tensors, and they are written in order. A matrix that is
-stored packed is one piece until the last moment: `stored` says which tensors it becomes.
+`rewrite` makes pieces of a plan, `build.tensors` turns them into tensors, and they are written in order. A
+matrix that is stored packed is one piece until the last moment: `stored` says which tensors it becomes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from moespresso.formats import codec_named, pack
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One expert of an average: its tensor (its entry along the expert axis, in a stack), share and channel order, which
-    is fitted where it is `aligned`."""
+    """One expert of an average: its tensor (its entry along the expert axis, in a stack), share and channel
+    order, which is fitted where it is `aligned`."""
 
     entry: Entry
     expert: int
@@ -36,9 +36,10 @@ class Member:
 class Encoding:
     """How a matrix is packed, and where its numbers come from.
 
-    The step of the stage it is packed `by` finds them: by weights alone, from what the piece holds otherwise; on text, as the
-    parts `parts`, by suffix. Without one, what changed after it was packed takes the nearest values (`again`), or its numbers
-    are those of the source. What is scaled is then multiplied by `factor`, and stored as `dtype` (empty: the source's).
+    The step of the stage it is packed `by` finds them: by weights alone, from what the piece holds otherwise;
+    on text, as the parts `parts`, by suffix. Without one, what changed after it was packed takes the nearest
+    values (`again`), or its numbers are those of the source. What is scaled is then multiplied by `factor`,
+    and stored as `dtype` (empty: the source's).
     """
 
     format: Format
@@ -58,7 +59,8 @@ class Encoding:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pruned:
-    """Stage number `at` of a plan leaves fewer weights of a matrix, or none of some rows, in the places of the others zeros."""
+    """Stage number `at` of a plan leaves fewer weights of a matrix, or none of some rows, in the places of
+    the others zeros."""
 
     at: int
     stage: Stage
@@ -81,12 +83,13 @@ class Fold:
 class Piece:
     """One tensor to write: `source` bytes, of which only `take` along `axis` (None: all), times `scale`.
 
-    `pruned` are the stages that prune it, in order. With `blend` it is an average of experts:
-    of one expert's tensors, or along `axis` one average per kept expert. `folds` come last, in order. `filled`: with zeros,
-    up to its shape, which is that of something wider. `values` is what stands in its place, where that was fitted (`refit`:
-    whether or not it is known yet); with `encoding` all of that is packed, and what was stored as less than it is becomes
-    `plain` again where its values change, as does a packed matrix that loses rows. `unit` is its address in the result. `part` of the matrix `matrix` is one of the
-    tensors that it is stored as. Where it `joins` others, these are laid end to end, and `source` is that of the first.
+    `pruned` are the stages that prune it, in order. With `blend` it is an average of experts: of one expert's
+    tensors, or along `axis` one average per kept expert. `folds` come last, in order. `filled`: with zeros,
+    up to its shape, which is that of something wider. `values` is what stands in its place, where that was
+    fitted (`refit`: whether or not it is known yet); with `encoding` all of that is packed, and what was
+    stored as less than it is becomes `plain` again where its values change, as does a packed matrix that
+    loses rows. `unit` is its address in the result. `part` of the matrix `matrix` is one of the tensors that
+    it is stored as. Where it `joins` others, these are laid end to end, and `source` is that of the first.
     """
 
     name: str

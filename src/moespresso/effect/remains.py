@@ -1,7 +1,7 @@
-"""What of a model is left after a plan: which blocks, which branches of them, which experts.
+"""What remains of a model after a plan: which blocks, which branches of them, which experts.
 
-Everything is numbered as in the source; `layers` in order gives each kept block its new number. Pricing, writing and
-config editing all read this one answer.
+Everything is numbered as in the source; `layers` in order gives each kept block its new number. Pricing,
+writing and config editing all read this one answer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from moespresso.core.blueprint import BRANCHES, Blueprint, Branch, LayerSpec
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.unit import Unit
 
-# Repairs of an Expert Drop that leave the router whole: the dropped experts' rows stay.
+# Repairs of an Expert Drop that leave the router whole: the dropped experts' rows are kept.
 ROWS_STAY = ("skip", "novice")
 # A layer without attention still tells the cache how many tokens it has seen, by a key and a value of width one.
 SILENT_KV = 2
@@ -21,10 +21,10 @@ SILENT_KV = 2
 
 @dataclass(frozen=True)
 class Remains:
-    """`layers`: kept blocks; `cut`: branches that go from kept blocks; `experts`: kept experts of every MoE branch that
-    stays; `gone`: experts that the router of a layer may still select, of the layers where there are any; `novices`:
-    those layers in which a constant answers for them; `widths`: channels that each kept expert has, of the layers where
-    some go or experts differ."""
+    """`layers`: kept blocks; `cut`: branches that go from kept blocks; `experts`: kept experts of every MoE
+    branch that stays; `gone`: experts that the router of a layer may still select, of the layers where there
+    are any; `novices`: those layers in which a constant answers for them; `widths`: channels that each kept
+    expert has, of the layers where some go or experts differ."""
 
     layers: tuple[int, ...]
     cut: frozenset[tuple[int, Branch]]
@@ -64,7 +64,7 @@ def remains(plan: Plan, blueprint: Blueprint) -> Remains:
 
 
 def dropped_units(plan: Plan) -> frozenset[Unit]:
-    """Blocks and branches that some stage lets go."""
+    """Blocks and branches that some stage removes."""
     return frozenset(
         unit for stage in plan.stages for unit, treatment in stage.treatments.items() if treatment.drop
     )
@@ -83,7 +83,8 @@ def merged_into(plan: Plan, layer: int) -> dict[int, int]:
 
 
 def _widths(plan: Plan, layer: LayerSpec, kept: tuple[int, ...]) -> dict[int, int]:
-    """Channels of every kept expert of a layer; nothing where all have as many as before, which is one number."""
+    """Channels of every kept expert of a layer; nothing where all have as many as before, which is one
+    number."""
     channels_of = {expert: layer.widths[expert] if layer.widths else layer.width for expert in kept}
     cut = False
     for stage in plan.stages:
@@ -95,7 +96,8 @@ def _widths(plan: Plan, layer: LayerSpec, kept: tuple[int, ...]) -> dict[int, in
 
 
 def channels_left(stage: Stage, layer: int, expert: int | None) -> int | None:
-    """The channels that `stage` leaves to an expert: what it says of that one, else of all in the layer; None for all."""
+    """The channels that `stage` leaves to an expert: what it says of that one, else of all in the layer; None
+    for all."""
     of_expert, of_layer = (
         stage.treatments.get(Unit(layer, "experts", number), Treatment()).channels
         for number in (expert, None)

@@ -1,9 +1,10 @@
 """What a plan does to each stored tensor: the one function that pricing, building and verifying share.
 
-`pieces` turns the entries of the source into `Piece`s of the result, from names and shapes alone: which bytes are
-taken, under which name and shape they are written, and what is done to them on the way: rows taken, a scale, experts
-averaged, an output mapped, all of it encoded. Fitted values (`cuts`) are put in where they are known; pricing needs
-none. `pressed_blueprint` is the source's blueprint after that, so a plan's cost is the sum of what will be written.
+`pieces` turns the entries of the source into `Piece`s of the result, from names and shapes alone: which bytes
+are taken, under which name and shape they are written, and what is done to them on the way: rows taken, a
+scale, experts averaged, an output mapped, all of it encoded. Fitted values (`cuts`) are put in where they are
+known; pricing needs none. `pressed_blueprint` is the source's blueprint after that, so a plan's cost is the
+sum of what will be written.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def kept_by_layer(plan: Plan, blueprint: Blueprint) -> dict[int, tuple[int, ...]
 
 
 def pieces(blueprint: Blueprint, plan: Plan, fits: Fits | None = None, *, stock: bool = False) -> list[Piece]:
-    """Everything that `plan` writes, in the source's order, with what is new at the end. In a `stock` form the norm of a
-    feed-forward part that goes stays: the engine's class has one there."""
+    """Everything that `plan` writes, in the source's order, with what is new at the end. In a `stock` form
+    the norm of a feed-forward part that goes stays: the engine's class has one there."""
     rewriter = _Rewriter(blueprint, plan, fits or {}, stock)
     rewritten = (rewriter(entry) for entry in blueprint.entries)
     return [*_with_leaders(piece for piece in rewritten if piece is not None), *rewriter.added()]
@@ -56,7 +57,8 @@ def _with_leaders(written: Iterable[Piece]) -> Iterator[Piece]:
 
 
 def pressed_blueprint(blueprint: Blueprint, plan: Plan, written: list[Piece] | None = None) -> Blueprint:
-    """The blueprint of what `plan` makes of `blueprint` (of the pieces `written`), before anything is written."""
+    """The blueprint of what `plan` makes of `blueprint` (of the pieces `written`), before anything is
+    written."""
     layers = pressed_layers(blueprint, remains(plan, blueprint))
     written = pieces(blueprint, plan) if written is None else written
     entries = tuple(replace(piece.source, ref=piece.ref, unit=piece.unit) for piece in written)
@@ -98,7 +100,7 @@ class _Rewriter:
                     )
 
     def __call__(self, entry: Entry) -> Piece | None:
-        """The piece that `entry` becomes, or None when it goes."""
+        """The piece that `entry` becomes, or None when it is removed."""
         layer = entry.unit.layer
         if layer is None:
             return self._encode(
@@ -136,8 +138,8 @@ class _Rewriter:
         return replace(piece, pruned=tuple(pruning)) if pruning else piece
 
     def _with_refits(self, piece: Piece, entry: Entry) -> Piece:
-        """With what a stage found to stand in the place of the whole tensor. Before it has found anything every tensor of
-        such a part may be replaced; afterwards those are that it found."""
+        """With what a stage found to stand in the place of the whole tensor. Before it has found anything
+        every tensor of such a part may be replaced; afterwards those are that it found."""
         for number, stage in reversed([*enumerate(self._plan.stages)]):
             values = self._fits.get(found_key(number, entry.ref.name, "dense"))
             if values is not None or (replaces(entry, stage) and number not in self._fitted_stages):
@@ -161,7 +163,8 @@ class _Rewriter:
         )
 
     def _left_of(self, values: Tensor | None, piece: Piece, number: int) -> Tensor | None:
-        """What later stages take of a tensor that stage `number` found: `values` has the rows that were left by then."""
+        """What later stages take of a tensor that stage `number` found: `values` has the rows that were left
+        by then."""
         if values is None or piece.take is None or tuple(values.shape) == piece.shape:
             return values
         before = remains(Plan("", self._plan.stages[:number]), self._blueprint)
@@ -172,8 +175,8 @@ class _Rewriter:
         )
 
     def _encode(self, piece: Piece, entry: Entry) -> Piece:
-        """With the last format that a stage gives it; what was packed already stays so, as long as it keeps its rows: words and
-        zeros may hold several of them."""
+        """With the last format that a stage gives it; what was packed already stays so, as long as it keeps
+        its rows: words and zeros may hold several of them."""
         for number, stage in reversed([*enumerate(self._plan.stages)]):
             format = format_of(entry, stage)
             packs = format is not None and codec_of(format).packs
@@ -257,7 +260,8 @@ class _Rewriter:
         )
 
     def _averages(self, entry: Entry, layer: int, stay: tuple[int, ...]) -> tuple[tuple[Member, ...], ...]:
-        """The same for a tensor that holds all experts; a router's rows are averaged only where the plan says so."""
+        """The same for a tensor that holds all experts; a router's rows are averaged only where the plan says
+        so."""
         groups = self._rows[layer] if entry.unit.part == "router" else self._groups[layer]
         if not groups.keys() & set(stay):
             return ()
@@ -270,7 +274,8 @@ class _Rewriter:
         )
 
     def _member(self, entry: Entry, expert: int, part: _Part) -> Member:
-        """A member of an average, with its channels in the order that all merges it has been through give them."""
+        """A member of an average, with its channels in the order that all merges it has been through give
+        them."""
         if not part.lines or entry.channel_axis is None:
             return Member(entry, expert, part.share)
         order: Tensor | None = None
@@ -342,7 +347,7 @@ def folds_into(blueprint: Blueprint, at: tuple[int, str] | None, repair: Repair)
 
 
 def biased_stubs(blueprint: Blueprint, plan: Plan) -> frozenset[tuple[int, Branch]]:
-    """Branches that go but leave a constant in their place, since no weight before them can hold it."""
+    """Branches that are removed but leave a constant in their place, since no weight before them can hold it."""
     with_bias = (
         cut
         for stage in range(len(plan.stages))
@@ -374,15 +379,16 @@ def _novice_stage(plan: Plan, layer: int) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What a member has of an average: its share, and the fitted orders that put its channels in line, first to last."""
+    """What a member has of an average: its share, and the fitted orders that put its channels in line, first
+    to last."""
 
     share: float = 1.0
     lines: tuple[str, ...] = ()
 
 
 def _groups(plan: Plan, layer: int, *, of_rows: bool = False) -> dict[int, dict[int, _Part]]:
-    """Members of every expert that is an average, or has a router row that is (`of_rows`). Merges of several stages are
-    averages of averages, put in line as a whole."""
+    """Members of every expert that is an average, or has a router row that is (`of_rows`). Merges of several
+    stages are averages of averages, put in line as a whole."""
     groups: dict[int, dict[int, _Part]] = {}
     for number, stage in enumerate(plan.stages):
         if of_rows and stage.treatments.get(Unit(layer, "router"), Treatment()).repair != "mean":

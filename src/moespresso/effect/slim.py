@@ -1,4 +1,5 @@
-"""Which tensors a slimming stage encodes, in which format, and by which step: what plans, pieces and checks agree on.
+"""Which tensors a slimming stage encodes, in which format, and by which step: what plans, pieces and checks
+agree on.
 
 A treatment's `format` stands on a part of a layer (`L3.experts`, `L3.attention`) or on one projection of it
 (`L3.experts.down`), which then counts. Routers, norms, biases and embeddings have none.
@@ -26,7 +27,8 @@ REFIT_PARTS: tuple[Part, ...] = ("norm", "router", "shared")
 
 
 def is_matrix(entry: Entry) -> bool:
-    """Whether an entry is a weight matrix that a format can be given to (the one row of a shared expert's gate is none)."""
+    """Whether an entry is a weight matrix that a format can be given to (the one row of a shared expert's
+    gate is none)."""
     shape = entry.ref.shape
     return (
         entry.in_graph
@@ -38,8 +40,9 @@ def is_matrix(entry: Entry) -> bool:
 
 
 def is_stack(entry: Entry) -> bool:
-    """Whether an entry holds one matrix of every expert of a layer, as they are in memory: gate above up, outputs by inputs. Such
-    experts can lose channels and weights, but have no packed form that is known to load."""
+    """Whether an entry holds one matrix of every expert of a layer, as they are in memory: gate above up,
+    outputs by inputs. Such experts can lose channels and weights, but have no packed form that is known to
+    load."""
     down = (entry.unit.matrix or "").startswith("down")
     return (
         entry.in_graph
@@ -69,8 +72,8 @@ def channels_of(entry: Entry, stage: Stage) -> int | None:
 
 
 def replaces(entry: Entry, stage: Stage) -> bool:
-    """Whether `stage` puts fitted values in the place of a whole tensor whatever its step is: those of a part that a scale was
-    moved into, of experts that lose channels, and of biases whose matrix loses rows."""
+    """Whether `stage` puts fitted values in the place of a whole tensor whatever its step is: those of a part
+    that a scale was moved into, of experts that lose channels, and of biases whose matrix loses rows."""
     part = stage.treatments.get(Unit(entry.unit.layer, entry.unit.part), Treatment())
     narrows = (
         entry.unit.part == "experts"
@@ -90,8 +93,8 @@ def _loses_rows(entry: Entry, stage: Stage) -> bool:
 
 
 def scale_dtypes(blueprint: Blueprint) -> dict[int | None, str]:
-    """By layer, the dtype that the scales of its experts are stored in: the narrowest of the experts' own, since loaders
-    stack all of them in one dtype."""
+    """By layer, the dtype that the scales of its experts are stored in: the narrowest of the experts' own,
+    since loaders stack all of them in one dtype."""
     dtypes: dict[int | None, str] = {}
     for entry in blueprint.entries:
         if entry.unit.part == "experts" and (is_matrix(entry) or is_stack(entry)):
@@ -127,8 +130,8 @@ def step_of(stage: Stage) -> Treats:
 
 
 def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
-    """Raise `UserError` where stage `number` of a plan encodes what is not there or cannot be, or changes values that an
-    earlier stage encoded."""
+    """Raise `UserError` where stage `number` of a plan encodes what is not there or cannot be, or changes
+    values that an earlier stage encoded."""
     stage = plan.stages[number]
     before = plan.stages[:number]
     slimmed = any(map(treats_matrices, before))
@@ -163,7 +166,8 @@ def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
 
 
 def _formats_before(unit: Unit, before: Collection[Stage]) -> set[Format]:
-    """What earlier stages have given to the part of a layer that a unit is in; of experts all matrices, which are solved together."""
+    """What earlier stages have given to the part of a layer that a unit is in; of experts all matrices, which
+    are solved together."""
     return {
         treatment.format
         for stage in before
@@ -179,8 +183,9 @@ def _refit_units(stage: Stage) -> set[Unit]:
 
 
 def check_step(stage: Stage, blueprint: Blueprint) -> None:
-    """Raise `UserError` where a stage's step cannot make the formats it is said to give, or on text would be shown some matrices
-    of experts and not the others, which it solves together. Needs the step to be known: a plan is priced without."""
+    """Raise `UserError` where a stage's step cannot make the formats it is said to give, or on text would be
+    shown some matrices of experts and not the others, which it solves together. Needs the step to be known: a
+    plan is priced without."""
     if (refitted := _refit_units(stage)) and not fits_on_text(stage):
         raise UserError(f"the plan rescales {min(refitted)} in a step that does not round weights on text")
     if not treats_matrices(stage):
@@ -297,14 +302,16 @@ def narrowed(entry: Entry, left: Remains) -> tuple[int, ...]:
 
 
 def check_all_storable(treated: Collection[tuple[Entry, Format, tuple[int, ...]]]) -> None:
-    """Raise `UserError` where a matrix of some shape, of all that one step treats, cannot be stored in its format."""
+    """Raise `UserError` where a matrix of some shape, of all that one step treats, cannot be stored in its
+    format."""
     widths = {shape[-1] for _, _, shape in treated}
     for entry, format, shape in treated:
         check_storable(entry, format, shape, widths)
 
 
 def check_storable(entry: Entry, format: Format, shape: tuple[int, ...], beside: Collection[int]) -> None:
-    """Raise `UserError` where a matrix of `shape` cannot be stored in `format`; the cure is one for all widths `beside` it."""
+    """Raise `UserError` where a matrix of `shape` cannot be stored in `format`; the cure is one for all
+    widths `beside` it."""
     codec, unit = codec_of(format), entry.unit
     codec.check_entry(format, unit.expert, unit.matrix or "", entry.ref.name)
     codec.check(format, shape, entry.ref.name, beside)

@@ -1,8 +1,8 @@
 """Config and headers to a `Blueprint`: what every tensor is, found by asking the model itself.
 
-The family's model is built on `meta`; each on-disk key is renamed into it; the module it lands in says what it is:
-inside the experts module an expert, elsewhere in the MoE block the router or a shared expert, and so on. Whatever the
-model wants and the files lack, or have in another shape, is said here, before any work.
+The family's model is built on `meta`; each on-disk key is renamed into it; the module it lands in says what
+it is: inside the experts module an expert, elsewhere in the MoE block the router or a shared expert, and so
+on. Whatever the model wants and the files lack, or have in another shape, is said here, before any work.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def check_tensors(raw: Mapping[str, Any], refs: Iterable[TensorRef], place: str)
 
 
 def _check_block(layer: nn.Module, config: PreTrainedConfig, place: str) -> None:
-    """A layer's experts must be of the one shape that is measured and cut: one stack, one router, in one block."""
+    """A layer's experts must be of the one shape that is measured and cut: one stack, one router, in one
+    block."""
     reason = _why_unsupported(layer)
     if reason:
         raise UserError(
@@ -198,7 +199,8 @@ def _heads(layer: nn.Module, config: PreTrainedConfig, model: PreTrainedModel) -
 
 
 def _mixer(index: int, layer: nn.Module, config: PreTrainedConfig) -> str:
-    """What mixes tokens in a layer: by the name of the submodule, and by the config where one name serves several."""
+    """What mixes tokens in a layer: by the name of the submodule, and by the config where one name serves
+    several."""
     named = next((MIXERS[name] for name, _ in layer.named_children() if name in MIXERS), None)
     types = getattr(config.get_text_config(), "layer_types", None) or ()
     layer_type = types[index] if index < len(types) else getattr(layer, "block_type", "")
@@ -291,7 +293,8 @@ class _Classifier:
         return entry
 
     def _skips(self, entry: Entry) -> bool:
-        """Whether a layer's router selects from more experts than there are: its rows are no experts any more."""
+        """Whether a layer's router selects from more experts than there are: its rows are no experts any
+        more."""
         block = None if entry.unit.layer is None else self._blocks[entry.unit.layer]
         return block is not None and hasattr(block[1].get_submodule("experts"), "places")
 
@@ -409,7 +412,8 @@ class _Classifier:
             )
 
     def _check_numbers(self, place: str, layer: int, matrix: str, numbers: list[int]) -> None:
-        """Experts must be numbered 0 to count - 1, each once: the loader goes by order and would not notice."""
+        """Experts must be numbered 0 to count - 1, each once: the loader goes by order and would not
+        notice."""
         block = self._blocks[layer]
         assert block is not None
         count = _as_int(block[1].get_submodule("experts").num_experts)
@@ -440,7 +444,8 @@ class _Classifier:
             )
 
     def _widest_shape(self, ref: TensorRef, name: str, count: int) -> tuple[int, ...]:
-        """The shape of one expert's tensor with as many channels as the widest of its layer, where it has those it should."""
+        """The shape of one expert's tensor with as many channels as the widest of its layer, where it has
+        those it should."""
         layer = layer_number(name, self._layers_name)
         block = None if layer is None or count == 1 else self._blocks[layer]
         number = _EXPERT.search(ref.name)

@@ -1,8 +1,9 @@
 """The number of experts: where a config says it, and which tensors of the model follow it.
 
-Nothing is guessed from shapes, where a hidden size may happen to equal the number of experts: the model is built on
-`meta` a second time with twice as many experts, and what has doubled is what counts them. A tensor that grew in any
-other way (router rows for shared or skipped experts, say) cannot be cut, and is a reason to refuse the family.
+Nothing is guessed from shapes, where a hidden size may happen to equal the number of experts: the model is
+built on `meta` a second time with twice as many experts, and what has doubled is what counts them. A tensor
+that grew in any other way (router rows for shared or skipped experts, say) cannot be cut, and is a reason to
+refuse the family.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def evened(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_widths(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What else a layer says; a count of zero guards widths or what is skipped, and goes with the last of them."""
+    """What else a layer says; a count of zero guards widths or what is skipped, and goes with the last of
+    them."""
     guards = OWN_WIDTHS in entry and "skip" not in entry
     return {key: value for key, value in entry.items()
             if key != OWN_WIDTHS and not (guards and key in quirks.COUNT_KEYS and value == 0)}  # fmt: skip
@@ -100,7 +102,8 @@ def _set_count(config: dict[str, Any], family: str, change: Callable[[int], int]
 
 
 def expert_axes(raw: Mapping[str, Any], model: PreTrainedModel, place: str) -> dict[str, int]:
-    """Axis that counts experts of every in-memory tensor that has one; raises `UserError` where it is not that simple."""
+    """Axis that counts experts of every in-memory tensor that has one; raises `UserError` where it is not
+    that simple."""
     stacks = {name: module for name, module in model.named_modules() if is_experts(module)}
     if not stacks:
         return {}

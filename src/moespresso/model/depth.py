@@ -1,10 +1,11 @@
-"""Depth: what a config.json must say when decoder layers go, or when mixtures among them become dense.
+"""Depth: what a config.json must say when decoder layers are removed, or when mixtures among them become dense.
 
-Configs say what each layer is in many ways: a list with one entry a layer, numbers of layers, a dense prefix, "every
-second layer". `quirks` names the fields of each kind. Lists are cut, numbers are counted anew, and for a rule that no
-longer fits other values are searched (`_RULES`). None of this is trusted: the model of the new config is built on
-`meta`, and each of its layers must equal the layer of the source that it stands for, in submodules, shapes and plain
-attributes (windows, scales, rope or none). What no config can say is refused with the nearest thing that one can.
+Configs say what each layer is in many ways: a list with one entry a layer, numbers of layers, a dense prefix,
+"every second layer". `quirks` names the fields of each kind. Lists are cut, numbers are counted anew, and for
+a rule that no longer fits other values are searched (`_RULES`). None of this is trusted: the model of the new
+config is built on `meta`, and each of its layers must equal the layer of the source that it stands for, in
+submodules, shapes and plain attributes (windows, scales, rope or none). What no config can say is refused
+with the nearest thing that one can.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _MISSING = "absent"
 
 
 def with_layers(raw: Mapping[str, Any], kept: Sequence[int], place: str) -> Config:
-    """The config.json of the model that has only the layers `kept` (ascending numbers of `raw`'s), renumbered.
+    """The config.json of the model that has only the layers `kept` (ascending numbers), renumbered.
 
     Raises `UserError` when no config of the family says that.
     """
@@ -56,10 +57,11 @@ def with_layers(raw: Mapping[str, Any], kept: Sequence[int], place: str) -> Conf
 
 
 def with_dense(raw: Mapping[str, Any], dense: Collection[int], place: str) -> tuple[Config, int]:
-    """The config.json in which the MoE layers `dense` (numbers of `raw`'s) are dense, and the width of their MLP.
+    """The config.json in which the MoE layers `dense` (numbers of `raw`'s) are dense, and the width of their
+    MLP.
 
-    The width is `STUB_WIDTH` unless other layers are dense already: all share one width. Raises `UserError` when the
-    family cannot say that.
+    The width is `STUB_WIDTH` unless other layers are dense already: all share one width. Raises `UserError`
+    when the family cannot say that.
     """
     assert dense, "no layer to make dense"
     source = _model(raw, place)
@@ -82,7 +84,7 @@ def with_dense(raw: Mapping[str, Any], dense: Collection[int], place: str) -> tu
 
 @dataclass(frozen=True)
 class _Model:
-    """What a config makes: its fields with all defaults, and what each layer and the rest of the model consist of."""
+    """What a config makes: its fields with all defaults, and the parts of each layer and of the rest."""
 
     fields: Config
     layers: tuple[dict[str, Any], ...]
@@ -121,7 +123,7 @@ def _built(text: str, place: str) -> _Model:
 
 
 def _parts(layer: nn.Module) -> dict[str, Any]:
-    """Everything of a layer that can be compared: class of every submodule, shape of every tensor, plain attributes."""
+    """What can be compared of a layer: class of every submodule, shape of every tensor, plain attributes."""
     parts: dict[str, Any] = {}
     for name, module in layer.named_modules():
         parts[name] = type(module).__name__
@@ -138,7 +140,7 @@ def _fields(raw: Mapping[str, Any], place: str) -> Config:
     return read_config(raw, place).get_text_config().to_dict()
 
 
-# Layers that go
+# Layers that are removed
 
 
 def _cut_to(raw: Mapping[str, Any], source: _Model, kept: Sequence[int], place: str) -> Config:
@@ -173,7 +175,7 @@ def _renumber(layers: Iterable[int], kept: Sequence[int]) -> frozenset[int]:
 
 
 def _drafts(raw: Mapping[str, Any], source: _Model, kept: Sequence[int]) -> Iterator[Config]:
-    """`raw` with all its fields cut; then, where that differs, also with the lists that it left to its class."""
+    """`raw` with all its fields cut; then, where that differs, with the lists that it left to its class."""
     count = len(source.layers)
     edited = copy.deepcopy(dict(raw))
     for part in _language_parts(edited):
@@ -267,7 +269,7 @@ def _other_layers(raw: Mapping[str, Any], source: _Model, kept: Sequence[int], p
 
 
 def _near(gone: list[int], count: int) -> Iterator[set[int]]:
-    """Choices of layers near `gone`: with one neighbour, with one layer moved by one, as many of the last ones."""
+    """Choices of layers near `gone`: with one neighbour, one layer moved by one, as many of the last."""
     moves = [(layer, layer + step) for step in (-1, 1) for layer in gone]
     moves = [(layer, other) for layer, other in moves if 0 <= other < count and other not in gone]
     if len(gone) + 1 < count:
@@ -292,8 +294,8 @@ def _enumeration(words: Sequence[str]) -> str:
 class _Rule:
     """Fields that together say which layers hold experts, or attention.
 
-    `says(layer, *values)` is whether a layer does; `tries(count, target, *values)` are other values worth a look when
-    the layers `target` of `count` shall.
+    `says(layer, *values)` is whether a layer does; `tries(count, target, *values)` are other values worth a
+    look when the layers `target` of `count` shall.
     """
 
     kind: str
@@ -306,7 +308,7 @@ class _Rule:
         return None if None in values else values
 
     def governs(self, source: _Model) -> bool:
-        """Whether the source goes by this rule: fields may be left over from another family and say nothing."""
+        """Whether the source follows this rule: fields left over from another family say nothing."""
         values = self.values(source.fields)
         return values is not None and self.fits(values, len(source.layers), source.holds[self.kind])
 
@@ -371,8 +373,9 @@ _RULES = (
 
 
 def period(fields: Mapping[str, Any], holds: Mapping[str, Collection[int]], count: int) -> int:
-    """The number of blocks after which the pattern of `count` layers repeats, where a config with these `fields` can say
-    which of them hold experts or attention by a period alone; 1 where any choice of blocks can be said."""
+    """The number of blocks after which the pattern of `count` layers repeats, where a config with these
+    `fields` can say which of them hold experts or attention by a period alone; 1 where any choice of blocks
+    can be said."""
     periods = [
         values[0]
         for rule in _RULES
@@ -386,7 +389,8 @@ def period(fields: Mapping[str, Any], holds: Mapping[str, Collection[int]], coun
 def _settle(
     edited: Config, source: _Model, targets: Mapping[str, Collection[int]], place: str
 ) -> tuple[list[_Rule], list[_Rule]]:
-    """Set, in `edited`, the fields of the rules that the source goes by: those that now say `targets`, and the others."""
+    """Set, in `edited`, the fields of the rules that the source goes by: those that now say `targets`, and
+    the others."""
     fields, settled, unsettled = _fields(edited, place), [], []
     count = _home(edited).get("num_hidden_layers") or len(source.layers)
     for rule in _RULES:
@@ -456,7 +460,8 @@ def _dense_difference(source: _Model, built: _Model, dense: Collection[int]) -> 
 
 
 def _beside(parts: Mapping[str, Any], block: str) -> dict[str, Any]:
-    """The parts of a layer beside one block; the layer's own attributes may name its kind, and are left out too."""
+    """The parts of a layer beside one block; the layer's own attributes may name its kind, and are left out
+    too."""
     return {
         key: value
         for key, value in parts.items()

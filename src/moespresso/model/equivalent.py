@@ -1,12 +1,14 @@
-"""Equivalent architectures: a checkpoint of one family, presented as one of another whose stock code computes the same function.
+"""Equivalent architectures: a checkpoint of one family, presented as one of another whose stock code computes
+the same function.
 
-Some configs cannot say what a plan wants ("this layer has no mixture"), and one old family is not in transformers at
-all. Where another family's code computes the same, a `Equivalent` says how to move: the config's words, the tensors' names,
-zeros for parts that only the other family has, and factors that are powers of two, so that every stored value stays
-exact. It is done on the `Checkpoint`, and nothing above it knows: blueprint, plan, shards and verify see the other family.
+Some configs cannot say what a plan wants ("this layer has no mixture"), and one old family is not in
+transformers at all. Where another family's code computes the same, a `Equivalent` says how to move: the
+config's words, the tensors' names, zeros for parts that only the other family has, and factors that are
+powers of two, so that every stored value stays exact. It is done on the `Checkpoint`, and nothing above it
+knows: blueprint, plan, shards and verify see the other family.
 
-Logits are equal to the last bit in float32. In half precision the two codes may round at other places: Mixtral keeps
-its gate weights in float32, Qwen2-MoE rounds them.
+Logits are equal to the last bit in float32. In half precision the two codes may round at other places:
+Mixtral keeps its gate weights in float32, Qwen2-MoE rounds them.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class Rename:
 class Filler:
     """Zeros `name`, of the `shape` that the new config makes, beside every tensor `beside` and in its dtype.
 
-    Both names end a tensor's name in the new family. A source whose config has a value for `unless` brings its own.
+    Both names end a tensor's name in the new family. A source whose config has a value for `unless` brings
+    its own.
     """
 
     name: str
@@ -60,9 +63,9 @@ class Filler:
 class Equivalent:
     """How checkpoints of `source` become checkpoints of `target`.
 
-    `config` makes the entries of the new config that differ from the source's, `gone` are keys that the target does
-    not have. `unless` are the reasons why a config cannot move, one clause and one test each. `defaults` stand in for
-    the config class of a family that transformers does not have.
+    `config` makes the entries of the new config that differ from the source's, `gone` are keys that the
+    target does not have. `unless` are the reasons why a config cannot move, one clause and one test each.
+    `defaults` stand in for the config class of a family that transformers does not have.
     """
 
     source: str
@@ -149,8 +152,8 @@ def adopt(checkpoint: Checkpoint) -> Checkpoint:
 def tokenizer_config(config: Config) -> dict[str, Any]:
     """A tokenizer_config.json for the other family: tokenizer.json, which must be there, is read as it is.
 
-    Left alone, `AutoTokenizer` goes by the family: it reads Mixtral's file as it is, but under Qwen2-MoE's name believes
-    the class that Mixtral's tokenizer_config.json names, which cuts leading spaces differently.
+    Left alone, `AutoTokenizer` goes by the family: it reads Mixtral's file as it is, but under Qwen2-MoE's
+    name believes the class that Mixtral's tokenizer_config.json names, which cuts leading spaces differently.
     """
     return {**config, "tokenizer_class": "PreTrainedTokenizerFast"}
 

@@ -1,8 +1,9 @@
 """What the heads of an attention are, and which of their dims may go, found by looking at the module.
 
-Queries, keys, values and outputs must be one matrix each (`q_proj`, `k_proj`, `v_proj`, `o_proj`) of as many rows or columns
-as the config's heads ask for; whatever else the module holds is a reason to leave dims alone, unless it is known not to
-touch them. Which dims a rotary embedding turns together is seen by turning unit vectors with the family's own function.
+Queries, keys, values and outputs must be one matrix each (`q_proj`, `k_proj`, `v_proj`, `o_proj`) of as many
+rows or columns as the config's heads ask for; whatever else the module holds is a reason to leave dims alone,
+unless it is known not to touch them. Which dims a rotary embedding turns together is seen by turning unit
+vectors with the family's own function.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Plain tensors that transformers joins as it reads, stored joined where it could not join them.
 
-Beside packed matrices transformers 5.23 unpacks before it converts: every conversion whose sources end in `.weight` (the
-short convolutions of queries, keys and values; the shards of an n-gram table) is then given packed parts only, finds none,
-and stops. Names that are the model's own need no conversion, so what would only be laid end to end is written laid end to
-end. What would be converted in another way is `unreadable`; what is packed where the model has no
-linear layer is `packed_alone`.
+Beside packed matrices transformers 5.23 unpacks before it converts: every conversion whose sources end in
+`.weight` (the short convolutions of queries, keys and values; the shards of an n-gram table) is then given
+packed parts only, finds none, and stops. Names that are the model's own need no conversion, so what would
+only be laid end to end is written laid end to end. What would be converted in another way is `unreadable`;
+what is packed where the model has no linear layer is `packed_alone`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ Config = Mapping[str, Any]
 
 
 def joined(pieces: Sequence[Piece], config: Config, place: str) -> list[Piece]:
-    """`pieces` with those laid end to end that the library could not convert; `config` is that of the source."""
+    """`pieces` with those laid end to end that the library could not convert; `config` is that of the
+    source."""
     if not _beside_packed(pieces):
         return list(pieces)
     names = _names_of(config, place)
@@ -51,8 +52,8 @@ def unreadable(pieces: Sequence[Piece], config: Config, place: str) -> list[str]
 
 
 def packed_alone(pieces: Sequence[Piece], config: Config, place: str) -> list[str]:
-    """Names of packed matrices for which the model has no linear layer, so that transformers leaves what it has there random:
-    most routers. Experts aside, which it knows as such, and what it converts."""
+    """Names of packed matrices for which the model has no linear layer, so that transformers leaves what it
+    has there random: most routers. Experts aside, which it knows as such, and what it converts."""
     asked = [piece for piece in pieces
              if piece.ref.packed is not None and piece.unit.part != "experts" and piece.source.in_graph]  # fmt: skip
     if not asked:
@@ -70,7 +71,8 @@ def _beside_packed(pieces: Sequence[Piece]) -> bool:
 
 
 def _by_conversion(pieces: Sequence[Piece], names: Names) -> dict[str, list[Piece]]:
-    """Plain pieces behind a conversion that waits for packed parts, in the order it takes them, by the name they get."""
+    """Plain pieces behind a conversion that waits for packed parts, in the order it takes them, by the name
+    they get."""
     waiting: dict[str, list[tuple[Any, Piece]]] = {}
     for piece in pieces:
         name, pattern = names.in_memory(piece.name)
@@ -83,7 +85,8 @@ def _by_conversion(pieces: Sequence[Piece], names: Names) -> dict[str, list[Piec
 
 
 def _can_join(name: str, together: Sequence[Piece], names: Names) -> bool:
-    """Whether laying these end to end is all that the library would do, and what comes of it is read as it is."""
+    """Whether laying these end to end is all that the library would do, and what comes of it is read as it
+    is."""
     alike = {(piece.ref.dtype, piece.shape[1:]) for piece in together}
     patterns = [names.in_memory(piece.name)[1] or "" for piece in together]
     return (

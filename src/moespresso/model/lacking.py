@@ -1,9 +1,9 @@
 """What to say of a checkpoint whose files are whole but hold other tensors than its config asks for.
 
-Fetching such files again brings the same ones, so the sentence says what is there, what is wanted, and what would mend it: a
-renaming where the names are another writer's (llm-compressor calls Mixtral's w1, w3 and w2 gate_proj, up_proj and down_proj),
-a merge of adapters, or a config that belongs to the files. transformers would fill what is missing with random numbers, so
-nothing is guessed here.
+Fetching such files again brings the same ones, so the sentence says what is there, what is wanted, and what
+would mend it: a renaming where the names are another writer's (llm-compressor calls Mixtral's w1, w3 and w2
+gate_proj, up_proj and down_proj), a merge of adapters, or a config that belongs to the files. transformers
+would fill what is missing with random numbers, so nothing is guessed here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _ROLES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate
 
 
 def not_whole(place: str, names: Names, missing: str, unknown: Sequence[str]) -> UserError:
-    """The error for a parameter `missing` (its name in memory) of a checkpoint with tensors that its family does not know."""
+    """The error for a parameter `missing` (its name in memory) of a checkpoint with tensors that its family
+    does not know."""
     renamed, slices = names.own_layout()
     stored_names = [part.name for part in slices.get(missing, ())] or [renamed.get(missing, missing)]
     called = f" ({stored_names[0]})" if stored_names[0] != missing else ""

@@ -1,8 +1,8 @@
 """The model without its weights: built on `meta` from a config, filled one layer at a time.
 
-`MetaModel` holds transformers' own model with every parameter on `meta`. `outer()` loads what lies outside the decoder
-layers, `layer(i)` one decoder layer; both take it away again. Buffers that no checkpoint stores (rotary tables) are
-made by the family's own initialiser.
+`MetaModel` holds transformers' own model with every parameter on `meta`. `outer()` loads what lies outside
+the decoder layers, `layer(i)` one decoder layer; both take it away again. Buffers that no checkpoint stores
+(rotary tables) are made by the family's own initialiser.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ def scores_by_sigmoid(router: nn.Module, config: PreTrainedConfig) -> bool:
 
 
 def scores_groups_by_two(router: nn.Module) -> bool:
-    """Whether a router scores a group of experts by the sum of its two best, so that two must remain in each."""
+    """Whether a router scores a group of experts by the sum of its two best, so that two must remain in
+    each."""
     return re.search(r"topk\(\s*2\b", _code(type(router))) is not None
 
 
@@ -160,8 +161,8 @@ def layer_config(config: PreTrainedConfig, index: int) -> PreTrainedConfig:
 class MetaModel:
     """One model, on `meta` but for what is being used.
 
-    `tensors` maps on-disk names to anything that answers `[...]` with a tensor (see `checkpoint.reader.Lazy`);
-    `specs` are the layers as the blueprint has them.
+    `tensors` maps on-disk names to anything that answers `[...]` with a tensor (see
+    `checkpoint.reader.Lazy`); `specs` are the layers as the blueprint has them.
     """
 
     def __init__(
@@ -250,7 +251,8 @@ class MetaModel:
 
     @contextmanager
     def outer(self) -> Iterator[None]:
-        """Everything outside the decoder layers in memory; embedding and head go again, the small last norm stays."""
+        """Everything outside the decoder layers in memory; embedding and head go again, the small last norm
+        stays."""
         self._load(None, self.model)
         self._tie()
         try:
@@ -266,8 +268,8 @@ class MetaModel:
         )
 
     def _tie(self) -> None:
-        """Tie what the loader ties: of a pair that the config ties, the one that no file holds is the other; where files hold
-        both, and they differ, each keeps its own."""
+        """Tie what the loader ties: of a pair that the config ties, the one that no file holds is the other;
+        where files hold both, and they differ, each keeps its own."""
         self.model.tie_weights(missing_keys=set(self._absent), recompute_mapping=False)
 
     def layer_state(self, index: int) -> dict[str, Tensor]:
@@ -284,7 +286,8 @@ class MetaModel:
         return self._names.to_disk(state)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [N, V] of last hidden states [N, H], by the family's own head (its scaling and capping included).
+        """Logits [N, V] of last hidden states [N, H], by the family's own head (its scaling and capping
+        included).
 
         Needs `outer()`. The whole model runs with its base replaced by one that answers `hidden`.
         """

@@ -1,9 +1,10 @@
-"""The config.json of what a plan leaves, layers that differ included.
+"""The config.json of what remains after a plan, layers that differ included.
 
-Where all layers stay alike it is an ordinary config with other numbers. Where they do not, transformers' own key
-`per_layer_config` says what each has of its own, in the words that `moespresso.runtime.unequal` understands: another
-count of experts, branches and experts to skip. Where nothing else would stop an engine that does not know moespresso, a zero
-beside it does, and `architectures` names a class that no engine has (`moespresso.runtime.guard`).
+Where all layers stay alike it is an ordinary config with other numbers. Where they do not, transformers' own
+key `per_layer_config` says what each has of its own, in the words that `moespresso.runtime.unequal`
+understands: another count of experts, branches and experts to skip. Where nothing else would stop an engine
+that does not know moespresso, a zero beside it does, and `architectures` names a class that no engine has
+(`moespresso.runtime.guard`).
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ Config = dict[str, Any]
 def pressed_config(
     raw: Mapping[str, Any], source: Blueprint, plan: Plan, left: Remains, *, stock: bool = False
 ) -> Config:
-    """What `raw` (a config.json) becomes; raises `UserError` where no config can say which blocks are left. In the `stock`
-    form shared experts may be said to be wider than they are."""
+    """What `raw` (a config.json) becomes; raises `UserError` where no config can say which blocks are left.
+    In the `stock` form shared experts may be said to be wider than they are."""
     all_layers = len(left.layers) == len(source.layers)
     raw = evened(raw)  # what `left` knows of widths is said anew
     config = copy.deepcopy(dict(raw)) if all_layers else with_layers(raw, left.layers, source.place)
@@ -50,7 +51,7 @@ def pressed_config(
         if position in rows:
             _set(entry, _count_key(source.family), rows[position], common)
         skip_before = entry.get("skip", ())
-        if (layer, "mlp") in left.cut:  # experts that were gone go with the rest
+        if (layer, "mlp") in left.cut:  # experts that were gone are removed with the rest
             skip_before = [word for word in skip_before if not word.startswith("expert.")]
         skip = [*skip_before, *_skip_words(specs[layer], left, biased)]
         if skip:

@@ -1,10 +1,12 @@
-"""Unstacking: a checkpoint that has all experts of a layer in one tensor, presented as one that has each by itself.
+"""Unstacking: a checkpoint that has all experts of a layer in one tensor, presented as one that has each by
+itself.
 
-transformers 5 may save a model as it lies in memory (`save_original_format=False`): one `mlp.experts.gate_up_proj` a layer,
-where the family's own layout has `experts.3.gate_proj.weight` and so on, and only that has a packed form that engines load.
-In a stack [E, out, in] every expert's matrix is a run of bytes, and so are its halves where gate lies above up: each becomes
-a tensor by itself on the headers alone, under the name that the library would write it with. Like conversion it is done on
-the `Checkpoint`, and nothing above it knows; it is done only where a request cannot be met on the stacks.
+transformers 5 may save a model as it lies in memory (`save_original_format=False`): one
+`mlp.experts.gate_up_proj` a layer, where the family's own layout has `experts.3.gate_proj.weight` and so on,
+and only that has a packed form that engines load. In a stack [E, out, in] every expert's matrix is a run of
+bytes, and so are its halves where gate lies above up: each becomes a tensor by itself on the headers alone,
+under the name that the library would write it with. Like conversion it is done on the `Checkpoint`, and
+nothing above it knows; it is done only where a request cannot be met on the stacks.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Unstacked(Checkpoint):
 
 
 def unstacked(checkpoint: Checkpoint) -> Unstacked | None:
-    """The checkpoint in its family's own layout, or None where that has no experts by themselves, or has them already."""
+    """The checkpoint in its family's own layout, or None where that has no experts by themselves, or has them
+    already."""
     place = str(checkpoint.folder)
     names = Names(build_meta(read_config(checkpoint.config, place), torch.bfloat16, place))
     renamed, slices = names.own_layout()

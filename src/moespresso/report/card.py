@@ -1,7 +1,7 @@
 """The README of a pressed folder: a model card that says what was done, how to load it and how to check it.
 
-The same recipe must give the same bytes, so a card says nothing of time, memory, machine or folder; the report does.
-It is made to be published, so absolute paths in the recipe are cut to their last part.
+The same recipe must give the same bytes, so a card says nothing of time, memory, machine or folder; the
+report does. It is made to be published, so absolute paths in the recipe are cut to their last part.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Results as text for people: pure functions from data to at most 100 columns without terminal codes.
 
-Every renderer reads the same JSON that the verb prints with `--json`, so what people see and what programs read
-cannot drift apart. Sections without content are left out.
+Every renderer reads the same JSON that the verb prints with `--json`, so what people see and what programs
+read cannot drift apart. Sections without content are left out.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def render_report(report: Report | Body) -> str:
 
 
 def render_inspection(inspection: Body) -> str:
-    """What a model is: its layers (equal neighbours on one line), where its bytes lie, what it takes to run."""
+    """What a model is: its layers (equal neighbours on one line), where its bytes lie, what it takes to
+    run."""
     params, sizes = inspection["params"], inspection["bytes"]
     headline = (
         inspection["family"],
@@ -201,7 +202,7 @@ def _costs(body: Body) -> Table:
 
 
 def _removed_parts(gone: Mapping[str, float | None], stages: Sequence[Body]) -> list[RenderableType]:
-    """Blocks and parts of layers that went, with what stands in for them."""
+    """Blocks and parts of layers that were removed, with what stands in for them."""
     if not gone:
         return []
     table = _table("dropped", "score", "in its place", right=(1,))
@@ -262,7 +263,7 @@ def _machine(machine: Body) -> str:
 
 
 def _layers(layers: Sequence[Body]) -> Table:
-    """Equal neighbours on one line; widths, and parts that a layer lacks, where they are told."""
+    """Equal neighbours on one line; widths, and parts that a layer lacks, where there are any."""
     rows = [_layer(layer) for layer in layers]
     shown = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
     table = _table(

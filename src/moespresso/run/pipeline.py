@@ -1,8 +1,9 @@
 """The conductor: one step after another, each on the model as the earlier ones leave it.
 
-Every arrow leaves a file in the work folder, so that a run can be stopped anywhere and taken up again: measured
-layers, stats per stage, what was fitted, and a journal line per finished shard. What comes of `decide` is a plan with its
-fitted values; what changes values afterwards (healing) stands between that and `build.write`, as a stage of its own.
+Every arrow leaves a file in the work folder, so that a run can be stopped anywhere and taken up again:
+measured layers, stats per stage, what was fitted, and a journal line per finished shard. What comes of
+`decide` is a plan with its fitted values; what changes values afterwards (healing) stands between that and
+`build.write`, as a stage of its own.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from moespresso.fit import Fitted, Found, Job, found, run_step, unrepaired
 
 @dataclass
 class Decided:
-    """A plan with what it stands on: stats, fitted values, notes for the user, and every unit's score (in source
-    numbers)."""
+    """A plan with what it stands on: stats, fitted values, notes for the user, and every unit's score (in
+    source numbers)."""
 
     plan: Plan
     fits: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -59,8 +60,8 @@ class Decided:
 
 
 def decide(job: Job, steps: Sequence[Step], measured: Stats | None = None) -> Decided:
-    """Choose for every step in order, and fit what stands in for what goes; `measured` stats of the original are not measured
-    again."""
+    """Choose for every step in order, and fit what stands in for what is removed; `measured` stats of the original
+    are not measured again."""
     view = job.view
     done = Decided(view.plan, dict(view.fits))
     for step in steps:

@@ -1,9 +1,9 @@
 """What a run is asked for: one frozen `Recipe`, from YAML, from options, or from both.
 
-A recipe is checked whole before any work begins: a misspelt field is answered with the one that was meant, and every
-complaint names the field (and file and line, where it came from one). Options given beside a recipe are followed
-instead of its fields, and the log says so. Both doors, command line and Python, hand the same `Recipe` on; written out
-as plain data (`resolved`) it stands in the manifest of what comes of it.
+A recipe is checked whole before any work begins: a misspelt field is answered with the one that was meant,
+and every complaint names the field (and file and line, where it came from one). Options given beside a recipe
+are followed instead of its fields, and the log says so. Both doors, command line and Python, hand the same
+`Recipe` on; written out as plain data (`resolved`) it stands in the manifest of what comes of it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|[A-Za-z]*)")
 
 
 def parse_size(text: str | int, of: int) -> int:
-    """Return bytes: ``"20GiB"``, ``"1.5GB"``, ``"123456"``, or ``"25%"`` of the bytes `of`; raises `UserError`."""
+    """Return bytes: ``"20GiB"``, ``"1.5GB"``, ``"123456"``, or ``"25%"`` of the bytes `of`; raises
+    `UserError`."""
     match = _SIZE.fullmatch(str(text).strip())
     number, unit = (match["number"], match["unit"].upper()) if match else ("", "")
     if unit == "%" and 0 < float(number) <= 100:
@@ -85,7 +86,8 @@ def _anchor(value: object, info: ValidationInfo) -> object:
 
 
 def _anchor_model(value: object, info: ValidationInfo) -> object:
-    """Only what is clearly a path: `owner/name` is a hub id, or a folder as seen from where the run starts."""
+    """Only what is clearly a path: `owner/name` is a hub id, or a folder as seen from where the run
+    starts."""
     if not isinstance(value, str):
         return value
     meant = _as_value_error(typed)(value)
@@ -171,7 +173,8 @@ class _Section(BaseModel):
 
 
 class _Text(_Section):
-    """How a recipe spells a source of text: a local `path`, or a hub `dataset` by name; the rest as in `data.Source`."""
+    """How a recipe spells a source of text: a local `path`, or a hub `dataset` by name; the rest as in
+    `data.Source`."""
 
     path: Annotated[str | None, BeforeValidator(_anchor)] = None
     dataset: str | None = None
@@ -212,7 +215,8 @@ Text = Annotated[Source, GetPydanticSchema(_text_schema)]
 
 
 class Calibration(_Section):
-    """The text that is measured on: `samples` rows of `length` tokens, drawn by `seed` (None: the recipe's)."""
+    """The text that is measured on: `samples` rows of `length` tokens, drawn by `seed` (None: the
+    recipe's)."""
 
     texts: tuple[Text, ...] = ()
     samples: Count = 128
@@ -230,8 +234,8 @@ class Budget(_Section):
 class Options(TypedDict, total=False):
     """What may be said in the place of a recipe's fields; None says nothing.
 
-    A step is ``kind:key=value,...``, a mapping with `kind`, or a settings object; a text is a path with options
-    (``PATH:weight=2``) or a `Source`; texts come before datasets.
+    A step is ``kind:key=value,...``, a mapping with `kind`, or a settings object; a text is a path with
+    options (``PATH:weight=2``) or a `Source`; texts come before datasets.
     """
 
     steps: Sequence[Any] | None
@@ -246,8 +250,8 @@ class Options(TypedDict, total=False):
 
 
 class Recipe(_Section):
-    """What the user asked for. `steps` holds settings objects, read from mappings or ``kind:key=value,...``; `model` is
-    None where only the caller knows it."""
+    """What the user asked for. `steps` holds settings objects, read from mappings or ``kind:key=value,...``;
+    `model` is None where only the caller knows it."""
 
     model: Annotated[str | None, BeforeValidator(_anchor_model)] = None
     calibration: Calibration = Calibration()
@@ -282,7 +286,8 @@ class Recipe(_Section):
             raise UserError(f"{path}:{line_of(node, first['loc'])}: {_complaint(first)}") from error
 
     def with_options(self, *, model: str | Path | None = None, **options: Unpack[Options]) -> Recipe:
-        """The same with what is given beside it, which is followed; the log says what that takes the place of.
+        """The same with what is given beside it, which is followed; the log says what that takes the place
+        of.
 
         Raises `UserError` naming the option.
         """

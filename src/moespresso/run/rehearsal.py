@@ -1,7 +1,7 @@
 """The dress rehearsal: every step on shapes alone, before anything is measured or written.
 
-What cannot be done on a model, or cannot be loaded by the target, shows here; so does whether the target can load the result
-only from the checkpoint under another family's name, and how much must go for a size.
+What cannot be done on a model, or cannot be loaded by the target, shows here; so does whether the target can
+load the result only from the checkpoint under another family's name, and how much must go for a size.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ T = TypeVar("T")
 
 
 def rehearse(view: View, recipe: Recipe) -> tuple[View, tuple[Step, ...]]:
-    """Walk through all steps on shapes alone: what cannot be done, or not be loaded by the target, shows here.
+    """Walk through all steps on shapes alone: what cannot be done, or not be loaded by the target, shows
+    here.
 
-    Returns the view in the equivalent that the target can load the result from, and the steps with their amounts filled in
-    where the recipe has a budget.
+    Returns the view in the equivalent that the target can load the result from, and the steps with their
+    amounts filled in where the recipe has a budget.
     """
     find_target(recipe.target)
     size = recipe.budget.size
@@ -41,12 +42,14 @@ def rehearse(view: View, recipe: Recipe) -> tuple[View, tuple[Step, ...]]:
 
 
 class NotOnThisModel(UserError):
-    """A step cannot be done, which another family's name for the same model does not change: what that adds is not there."""
+    """A step cannot be done, which another family's name for the same model does not change: what that adds
+    is not there."""
 
 
 def in_some_form(view: View, steps: Iterable[Step], do: Callable[[View], T]) -> T:
-    """What `do` makes of the view or, where experts lie in stacks that can be taken apart, of the same checkpoint with its experts
-    apart: if it raises `UserError` for the stacks, or a step would make something else of them."""
+    """What `do` makes of the view or, where experts lie in stacks that can be taken apart, of the same
+    checkpoint with its experts apart: if it raises `UserError` for the stacks, or a step would make something
+    else of them."""
     if any(step.by_matrix for step in steps):
         return do(apart_view(view) or view)
     try:
@@ -59,8 +62,8 @@ def in_some_form(view: View, steps: Iterable[Step], do: Callable[[View], T]) -> 
 
 
 def in_equivalent(view: View, try_out: Callable[[View], None]) -> View:
-    """The view, or the same checkpoint under another family's name, in which `try_out` raises no `UserError`; its first
-    complaint where there is none, or where no other name helps."""
+    """The view, or the same checkpoint under another family's name, in which `try_out` raises no `UserError`;
+    its first complaint where there is none, or where no other name helps."""
     try:
         try_out(view)
     except NotOnThisModel:

@@ -42,8 +42,9 @@ from moespresso.stream import PeakMemory, peak_rss_bytes
 
 @dataclass(frozen=True)
 class Order:
-    """Which result is wanted: the folder `out`, the digest of all that it depends on (`identity`), who must load it, and
-    what its manifest says was asked for (`recipe`); `size` is what may remain, where somebody said so."""
+    """Which result is wanted: the folder `out`, the digest of all that it depends on (`identity`), who must
+    load it, and what its manifest says was asked for (`recipe`); `size` is what may remain, where somebody
+    said so."""
 
     out: Path
     identity: str
@@ -138,7 +139,8 @@ def _manifest(
 
 
 def _packing(view: View) -> str:
-    """Who reads the packed matrices: `stock` transformers, moespresso's `own` loader, or the engine of another layout."""
+    """Who reads the packed matrices: `stock` transformers, moespresso's `own` loader, or the engine of
+    another layout."""
     if not view.formats:
         return ""
     engine = engine_of(view.config)
@@ -184,7 +186,8 @@ def _layer_scores(layer: LayerSpec, manifest: Manifest) -> LayerScores:
 
 
 def _size_notes(view: View, order: Order) -> list[str]:
-    """Say when what remains is more than was asked for: amounts are chosen before it is known which layers go."""
+    """Say when what remains is more than was asked for: amounts are chosen before it is known which layers
+    go."""
     total, got = (view.origin or view.source).cost().bytes, view.blueprint.cost().bytes
     asked = parse_size(order.size, total) if order.size is not None else got
     if got <= asked:
@@ -287,8 +290,8 @@ def _format_words(format: Format, ranks: set[int]) -> str:
 
 
 def source_notes(view: View) -> list[str]:
-    """Say what is unusual about a checkpoint: files that are not the model, tensors that its class does not know, a head that is
-    tied and stored."""
+    """Say what is unusual about a checkpoint: files that are not the model, tensors that its class does not
+    know, a head that is tied and stored."""
     notes = [*view.checkpoint.notes, *_outside_notes(view)]
     if view.blueprint.both_stored:
         notes.append(

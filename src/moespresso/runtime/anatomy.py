@@ -1,10 +1,10 @@
 """What a decoder layer adds to the residual stream, found by asking the layer.
 
-Every direct child of the layer is replaced by a stand-in that answers with a direction of its own, whatever it is
-given, and the layer's own forward is run on a hidden state that is one more direction. All that goes in and comes out
-is then a sum of known directions, and the factors say which norm feeds which body, what is applied to its answer, how
-it is scaled, and whether the second branch sees what the first one added. No source is read, no family is known by
-name, no weight is touched: the layer may live on `meta`.
+Every direct child of the layer is replaced by a stand-in that answers with a direction of its own, whatever
+it is given, and the layer's own forward is run on a hidden state that is one more direction. All that goes in
+and comes out is then a sum of known directions, and the factors say which norm feeds which body, what is
+applied to its answer, how it is scaled, and whether the second branch sees what the first one added. No
+source is read, no family is known by name, no weight is touched: the layer may live on `meta`.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class NotResidual(Exception):
 class Branch:
     """One branch: the layer adds `multiplier * post(body(pre(x)))` to x. Names are those of its children.
 
-    `answers` is the form of the body's answer: None for a bare tensor, else the length of a tuple that starts with
-    it. `beside` are modules that are given what the body is given and whose answers are added to its answer (a shared
-    MLP), each with the form of its own.
+    `answers` is the form of the body's answer: None for a bare tensor, else the length of a tuple that starts
+    with it. `beside` are modules that are given what the body is given and whose answers are added to its
+    answer (a shared MLP), each with the form of its own.
     """
 
     body: str
@@ -62,7 +62,8 @@ class Anatomy:
 
 
 def find_anatomy(layer: nn.Module) -> Anatomy:
-    """The branches of a decoder layer; raises `NotResidual` where its forward is not a plain sum of at most two."""
+    """The branches of a decoder layer; raises `NotResidual` where its forward is not a plain sum of at most
+    two."""
     probe = _probe(layer)
     if probe.out.get(_STREAM) != 1:
         raise NotResidual("it rescales or replaces the residual stream")
@@ -85,7 +86,8 @@ def find_anatomy(layer: nn.Module) -> Anatomy:
 
 @dataclass(frozen=True, slots=True)
 class _Term:
-    """One summand of the layer's output, traced back to the state of the residual stream it was computed from."""
+    """One summand of the layer's output, traced back to the state of the residual stream it was computed
+    from."""
 
     name: str
     bodies: tuple[str, ...]
@@ -136,7 +138,8 @@ def _branch(probe: _Probe, terms: list[_Term]) -> Branch:
 
 
 class _StandIn(nn.Module):
-    """Answers with its own direction and remembers what it was given; all else a forward reads is the real child's."""
+    """Answers with its own direction and remembers what it was given; all else a forward reads is the real
+    child's."""
 
     def __init__(self, real: nn.Module, direction: Tensor, answers: int | None) -> None:
         super().__init__()
@@ -173,12 +176,14 @@ class _Probe:
         return self.inputs[name][0]
 
     def mixes(self, body: str) -> bool:
-        """Whether a body mixes tokens: by its name or, where one name serves all (`mixer`), by being given a mask."""
+        """Whether a body mixes tokens: by its name or, where one name serves all (`mixer`), by being given a
+        mask."""
         return body in MIXERS or "attention_mask" in self.children[body].keywords
 
 
 def _probe(layer: nn.Module) -> _Probe:
-    """Run the layer with the first forms of answers that it takes; twice, as only sums follow their summands' size."""
+    """Run the layer with the first forms of answers that it takes; twice, as only sums follow their summands'
+    size."""
     parts = {name: child for name, child in layer.named_children() if not _is_dropout(child)}
     bodies = [name for name, child in parts.items() if not _is_norm(child)]
     error: Exception | None = None
@@ -206,7 +211,7 @@ def _run(layer: nn.Module, answers: Mapping[str, int | None], bodies: set[str], 
             for name, direction in zip(answers, directions, strict=True)
         }
         bare = copy.copy(layer)
-        # What stands for a norm that has gone may be asked for its dtype.
+        # What stands for a removed norm may be asked for its dtype.
         idle = {
             name: child if isinstance(child, nn.Identity) else nn.Identity()
             for name, child in layer.named_children()

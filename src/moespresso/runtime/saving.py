@@ -1,12 +1,13 @@
 """Models with packed matrices that transformers decoded, saved as what they are by then: plain.
 
-transformers 5.23 stacks the experts that it decodes and knows no way back ("Undefined Operation encountered!"), so that such a
-model could be trained and not be saved. Where no expert is packed it saves, but after the first forward, which decodes, plain
-weights under a config that calls them quantized, beside scales and shapes that nothing reads. `install` puts that right at the
-moment of saving: what is still packed is decoded too, the quantizer and its section of the config go, and the weights are
-written under the names that they have in a plain checkpoint. It also helps a model that was there before `import moespresso`.
-Left to transformers are plain models, those of other quantizers, and those with no packed expert that quantize activations too,
-which a plain checkpoint would not.
+transformers 5.23 stacks the experts that it decodes and knows no way back ("Undefined Operation
+encountered!"), so that such a model could be trained and not be saved. Where no expert is packed it saves,
+but after the first forward, which decodes, plain weights under a config that calls them quantized, beside
+scales and shapes that nothing reads. `install` puts that right at the moment of saving: what is still packed
+is decoded too, the quantizer and its section of the config go, and the weights are written under the names
+that they have in a plain checkpoint. It also helps a model that was there before `import moespresso`. Left to
+transformers are plain models, those of other quantizers, and those with no packed expert that quantize
+activations too, which a plain checkpoint would not.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def become_plain(model: PreTrainedModel) -> None:
 
 
 def _quantizer(model: PreTrainedModel) -> Any:
-    """What decodes, or decoded, the model's packed matrices; None where it has none, or computes with them as they are."""
+    """What decodes, or decoded, the model's packed matrices; None where it has none, or computes with them as
+    they are."""
     decoding = [op for conversion in _conversions(model) for op in _decoding(conversion)]
     if decoding:
         return decoding[0].hf_quantizer

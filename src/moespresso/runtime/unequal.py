@@ -1,19 +1,20 @@
 """Models whose layers differ, as `per_layer_config` in config.json declares them.
 
-transformers reads, checks and saves this key for every family, but hardly any of its models act on it. `install` makes
-them: when a model ends its construction, each layer that the config changes gets a smaller mixture, loses a branch or
-loses single experts, by general code that knows no family. What a layer may say (`{"3": {...}}`):
+transformers reads, checks and saves this key for every family, but hardly any of its models act on it.
+`install` makes them: when a model ends its construction, each layer that the config changes gets a smaller
+mixture, loses a branch or loses single experts, by general code that knows no family. What a layer may say
+(`{"3": {...}}`):
 
 * a count of experts: `{"num_local_experts": 6}`, or what else the family calls it;
-* the width of its experts: `{"moe_intermediate_size": 96}` (shared experts and dense layers keep theirs), and beside it
-  that of each where they differ: `{"expert_widths": [96, 24, 64]}`;
+* the width of its experts: `{"moe_intermediate_size": 96}` (shared experts and dense layers keep theirs), and
+  beside it that of each where they differ: `{"expert_widths": [96, 24, 64]}`;
 * branches that add nothing, or one vector: `{"skip": ["mlp", "attention+bias"]}`;
-* experts that are gone while the router still selects them: `{"skip": ["expert.1", "expert.5+novice"]}`, where a
-  novice is a constant vector that answers in the expert's place.
+* experts that are gone while the router still selects them: `{"skip": ["expert.1", "expert.5+novice"]}`,
+  where a novice is a constant vector that answers in the expert's place.
 
-A zero beside what is skipped, or beside widths (`"num_key_value_heads": 0`, `"num_local_experts": 0`), says nothing more. It is
-there for engines that do not know moespresso, which then stop with an error instead of filling what is missing with random weights
-(`moespresso.runtime.guard`).
+A zero beside what is skipped, or beside widths (`"num_key_value_heads": 0`, `"num_local_experts": 0`), says
+nothing more. It is there for engines that do not know moespresso, which then stop with an error instead of
+filling what is missing with random weights (`moespresso.runtime.guard`).
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ _DONE = "_moespresso"
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What one layer has of its own: a `count` of experts and their `width` (None: as all others), or the `widths` of each;
-    `silent` branches and experts that are `gone`, each with whether it leaves a vector (a bias, a novice) in its place."""
+    """What one layer has of its own: a `count` of experts and their `width` (None: as all others), or the
+    `widths` of each; `silent` branches and experts that are `gone`, each with whether it leaves a vector (a
+    bias, a novice) in its place."""
 
     count: int | None
     silent: Mapping[str, bool]
@@ -110,7 +112,8 @@ def _is_plugin(config: PreTrainedConfig) -> bool:
 
 
 def changes(config: PreTrainedConfig) -> dict[int, Change]:
-    """What a heterogeneous config changes, by layer; raises `UserError` for words in `skip` that are not understood."""
+    """What a heterogeneous config changes, by layer; raises `UserError` for words in `skip` that are not
+    understood."""
     by_layer = {layer: _change(layer, override) for layer, override in _overrides(config).items()}
     return {layer: change for layer, change in by_layer.items() if change != Change(None, {}, {})}
 
@@ -203,7 +206,8 @@ def _change_layer(layer: nn.Module, index: int, change: Change, config: PreTrain
 
 
 def _silence(layer: nn.Module, branch: Branch, width: int | None, index: int | None) -> None:
-    """Put what adds nothing, or a bias of `width`, in a branch's place; `index` is the layer's number if it mixes."""
+    """Put what adds nothing, or a bias of `width`, in a branch's place; `index` is the layer's number if it
+    mixes."""
     stub = Silent(branch.answers) if index is None else SilentMixer(branch.answers, index)
     if width is not None:
         stub.add_bias(width, branch.multiplier)
@@ -214,7 +218,8 @@ def _silence(layer: nn.Module, branch: Branch, width: int | None, index: int | N
 
 
 def _resize(layer: nn.Module, index: int, count: int, config: PreTrainedConfig) -> None:
-    """Build the layer's mixture anew for `count` experts, on the device and with the dtype the model is built with."""
+    """Build the layer's mixture anew for `count` experts, on the device and with the dtype the model is built
+    with."""
     name, block = _mixture(layer)
     resized = _rebuild(block, index, config)
     experts: Any = resized.get_submodule("experts")
@@ -253,7 +258,8 @@ def _rebuild(block: nn.Module, index: int, config: PreTrainedConfig) -> nn.Modul
 
 
 def _mixture(layer: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of a layer's MoE block: the parent of what goes through transformers' experts interface."""
+    """Name and module of a layer's MoE block: the parent of what goes through transformers' experts
+    interface."""
     for name, module in layer.named_modules():
         if hasattr(module, "has_gate") and name.endswith(".experts"):
             parent = name.rpartition(".")[0]

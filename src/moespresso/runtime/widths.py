@@ -1,12 +1,12 @@
 """Experts of one layer that differ in width.
 
-Each is stored with the channels it has. A model that is used has them so in memory, end to end: `gate_up_proj` [S, 2 H] and
-`down_proj` [H, S], S the sum of the widths, each expert with its run of channels (`Ragged`). What moespresso does to a model
-it does to stacks: there (`stacked`) experts are as wide as the widest of their layer, the others ending in channels of
-zeros, which add nothing.
+Each is stored with the channels it has. A model that is used has them so in memory, end to end:
+`gate_up_proj` [S, 2 H] and `down_proj` [H, S], S the sum of the widths, each expert with its run of channels
+(`Ragged`). What moespresso does to a model it does to stacks: there (`stacked`) experts are as wide as the
+widest of their layer, the others ending in channels of zeros, which add nothing.
 
-transformers makes stacks of what it reads with `MergeModulelist`, which `install` teaches both, and takes them apart for
-saving with `revert_weight_conversion`.
+transformers makes stacks of what it reads with `MergeModulelist`, which `install` teaches both, and takes
+them apart for saving with `revert_weight_conversion`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def stacked() -> Iterator[None]:
 
 
 def widened(narrow: Tensor, shape: Sequence[int]) -> Tensor:
-    """`narrow` with zeros behind, up to `shape`; raises `ValueError` where it is larger than that anywhere."""
+    """`narrow` with zeros behind, up to `shape`; raises `ValueError` where it is larger than that
+    anywhere."""
     more = [wide - size for wide, size in zip(shape, narrow.shape, strict=True)]
     if min(more) < 0:
         raise ValueError(f"a tensor of {list(narrow.shape)} does not fit in {list(shape)}")
@@ -52,8 +53,8 @@ def widened(narrow: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def differ(experts: Any, widths: tuple[int, ...], gone: int) -> None:
-    """Give experts under construction, of which some will be `gone`, widths of their own; raises `UserError` where their weights are laid out in a way that
-    this cannot be done to."""
+    """Give experts under construction, of which some will be `gone`, widths of their own; raises `UserError`
+    where their weights are laid out in a way that this cannot be done to."""
     if experts.is_transposed or experts.has_bias:
         raise UserError(
             "its experts have biases or are stored transposed, so that widths of their own are not known"
@@ -117,7 +118,8 @@ class Ragged(Mixed):
 
 
 def install() -> None:
-    """Teach transformers to read experts of different widths, and to save them; called again, it does nothing."""
+    """Teach transformers to read experts of different widths, and to save them; called again, it does
+    nothing."""
     if not hasattr(MergeModulelist.convert, _DONE):
         MergeModulelist.convert = _merging(MergeModulelist.convert)
         saving: Any = modeling_utils  # which calls by this name what it imports
