@@ -55,7 +55,9 @@ def in_order(view: View) -> bool:
 def _obstacles(view: View) -> list[tuple[str, Obstacle]]:
     """By part, why stock transformers does not read a packed matrix; nothing where it does."""
     packed = ((piece.unit.part, piece.ref, piece.ref.packed) for piece in view.pieces)
-    return [(part, codec_in(ref).obstacle(each.format)) for part, ref, each in packed if each is not None]
+    return [
+        (part, codec_in(ref).obstacle(packing.format)) for part, ref, packing in packed if packing is not None
+    ]
 
 
 def one_format(view: View) -> bool:

@@ -154,7 +154,7 @@ class View:
         # What will be dense has no width of its own to be asked for.
         widths = self.remains.widths
         if len(sizes := {width for each in widths.values() for width in each.values()}) == 1:
-            widths = {layer: dict.fromkeys(there, *sizes) for layer, there in experts.items()}
+            widths = {layer: dict.fromkeys(numbers, *sizes) for layer, numbers in experts.items()}
         config = pressed_config(
             self.checkpoint.config,
             self.source,

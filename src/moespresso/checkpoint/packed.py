@@ -44,8 +44,8 @@ def joined(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: 
     if section is None:
         _check_plain(tensors, folder)
         return dict(tensors)
-    known = [codec_named(section.layout), *(each for each in codecs() if each.own and section.own)]
-    firsts = {each.parts[0]: each for each in known}
+    known = [codec_named(section.layout), *(codec for codec in codecs() if codec.own and section.own)]
+    firsts = {codec.parts[0]: codec for codec in known}
     stems = {
         stem: firsts[suffix]
         for stem, _, suffix in (name.rpartition(".") for name in tensors)
@@ -124,7 +124,7 @@ def _check_beside(name: str, stems: Mapping[str, Codec], place: str) -> None:
 
 def _packed_suffixes() -> frozenset[str]:
     """Ends of the names of tensors that belong to packed matrices, or to what is computed with them."""
-    suffixes = (suffix for each in codecs() if each.packs for suffix in each.parts)
+    suffixes = (suffix for codec in codecs() if codec.packs for suffix in codec.parts)
     return _FOREIGN.union(suffixes)
 
 
@@ -137,7 +137,7 @@ def _above(module: str) -> Iterator[str]:
 def _shared_parts(tensors: Mapping[str, TensorRef], place: str) -> dict[str, TensorRef]:
     """What experts share, by its name without the number of the one that stores it; raises `UserError` where
     that is not one."""
-    ends = {f".{suffix}": f".{each.parts[0]}" for each in codecs() for suffix in each.shared}
+    ends = {f".{suffix}": f".{codec.parts[0]}" for codec in codecs() for suffix in codec.shared}
     by_name: dict[str, TensorRef] = {}
     for name, ref in tensors.items():
         end = next((end for end in ends if name.endswith(end)), None)

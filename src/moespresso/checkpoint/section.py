@@ -227,7 +227,7 @@ def _layout(settings: Settings, section: object, place: str) -> str:
     if (method, kind) in ((METHOD, KIND), (METHOD, OWN_KIND)):
         return CompressedTensors.layout
     kinds = [settings.get(key) for key in ("checkpoint_format", "version", "format")]
-    if method in _FIRST and {str(each).lower() for each in kinds if each} <= {_FIRST[method]}:
+    if method in _FIRST and {str(name).lower() for name in kinds if name} <= {_FIRST[method]}:
         if settings.get("backend") != "llm-awq":
             return str(method)
         kinds = ["llm-awq"]

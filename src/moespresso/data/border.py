@@ -75,9 +75,9 @@ class Border:
                 return token
         return 0
 
-    def encode(self, text: str, document: Document, *, own: bool = True) -> list[int]:
-        """The tokens of a text of `document`, without special ones of ours; `own`: it is the document's own
-        text.
+    def encode(self, text: str, document: Document, *, verbatim: bool = True) -> list[int]:
+        """The tokens of a text of `document`, without special ones of ours; `verbatim`: it is the document's
+        own text.
 
         Raises `UserError` with file and line where the tokenizer does not take it, or the model not its
         tokens.
@@ -95,7 +95,7 @@ class Border:
             )
         if self.rows is not None and ids and max(ids) >= self.rows:
             bad = next(index for index, token in enumerate(ids) if token >= self.rows)
-            where = document.at(self._offset(text, bad)) if own else document.place
+            where = document.at(self._offset(text, bad)) if verbatim else document.place
             raise UserError(
                 f"{where}: {self.tokenizer.convert_ids_to_tokens(ids[bad])!r} is the tokenizer's token {ids[bad]}, for which the "
                 f"model has no row (its embedding has {self.rows}): give the model the tokenizer that it was made with, or take "

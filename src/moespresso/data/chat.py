@@ -87,7 +87,7 @@ class Chat:
     turns: tuple[Turn, ...]
     beside: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
-    def said(self, keys: Iterable[str] = (), fields: Iterable[str] = ()) -> list[Any]:
+    def content(self, keys: Iterable[str] = (), fields: Iterable[str] = ()) -> list[Any]:
         """What counts, for a digest: what every turn says, with `keys`, and the record's `fields`.
 
         A conversation of nothing but roles and texts is just those.
@@ -155,8 +155,9 @@ def unread(chat: Chat, text: str, keys: Container[str] = (), fields: Container[s
         if name != "text"
         and not ABOUT.fullmatch(name)
         and any(
-            each.strip() not in shown and (name in SPEECH or (_prose(each) and each.strip() not in text))
-            for each in _strings(opened(value))
+            string.strip() not in shown
+            and (name in SPEECH or (_prose(string) and string.strip() not in text))
+            for string in _strings(opened(value))
         )
     }
 

@@ -319,7 +319,7 @@ def _check_pool(pool: Sequence[Document], border: Border, template: Template | N
 
 def _row(rendered: str, document: Document, border: Border) -> list[int]:
     """The tokens of a conversation, which must be enough to foresee one from another."""
-    ids = border.encode(rendered, document, own=False)
+    ids = border.encode(rendered, document, verbatim=False)
     if len(ids) < 2:
         raise UserError(
             f"{document.place}: in the tokenizer's chat template this conversation comes to {len(ids)} token{'' if len(ids) == 1 else 's'}, "

@@ -26,7 +26,7 @@ class Spot:
     call: int | None = None
     arguments: bool = False
 
-    def said(self, spots: Sequence[Spot], hidden: Sequence[Spot], turns: Sequence[Turn]) -> str:
+    def description(self, spots: Sequence[Spot], hidden: Sequence[Spot], turns: Sequence[Turn]) -> str:
         """What is hidden here, in words that say whether all of its kind is."""
         if self.arguments:
             return CALL if replace(self, arguments=False) in hidden else ARGUMENTS

@@ -106,7 +106,7 @@ class Template:
         hidden = [
             spot for spot in self._unmarked(form, spots) if same(altered(form.turns, {spot: f" {MARK} "}))
         ]
-        names = dict.fromkeys(spot.said(spots, hidden, form.turns) for spot in hidden)
+        names = dict.fromkeys(spot.description(spots, hidden, form.turns) for spot in hidden)
         yield from [name for name in names if name != CALL or CALLS not in names]
 
     def _unmarked(self, form: Chat, spots: Sequence[Spot]) -> Sequence[Spot]:

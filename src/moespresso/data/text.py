@@ -87,8 +87,8 @@ class Document:
     line: int = 0
 
     def digest(self, keys: Iterable[str] = (), fields: Iterable[str] = ()) -> bytes:
-        """Return the SHA-256 of what it says (see `Chat.said`); where it stood does not matter."""
-        content = [self.text, self.ends] if self.chat is None else self.chat.said(keys, fields)
+        """Return the SHA-256 of what it says (see `Chat.content`); where it stood does not matter."""
+        content = [self.text, self.ends] if self.chat is None else self.chat.content(keys, fields)
         return hashlib.sha256(json.dumps(content, default=str).encode()).digest()
 
     def at(self, offset: int) -> str:

@@ -347,7 +347,8 @@ def folds_into(blueprint: Blueprint, at: tuple[int, str] | None, repair: Repair)
 
 
 def biased_stubs(blueprint: Blueprint, plan: Plan) -> frozenset[tuple[int, Branch]]:
-    """Branches that are removed but leave a constant in their place, since no weight before them can hold it."""
+    """Branches that are removed but leave a constant in their place, since no weight before them can hold
+    it."""
     with_bias = (
         cut
         for stage in range(len(plan.stages))

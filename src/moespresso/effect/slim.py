@@ -232,11 +232,11 @@ def _why_not_after(treatment: Treatment, formats: Collection[Format]) -> str | N
     format, narrows = treatment.format, treatment.channels is not None
     if format is None and not narrows:
         return None
-    before = [codec_of(each) for each in formats]
+    before = [codec_of(one_format) for one_format in formats]
     if any(codec.packs and not codec.renews for codec in before):
         return "treats {unit} after a step that stores matrices with a mask or as factors or in part"
     anew = narrows or (format is not None and (codec_of(format).fitted or format.rank > 0))
-    if anew and any(each.density < 1 for each in formats):
+    if anew and any(one_format.density < 1 for one_format in formats):
         return "fits {unit} anew after a step that prunes single weights, which would no longer be zero"
     cuts = narrows or (format is not None and not codec_of(format).rounds)
     if cuts and any(codec.rounds for codec in before):
@@ -249,15 +249,19 @@ def _in_order(treatment: Treatment, formats: Collection[Format]) -> str:
 
     def swapped(now: Treatment) -> bool:
         after = set[Format]() if now.format is None else {now.format}
-        return all(_why_not_after(Treatment(format=each), after) is None for each in formats)
+        return all(_why_not_after(Treatment(format=format), after) is None for format in formats)
 
     plain = (
         treatment
         if treatment.format is None
         else replace(treatment, format=_without_packing(treatment.format))
     )
-    last = "put the rounding last" if all(codec_of(each).rounds for each in formats) else "put that step last"
-    unpacked = {_without_packing(each) for each in formats}
+    last = (
+        "put the rounding last"
+        if all(codec_of(format).rounds for format in formats)
+        else "put that step last"
+    )
+    unpacked = {_without_packing(format) for format in formats}
     cures = [last] if swapped(treatment) else []
     if unpacked != set(formats) and _why_not_after(treatment, unpacked) is None:
         cures.append("say pack=false there")

@@ -56,10 +56,10 @@ def evened(config: Mapping[str, Any]) -> dict[str, Any]:
     for part in (edited, edited.get("text_config")):
         if isinstance(part, dict) and part.pop(OWN_WIDTHS, None) is not None:
             by_layer: dict[str, dict[str, Any]] = part.pop("per_layer_config", {})
-            even = {at: _without_widths(each) for at, each in by_layer.items()}
+            even = {at: _without_widths(entry) for at, entry in by_layer.items()}
             part |= (
                 {"per_layer_config": rest}
-                if (rest := {at: each for at, each in even.items() if each})
+                if (rest := {at: entry for at, entry in even.items() if entry})
                 else {}
             )
     return edited

@@ -1,4 +1,5 @@
-"""Depth: what a config.json must say when decoder layers are removed, or when mixtures among them become dense.
+"""Depth: what a config.json must say when decoder layers are removed, or when mixtures among them become
+dense.
 
 Configs say what each layer is in many ways: a list with one entry a layer, numbers of layers, a dense prefix,
 "every second layer". `quirks` names the fields of each kind. Lists are cut, numbers are counted anew, and for

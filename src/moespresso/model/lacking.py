@@ -67,8 +67,8 @@ def _renaming(wanted: Mapping[str, str], unknown: Sequence[str]) -> str:
     return f"rename these in the names of experts: {replacements}" if replacements else ""
 
 
-def _without_front(own: str, unknown: Sequence[str]) -> str:
+def _without_front(stored_name: str, unknown: Sequence[str]) -> str:
     """What to take off the front of all names, where that is all that is wrong."""
-    front = next((name.removesuffix(own) for name in unknown if name.endswith(f".{own}")), "")
+    front = next((name.removesuffix(stored_name) for name in unknown if name.endswith(f".{stored_name}")), "")
     on_all = front and all(name.startswith(front) for name in unknown)
     return f"take {front} off the front of these names" if on_all else ""

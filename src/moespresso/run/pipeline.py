@@ -60,8 +60,8 @@ class Decided:
 
 
 def decide(job: Job, steps: Sequence[Step], measured: Stats | None = None) -> Decided:
-    """Choose for every step in order, and fit what stands in for what is removed; `measured` stats of the original
-    are not measured again."""
+    """Choose for every step in order, and fit what stands in for what is removed; `measured` stats of the
+    original are not measured again."""
     view = job.view
     done = Decided(view.plan, dict(view.fits))
     for step in steps:
