@@ -93,14 +93,14 @@ _FLOATS = ("float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)
-class Targets:
+class ModulePatterns:
     """Names, patterns and classes, looked up without going through all names."""
 
     names: frozenset[str] = frozenset()
     patterns: tuple[tuple[str, re.Pattern[str]], ...] = ()
 
     @classmethod
-    def of(cls, targets: Iterable[str], where: str) -> Targets:
+    def of(cls, targets: Iterable[str], where: str) -> ModulePatterns:
         """Sort them; raises `UserError` for a pattern that is none."""
         ordered = sorted(targets)
         try:
@@ -129,8 +129,8 @@ class Section:
     method: str
     own: bool = False
     groups: Mapping[str, Format | None] = field(default_factory=dict[str, "Format | None"])
-    targets: Targets = field(default_factory=Targets)
-    ignored: Targets = field(default_factory=Targets)
+    targets: ModulePatterns = field(default_factory=ModulePatterns)
+    ignored: ModulePatterns = field(default_factory=ModulePatterns)
     raw: Settings = field(default_factory=dict[str, Any])
 
     def format_of(self, module: str) -> Format:
@@ -263,8 +263,8 @@ def _read_compressed_tensors(settings: Settings, place: str) -> Section:
     for name, group in settings["config_groups"].items():
         targets, format = _group(name, group, f"{where}config_groups.{name}.")
         groups |= dict.fromkeys(targets, format)
-    targets = Targets.of(groups, where + "config_groups")
-    ignored = Targets.of(settings.get("ignore") or (), where + "ignore")
+    targets = ModulePatterns.of(groups, where + "config_groups")
+    ignored = ModulePatterns.of(settings.get("ignore") or (), where + "ignore")
     return Section(CompressedTensors.layout, place, METHOD, own_kind, groups, targets, ignored, settings)
 
 
@@ -346,7 +346,9 @@ def _read_one_format(settings: Settings, layout: str, place: str) -> Section:
         default_bits = 4
     format = _with_changes(Format("integer", default_bits, 128), changes, where)
     for pattern in _dynamic(settings):
-        Targets.of([f"re:{pattern[2:] if pattern[:2] in ('-:', '+:') else pattern}"], where + "dynamic")
+        ModulePatterns.of(
+            [f"re:{pattern[2:] if pattern[:2] in ('-:', '+:') else pattern}"], where + "dynamic"
+        )
     return Section(layout, place, layout, groups={"": format}, raw=settings)
 
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Target = Literal["transformers", "vllm", "llama.cpp", "plugin"]
+TargetName = Literal["transformers", "vllm", "llama.cpp", "plugin"]
 
 LENGTH = 2048
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -165,7 +165,7 @@ def _step_text(step: Any) -> str:
 
 
 Count = Annotated[int, Field(strict=True, ge=1)]
-Step = Annotated[Any, BeforeValidator(_as_value_error(_settings))]
+StepField = Annotated[Any, BeforeValidator(_as_value_error(_settings))]
 
 
 class _Section(BaseModel):
@@ -255,9 +255,9 @@ class Recipe(_Section):
 
     model: Annotated[str | None, BeforeValidator(_anchor_model)] = None
     calibration: Calibration = Calibration()
-    steps: Annotated[tuple[Step, ...], AfterValidator(_open_steps)] = ()
+    steps: Annotated[tuple[StepField, ...], AfterValidator(_open_steps)] = ()
     budget: Budget = Budget()
-    target: Target = "transformers"
+    target: TargetName = "transformers"
     seed: Annotated[int, Field(strict=True, ge=0)] = 0
 
     @model_validator(mode="after")

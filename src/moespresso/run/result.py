@@ -36,7 +36,7 @@ from moespresso.formats import codec_named, codec_of
 from moespresso.model import is_apart, is_unequal
 from moespresso.report import LayerScores, Report, machine, model_card, shareable, source_licence, versions
 from moespresso.run.pipeline import Decided
-from moespresso.run.recipe import Target, parse_size
+from moespresso.run.recipe import TargetName, parse_size
 from moespresso.stream import PeakMemory, peak_rss_bytes
 
 
@@ -48,7 +48,7 @@ class Order:
 
     out: Path
     identity: str
-    target: Target
+    target: TargetName
     recipe: Mapping[str, Any]
     seed: int = 0
     size: str | None = None
