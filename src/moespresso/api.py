@@ -1,8 +1,8 @@
 """One function per verb; the command line and Python walk through the same doors.
 
-Each takes a checkpoint (folder or hub id), a `Recipe` and options that are followed in the place of its fields (what is
-wanted), and a `Runtime` (how it is carried out), and raises `UserError` with one sentence before anything is written
-when that cannot be done.
+Each takes a checkpoint (folder or hub id), a `Recipe` and options that are followed in the place of its
+fields (what is wanted), and a `Runtime` (how it is carried out), and raises `UserError` with one sentence
+before anything is written when that cannot be done.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ quiet_transformers()
 EVALUATED = 512
 
 
-def _asked(model: str | Path, recipe: Recipe | None, options: Options) -> Recipe:
+def _with_options(model: str | Path, recipe: Recipe | None, options: Options) -> Recipe:
     return (recipe or Recipe()).with_options(model=model, **options)
 
 
@@ -120,10 +120,10 @@ def inspect(model: str | Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _config_alone(said: str) -> bool:
+def _config_alone(name: str) -> bool:
     """Whether this names a config, and not a folder, a page of the hub or another file of a checkpoint."""
-    file = Path(said)
-    if not said.endswith(".json") or said.endswith(".index.json") or "://" in said or file.is_dir():
+    file = Path(name)
+    if not name.endswith(".json") or name.endswith(".index.json") or "://" in name or file.is_dir():
         return False
     if file.name == "config.json" or not (file.is_file() and (file.parent / "config.json").is_file()):
         return True
@@ -141,7 +141,7 @@ def measure(
     **options: Unpack[Options],
 ) -> Stats:
     """Measure what the recipe's steps need and save it to `out`; an interrupted measurement is continued."""
-    runtime, recipe, out = runtime or Runtime(), _asked(model, recipe, options), place(out, "--out")
+    runtime, recipe, out = runtime or Runtime(), _with_options(model, recipe, options), place(out, "--out")
     view = open_view(locate(model))
     _check_file(out, view.checkpoint.folder)
     try:
@@ -161,7 +161,8 @@ def measure(
 
 
 def _check_file(out: Path, source: Path) -> None:
-    """A file to write must be one that can be, and must not lie in the source: found out before any work is done for it."""
+    """A file to write must be one that can be, and must not lie in the source: found out before any work is
+    done for it."""
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: give a file name")
     if lost := next((part for part in (out, *out.parents) if part.is_symlink() and not part.exists()), None):
@@ -197,29 +198,29 @@ def plan(
     **options: Unpack[Options],
 ) -> Plan:
     """Decide from saved stats (or measure now, where text is given), and save the plan to `out`."""
-    runtime, recipe = runtime or Runtime(), _asked(model, recipe, options)
+    runtime, recipe = runtime or Runtime(), _with_options(model, recipe, options)
     view = open_view(locate(model))
     file = None if out is None else place(out, "--out")
     if file is not None:
         _check_file(file, view.checkpoint.folder)
     view, steps = rehearse(view, recipe)
-    given = _given_stats(place(stats, "--stats"), view) if stats is not None else None
+    measured = _load_stats(place(stats, "--stats"), view) if stats is not None else None
     # A later step that is re-scored needs the text even where the first one's stats are given.
-    if given is None:
+    if measured is None:
         _, batches = _calibration(view, recipe, steps)
     else:
-        batches = _same_text(view, given.calibration, recipe, "these stats were measured on")
+        batches = _same_text(view, measured.calibration, recipe, "these stats were measured on")
     with tempfile.TemporaryDirectory() as work:
-        decided = decide(Job(view, Path(work), batches, runtime), steps, given)
-    made = _signed(decided, recipe.seed, batches).plan
-    formed(recipe.target, replace(view, plan=made))
+        decided = decide(Job(view, Path(work), batches, runtime), steps, measured)
+    decided_plan = _with_provenance(decided, recipe.seed, batches).plan
+    formed(recipe.target, replace(view, plan=decided_plan))
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, made.to_json() + "\n")
-    return made
+        write_text(file, decided_plan.to_json() + "\n")
+    return decided_plan
 
 
-def _given_stats(path: Path, view: View) -> Stats:
+def _load_stats(path: Path, view: View) -> Stats:
     stats = Stats.load(path)
     if stats.blueprint != view.source.digest:
         raise UserError(
@@ -228,7 +229,7 @@ def _given_stats(path: Path, view: View) -> Stats:
     return stats
 
 
-def _signed(decided: Decided, seed: int, batches: Batches | None) -> Decided:
+def _with_provenance(decided: Decided, seed: int, batches: Batches | None) -> Decided:
     measured = next((stats.calibration for stats in decided.stats if stats.calibration), None)
     # A step that searches takes text and has no stats.
     calibrated = dict(measured or (batches.describe() if batches is not None else {}))
@@ -249,7 +250,7 @@ def press(
     **options: Unpack[Options],
 ) -> Report:
     """Measure, decide and build in one go; killed anywhere and run again it ends with the same bytes."""
-    runtime, clock, recipe = runtime or Runtime(), Clock(), _asked(model, recipe, options)
+    runtime, clock, recipe = runtime or Runtime(), Clock(), _with_options(model, recipe, options)
     with clock.phase("open"):
         view, steps = rehearse(open_view(locate(model)), recipe)
         recipe, batches = _calibration(view, recipe, steps)
@@ -263,7 +264,7 @@ def press(
     )
 
     def make(work: Path) -> Decided:
-        return _signed(decide(Job(view, work, batches, runtime, clock), steps), recipe.seed, batches)
+        return _with_provenance(decide(Job(view, work, batches, runtime, clock), steps), recipe.seed, batches)
 
     return produce(view, order, make, runtime, clock)
 
@@ -277,36 +278,38 @@ def build(
     runtime: Runtime | None = None,
     **options: Unpack[Options],
 ) -> Report:
-    """Do exactly what a saved plan says, for the recipe's target and with its text; nothing else of it is asked."""
-    runtime, clock, recipe = runtime or Runtime(), Clock(), _asked(model, recipe, options)
+    """Do exactly what a saved plan says, for the recipe's target and with its text; nothing else of it is
+    asked."""
+    runtime, clock, recipe = runtime or Runtime(), Clock(), _with_options(model, recipe, options)
     target = recipe.target
     with clock.phase("open"):
-        made = Plan.load(place(plan, "--plan"))
+        saved = Plan.load(place(plan, "--plan"))
 
         def tried(form: View) -> View:
-            validated(made, form.source, steps=True)
-            return in_equivalent(form, lambda form: formed(target, replace(form, plan=made)).check_fits())
+            validated(saved, form.source, steps=True)
+            return in_equivalent(form, lambda form: formed(target, replace(form, plan=saved)).check_fits())
 
-        steps = [step_of(stage) for stage in made.stages if treats_matrices(stage)]
+        steps = [step_of(stage) for stage in saved.stages if treats_matrices(stage)]
         view = in_some_form(open_view(locate(model)), steps, tried)
-    batches = _text_of_plan(view, made, recipe)
-    said = {"calibration": dict(made.calibration), "steps": [dict(stage.method) for stage in made.stages],
-            "target": target, "seed": made.seed}  # fmt: skip
-    identity = stats_key("build", VERSION, view.source.digest, made.digest, target, runtime.dtype,
+    batches = _text_of_plan(view, saved, recipe)
+    request = {"calibration": dict(saved.calibration), "steps": [dict(stage.method) for stage in saved.stages],
+            "target": target, "seed": saved.seed}  # fmt: skip
+    identity = stats_key("build", VERSION, view.source.digest, saved.digest, target, runtime.dtype,
                          batches.digest if batches is not None else "")  # fmt: skip
-    order = Order(place(out, "--out"), identity, target, said, made.seed)
+    order = Order(place(out, "--out"), identity, target, request, saved.seed)
 
     def make(work: Path) -> Decided:
-        return fit_again(Job(view, work, batches, runtime, clock), made)
+        return fit_again(Job(view, work, batches, runtime, clock), saved)
 
     return produce(view, order, make, runtime, clock)
 
 
-def _text_of_plan(view: View, made: Plan, recipe: Recipe) -> Batches | None:
-    """The text given to `build`, which must be the text the plan was made on; a plan that is fitted needs it."""
-    wanted = made.calibration
+def _text_of_plan(view: View, plan: Plan, recipe: Recipe) -> Batches | None:
+    """The text given to `build`, which must be the text the plan was made on; a plan that is fitted needs
+    it."""
+    wanted = plan.calibration
     fitted = any(
-        "text" in needs_fit(made, number) or fits_on_text(stage) for number, stage in enumerate(made.stages)
+        "text" in needs_fit(plan, number) or fits_on_text(stage) for number, stage in enumerate(plan.stages)
     )
     if not recipe.calibration.texts and fitted:
         raise text_missing("this plan is fitted on", ", as it was made with")
@@ -316,16 +319,17 @@ def _text_of_plan(view: View, made: Plan, recipe: Recipe) -> Batches | None:
 
 
 def _same_text(view: View, wanted: Mapping[str, Any], recipe: Recipe, where: str) -> Batches | None:
-    """The recipe's texts drawn as `wanted` describes, None where there are none; raises `UserError` for other ones."""
+    """The recipe's texts drawn as `wanted` describes, None where there are none; raises `UserError` for other
+    ones."""
     asked = recipe.calibration
     if not asked.texts:
         return None
     known = {name: wanted[name] for name in ("samples", "length", "seed", "mode") if name in wanted}
     tokenizer = load_tokenizer(view.checkpoint.folder)
-    found = calibration(asked.texts, tokenizer, replace(recipe.sampling, **known), view.source.vocab)
-    if found.digest != wanted.get("digest", found.digest):
+    batches = calibration(asked.texts, tokenizer, replace(recipe.sampling, **known), view.source.vocab)
+    if batches.digest != wanted.get("digest", batches.digest):
         raise UserError(f"the text given is not the one {where}: give the same files in the same order")
-    return found
+    return batches
 
 
 def _calibration(view: View, recipe: Recipe, steps: Sequence[Step]) -> tuple[Recipe, Batches | None]:
@@ -353,13 +357,16 @@ def verify(
     """Check a folder we wrote (and, with `against`, compare it with its original)."""
     runtime = runtime or Runtime()
     source = open_view(locate(against)) if against is not None else None
-    found = verify_folder(sayable(place(folder, "DIR"), "DIR"), source, runtime.progress)
-    return {"ok": all(check.ok for check in found), "checks": [dataclasses.asdict(check) for check in found]}
+    checks = verify_folder(sayable(place(folder, "DIR"), "DIR"), source, runtime.progress)
+    return {
+        "ok": all(check.ok for check in checks),
+        "checks": [dataclasses.asdict(check) for check in checks],
+    }
 
 
 def export(folder: str | Path, *, to: str, out: str | Path, runtime: Runtime | None = None) -> Report:
-    """Write a packed folder again in the layout of another engine, `gptq`, `awq` or `compressed-tensors`, or as what its
-    matrices decode to: `plain`."""
+    """Write a packed folder again in the layout of another engine, `gptq`, `awq` or `compressed-tensors`, or
+    as what its matrices decode to: `plain`."""
     runtime, clock = runtime or Runtime(), Clock()
     layouts = [held.layout for held in codecs() if not held.own]
     if to not in layouts:
@@ -428,7 +435,8 @@ def methods(kind: str | None = None) -> list[dict[str, Any]]:
 
 
 def demo(*, out: str | Path | None = None, runtime: Runtime | None = None) -> dict[str, Any]:
-    """Press a bundled model by a quarter of its experts, verify and evaluate it: no network, a minute or two."""
+    """Press a bundled model by a quarter of its experts, verify and evaluate it: no network, a minute or
+    two."""
     runtime = runtime or Runtime()
     folder = place("moespresso-demo" if out is None else out, "--out") / "mixtral-quarter"
     report = press(MODELS["mixtral"], out=folder, runtime=replace(runtime, resume=False), samples=64, length=512,
@@ -445,9 +453,10 @@ def demo(*, out: str | Path | None = None, runtime: Runtime | None = None) -> di
 def load(
     folder: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
-    """The model in any folder we write, or any original: one that can be used, trained and saved as every other.
+    """The model in any folder we write, or any original: one that can be used, trained and saved as every
+    other.
 
-    `dtype` is the checkpoint's own unless another is named, `device` a name or `auto` (a GPU where there is one). Packed
-    matrices are decoded; what such a model is saved as is a plain checkpoint.
+    `dtype` is the checkpoint's own unless another is named, `device` a name or `auto` (a GPU where there is
+    one). Packed matrices are decoded; what such a model is saved as is a plain checkpoint.
     """
     return load_model(open_view(locate(folder)), dtype, device)

@@ -1,10 +1,10 @@
 """A checkpoint as a model to use: whole, in memory, decoded, and from then on like any other.
 
-What is stored plainly is left to transformers. Packed matrices, of whatever layout, families that transformers has under
-another name, and folders with an index or a config whose gaps it stumbles over are handed to its own loader as tensors that
-are read, and decoded, when they are asked for. So what comes out is a plain model of the family, in the dtype that was asked
-for: its config has no quantization section and nothing quantizes it, so it can be cast, moved, trained and saved; what it is
-saved as is a plain checkpoint.
+What is stored plainly is left to transformers. Packed matrices, of whatever layout, families that
+transformers has under another name, and folders with an index or a config whose gaps it stumbles over are
+handed to its own loader as tensors that are read, and decoded, when they are asked for. So what comes out is
+a plain model of the family, in the dtype that was asked for: its config has no quantization section and
+nothing quantizes it, so it can be cast, moved, trained and saved; what it is saved as is a plain checkpoint.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from moespresso.model import is_converted, read_config
 def load_model(
     view: View, dtype: str | torch.dtype | None, device: str | torch.device | None
 ) -> PreTrainedModel:
-    """The model of a checkpoint with all its weights, in `dtype` (`auto`: its own) on `device` (`auto`: a GPU where there is one).
+    """The model of a checkpoint with all its weights, in `dtype` (`auto`: its own) on `device` (`auto`: a GPU
+    where there is one).
 
-    Raises `UserError` for a dtype that no model computes in, for a device that is not there, and for what transformers
-    does not load.
+    Raises `UserError` for a dtype that no model computes in, for a device that is not there, and for what
+    transformers does not load.
     """
     chosen, place = _asked_dtype(dtype, view), pick_device(str(device or "cpu"))
     try:
-        model: Any = _as_it_is(view, chosen) if _plain_to_transformers(view) else _decoded(view, chosen)
+        model: Any = _as_it_is(view, chosen) if _plain_to_transformers(view) else _decode_all(view, chosen)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # whatever a family or a file makes it raise
@@ -53,18 +54,18 @@ def _asked_dtype(dtype: str | torch.dtype | None, view: View) -> torch.dtype:
     name = str(dtype or "auto").removeprefix("torch.")
     if name == "auto":
         return own_dtype(view)
-    found = getattr(torch, name, None)
-    if found not in FLOATS:
-        known = [str(each).removeprefix("torch.") for each in FLOATS]
+    asked = getattr(torch, name, None)
+    if asked not in FLOATS:
+        known = [str(known_dtype).removeprefix("torch.") for known_dtype in FLOATS]
         raise UserError(
             f"dtype {name!r} is none that a model computes in{did_you_mean(name, [*known, 'auto'])}"
         )
-    return found
+    return asked
 
 
 def _plain_to_transformers(view: View) -> bool:
-    """Whether transformers reads the folder on its own. It does not where an index says nothing of the shards as a whole, and
-    where the section of packed matrices is there and empty."""
+    """Whether transformers reads the folder on its own. It does not where an index says nothing of the shards
+    as a whole, and where the section of packed matrices is there and empty."""
     checkpoint = view.checkpoint
     if view.formats or is_converted(checkpoint) or checkpoint.config.get(SECTION) is not None:
         return False
@@ -80,14 +81,14 @@ def _first_line(error: Exception) -> str:
     return reason(Exception(lines[0]))
 
 
-def _decoded(view: View, dtype: torch.dtype) -> PreTrainedModel:
+def _decode_all(view: View, dtype: torch.dtype) -> PreTrainedModel:
     config = read_config(view.config, view.source.place)
     folder, kind = view.checkpoint.folder, cast("Any", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     with Tensors(folder, allow_nonfinite=True) as tensors:
         lock = Lock()
-        own = {piece.name: _Own(tensors, piece, lock) for piece in view.pieces}
+        values = {piece.name: _Own(tensors, piece, lock) for piece in view.pieces}
         # Without a name the loader reads no files: all it loads is here.
-        model = kind.from_pretrained(None, config=config, state_dict=own, dtype=dtype)
+        model = kind.from_pretrained(None, config=config, state_dict=values, dtype=dtype)
     model.name_or_path = model.config.name_or_path = str(folder)
     if model.can_generate():
         model.generation_config = _generation(folder)
@@ -103,8 +104,8 @@ def _generation(folder: Path) -> GenerationConfig:
 
 
 class _Own(Lazy):
-    """A tensor that is read when it is asked for, by one thread at a time, and is the model's own: never a view of a mapped
-    file, which cannot be written to."""
+    """A tensor that is read when it is asked for, by one thread at a time, and is the model's own: never a
+    view of a mapped file, which cannot be written to."""
 
     def __init__(self, tensors: Tensors, piece: Piece, lock: Lock) -> None:
         super().__init__(tensors, piece)

@@ -1,4 +1,5 @@
-"""From a folder to a view, and from a view to a model that can be run: which family, which device, which precision."""
+"""From a folder to a view, and from a view to a model that can be run: which family, which device, which
+precision."""
 
 from __future__ import annotations
 
@@ -35,12 +36,14 @@ _SOME = "bfloat16, float16 or float32"
 
 
 def open_view(folder: Path) -> View:
-    """The checkpoint in `folder`, as it is; a family that transformers has under another name only, under that name."""
+    """The checkpoint in `folder`, as it is; a family that transformers has under another name only, under
+    that name."""
     return _view(adopt(open_checkpoint(folder)))
 
 
 def config_view(path: Path) -> View:
-    """The model that a config.json alone describes, for pricing: its tensors are named as in memory and stored nowhere.
+    """The model that a config.json alone describes, for pricing: its tensors are named as in memory and
+    stored nowhere.
 
     Raises `UserError` when the file is not a config of a supported family.
     """
@@ -79,11 +82,11 @@ def equivalent_views(view: View) -> list[View]:
 
 
 def apart_view(view: View) -> View | None:
-    """The same checkpoint with experts apart that it has in stacks, as its family's own layout has them; None where that has
-    none, or the checkpoint none to take apart."""
+    """The same checkpoint with experts apart that it has in stacks, as its family's own layout has them; None
+    where that has none, or the checkpoint none to take apart."""
     stacks = any(len(entry.ref.shape) == 3 and entry.unit.part == "experts" for entry in view.source.entries)
-    found = unstacked(view.checkpoint) if stacks else None
-    return None if found is None else _view(found)
+    checkpoint = unstacked(view.checkpoint) if stacks else None
+    return None if checkpoint is None else _view(checkpoint)
 
 
 def _view(checkpoint: Checkpoint) -> View:
@@ -98,8 +101,8 @@ def make_meta_model(view: View, tensors: Tensors, runtime: Runtime) -> MetaModel
 
 
 def precision(view: View, runtime: Runtime) -> str:
-    """What the model is computed in, for the names of files that keep what was found: what was begun in one precision (by `auto`,
-    on a machine with another device) must not be gone on with in another."""
+    """What the model is computed in, for the names of files that keep what was found: what was begun in one
+    precision (by `auto`, on a machine with another device) must not be gone on with in another."""
     return str(pick_dtype(runtime.dtype, view, pick_device(runtime.device)))
 
 
@@ -111,36 +114,38 @@ def pick_device(name: str) -> torch.device:
         tried = torch.ones(1, device=name)
         tried.tolist()  # `meta` takes everything and gives nothing back
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        said = reason(RuntimeError((str(error).splitlines() or [""])[0]))
-        raise UserError(f"device {name!r} is not to be had here ({said}): use cpu, cuda or auto") from error
+        cause = reason(RuntimeError((str(error).splitlines() or [""])[0]))
+        raise UserError(f"device {name!r} is not to be had here ({cause}): use cpu, cuda or auto") from error
     return tried.device
 
 
 def own_dtype(view: View) -> torch.dtype:
-    """The dtype that stock loaders give the checkpoint in its folder; raises `UserError` where no model computes in that."""
+    """The dtype that stock loaders give the checkpoint in its folder; raises `UserError` where no model
+    computes in that."""
     checkpoint = view.checkpoint
     files = [str(checkpoint.folder / file) for file in checkpoint.files]
     metadata = checkpoint.metadata if isinstance(checkpoint.metadata, dict) else {}
     config = read_config(checkpoint.config, view.source.place)
-    said = config.dtype
+    named = config.dtype
     try:
-        found = stock_dtype(config, files, metadata)
+        dtype = stock_dtype(config, files, metadata)
     except AttributeError:  # torch has none of this name
-        found = metadata.get("dtype", said)
-    if found in FLOATS:
-        return found
-    name = str(found).removeprefix("torch.")
-    what = f"names dtype {name!r}" if said else f"names no dtype, and that of its files is {name}"
+        dtype = metadata.get("dtype", named)
+    if dtype in FLOATS:
+        return dtype
+    name = str(dtype).removeprefix("torch.")
+    what = f"names dtype {name!r}" if named else f"names no dtype, and that of its files is {name}"
     raise UserError(
         f"{checkpoint.folder}/config.json {what}, which no model is computed in: write {_SOME} there, or ask for one of these"
     )
 
 
 def pick_dtype(name: str, view: View, device: torch.device) -> torch.dtype:
-    """`auto` is float32 on a CPU (statistics should not carry rounding) and the checkpoint's own elsewhere."""
+    """`auto` is float32 on a CPU (statistics should not carry rounding) and the checkpoint's own
+    elsewhere."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else own_dtype(view)
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
         raise UserError(f"dtype {name!r} is unknown: use float32, bfloat16 or float16")
-    return found
+    return dtype

@@ -1,8 +1,9 @@
 """How long a text the model was made for: the positions that its config speaks of.
 
-A table of learned positions ends there; rotary positions can be computed for any length, but behind the last one that the
-model was trained on its answers mean nothing, and so would every statistic of them. A config that stretches them (yarn,
-linear, dynamic, longrope) speaks of either end of the stretch, depending on who wrote it: the further one holds here.
+A table of learned positions ends there; rotary positions can be computed for any length, but behind the last
+one that the model was trained on its answers mean nothing, and so would every statistic of them. A config
+that stretches them (yarn, linear, dynamic, longrope) speaks of either end of the stretch, depending on who
+wrote it: the further one holds here.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_s
 def num_positions(view: View) -> int | None:
     """How many tokens a row may have; None where the config does not say."""
     text: Any = read_config(view.checkpoint.config, str(view.checkpoint.folder)).get_text_config()
-    said = (getattr(text, name, None) for name in NAMES)
-    positions = next((count for count in said if isinstance(count, int) and count > 0), None)
+    limits = (getattr(text, name, None) for name in NAMES)
+    positions = next((count for count in limits if isinstance(count, int) and count > 0), None)
     if positions is None:
         return None
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
-    return max([positions, *_stretched(rope, positions)])
+    return max([positions, *_stretched_lengths(rope, positions)])
 
 
-def _stretched(rope: Any, positions: int) -> Iterator[int]:
+def _stretched_lengths(rope: Any, positions: int) -> Iterator[int]:
     """What every stretch of a config comes to; layers of different kinds may have one each."""
     if not isinstance(rope, Mapping):
         return
@@ -37,4 +38,4 @@ def _stretched(rope: Any, positions: int) -> Iterator[int]:
     if isinstance(factor, int | float):
         yield int((original or positions) * factor)
     for inside in rope.values():
-        yield from _stretched(inside, positions)
+        yield from _stretched_lengths(inside, positions)

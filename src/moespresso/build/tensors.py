@@ -1,8 +1,8 @@
 """Tensors of a result, made from those of the source as a plan says: taken, averaged, mapped, pruned, packed.
 
-`Tensors` reads what a `Piece` needs and answers with the piece as a whole, or chunk by chunk as it is written: nothing is
-held for longer than a matrix. `Lazy` is one that has not been made yet: it answers `lazy[...]`, which is all that the layer
-loader of transformers wants.
+`Tensors` reads what a `Piece` needs and answers with the piece as a whole, or chunk by chunk as it is
+written: nothing is held for longer than a matrix. `Lazy` is one that has not been made yet: it answers
+`lazy[...]`, which is all that the layer loader of transformers wants.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _AHEAD = 64 << 20
 class Tensors:
     """Makes pieces from the files of one folder; use it as a context manager to let the files go.
 
-    Whatever is read for a piece is looked at for NaN and infinities: they raise `NonFiniteError`, or with `allow_nonfinite`
-    are counted in `nonfinite` by the source's name.
+    Whatever is read for a piece is looked at for NaN and infinities: they raise `NonFiniteError`, or with
+    `allow_nonfinite` are counted in `nonfinite` by the source's name.
     """
 
     def __init__(self, folder: Path, *, allow_nonfinite: bool = False) -> None:
@@ -48,8 +48,8 @@ class Tensors:
     def whole(self, piece: Piece) -> Tensor:
         """The tensor as a plan leaves it, decoded (a view of the mapped file where nothing is done to it)."""
         if piece.encoding is not None:
-            held, format = codec_named(piece.encoding.layout), piece.encoding.format
-            return held.decode(self._made(piece), format, two(piece.shape)).squeeze(0)
+            codec, format = codec_named(piece.encoding.layout), piece.encoding.format
+            return codec.decode(self._encode_parts(piece), format, two(piece.shape)).squeeze(0)
         if piece.take is None and piece.copied:
             tensor = self.reader.tensor(piece.source.ref)
             self._look(piece, tensor)
@@ -59,30 +59,30 @@ class Tensors:
     def chunks(self, piece: Piece) -> Iterator[Tensor]:
         """The piece's elements in stored order, as flat tensors of its dtype and bounded size."""
         if piece.joins:
-            for each in piece.joins:
-                yield from self.chunks(each)
+            for joined in piece.joins:
+                yield from self.chunks(joined)
             return
-        if piece.whole is not None:
-            yield self._part(piece.whole, piece.part).reshape(-1)
+        if piece.matrix is not None:
+            yield self._part(piece.matrix, piece.part).reshape(-1)
             return
         if piece.filled:
-            yield self._filled(piece).reshape(-1)
+            yield self._with_zeros(piece).reshape(-1)
             return
         if piece.pruned:
-            yield self._pruned(piece).reshape(-1)
+            yield self._pruned_values(piece).reshape(-1)
             return
-        if piece.given is not None:
-            flat = piece.given.to(TORCH_DTYPES[piece.ref.dtype]).reshape(-1)
+        if piece.values is not None:
+            flat = piece.values.to(TORCH_DTYPES[piece.ref.dtype]).reshape(-1)
             yield flat if piece.scale == 1 else times(flat, piece.scale)
             return
         assert not piece.refit, f"{piece.name} was never fitted"
         if piece.blend or piece.folds:
-            for values in self._computed(piece):
+            for values in self._compute(piece):
                 yield values.to(TORCH_DTYPES[piece.ref.dtype]).reshape(-1)
             return
-        yield from self._taken(piece)
+        yield from self._copy_rows(piece)
 
-    def _taken(self, piece: Piece) -> Iterator[Tensor]:
+    def _copy_rows(self, piece: Piece) -> Iterator[Tensor]:
         """Bytes of the source, of some rows or all, scaled."""
         tensor = self.reader.tensor(piece.source.ref)
         if piece.take is None:
@@ -101,75 +101,75 @@ class Tensors:
 
     # Packed matrices
 
-    def _part(self, whole: Piece, part: str) -> Tensor:
-        """One of the tensors that a matrix is packed as. Writing asks for those of wide dtypes first; the others are kept
-        until they are asked for."""
-        how = whole.encoding
+    def _part(self, matrix: Piece, part: str) -> Tensor:
+        """One of the tensors that a matrix is packed as. Writing asks for those of wide dtypes first; the
+        others are kept until they are asked for."""
+        how = matrix.encoding
         assert how is not None
         if part == "weight_shape":  # comes before all others in a shard
-            return torch.tensor(whole.shape)
-        if part in how.found and how.factor == 1:
-            return how.found[part]
-        key = whole.name, part
+            return torch.tensor(matrix.shape)
+        if part in how.parts and how.factor == 1:
+            return how.parts[part]
+        key = matrix.name, part
         if key not in self._parts:
             self._parts |= {
-                (whole.name, name): tensor.squeeze(0) for name, tensor in self._made(whole).items()
+                (matrix.name, name): tensor.squeeze(0) for name, tensor in self._encode_parts(matrix).items()
             }
         return self._parts.pop(key)
 
-    def _made(self, whole: Piece) -> Mapping[str, Tensor]:
+    def _encode_parts(self, matrix: Piece) -> Mapping[str, Tensor]:
         """All parts of a packed matrix, a stack of one."""
-        how = whole.encoding
+        how = matrix.encoding
         assert how is not None
-        held = codec_named(how.layout)
-        parts = self._unscaled(whole, how, held)
-        return parts if how.factor == 1 else held.rescale(parts, how.factor)
+        codec = codec_named(how.layout)
+        parts = self._encode_unscaled(matrix, how, codec)
+        return parts if how.factor == 1 else codec.rescale(parts, how.factor)
 
-    def _unscaled(self, whole: Piece, how: Encoding, held: Codec) -> Mapping[str, Tensor]:
-        bare, dtype = replace(whole, encoding=None), TORCH_DTYPES[whole.ref.dtype]
-        if how.found:
-            return {suffix: tensor.unsqueeze(0) for suffix, tensor in how.found.items()}
+    def _encode_unscaled(self, matrix: Piece, how: Encoding, codec: Codec) -> Mapping[str, Tensor]:
+        bare, dtype = replace(matrix, encoding=None), TORCH_DTYPES[matrix.ref.dtype]
+        if how.parts:
+            return {suffix: tensor.unsqueeze(0) for suffix, tensor in how.parts.items()}
         if how.again:
             weights = self.whole(bare).float().unsqueeze(0)
-            return held.encode(held.nearest(weights, how.format, dtype), how.format)
+            return codec.encode(codec.nearest(weights, how.format, dtype), how.format)
         if how.by is None:
-            return self._laid_out(whole.source.ref, how, held)
+            return self._laid_out(matrix.source.ref, how, codec)
         step = how.by.step
         if isinstance(step, Quantizes):
             weights = self.whole(bare).float().unsqueeze(0)
-            return held.encode(step.quantize(weights, how.format, dtype), how.format)
-        assert isinstance(step, Prunes), f"{whole.name} was never fitted"
-        return held.encode(self.whole(bare).unsqueeze(0), how.format)
+            return codec.encode(step.quantize(weights, how.format, dtype), how.format)
+        assert isinstance(step, Prunes), f"{matrix.name} was never fitted"
+        return codec.encode(self.whole(bare).unsqueeze(0), how.format)
 
-    def _laid_out(self, ref: TensorRef, how: Encoding, held: Codec) -> Mapping[str, Tensor]:
+    def _laid_out(self, ref: TensorRef, how: Encoding, codec: Codec) -> Mapping[str, Tensor]:
         """The numbers of a matrix that is packed already, in the layout asked for."""
         parts, before = self.reader.parts(ref), codec_in(ref)
-        if before is held:
+        if before is codec:
             return parts
         with self.reader.named(ref):
-            return held.encode(before.numbers(parts, how.format, two(ref.shape)), how.format)
+            return codec.encode(before.numbers(parts, how.format, two(ref.shape)), how.format)
 
     # New values
 
-    def _filled(self, piece: Piece) -> Tensor:
+    def _with_zeros(self, piece: Piece) -> Tensor:
         """The piece in the first corner of its shape, zeros around it."""
         values = self.whole(replace(piece, filled=False, shape=piece.source.ref.shape))
         wide = values.new_zeros(piece.shape)
         wide[tuple(slice(size) for size in values.shape)] = values
         return wide
 
-    def _pruned(self, piece: Piece) -> Tensor:
+    def _pruned_values(self, piece: Piece) -> Tensor:
         """The piece with zeros in place of what its stages prune by weights alone."""
         values = self.whole(replace(piece, pruned=()))
-        for each in piece.pruned:
-            step = each.stage.step
+        for pruned in piece.pruned:
+            step = pruned.stage.step
             assert isinstance(step, Prunes), f"{piece.name} was never fitted"
-            values = step.prune(values.reshape(-1, *values.shape[-2:]), each.format).view(values.shape)
+            values = step.prune(values.reshape(-1, *values.shape[-2:]), pruned.format).view(values.shape)
         return values
 
-    def _computed(self, piece: Piece) -> Iterator[Tensor]:
-        """A piece whose values are new, in float32: averaged, scaled, mapped, in that order. A stack of experts comes one
-        by one, since each is a matrix of its own."""
+    def _compute(self, piece: Piece) -> Iterator[Tensor]:
+        """A piece whose values are new, in float32: averaged, scaled, mapped, in that order. A stack of
+        experts comes one by one, since each is a matrix of its own."""
         for values in self._ingredients(piece):
             result = values * piece.scale if piece.scale != 1 else values
             for fold in piece.folds:
@@ -203,7 +203,8 @@ class Tensors:
         return total
 
     def ahead(self, pieces: Sequence[Piece]) -> Iterator[Piece]:
-        """Go through `pieces` in order, with the kernel reading a little ahead (page faults alone read in small bites)."""
+        """Go through `pieces` in order, with the system reading a little ahead (page faults alone read in
+        small bites)."""
         asked, coming = 0, 0
         for number, piece in enumerate(pieces):
             while asked < len(pieces) and coming < _AHEAD:
@@ -244,17 +245,19 @@ def two(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def folded(values: Tensor, fold: Fold) -> Tensor:
-    """`values` with what `fold` does to their output axis. Raises `AssertionError` when it was never fitted."""
+    """`values` with what `fold` does to their output axis. Raises `AssertionError` when it was never
+    fitted."""
     assert fold.values is not None, f"a {fold.kind} repair has no values: it was never fitted"
-    given = fold.values.float()
+    factors = fold.values.float()
     if fold.kind == "bias":
-        return values + given
+        return values + factors
     moved = values.movedim(fold.axis, -1)
-    return (moved @ given.T if fold.kind == "linear" else moved * given).movedim(-1, fold.axis)
+    return (moved @ factors.T if fold.kind == "linear" else moved * factors).movedim(-1, fold.axis)
 
 
 def in_order(values: Tensor, member: Member) -> Tensor:
-    """One expert's tensor with its channels in the member's order (channel c of the result is its channel order[c])."""
+    """One expert's tensor with its channels in the member's order (channel c of the result is its channel
+    order[c])."""
     axis, joined, order = member.entry.channel_axis, member.entry.joined, member.order
     if order is None or axis is None:
         return values
@@ -267,10 +270,10 @@ def in_order(values: Tensor, member: Member) -> Tensor:
 
 def runs(numbers: tuple[int, ...]) -> list[tuple[int, int]]:
     """Half-open ranges that cover ascending `numbers`: (0, 1, 4) gives [(0, 2), (4, 5)]."""
-    found: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     for number in numbers:
-        if found and found[-1][1] == number:
-            found[-1] = (found[-1][0], number + 1)
+        if ranges and ranges[-1][1] == number:
+            ranges[-1] = (ranges[-1][0], number + 1)
         else:
-            found.append((number, number + 1))
-    return found
+            ranges.append((number, number + 1))
+    return ranges

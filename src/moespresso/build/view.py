@@ -1,11 +1,11 @@
 """A checkpoint as a plan leaves it, before anything is written.
 
-A `View` answers with the edited config, the tensors to write (`pieces`) and a `MetaModel` that loads them: so a later
-step is measured on the model as the earlier ones leave it, pricing and writing agree by construction, and `verify`
-compares files with what they ought to be. With an empty plan it is the checkpoint itself.
+A `View` answers with the edited config, the tensors to write (`pieces`) and a `MetaModel` that loads them: so
+a later step is measured on the model as the earlier ones leave it, pricing and writing agree by construction,
+and `verify` compares files with what they ought to be. With an empty plan it is the checkpoint itself.
 
-Layers that differ are said in the words of moespresso's runtime. In its `stock` form a view says what it can in words
-that engines know on their own: a feed-forward part that is gone is a dense one of zeros there.
+Layers that differ are said in the words of moespresso's runtime. In its `stock` form a view says what it can
+in words that engines know on their own: a feed-forward part that is gone is a dense one of zeros there.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class View:
     @cached_property
     def pieces(self) -> list[Piece]:
         """Every tensor of the result, in the source's order."""
-        found = pieces(self.source, self.plan, self.fits, stock=self.stock)
-        grown = self._grown(found)
+        planned = pieces(self.source, self.plan, self.fits, stock=self.stock)
+        grown = self._widen_shared(planned)
         laid = grown if self.layout is None else [laid_out(piece, self.layout) for piece in grown]
         return [*joined(laid, self.checkpoint.config, self.source.place), *self._stub_pieces()]
 
@@ -91,7 +91,8 @@ class View:
 
     @cached_property
     def packed_alone(self) -> list[str]:
-        """Names of packed matrices that stock transformers would leave random: it has no linear layer there."""
+        """Names of packed matrices that stock transformers would leave random: it has no linear layer
+        there."""
         return packed_alone(self.pieces, self.checkpoint.config, self.source.place)
 
     @cached_property
@@ -102,8 +103,8 @@ class View:
     @cached_property
     def formats(self) -> dict[str, Format]:
         """The format of every matrix that is packed, by the name of its module."""
-        found = {piece.name.removesuffix(".weight"): piece.ref.packed for piece in self.pieces}
-        return {name: packed.format for name, packed in found.items() if packed is not None}
+        packed_by_module = {piece.name.removesuffix(".weight"): piece.ref.packed for piece in self.pieces}
+        return {name: packed.format for name, packed in packed_by_module.items() if packed is not None}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -119,8 +120,8 @@ class View:
         return config | {SECTION: section}
 
     def _modules(self, config: dict[str, Any]) -> tuple[dict[str, Format], set[str]]:
-        """The formats of packed modules, and the other modules with a matrix; by their names on disk and in memory, since loaders look
-        them up by either."""
+        """The formats of packed modules, and the other modules with a matrix; by their names on disk and in
+        memory, since loaders look them up by either."""
         place = self.source.place
         model = build_meta(read_config(config, place), torch.bfloat16, place)
         names, formats = Names(model), dict(self.formats)
@@ -139,7 +140,7 @@ class View:
             return pressed_config(
                 self.checkpoint.config, self.source, self.plan, self.remains, stock=self.stock
             ), 0
-        whole = frozenset(at for at in self.remains.cut if at[1] != "mlp")
+        cut = frozenset(at for at in self.remains.cut if at[1] != "mlp")
         kept = {
             **{layer.index: tuple(range(layer.experts)) for layer in self.source.moe_layers},
             **self.remains.experts,
@@ -153,12 +154,12 @@ class View:
         # What will be dense has no width of its own to be asked for.
         widths = self.remains.widths
         if len(sizes := {width for each in widths.values() for width in each.values()}) == 1:
-            widths = {layer: dict.fromkeys(there, *sizes) for layer, there in experts.items()}
+            widths = {layer: dict.fromkeys(numbers, *sizes) for layer, numbers in experts.items()}
         config = pressed_config(
             self.checkpoint.config,
             self.source,
             self.plan,
-            replace(self.remains, cut=whole, experts=experts, widths=widths),
+            replace(self.remains, cut=cut, experts=experts, widths=widths),
             stock=self.stock,
         )
         return with_dense(config, self.stubs, self.source.place)
@@ -167,15 +168,15 @@ class View:
         layer = self.remains.layers[position]
         return next(spec for spec in self.source.layers if spec.index == layer).bodies["mlp"]
 
-    def _grown(self, found: list[Piece]) -> list[Piece]:
+    def _widen_shared(self, planned: list[Piece]) -> list[Piece]:
         """Shared experts as wide as the config says: where its one width of experts counts them."""
         if not self.stock or not self.remains.widths:
-            return found
+            return planned
         config, place = self._config[0], self.source.place
         model = build_meta(read_config(config, place), torch.bfloat16, place)
         names, state = Names(model), model.state_dict()
         grown: list[Piece] = []
-        for piece in found:
+        for piece in planned:
             wanted = state.get(names.in_memory(piece.name)[0]) if piece.unit.part == "shared" else None
             wide = wanted is not None and tuple(wanted.shape) != piece.shape
             grown.append(
@@ -192,7 +193,7 @@ class View:
         place = self.source.place
         state = build_meta(read_config(self._config[0], place), torch.bfloat16, place).state_dict()
         dtypes = self.source.dtypes
-        made: list[Piece] = []
+        zeros: list[Piece] = []
         for position in self.stubs:
             prefix = f"{self.source.layers_name}.{position}.{self._body(position)}."
             dtype = dtypes[self.remains.layers[position]]
@@ -201,13 +202,14 @@ class View:
                 for name, t in state.items()
                 if name.startswith(prefix)
             ]
-            made += [
+            zeros += [
                 Piece(ref.name, ref.shape, Entry(ref, Unit(position, "dense"), branch="mlp")) for ref in refs
             ]
-        return made
+        return zeros
 
     def check_fits(self) -> None:
-        """Raise `UserError` when the tensors to write are not the ones that the model of the edited config asks for."""
+        """Raise `UserError` when the tensors to write are not the ones that the model of the edited config
+        asks for."""
         try:
             check_tensors(self.config, [piece.ref for piece in self.pieces], self.source.place)
         except UserError as error:

@@ -1,7 +1,7 @@
 """A view to a folder: tensors in shards, streamed, and the config and side files beside them.
 
-Shards follow the source's order, so both disks read and write in sequence; a finished one is noted in the journal and not
-written again.
+Shards follow the source's order, so both disks read and write in sequence; a finished one is noted in the
+journal and not written again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Shard:
 
 
 def shard_limit(total: int) -> int:
-    """Bytes a shard may hold: about a 32nd of the model, between 256 MiB and 4 GiB, so that a resume redoes little."""
+    """Bytes a shard may hold: about a 32nd of the model, between 256 MiB and 4 GiB, so that a resume redoes
+    little."""
     return min(max(total // _AIM, _SMALLEST), _LARGEST)
 
 
@@ -65,10 +66,10 @@ def shards_of(pieces: Sequence[Piece], limit: int) -> list[Shard]:
     names = [SINGLE] if len(groups) == 1 else [
         f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)
     ]  # fmt: skip
-    return [Shard(name, tuple(_aligned(group))) for name, group in zip(names, groups, strict=True)]
+    return [Shard(name, tuple(_align(group))) for name, group in zip(names, groups, strict=True)]
 
 
-def _aligned(group: list[Piece]) -> list[Piece]:
+def _align(group: list[Piece]) -> list[Piece]:
     # Wide dtypes first keep every tensor aligned to its own width, as safetensors' own writer does.
     return sorted(group, key=lambda piece: -DTYPE_BYTES[piece.ref.dtype])
 
@@ -76,7 +77,8 @@ def _aligned(group: list[Piece]) -> list[Piece]:
 def write_folder(
     view: View, folder: Path, journal: Journal, runtime: Runtime
 ) -> tuple[list[Written], list[str]]:
-    """Write the view's tensors, config and side files; finished ones are not done again. Returns files and notes."""
+    """Write the view's tensors, config and side files; finished ones are not done again. Returns files and
+    notes."""
     source = view.checkpoint.folder
     shards = shards_of(view.stored, shard_limit(sum(piece.ref.nbytes for piece in view.stored)))
     runtime.progress.stage("write shards", len(shards))
@@ -107,8 +109,8 @@ def _sidecar(view: View, folder: Path, name: str) -> Written:
         or not (source / "tokenizer.json").is_file()
     ):
         return copy_sidecar(source, folder, name)
-    said = tokenizer_config(json.loads((source / name).read_text()))
-    return Written(name, *write_text(folder / name, json.dumps(said, indent=2, ensure_ascii=False) + "\n"))
+    config = tokenizer_config(json.loads((source / name).read_text()))
+    return Written(name, *write_text(folder / name, json.dumps(config, indent=2, ensure_ascii=False) + "\n"))
 
 
 def write_shard(folder: Path, shard: Shard, tensors: Tensors) -> Written:
@@ -123,8 +125,8 @@ def write_shard(folder: Path, shard: Shard, tensors: Tensors) -> Written:
     size, digest = write_file(folder / shard.name, parts())
     for file in {ref.file for piece in shard.pieces for ref in piece.inputs}:
         tensors.reader.drop_pages(file)
-    found = tensors.nonfinite
-    counts = {piece.name: sum(found.get(ref.name, 0) for ref in piece.inputs) for piece in shard.pieces}
+    nonfinite = tensors.nonfinite
+    counts = {piece.name: sum(nonfinite.get(ref.name, 0) for ref in piece.inputs) for piece in shard.pieces}
     return Written(shard.name, size, digest, {name: count for name, count in counts.items() if count})
 
 

@@ -1,9 +1,10 @@
-"""Which files of a folder are the model: those that transformers 5.23 loads, in its order, and which are left over.
+"""Which files of a folder are the model: those that transformers 5.23 loads, in its order, and which are left
+over.
 
-`transformers_weights` in config.json, then `model.safetensors`, then what `model.safetensors.index.json` names (in
-sub-folders too); an index beside a single file is not looked at. Of an index only the names of the files count: a shard is
-loaded whole, wherever the index places its tensors. Weights that are not loaded are named in a note, since other engines,
-or somebody who looks for them, may take them for the model.
+`transformers_weights` in config.json, then `model.safetensors`, then what `model.safetensors.index.json`
+names (in sub-folders too); an index beside a single file is not looked at. Of an index only the names of the
+files count: a shard is loaded whole, wherever the index places its tensors. Weights that are not loaded are
+named in a note, since other engines, or somebody who looks for them, may take them for the model.
 """
 
 from __future__ import annotations
@@ -48,12 +49,13 @@ class Chosen:
     index: str = ""
 
     def notes(self, folder: Path, tensors: Mapping[str, TensorRef]) -> tuple[str, ...]:
-        """What is left over, and where the index is wrong; raises `UserError` where it promises what no file has."""
-        found: list[str] = []
-        over = _left_over(folder, {*self.files, self.index})
+        """What is left over, and where the index is wrong; raises `UserError` where it promises what no file
+        has."""
+        notes: list[str] = []
+        over = _unused(folder, {*self.files, self.index})
         if over:
             read = self.index or self.files[0]
-            found.append(
+            notes.append(
                 f"the weights are those of {read}, as for transformers; left over in the folder: {_some(over)}, which it does not "
                 "load (take them out: another engine may)"
             )
@@ -66,16 +68,16 @@ class Chosen:
                 )
         wrong = [name for name, file in weight_map.items() if tensors[name].file != file]
         if wrong:
-            found.append(
+            notes.append(
                 f"{self.index} places {_some(wrong)} in {weight_map[wrong[0]]}, but it is in {tensors[wrong[0]].file}; "
                 "transformers reads it from there too"
             )
-        return tuple(found)
+        return tuple(notes)
 
 
 def choose(folder: Path, explicit: object) -> Chosen:
-    """The files that transformers would load, `explicit` being what config.json says of them; raises `UserError` where there
-    are none."""
+    """The files that transformers would load, `explicit` being what config.json says of them; raises
+    `UserError` where there are none."""
     if explicit is not None:
         name = str(explicit)
         if not name.endswith((".safetensors", ".safetensors.index.json")) or not _inside(name):
@@ -84,15 +86,15 @@ def choose(folder: Path, explicit: object) -> Chosen:
                 "correct it, or take it out"
             )
         _require(folder, name, f"{folder}/config.json ({EXPLICIT})", "correct the name, or take it out")
-        return _indexed(folder, name) if name.endswith(".json") else Chosen((name,))
+        return _by_index(folder, name) if name.endswith(".json") else Chosen((name,))
     if (folder / SINGLE).is_file():
         return Chosen((SINGLE,))
     if (folder / INDEX).is_file():
-        return _indexed(folder, INDEX)
+        return _by_index(folder, INDEX)
     raise UserError(f"{folder} holds neither {INDEX} nor {SINGLE}{_instead(folder)}")
 
 
-def _indexed(folder: Path, index: str) -> Chosen:
+def _by_index(folder: Path, index: str) -> Chosen:
     # transformers looks for shards from the folder on, wherever the index lies.
     files = tuple(sorted(set(_weight_map(folder / index).values())))
     for file in files:
@@ -138,11 +140,11 @@ def _instead(folder: Path) -> str:
     return ": give the folder of a checkpoint with its weights"
 
 
-def _left_over(folder: Path, used: set[str]) -> list[str]:
+def _unused(folder: Path, used: set[str]) -> list[str]:
     """Weights and indexes of weights in the folder, and in folders of shards, that are not loaded."""
     folders = {str(PurePosixPath(name).parent) for name in used if name} | {"."}
-    found = [name for inner in folders for name in _weights(folder, inner) if name not in used]
-    return sorted(found, key=lambda name: (not name.endswith(".json"), name))
+    unused = [name for inner in folders for name in _weights(folder, inner) if name not in used]
+    return sorted(unused, key=lambda name: (not name.endswith(".json"), name))
 
 
 def _weights(folder: Path, inner: str) -> Iterator[str]:

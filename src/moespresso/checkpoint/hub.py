@@ -1,8 +1,10 @@
-"""Where the checkpoint is that somebody means by MODEL: a folder, something in it or just above it, or the hub.
+"""Where the checkpoint is that somebody means by MODEL: a folder, something in it or just above it, or the
+hub.
 
-People paste what they have at hand: the address of a model's page, `owner/name@revision`, the path of a shard or of
-config.json, the folder that a download made around the checkpoint, the hub cache's own folder. What is meant is clear in
-each of these, so it is taken, and the log says what was taken; where it is not, the sentence names the choices.
+People paste what they have at hand: the address of a model's page, `owner/name@revision`, the path of a shard
+or of config.json, the folder that a download made around the checkpoint, the hub cache's own folder. What is
+meant is clear in each of these, so it is taken, and the log says what was taken; where it is not, the
+sentence names the choices.
 """
 
 from __future__ import annotations
@@ -32,35 +34,35 @@ _ID = re.compile(rf"(?P<name>{_NAME})(?:@(?P<revision>[^/@]+))?/?")
 
 
 def locate(model: str | os.PathLike[str]) -> Path:
-    """The folder of a checkpoint; what is no path and reads as a hub id is downloaded (safetensors and small files).
+    """The folder of a checkpoint; what is no path and reads as a hub id is downloaded (safetensors and small
+    files).
 
     Raises `UserError` where it is on neither, or could be several.
     """
-    said = typed(model, "MODEL")
-    folder = sayable(Path(said), "MODEL")
-    if _there(folder):
-        return _around(folder) if folder.is_file() else _inside(folder)
-    if found := _URL.fullmatch(said):
-        if found["kind"]:
+    text = typed(model, "MODEL")
+    folder = sayable(Path(text), "MODEL")
+    if _exists(folder):
+        return _folder_of(folder) if folder.is_file() else _checkpoint_in(folder)
+    if match := _URL.fullmatch(text):
+        if match["kind"]:
             raise UserError(
-                f"{said} is no model but one of the hub's {found['kind'][:-1]}: give a model's owner/name"
+                f"{text} is no model but one of the hub's {match['kind'][:-1]}: give a model's owner/name"
             )
-        logger.warning("%s: taken as the hub id %s", said, found["name"])
-        return _fetched(found["name"], found["revision"] or found["at"])
-    if (found := _ID.fullmatch(said)) and not said.startswith("."):
-        return _fetched(found["name"], found["revision"])
+        logger.warning("%s: taken as the hub id %s", text, match["name"])
+        return _fetch(match["name"], match["revision"] or match["at"])
+    if (match := _ID.fullmatch(text)) and not text.startswith("."):
+        return _fetch(match["name"], match["revision"])
     return folder
 
 
-def _there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError:  # too long for a name, or in a folder that may not be looked into
         return False
 
 
-def _fetched(name: str, revision: str | None) -> Path:
-
+def _fetch(name: str, revision: str | None) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, ignore_patterns=IGNORED))  # pyright: ignore[reportUnknownMemberType]
     except Exception as error:  # the hub client raises a dozen kinds of errors
@@ -70,7 +72,7 @@ def _fetched(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def _around(file: Path) -> Path:
+def _folder_of(file: Path) -> Path:
     """The folder of a file of a checkpoint."""
     if file.suffix.lower() in OTHER:
         raise UserError(
@@ -84,27 +86,28 @@ def _around(file: Path) -> Path:
     return file.parent
 
 
-def _inside(folder: Path) -> Path:
-    """The checkpoint's own folder, where `folder` is the one around it; itself, where nothing better is found."""
+def _checkpoint_in(folder: Path) -> Path:
+    """The checkpoint's own folder, where `folder` is the one around it; itself, where nothing better is
+    found."""
     if (folder / CONFIG).exists() or not os.access(folder, os.R_OK | os.X_OK):
         return folder
     cache = folder.parent if folder.name == "snapshots" else folder
     if (cache / "snapshots").is_dir() and (revision := _main(cache)):
-        found = [cache / "snapshots" / revision]
+        folders = [cache / "snapshots" / revision]
     else:
         around = cache / "snapshots" if (cache / "snapshots").is_dir() else folder
-        found = sorted(
+        folders = sorted(
             child for child in around.iterdir() if child.name[0] != "." and (child / CONFIG).is_file()
         )
-    if len(found) > 1:
-        some = ", ".join(child.name for child in found[:3]) + (", ..." if len(found) > 3 else "")
+    if len(folders) > 1:
+        examples = ", ".join(child.name for child in folders[:3]) + (", ..." if len(folders) > 3 else "")
         raise UserError(
-            f"{folder} is no checkpoint but holds {len(found)} of them ({some}): give the folder of one"
+            f"{folder} is no checkpoint but holds {len(folders)} of them ({examples}): give the folder of one"
         )
-    if not found:
+    if not folders:
         return folder
-    logger.warning("%s: taken as the checkpoint in it, %s", folder, found[0])
-    return found[0]
+    logger.warning("%s: taken as the checkpoint in it, %s", folder, folders[0])
+    return folders[0]
 
 
 def _main(cache: Path) -> str | None:

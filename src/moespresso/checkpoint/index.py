@@ -1,8 +1,8 @@
 """Open a checkpoint folder: its config, and every tensor that its safetensors shards announce.
 
-Only headers are read (8 bytes of length, then JSON), so a folder of any size opens in milliseconds, and what is
-missing, truncated or contradictory shows before any work is done. The digest identifies the content cheaply:
-SHA-256 over config, all shard headers and 64 evenly spaced samples of 4 KiB per shard.
+Only headers are read (8 bytes of length, then JSON), so a folder of any size opens in milliseconds, and what
+is missing, truncated or contradictory shows before any work is done. The digest identifies the content
+cheaply: SHA-256 over config, all shard headers and 64 evenly spaced samples of 4 KiB per shard.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ _MAX_HEADER = 100 << 20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder's config (as its JSON says it) and tensors, in shard order and then by place in the shard; a packed matrix is
-    one of them. `notes` say which of its files are not the model, `index` which file names the others (empty: none does)."""
+    """A folder's config (as its JSON says it) and tensors, in shard order and then by place in the shard; a
+    packed matrix is one of them. `notes` say which of its files are not the model, `index` which file names
+    the others (empty: none does)."""
 
     folder: Path
     config: dict[str, Any]
@@ -46,7 +47,8 @@ class Checkpoint:
 
     @cached_property
     def metadata(self) -> object:
-        """What the index says of the shards as a whole: an object, if anything; without an index an empty one."""
+        """What the index says of the shards as a whole: an object, if anything; without an index an empty
+        one."""
         return read_json(self.folder / self.index).get("metadata") if self.index else {}
 
     @cached_property
@@ -66,7 +68,8 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read config and headers; raises `UserError` with the place and the cure for anything that does not add up."""
+    """Read config and headers; raises `UserError` with the place and the cure for anything that does not add
+    up."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the path of a Hugging Face checkpoint or a hub id")
     if (folder / ADAPTER).is_file():
@@ -85,13 +88,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 )
             tensors[ref.name] = ref
     notes = chosen.notes(folder, tensors)
-    whole = joined(config, tensors, folder)
-    _check_some(whole, folder)
-    return Checkpoint(folder, config, whole, chosen.files, notes, chosen.index)
+    packed = joined(config, tensors, folder)
+    _check_some(packed, folder)
+    return Checkpoint(folder, config, packed, chosen.files, notes, chosen.index)
 
 
 def _check_some(tensors: Mapping[str, TensorRef], folder: Path) -> None:
-    """Whether zeros and groups of a few packed matrices are what the config says: the others are looked at when they are read."""
+    """Whether zeros and groups of a few packed matrices are what the config says: the others are looked at
+    when they are read."""
     packed = [ref for ref in tensors.values() if ref.packed is not None]
     with Reader(folder) as reader:
         for ref in packed[:: max(1, len(packed) // _LOOKS)]:
@@ -99,7 +103,8 @@ def _check_some(tensors: Mapping[str, TensorRef], folder: Path) -> None:
 
 
 def read_header(path: Path, file: str = "") -> list[TensorRef]:
-    """The tensors a safetensors file announces, by place; raises `UserError` when the file is cut short or broken.
+    """The tensors a safetensors file announces, by place; raises `UserError` when the file is cut short or
+    broken.
 
     `file` is its path in its checkpoint's folder (empty: its name).
     """
@@ -124,7 +129,8 @@ def read_header(path: Path, file: str = "") -> list[TensorRef]:
 
 
 def _check_cover(path: Path, refs: list[TensorRef], start: int, size: int) -> None:
-    """The data must be covered exactly: a hole or an overlap means wrong offsets, that is wrong tensors in silence."""
+    """The data must be covered exactly: a hole or an overlap means wrong offsets, that is wrong tensors in
+    silence."""
     end = start
     for ref in refs:
         if ref.offset != end:

@@ -1,8 +1,8 @@
 """An output folder in the making: who works in it, what is finished, and when it counts as done.
 
-While a run is under way the folder holds `.moespresso/`: a lock (one run at a time), the journal (one line per
-finished file, synced) and what the run wants to find again (measured layers, stats, the plan). The manifest
-`moespresso.json` is written last; its existence means done, and the work folder goes.
+While a run is under way the folder holds `.moespresso/`: a lock (one run at a time), the journal (one line
+per finished file, synced) and what the run wants to find again (measured layers, stats, the plan). The
+manifest `moespresso.json` is written last; its existence means done, and the work folder goes.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ class Journal:
     def _append(self, row: dict[str, Any]) -> None:
         text = self._path.read_text() if self._path.is_file() else ""
         # A torn last line of a killed run is overwritten, not continued.
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            write_text(self._path, whole)
+        lines = text[: text.rfind("\n") + 1]
+        if lines != text:
+            write_text(self._path, lines)
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
@@ -98,8 +98,8 @@ def claim(folder: Path, source: Path, *, resume: bool = True) -> Generator[Path]
 
 
 def _refuse_foreign(folder: Path, source: Path) -> None:
-    here, there = real(sayable(folder, "--out")), real(source)
-    if here == there or there in here.parents:
+    target, origin = real(sayable(folder, "--out")), real(source)
+    if target == origin or origin in target.parents:
         raise UserError(
             f"--out {folder} lies in the source folder {source}, which is never written to: choose another"
         )
@@ -119,8 +119,8 @@ def is_ours(folder: Path) -> bool:
 
 
 def _clear_own(folder: Path) -> None:
-    """Remove what runs of ours left, but the lock; the manifest first, so that a half-cleared folder never counts as
-    done. What the manifest does not list is known by its name."""
+    """Remove what runs of ours left, but the lock; the manifest first, so that a half-cleared folder never
+    counts as done. What the manifest does not list is known by its name."""
     manifest = folder / MANIFEST
     names = {"config.json", "README.md"}
     if manifest.is_file():

@@ -1,8 +1,10 @@
-"""The manifest `moespresso.json`: what a finished folder is and how it came about, with the digest of every file.
+"""The manifest `moespresso.json`: what a finished folder is and how it came about, with the digest of every
+file.
 
-It is written last, and its existence means done. It holds no clock and no path, so the same recipe gives the same
-bytes. A report can be made from it again, and `verify` holds the folder against it. The fields stand here in the order
-in which the file has them; those without a default are in every manifest that was ever written.
+It is written last, and its existence means done. It holds no clock and no path, so the same recipe gives the
+same bytes. A report can be made from it again, and `verify` holds the folder against it. The fields stand
+here in the order in which the file has them; those without a default are in every manifest that was ever
+written.
 """
 
 from __future__ import annotations
@@ -43,12 +45,12 @@ class FileFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a folder is. `identity` is the digest of all that it depends on; `recipe` what was asked for, `plan` what was
-    decided, with the `scores` of all units and those that were `protected`.
+    """What a folder is. `identity` is the digest of all that it depends on; `recipe` what was asked for,
+    `plan` what was decided, with the `scores` of all units and those that were `protected`.
 
-    `experts` are counted by layer, `layers` described (`LayerSpec.facts`); `stock`, `layout`, `packing`, `plugin` and
-    `apart` say in what form it is written and who loads it; `fitted` names the values found on text or weights, `coverage`
-    the tokens that experts saw; `nonfinite` counts NaN and infinities by tensor.
+    `experts` are counted by layer, `layers` described (`LayerSpec.facts`); `stock`, `layout`, `packing`,
+    `plugin` and `apart` say in what form it is written and who loads it; `fitted` names the values found on
+    text or weights, `coverage` the tokens that experts saw; `nonfinite` counts NaN and infinities by tensor.
     """
 
     moespresso: str = ""
@@ -93,7 +95,8 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """The manifest of a finished folder; raises `UserError` when there is none, or it is not what was written."""
+        """The manifest of a finished folder; raises `UserError` when there is none, or it is not what was
+        written."""
         path = folder / MANIFEST
         if not path.is_file():
             unfinished = " (its run was not finished: repeat the command)" if (folder / WORK).is_dir() else ""

@@ -1,10 +1,11 @@
 """Checkpoints whose matrices are stored packed: several tensors on disk are one matrix to everybody else.
 
-Three layouts are understood, with integers of 2 to 8 bits and scales per group or channel: compressed-tensors'
-`pack-quantized`, in which `config.json` says by regular expressions which modules have how many bits, and those of GPTQ and
-AWQ, which have one format for all (`section` reads what it says). `joined` replaces the tensors of each matrix by one
-reference with the shape and dtype of what it decodes to, and refuses tensors beside them that it does not know;
-`packing_config` writes the section of `config.json` again.
+Three layouts are understood, with integers of 2 to 8 bits and scales per group or channel:
+compressed-tensors' `pack-quantized`, in which `config.json` says by regular expressions which modules have
+how many bits, and those of GPTQ and AWQ, which have one format for all (`section` reads what it says).
+`joined` replaces the tensors of each matrix by one reference with the shape and dtype of what it decodes to,
+and refuses tensors beside them that it does not know; `packing_config` writes the section of `config.json`
+again.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ _FOREIGN = frozenset(
 
 
 def joined(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: Path) -> dict[str, TensorRef]:
-    """`tensors` with the parts of every packed matrix as one reference; raises `UserError` where they do not fit, and for
-    every tensor beside them that is not understood."""
+    """`tensors` with the parts of every packed matrix as one reference; raises `UserError` where they do not
+    fit, and for every tensor beside them that is not understood."""
     place = str(folder)
     section = read_section(config, place)
     if section is None:
         _check_plain(tensors, folder)
         return dict(tensors)
-    known = [codec_named(section.layout), *(each for each in codecs() if each.own and section.own)]
-    firsts = {each.parts[0]: each for each in known}
+    known = [codec_named(section.layout), *(codec for codec in codecs() if codec.own and section.own)]
+    firsts = {codec.parts[0]: codec for codec in known}
     stems = {
         stem: firsts[suffix]
         for stem, _, suffix in (name.rpartition(".") for name in tensors)
@@ -56,22 +57,22 @@ def joined(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: 
             f"is packed: give the unquantized checkpoint, or take {SECTION} out where these are its weights"
         )
     shared = _shared_parts(tensors, place)
-    found: dict[str, TensorRef] = {}
+    joined_refs: dict[str, TensorRef] = {}
     for name, ref in tensors.items():
         stem, _, suffix = name.rpartition(".")
-        here = stems.get(stem)
-        if here is None or suffix not in here.parts:
+        codec = stems.get(stem)
+        if codec is None or suffix not in codec.parts:
             _check_beside(name, stems, place)
-            found[name] = ref
-        elif suffix == here.parts[0]:
+            joined_refs[name] = ref
+        elif suffix == codec.parts[0]:
             format = section.format_of(stem)
-            if here.own and here is not codec_of(format):
+            if codec.own and codec is not codec_of(format):
                 raise UserError(
-                    f"{place}: {stem} is stored as {here.layout}, and config.json's {SECTION} says {format.kind}: press the model again"
+                    f"{place}: {stem} is stored as {codec.layout}, and config.json's {SECTION} says {format.kind}: press the model again"
                 )
-            parts = _parts_of(stem, tensors, shared, here)
-            found[f"{stem}.weight"] = _whole(stem, parts, format, here, folder)
-    return found
+            parts = _parts_of(stem, tensors, shared, codec)
+            joined_refs[f"{stem}.weight"] = _packed_ref(stem, parts, format, codec, folder)
+    return joined_refs
 
 
 def _check_plain(tensors: Mapping[str, TensorRef], folder: Path) -> None:
@@ -85,7 +86,8 @@ def _check_plain(tensors: Mapping[str, TensorRef], folder: Path) -> None:
 
 
 def _to_add(odd: str, tensors: Mapping[str, TensorRef], folder: Path) -> str:
-    """How a config gets its section: of the tool's own file where that is there, with the names that config.json uses."""
+    """How a config gets its section: of the tool's own file where that is there, with the names that
+    config.json uses."""
     if odd.endswith(".weight_packed"):
         return "download its config.json again"
     method = "gptq" if any(name.endswith(".g_idx") for name in tensors) else "awq"
@@ -100,17 +102,17 @@ def _to_add(odd: str, tensors: Mapping[str, TensorRef], folder: Path) -> str:
             f'add "{SECTION}": {{"quant_method": "{method}", "bits": BITS, "group_size": SIZE, {more}}} with the values that its '
             "tool was given"
         )
-    said = {
+    section = {
         AUTOAWQ.get(key, key): value for key, value in read_json(folder / file).items() if value is not None
     }
-    return f'add "{SECTION}": {json.dumps({"quant_method": method} | said)} (what {file} says, in the names of config.json)'
+    return f'add "{SECTION}": {json.dumps({"quant_method": method} | section)} (what {file} says, in the names of config.json)'
 
 
 def _check_beside(name: str, stems: Mapping[str, Codec], place: str) -> None:
     """A tensor that is no part of a packed matrix must be none that changes what such matrices compute."""
     stem, _, suffix = name.rpartition(".")
     inside = stem if stem in stems else next((above for above in _above(stem) if above in stems), None)
-    if (inside is not None and (inside, suffix) != (stem, "bias")) or suffix in _strange():
+    if (inside is not None and (inside, suffix) != (stem, "bias")) or suffix in _packed_suffixes():
         what = (
             f"of the packed {inside}" if inside is not None else f"as packed checkpoints have it ({suffix})"
         )
@@ -120,10 +122,10 @@ def _check_beside(name: str, stems: Mapping[str, Codec], place: str) -> None:
         )
 
 
-def _strange() -> frozenset[str]:
+def _packed_suffixes() -> frozenset[str]:
     """Ends of the names of tensors that belong to packed matrices, or to what is computed with them."""
-    own = (suffix for each in codecs() if each.packs for suffix in each.parts)
-    return _FOREIGN.union(own)
+    suffixes = (suffix for codec in codecs() if codec.packs for suffix in codec.parts)
+    return _FOREIGN.union(suffixes)
 
 
 def _above(module: str) -> Iterator[str]:
@@ -133,19 +135,20 @@ def _above(module: str) -> Iterator[str]:
 
 
 def _shared_parts(tensors: Mapping[str, TensorRef], place: str) -> dict[str, TensorRef]:
-    """What experts share, by its name without the number of the one that stores it; raises `UserError` where that is not one."""
-    ends = {f".{suffix}": f".{each.parts[0]}" for each in codecs() for suffix in each.shared}
-    found: dict[str, TensorRef] = {}
+    """What experts share, by its name without the number of the one that stores it; raises `UserError` where
+    that is not one."""
+    ends = {f".{suffix}": f".{codec.parts[0]}" for codec in codecs() for suffix in codec.shared}
+    by_name: dict[str, TensorRef] = {}
     for name, ref in tensors.items():
         end = next((end for end in ends if name.endswith(end)), None)
         if end is None:
             continue
-        if _alike(name) in found or name.removesuffix(end) + ends[end] not in tensors:
+        if _without_number(name) in by_name or name.removesuffix(end) + ends[end] not in tensors:
             raise UserError(
                 f"{place}: {name} is not the one that its layer's experts share: download it again"
             )
-        found[_alike(name)] = ref
-    return found
+        by_name[_without_number(name)] = ref
+    return by_name
 
 
 def check_readable(config: Mapping[str, Any], place: str) -> None:
@@ -154,23 +157,25 @@ def check_readable(config: Mapping[str, Any], place: str) -> None:
 
 
 def _parts_of(
-    stem: str, tensors: Mapping[str, TensorRef], shared: Mapping[str, TensorRef], held: Codec
+    stem: str, tensors: Mapping[str, TensorRef], shared: Mapping[str, TensorRef], codec: Codec
 ) -> dict[str, TensorRef]:
     """The stored parts of a matrix, by suffix, with what others store for it."""
-    lent = {suffix: shared.get(_alike(f"{stem}.{suffix}")) for suffix in held.shared}
-    own = {suffix: tensors.get(f"{stem}.{suffix}", lent.get(suffix)) for suffix in held.parts}
-    return {suffix: ref for suffix, ref in own.items() if ref is not None}
+    lent_refs = {suffix: shared.get(_without_number(f"{stem}.{suffix}")) for suffix in codec.shared}
+    refs = {suffix: tensors.get(f"{stem}.{suffix}", lent_refs.get(suffix)) for suffix in codec.parts}
+    return {suffix: ref for suffix, ref in refs.items() if ref is not None}
 
 
-def _whole(stem: str, parts: Mapping[str, TensorRef], format: Format, held: Codec, folder: Path) -> TensorRef:
+def _packed_ref(
+    stem: str, parts: Mapping[str, TensorRef], format: Format, codec: Codec, folder: Path
+) -> TensorRef:
     """The reference to one packed matrix; every part must have the shape and dtype that its format says."""
-    first = parts[held.parts[0]]
-    shape, scaled = _size(stem, parts, format, held, folder), parts[held.scaled]
-    whole = pack(
-        TensorRef(f"{stem}.weight", shape, scaled.dtype, first.file, first.offset), format, held.layout
+    first = parts[codec.parts[0]]
+    shape, scaled = _size(stem, parts, format, codec, folder), parts[codec.scaled]
+    ref = pack(
+        TensorRef(f"{stem}.weight", shape, scaled.dtype, first.file, first.offset), format, codec.layout
     )
-    assert whole.packed is not None
-    for suffix, wanted in whole.packed.parts.items():
+    assert ref.packed is not None
+    for suffix, wanted in ref.packed.parts.items():
         part = parts.get(suffix)
         if part is None or (part.shape, part.dtype) != (wanted.shape, wanted.dtype):
             have = "missing" if part is None else f"{part.dtype} {list(part.shape)}"
@@ -178,7 +183,7 @@ def _whole(stem: str, parts: Mapping[str, TensorRef], format: Format, held: Code
                 f"{folder}: {wanted.name} is {have}, not {wanted.dtype} {list(wanted.shape)} as its format says: compare the "
                 f"{SECTION} of config.json with where the checkpoint came from, and download what differs again"
             )
-    if more := [suffix for suffix in parts if suffix not in whole.packed.parts]:
+    if more := [suffix for suffix in parts if suffix not in ref.packed.parts]:
         raise UserError(
             f"{folder}: {stem} has a {more[0]}, which its format does not know: compare the {SECTION} of config.json with "
             "where the checkpoint came from"
@@ -187,12 +192,12 @@ def _whole(stem: str, parts: Mapping[str, TensorRef], format: Format, held: Code
         raise UserError(
             f"{folder}: {scaled.name} is {scaled.dtype}, which is not read: give the unquantized checkpoint"
         )
-    leads = all(parts[suffix].name == f"{stem}.{suffix}" for suffix in held.shared)
-    return replace(whole, packed=Packed(format, held.layout, parts, held.shared, leads))
+    leads = all(parts[suffix].name == f"{stem}.{suffix}" for suffix in codec.shared)
+    return replace(ref, packed=Packed(format, codec.layout, parts, codec.shared, leads))
 
 
 def _size(
-    stem: str, parts: Mapping[str, TensorRef], format: Format, held: Codec, folder: Path
+    stem: str, parts: Mapping[str, TensorRef], format: Format, codec: Codec, folder: Path
 ) -> tuple[int, int]:
     """Outputs and inputs of a packed matrix; raises `UserError` where its parts do not say them."""
 
@@ -202,7 +207,7 @@ def _size(
         return [int.from_bytes(raw[at : at + 8], "little") for at in range(0, len(raw), 8)]
 
     try:
-        return held.size(parts, format, read)
+        return codec.size(parts, format, read)
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"{folder}: {stem} lacks a part of its packed weight: download it again") from error
     except UserError as error:
@@ -214,22 +219,22 @@ def packing_config(
 ) -> dict[str, Any]:
     """The section for modules `packed`, by name, beside the `plain` ones that hold a matrix too.
 
-    In compressed-tensors one format for all is said of every `Linear` but the plain ones, as engines expect; several by a
-    regular expression each. Without `stock` the format's name is one that only moespresso reads. Raises `UserError` where
-    another layout cannot say it.
+    In compressed-tensors one format for all is said of every `Linear` but the plain ones, as engines expect;
+    several by a regular expression each. Without `stock` the format's name is one that only moespresso reads.
+    Raises `UserError` where another layout cannot say it.
     """
     # transformers takes the first group whose pattern speaks of experts for that of the routed ones.
     formats = list(
-        dict.fromkeys(packed[name] for name in sorted(packed, key=lambda name: _alike(name) == name))
+        dict.fromkeys(packed[name] for name in sorted(packed, key=lambda name: _without_number(name) == name))
     )
     one = len(formats) == 1
-    held = codec_named(layout)
-    if held.one_format:
+    codec = codec_named(layout)
+    if codec.one_format:
         if not one:
             raise UserError(
                 f"the layout {layout} has one format for all matrices, here are {len(formats)}: keep compressed-tensors"
             )
-        return held.section(formats[0], packed, sorted(set(plain)))
+        return codec.section(formats[0], packed, sorted(set(plain)))
     stems = _stems(packed)
     groups = {
         f"group_{number}": {
@@ -252,7 +257,7 @@ def packing_config(
     }
 
 
-def _alike(name: str) -> str:
+def _without_number(name: str) -> str:
     """A name with # for the number of an expert."""
     return re.sub(r"(?<=experts\.)\d+(?=\.)", "#", name)
 
@@ -261,12 +266,12 @@ def _stems(packed: Mapping[str, Format]) -> dict[Format, set[str]]:
     """The modules of each format, the numbers of experts summed up where those of a layer have one format."""
     formats: dict[str, set[Format]] = {}
     for name, format in packed.items():
-        formats.setdefault(_alike(name), set()).add(format)
-    found: dict[Format, set[str]] = {}
+        formats.setdefault(_without_number(name), set()).add(format)
+    by_format: dict[Format, set[str]] = {}
     for name, format in packed.items():
-        stem = _alike(name)
-        found.setdefault(format, set()).add(stem if len(formats[stem]) == 1 else name)
-    return found
+        stem = _without_number(name)
+        by_format.setdefault(format, set()).add(stem if len(formats[stem]) == 1 else name)
+    return by_format
 
 
 def _pattern(stems: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """Bytes on disk to tensors, one at a time and never more than asked for.
 
-Shards are mapped into memory read-only: the pages belong to the file cache, not to the process, until somebody asks
-for a copy. A matrix that is stored packed is decoded from its parts.
+Shards are mapped into memory read-only: the pages belong to the file cache, not to the process, until
+somebody asks for a copy. A matrix that is stored packed is decoded from its parts.
 """
 
 from __future__ import annotations
@@ -47,13 +47,14 @@ class Reader:
         self.close()
 
     def close(self) -> None:
-        """Let the files go. Tensors handed out may still look into a map, which is freed once they are gone."""
+        """Let the files go. Tensors handed out may still look into a map, which is freed once they are
+        gone."""
         self._maps.clear()
         self._lent.clear()
 
     def tensor(self, ref: TensorRef) -> torch.Tensor:
-        """The tensor: a view of the mapped file (do not write into it), a copy where it has a factor, or zeros; a packed matrix
-        is decoded."""
+        """The tensor: a view of the mapped file (do not write into it), a copy where it has a factor, or
+        zeros; a packed matrix is decoded."""
         if ref.packed is not None:
             out, width = ref.shape
             parts = self.parts(ref)
@@ -85,7 +86,8 @@ class Reader:
         return parts if ref.factor == 1 else held.rescale(parts, ref.factor)
 
     def _shared(self, ref: TensorRef) -> torch.Tensor:
-        """What a layer's experts share, in float32, kept until other layers are read: all of its experts ask for it."""
+        """What a layer's experts share, in float32, kept until other layers are read: all of its experts ask
+        for it."""
         key = ref.file, ref.offset
         if key not in self._lent:
             while len(self._lent) >= _LENT:
@@ -94,7 +96,8 @@ class Reader:
         return self._lent[key]
 
     def check_small(self, ref: TensorRef) -> None:
-        """Raise `UserError` where the zeros or groups of a matrix that is stored packed contradict its format."""
+        """Raise `UserError` where the zeros or groups of a matrix that is stored packed contradict its
+        format."""
         assert ref.packed is not None
         out, width = ref.shape
         held = codec_in(ref)
@@ -133,7 +136,8 @@ class Reader:
 
 
 def count_nonfinite(chunk: torch.Tensor) -> int:
-    """Number of NaN and infinities; one pass at memory speed tells that there are none (both show in the extremes)."""
+    """Number of NaN and infinities; one pass at memory speed tells that there are none (both show in the
+    extremes)."""
     if not chunk.is_floating_point() or chunk.numel() == 0:
         return 0
     values = chunk if chunk.element_size() > 1 else chunk.float()

@@ -1,12 +1,13 @@
 """What `quantization_config` says: which layout a checkpoint is packed in, and the format of every matrix.
 
-Every key stands in one of three tables: it is understood here, it says nothing about how values are decoded, or it must
-say nothing (null, empty, false) since what it does is not read. Any other key is refused by name, as is any value that is
-not understood: what would be passed over here would be gone from the result. Sources: the config classes of
-compressed-tensors 0.20, and of GPTQ and AWQ in transformers 5.23 and GPTQModel.
+Every key stands in one of three tables: it is understood here, it says nothing about how values are decoded,
+or it must say nothing (null, empty, false) since what it does is not read. Any other key is refused by name,
+as is any value that is not understood: what would be passed over here would be gone from the result. Sources:
+the config classes of compressed-tensors 0.20, and of GPTQ and AWQ in transformers 5.23 and GPTQModel.
 
-Which group of compressed-tensors means a module is decided as its library does (`match_targets`): the module's own name,
-then `re:` patterns in the order of the alphabet, then class names; a target that two groups name is the later one's.
+Which group of compressed-tensors means a module is decided as its library does (`match_targets`): the
+module's own name, then `re:` patterns in the order of the alphabet, then class names; a target that two
+groups name is the later one's.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ METHOD, KIND = "compressed-tensors", "pack-quantized"
 OWN_KIND = "moespresso-packed"
 _ELSEWHERE = "give the unquantized checkpoint"
 
-Said = Mapping[str, Any]
+Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class _Keys:
-    """The keys of one table of the section: `known` are understood, `silent` say nothing about decoding, `unread` must be
-    null, empty or false."""
+    """The keys of one table of the section: `known` are understood, `silent` say nothing about decoding,
+    `unread` must be null, empty or false."""
 
     known: frozenset[str]
     silent: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
 
-    def check(self, said: Said, where: str) -> None:
-        for key, value in said.items():
+    def check(self, settings: Settings, where: str) -> None:
+        for key, value in settings.items():
             if key in self.known | self.silent or _empty(value) or (key in self.unread and value is False):
                 continue
             why = "is not read by this version" if key in self.unread else "is not known to this version"
@@ -92,18 +93,20 @@ _FLOATS = ("float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)
-class Targets:
+class ModulePatterns:
     """Names, patterns and classes, looked up without going through all names."""
 
     names: frozenset[str] = frozenset()
     patterns: tuple[tuple[str, re.Pattern[str]], ...] = ()
 
     @classmethod
-    def of(cls, targets: Iterable[str], where: str) -> Targets:
+    def of(cls, targets: Iterable[str], where: str) -> ModulePatterns:
         """Sort them; raises `UserError` for a pattern that is none."""
         ordered = sorted(targets)
         try:
-            patterns = tuple((each, re.compile(each[3:])) for each in ordered if each.startswith("re:"))
+            patterns = tuple(
+                (target, re.compile(target[3:])) for target in ordered if target.startswith("re:")
+            )
         except re.error as error:
             raise UserError(f"{where} has a pattern that is none ({error}): {_ELSEWHERE}") from error
         return cls(frozenset(ordered), patterns)
@@ -112,13 +115,14 @@ class Targets:
         """The target that counts for a linear module: its name, then patterns, then its classes."""
         if module in self.names:
             return module
-        matching = (each for each, pattern in self.patterns if pattern.match(module))
-        return next(matching, next((each for each in ("Linear", "Module") if each in self.names), None))
+        matching = (target for target, pattern in self.patterns if pattern.match(module))
+        return next(matching, next((target for target in ("Linear", "Module") if target in self.names), None))
 
 
 @dataclass(frozen=True)
 class Section:
-    """The section, read: `own` is one that only moespresso writes, `groups` are formats by target (None: not quantized).
+    """The section, read: `own` is one that only moespresso writes, `groups` are formats by target (None: not
+    quantized).
 
     Where its codec has read it (`by_codec`), one format is said of all that is packed.
     """
@@ -128,27 +132,31 @@ class Section:
     method: str
     own: bool = False
     groups: Mapping[str, Format | None] = field(default_factory=dict[str, "Format | None"])
-    targets: Targets = field(default_factory=Targets)
-    ignored: Targets = field(default_factory=Targets)
-    said: Said = field(default_factory=dict[str, Any])
+    targets: ModulePatterns = field(default_factory=ModulePatterns)
+    ignored: ModulePatterns = field(default_factory=ModulePatterns)
+    raw: Settings = field(default_factory=dict[str, Any])
     by_codec: bool = False
 
     def format_of(self, module: str) -> Format:
-        """The format of a packed module; raises `UserError` where the section says that it is not packed, or says nothing."""
+        """The format of a packed module; raises `UserError` where the section says that it is not packed, or
+        says nothing."""
         held = _integers(self.layout)
         if not held.one_format:
             return self._of_groups(module)
         format = cast("Format", self.groups[""])
         if self.by_codec:
             return format
-        _be(format.bits, held.bits, f"{self.place}: {SECTION}.bits")
-        pattern, changes = _override(_dynamic(self.said), module)
-        apart = _left_alone(self.said, module) or (pattern if changes is None else "")
+        _check_choice(format.bits, held.bits, f"{self.place}: {SECTION}.bits")
+        pattern, changes = _override(_dynamic(self.raw), module)
+        apart = _why_unpacked(self.raw, module) or (pattern if changes is None else "")
         if apart:
             raise UserError(
                 f"{self.place}: {module} is packed, but {SECTION} leaves it alone ({apart}): {_ELSEWHERE}"
             )
-        if changes and _as_changed(format, changes, f"{self.place}: {SECTION}.dynamic.{pattern}.") != format:
+        if (
+            changes
+            and _with_changes(format, changes, f"{self.place}: {SECTION}.dynamic.{pattern}.") != format
+        ):
             raise UserError(
                 f"{self.place}: {SECTION}.dynamic gives {module} another format than the rest ({pattern}), which in the "
                 f"layout {self.layout} is not read by this version: {_ELSEWHERE}"
@@ -170,10 +178,11 @@ class Section:
 
 
 def hoisted(config: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """The config with its section at the top, where a wrapper has it inside of `text_config`: transformers looks there too.
+    """The config with its section at the top, where a wrapper has it inside of `text_config`: transformers
+    looks there too.
 
     Raises `UserError` for sections in other places, which it does not read."""
-    found = dict(config)
+    merged = dict(config)
     for key, inner in config.items():
         if not isinstance(inner, dict) or key == SECTION:
             continue
@@ -182,32 +191,33 @@ def hoisted(config: Mapping[str, Any], place: str) -> dict[str, Any]:
             if inner.get(name) and (key, name) != ("text_config", SECTION):
                 raise UserError(f"{place}: {key}.{name} of config.json is not read: {_ELSEWHERE}")
         if inner.get(SECTION):
-            if found.get(SECTION, inner[SECTION]) != inner[SECTION]:
+            if merged.get(SECTION, inner[SECTION]) != inner[SECTION]:
                 raise UserError(
                     f"{place}: config.json has a {SECTION} and another one in its {key}: take out the one that does not hold"
                 )
-            found |= {SECTION: inner[SECTION], key: {k: v for k, v in inner.items() if k != SECTION}}
+            merged |= {SECTION: inner[SECTION], key: {k: v for k, v in inner.items() if k != SECTION}}
     if config.get("compression_config"):
         raise UserError(
             f"{place} is already quantized, and its config.json says so under compression_config, which transformers 5 no "
             f"longer reads: call it {SECTION}, or {_ELSEWHERE}"
         )
-    return found
+    return merged
 
 
 def read_section(config: Mapping[str, Any], place: str) -> Section | None:
-    """The section of a config, None where it has none; raises `UserError` for what is not understood, by name."""
+    """The section of a config, None where it has none; raises `UserError` for what is not understood, by
+    name."""
     section: object = hoisted(config, place).get(SECTION)
     if not section:
         return None
-    said = cast("dict[str, Any]", section) if isinstance(section, dict) else {}
-    if (found := _by_codec(said, place)) is not None:
-        return found
-    layout = _layout(said, cast("object", section), place)
+    settings = cast("dict[str, Any]", section) if isinstance(section, dict) else {}
+    if (read := _by_codec(settings, place)) is not None:
+        return read
+    layout = _layout(settings, cast("object", section), place)
     try:
         if _integers(layout).one_format:
-            return _one_for_all(said, layout, place)
-        return _compressed(said, place)
+            return _read_one_format(settings, layout, place)
+        return _read_compressed_tensors(settings, place)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{place} is already quantized, and the {SECTION} of its config.json is not understood ({error!r}): give the "
@@ -215,28 +225,28 @@ def read_section(config: Mapping[str, Any], place: str) -> Section | None:
         ) from error
 
 
-def _by_codec(said: Said, place: str) -> Section | None:
+def _by_codec(settings: Settings, place: str) -> Section | None:
     """The section of a layout whose codec reads it by itself, as one of a user's own file does."""
     for held in codecs():
-        if not held.one_format or held.engine != said.get("quant_method"):
+        if not held.one_format or held.engine != settings.get("quant_method"):
             continue
-        if (format := held.read_section(said)) is not None:
-            return Section(held.layout, place, held.engine, groups={"": format}, said=said, by_codec=True)
+        if (format := held.read_section(settings)) is not None:
+            return Section(held.layout, place, held.engine, groups={"": format}, raw=settings, by_codec=True)
     return None
 
 
-def _layout(said: Said, section: object, place: str) -> str:
-    method, kind = said.get("quant_method"), said.get("format")
-    if method is None and said.keys() & {"bits", *AUTOAWQ}:
+def _layout(settings: Settings, section: object, place: str) -> str:
+    method, kind = settings.get("quant_method"), settings.get("format")
+    if method is None and settings.keys() & {"bits", *AUTOAWQ}:
         raise UserError(
             f'{place}: the {SECTION} of config.json lacks its quant_method: add "quant_method": "gptq" where the tensors have a g_idx, '
             'else "quant_method": "awq"'
         )
     if (method, kind) in ((METHOD, KIND), (METHOD, OWN_KIND)):
         return CompressedTensors.layout
-    kinds = [said.get(key) for key in ("checkpoint_format", "version", "format")]
-    if method in _FIRST and {str(each).lower() for each in kinds if each} <= {_FIRST[method]}:
-        if said.get("backend") != "llm-awq":
+    kinds = [settings.get(key) for key in ("checkpoint_format", "version", "format")]
+    if method in _FIRST and {str(name).lower() for name in kinds if name} <= {_FIRST[method]}:
+        if settings.get("backend") != "llm-awq":
             return str(method)
         kinds = ["llm-awq"]
     words = " ".join(str(word) for word in (method, *dict.fromkeys(kinds)) if word)
@@ -253,23 +263,27 @@ _FIRST = {"gptq": "gptq", "awq": "gemm"}
 # compressed-tensors
 
 
-def _compressed(said: Said, place: str) -> Section:
+def _read_compressed_tensors(settings: Settings, place: str) -> Section:
     where = f"{place}: {SECTION}."
-    _COMPRESSED.check(said, where)
-    _be(said.get("quantization_status"), (None, "compressed", "frozen"), where + "quantization_status")
-    sparsity, transforms = (
-        cast("Said", said.get(key) or {}) for key in ("sparsity_config", "transform_config")
+    _COMPRESSED.check(settings, where)
+    _check_choice(
+        settings.get("quantization_status"), (None, "compressed", "frozen"), where + "quantization_status"
     )
-    _be(sparsity.get("format") if sparsity else None, (None, "dense"), where + "sparsity_config.format")
+    sparsity, transforms = (
+        cast("Settings", settings.get(key) or {}) for key in ("sparsity_config", "transform_config")
+    )
+    _check_choice(
+        sparsity.get("format") if sparsity else None, (None, "dense"), where + "sparsity_config.format"
+    )
     _keys("", "", "config_groups").check(transforms, where + "transform_config.")
-    own = said["format"] == OWN_KIND
+    own_kind = settings["format"] == OWN_KIND
     groups: dict[str, Format | None] = {}
-    for name, group in said["config_groups"].items():
+    for name, group in settings["config_groups"].items():
         targets, format = _group(name, group, f"{where}config_groups.{name}.")
         groups |= dict.fromkeys(targets, format)
-    targets = Targets.of(groups, where + "config_groups")
-    ignored = Targets.of(said.get("ignore") or (), where + "ignore")
-    return Section(CompressedTensors.layout, place, METHOD, own, groups, targets, ignored, said)
+    targets = ModulePatterns.of(groups, where + "config_groups")
+    ignored = ModulePatterns.of(settings.get("ignore") or (), where + "ignore")
+    return Section(CompressedTensors.layout, place, METHOD, own_kind, groups, targets, ignored, settings)
 
 
 def _group(name: str, group: Any, where: str) -> tuple[list[str], Format | None]:
@@ -281,80 +295,88 @@ def _group(name: str, group: Any, where: str) -> tuple[list[str], Format | None]
             "integer", _bits(preset[1] or 4, where), 128, symmetric=preset[2] is None
         )
     _GROUP.check(group, where)
-    _be(group.get("format"), (None, KIND, OWN_KIND), where + "format")
+    _check_choice(group.get("format"), (None, KIND, OWN_KIND), where + "format")
     weights = group.get("weights")
     return list(group["targets"]), None if weights is None else _weights(weights, where + "weights.")
 
 
-def _weights(said: Said, where: str) -> Format:
+def _weights(settings: Settings, where: str) -> Format:
     """The format that a group gives to weights; what is not said is what the library takes for it."""
-    own = next((each for each in codecs() if each.own and said.get("type") in each.kinds), None)
-    if own is not None:
-        return _own_weights(said, own, where)
-    _WEIGHTS.check(said, where)
-    _be(str(said.get("type", "int")).lower(), ("int",), where + "type")
-    size = said.get("group_size")
-    unsaid = "tensor" if size is None else "channel" if size == -1 else "group"
-    strategy = str(said.get("strategy") or unsaid).lower()
-    _be(strategy, ("group", "channel"), where + "strategy")
-    whole = size if type(size) is int and size > 0 else 0
-    if (strategy == "group") != bool(whole):
+    codec = next((each for each in codecs() if each.own and settings.get("type") in each.kinds), None)
+    if codec is not None:
+        return _own_weights(settings, codec, where)
+    _WEIGHTS.check(settings, where)
+    _check_choice(str(settings.get("type", "int")).lower(), ("int",), where + "type")
+    size = settings.get("group_size")
+    default = "tensor" if size is None else "channel" if size == -1 else "group"
+    strategy = str(settings.get("strategy") or default).lower()
+    _check_choice(strategy, ("group", "channel"), where + "strategy")
+    group_size = size if type(size) is int and size > 0 else 0
+    if (strategy == "group") != bool(group_size):
         raise UserError(f"{where}group_size = {size} does not go with the strategy {strategy}: {_ELSEWHERE}")
-    _be(said.get("zp_dtype"), (None, "torch.int8", "int8"), where + "zp_dtype")
-    _be(
-        said.get("scale_dtype"),
+    _check_choice(settings.get("zp_dtype"), (None, "torch.int8", "int8"), where + "zp_dtype")
+    _check_choice(
+        settings.get("scale_dtype"),
         (None, *_FLOATS, *(f"torch.{each}" for each in _FLOATS)),
         where + "scale_dtype",
     )
-    order = said.get("actorder") or None
+    order = settings.get("actorder") or None
     order = order.lower() if isinstance(order, str) else order
-    _be(order, (None, True, "weight", "static", "group", "dynamic"), where + "actorder")
-    symmetric = said.get("symmetric", True)
-    _be(symmetric, (True, False), where + "symmetric")
+    _check_choice(order, (None, True, "weight", "static", "group", "dynamic"), where + "actorder")
+    symmetric = settings.get("symmetric", True)
+    _check_choice(symmetric, (True, False), where + "symmetric")
     ordered = strategy == "group" and order in (True, "group", "dynamic")
-    bits = _bits(said.get("num_bits", 8), where + "num_bits")
-    return Format("integer", bits, whole, symmetric, ordered=ordered)
+    bits = _bits(settings.get("num_bits", 8), where + "num_bits")
+    return Format("integer", bits, group_size, symmetric, ordered=ordered)
 
 
-def _own_weights(said: Said, held: Codec, where: str) -> Format:
+def _own_weights(settings: Settings, codec: Codec, where: str) -> Format:
     """The format of a codec that only moespresso reads, as it says it itself."""
-    _keys(" ".join(("type", *held.settings))).check(said, where)
+    _keys(" ".join(("type", *codec.settings))).check(settings, where)
     plain = Format()
-    return Format(said["type"], **{name: type(getattr(plain, name))(said[name]) for name in held.settings})
+    return Format(
+        settings["type"], **{name: type(getattr(plain, name))(settings[name]) for name in codec.settings}
+    )
 
 
 # GPTQ and AWQ
 
 
-def _one_for_all(said: Said, layout: str, place: str) -> Section:
+def _read_one_format(settings: Settings, layout: str, place: str) -> Section:
     where = f"{place}: {SECTION}."
-    foreign = next((key for key in AUTOAWQ if key in said), None)
+    foreign = next((key for key in AUTOAWQ if key in settings), None)
     if foreign is not None:
         raise UserError(
             f"{where}{foreign} is AutoAWQ's own name, which transformers does not know: call it {AUTOAWQ[foreign]}"
         )
-    _KEYS_OF[layout].check(said, where)
-    _be(said.get("pack_dtype"), (None, "int32", "torch.int32"), where + "pack_dtype")
-    _be(said.get("method"), (None, layout), where + "method")
-    given = {key: said[key] for key in ("bits", "group_size", "sym", "desc_act") if said.get(key) is not None}
-    unsaid = 0
+    _KEYS_OF[layout].check(settings, where)
+    _check_choice(settings.get("pack_dtype"), (None, "int32", "torch.int32"), where + "pack_dtype")
+    _check_choice(settings.get("method"), (None, layout), where + "method")
+    changes = {
+        key: settings[key]
+        for key in ("bits", "group_size", "sym", "desc_act")
+        if settings.get(key) is not None
+    }
+    default_bits = 0
     if "zero_point" in _KEYS_OF[layout].known:
-        given.pop("desc_act", None)
-        given["sym"] = not said["zero_point"] if said.get("zero_point") is not None else False
-        unsaid = 4
-    format = _as_changed(Format("integer", unsaid, 128), given, where)
-    for pattern in _dynamic(said):
-        Targets.of([f"re:{pattern[2:] if pattern[:2] in ('-:', '+:') else pattern}"], where + "dynamic")
-    return Section(layout, place, layout, groups={"": format}, said=said)
+        changes.pop("desc_act", None)
+        changes["sym"] = not settings["zero_point"] if settings.get("zero_point") is not None else False
+        default_bits = 4
+    format = _with_changes(Format("integer", default_bits, 128), changes, where)
+    for pattern in _dynamic(settings):
+        ModulePatterns.of(
+            [f"re:{pattern[2:] if pattern[:2] in ('-:', '+:') else pattern}"], where + "dynamic"
+        )
+    return Section(layout, place, layout, groups={"": format}, raw=settings)
 
 
-def _as_changed(format: Format, changes: Said, where: str) -> Format:
+def _with_changes(format: Format, changes: Settings, where: str) -> Format:
     """The format with what is said for all modules, or for some of them."""
     _OVERRIDES.check(changes, where)
     size, symmetric = changes.get("group_size", format.group_size or -1), changes.get("sym", format.symmetric)
     ordered, bits = changes.get("desc_act", format.ordered), changes.get("bits", format.bits)
-    _be(symmetric, (True, False), where + "sym")
-    _be(ordered, (True, False), where + "desc_act")
+    _check_choice(symmetric, (True, False), where + "sym")
+    _check_choice(ordered, (True, False), where + "desc_act")
     if type(size) is not int or not (size == -1 or size > 0):
         raise UserError(f"{where}group_size = {short(size)} is no size of groups: {_ELSEWHERE}")
     return replace(
@@ -362,12 +384,13 @@ def _as_changed(format: Format, changes: Said, where: str) -> Format:
     )
 
 
-def _dynamic(said: Said) -> Mapping[str, Said | None]:
-    return cast("Mapping[str, Said | None]", said.get("dynamic") or {})
+def _dynamic(settings: Settings) -> Mapping[str, Settings | None]:
+    return cast("Mapping[str, Settings | None]", settings.get("dynamic") or {})
 
 
-def _override(dynamic: Mapping[str, Said | None], module: str) -> tuple[str, Said | None]:
-    """The first pattern of GPTQModel's `dynamic` that a module matches, with what it changes (None: left alone)."""
+def _override(dynamic: Mapping[str, Settings | None], module: str) -> tuple[str, Settings | None]:
+    """The first pattern of GPTQModel's `dynamic` that a module matches, with what it changes (None: left
+    alone)."""
     for pattern, changes in dynamic.items():
         if pattern.startswith("-:"):
             if re.match(pattern[2:], module):
@@ -377,21 +400,21 @@ def _override(dynamic: Mapping[str, Said | None], module: str) -> tuple[str, Sai
     return "", {}
 
 
-def _left_alone(said: Said, module: str) -> str:
-    """Why the section's lists mean that a module is not packed, or nothing. Each is known in one of the two methods alone; of
-    the head only GPTQ's says anything."""
-    for name in said.get("modules_to_not_convert") or ():
+def _why_unpacked(settings: Settings, module: str) -> str:
+    """Why the section's lists mean that a module is not packed, or nothing. Each is known in one of the two
+    methods alone; of the head only GPTQ's says anything."""
+    for name in settings.get("modules_to_not_convert") or ():
         if f".{name}." in f".{module}.":
             return f"modules_to_not_convert has {name}"
-    inside = said.get("modules_in_block_to_quantize")
+    inside = settings.get("modules_in_block_to_quantize")
     if inside:
         flat = [name for row in inside for name in ([row] if isinstance(row, str) else row)]
         if not any(module.endswith(name) for name in flat):
             return "modules_in_block_to_quantize does not have it"
     if (
-        "lm_head" in _KEYS_OF[said["quant_method"]].known
+        "lm_head" in _KEYS_OF[settings["quant_method"]].known
         and module == "lm_head"
-        and said.get("lm_head") is False
+        and settings.get("lm_head") is False
     ):
         return "lm_head is false"
     return ""
@@ -401,15 +424,15 @@ def _integers(layout: str) -> IntegerLayout:
     return cast("IntegerLayout", codec_named(layout))
 
 
-def _be(value: Any, choices: tuple[Any, ...], where: str) -> None:
-    if not any(value is each or (type(value) is type(each) and value == each) for each in choices):
-        read = ", ".join(str(each) for each in choices if each is not None)
+def _check_choice(value: Any, choices: tuple[Any, ...], where: str) -> None:
+    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
+        read = ", ".join(str(choice) for choice in choices if choice is not None)
         raise UserError(f"{where} = {short(value)} is not read by this version ({read} is): {_ELSEWHERE}")
 
 
 def _bits(value: Any, where: str) -> int:
     bits = int(value)
-    _be(bits, CompressedTensors.bits, where)
+    _check_choice(bits, CompressedTensors.bits, where)
     return bits
 
 

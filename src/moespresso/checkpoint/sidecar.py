@@ -1,4 +1,5 @@
-"""The files beside the tensors: which travel with the model, and which are left behind (by name, never in silence)."""
+"""The files beside the tensors: which travel with the model, and which are left behind (by name, never in
+silence)."""
 
 from __future__ import annotations
 

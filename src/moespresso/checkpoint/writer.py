@@ -1,7 +1,7 @@
 """Files, streamed: a shard's header is known before its first byte, so nothing is ever held.
 
-Each file goes to a temporary name, is synced and renamed; its SHA-256 is taken from the bytes as they pass, on a
-second thread.
+Each file goes to a temporary name, is synced and renamed; its SHA-256 is taken from the bytes as they pass,
+on a second thread.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def header(refs: Iterable[TensorRef], metadata: Mapping[str, str]) -> bytes:
 
 
 def write_file(path: Path, parts: Iterable[memoryview]) -> tuple[int, str]:
-    """Write `parts` to `path` by way of a temporary name; return size and SHA-256. A full disk is a `UserError`."""
+    """Write `parts` to `path` by way of a temporary name; return size and SHA-256. A full disk is a
+    `UserError`."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with disk_full_is_told(path.parent), temporary.open("wb", buffering=0) as file:
@@ -71,7 +72,8 @@ def write_file(path: Path, parts: Iterable[memoryview]) -> tuple[int, str]:
 
 
 def _stream(file: FileIO, parts: Iterable[memoryview]) -> tuple[int, str]:
-    """Write, hash and flush at the same time: the disk works while the next part is read, and the final sync is short."""
+    """Write, hash and flush at the same time: the disk works while the next part is read, and the final sync
+    is short."""
     digest, size, unflushed = hashlib.sha256(), 0, 0
     with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as flusher:
         hashing: Future[None] | None = None

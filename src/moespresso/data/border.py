@@ -1,10 +1,11 @@
-"""The border from text to model: which texts a tokenizer takes, and which of its tokens the model has a row for.
+"""The border from text to model: which texts a tokenizer takes, and which of its tokens the model has a row
+for.
 
-A tokenizer may know more tokens than the embedding has rows (one was added, or it is another model's). That alone is no
-fault, since most texts hold none of them; a text that does is refused with file and line. Where there are such tokens, or
-texts that the tokenizer does not take at all, everything that could be drawn is looked through, not only what is: the same
-files are refused whatever the seed.
-The token that fills short rows is chosen among those that have a row, since its answer is never looked at.
+A tokenizer may know more tokens than the embedding has rows (one was added, or it is another model's). That
+alone is no fault, since most texts hold none of them; a text that does is refused with file and line. Where
+there are such tokens, or texts that the tokenizer does not take at all, everything that could be drawn is
+looked through, not only what is: the same files are refused whatever the seed. The token that fills short
+rows is chosen among those that have a row, since its answer is never looked at.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Border:
 
     @cached_property
     def partial(self) -> bool:
-        """Whether there are texts that the tokenizer does not take: it has no token for what it does not know."""
+        """Whether there are texts that the tokenizer does not take: it has no token for what it does not
+        know."""
         try:
             return any(None in self._ids(text) for text in (STRANGE, *STRANGE.split()))
         except Exception:  # whatever it raises, as in `encode`
@@ -73,10 +75,12 @@ class Border:
                 return token
         return 0
 
-    def encode(self, text: str, document: Document, *, own: bool = True) -> list[int]:
-        """The tokens of a text of `document`, without special ones of ours; `own`: it is the document's own text.
+    def encode(self, text: str, document: Document, *, verbatim: bool = True) -> list[int]:
+        """The tokens of a text of `document`, without special ones of ours; `verbatim`: it is the document's
+        own text.
 
-        Raises `UserError` with file and line where the tokenizer does not take it, or the model not its tokens.
+        Raises `UserError` with file and line where the tokenizer does not take it, or the model not its
+        tokens.
         """
         try:
             ids = self._ids(text)
@@ -91,7 +95,7 @@ class Border:
             )
         if self.rows is not None and ids and max(ids) >= self.rows:
             bad = next(index for index, token in enumerate(ids) if token >= self.rows)
-            where = document.at(self._offset(text, bad)) if own else document.place
+            where = document.at(self._offset(text, bad)) if verbatim else document.place
             raise UserError(
                 f"{where}: {self.tokenizer.convert_ids_to_tokens(ids[bad])!r} is the tokenizer's token {ids[bad]}, for which the "
                 f"model has no row (its embedding has {self.rows}): give the model the tokenizer that it was made with, or take "
@@ -103,5 +107,5 @@ class Border:
         """Where in the text the token begins; its start, where the tokenizer cannot say."""
         if not self.tokenizer.is_fast:
             return 0
-        found = self.tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-        return found["offset_mapping"][index][0]
+        encoding = self.tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        return encoding["offset_mapping"][index][0]

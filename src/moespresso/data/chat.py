@@ -12,10 +12,11 @@ reads like that dataset:
 | `prompt`, `completion`, of texts or of turns     | TRL                                |
 | `prompt`, `chosen`, `rejected`                   | preferences; what was chosen counts |
 
-A turn keeps every key that is not null (tool calls, reasoning, names, parts): what becomes of them is the chat template's
-matter (`data/template.py`). A system prompt beside the turns becomes the first of them, an answer and its reasoning the last;
-`functions` are tools by their older name. Whatever else the record says (`documents`, `enable_thinking`, ...) stays beside
-them, and what of it is text that nothing reads can be named (`unread`).
+A turn keeps every key that is not null (tool calls, reasoning, names, parts): what becomes of them is the
+chat template's matter (`data/template.py`). A system prompt beside the turns becomes the first of them, an
+answer and its reasoning the last; `functions` are tools by their older name. Whatever else the record says
+(`documents`, `enable_thinking`, ...) stays beside them, and what of it is text that nothing reads can be
+named (`unread`).
 """
 
 from __future__ import annotations
@@ -80,18 +81,19 @@ Turn = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Chat:
-    """The turns of a conversation, each a mapping as a chat template takes it, and what its record says beside them."""
+    """The turns of a conversation, each a mapping as a chat template takes it, and what its record says
+    beside them."""
 
     turns: tuple[Turn, ...]
     beside: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
-    def said(self, keys: Iterable[str] = (), fields: Iterable[str] = ()) -> list[Any]:
+    def content(self, keys: Iterable[str] = (), fields: Iterable[str] = ()) -> list[Any]:
         """What counts, for a digest: what every turn says, with `keys`, and the record's `fields`.
 
         A conversation of nothing but roles and texts is just those.
         """
-        told = {*SPOKEN, *keys}
-        turns = [{key: turn[key] for key in turn if key in told} for turn in self.turns]
+        shown = {*SPOKEN, *keys}
+        turns = [{key: turn[key] for key in turn if key in shown} for turn in self.turns]
         beside = {name: self.beside[name] for name in sorted({*fields} & {*self.beside})}
         if not beside and all(
             {*turn} == {"role", "content"} and isinstance(turn["content"], str) for turn in turns
@@ -123,14 +125,16 @@ def conversation(record: Mapping[str, Any], place: str) -> Chat | None:
 
 
 def is_turn(turn: object) -> bool:
-    """Whether this is a turn of a conversation: an object that says who speaks, and something that is said."""
+    """Whether this is a turn of a conversation: an object that says who speaks, and something that is
+    said."""
     if not isinstance(turn, Mapping) or not isinstance(turn.get("role", turn.get("from")), str):
         return False
     return bool({*turn} & {*SPOKEN[1:], "value"})
 
 
 def opened(value: Any) -> Any:
-    """A list or an object that was stored as JSON text, as tables do with what has no fixed columns; else as it is."""
+    """A list or an object that was stored as JSON text, as tables do with what has no fixed columns; else as
+    it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -140,8 +144,9 @@ def opened(value: Any) -> Any:
 
 
 def unread(chat: Chat, text: str, keys: Container[str] = (), fields: Container[str] = ()) -> set[str]:
-    """The fields that hold words which are neither in `text` nor read: keys of turns but for `keys`, others but for `fields`."""
-    said = {*text.split("\n\n")}
+    """The fields that hold words which are neither in `text` nor read: keys of turns but for `keys`, others
+    but for `fields`."""
+    shown = {*text.split("\n\n")}
     held = [(name, value) for name, value in chat.beside.items() if name not in fields]
     held += [(key, turn[key]) for turn in chat.turns for key in turn if key not in SPOKEN and key not in keys]
     return {
@@ -150,8 +155,9 @@ def unread(chat: Chat, text: str, keys: Container[str] = (), fields: Container[s
         if name != "text"
         and not ABOUT.fullmatch(name)
         and any(
-            each.strip() not in said and (name in SPEECH or (_prose(each) and each.strip() not in text))
-            for each in _strings(opened(value))
+            string.strip() not in shown
+            and (name in SPEECH or (_prose(string) and string.strip() not in text))
+            for string in _strings(opened(value))
         )
     }
 
@@ -169,7 +175,8 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _prose(text: str) -> bool:
-    """Whether this is what somebody wrote, and no label, date or address: three words, or a line of a script without blanks."""
+    """Whether this is what somebody wrote, and no label, date or address: three words, or a line of a script
+    without blanks."""
     return len(text.split()) > 2 or (
         len(text) > 8 and sum(letter > "\u2e80" for letter in text) > len(text) / 2
     )
@@ -204,10 +211,10 @@ def calls_of(turn: Turn) -> list[Any]:
 def _texts(turn: Turn) -> list[str]:
     content = turn.get("content", "")
     reasoning = next((turn[name] for name in REASONING if name in turn), None)
-    said = content if isinstance(content, str) else "\n".join(filter(None, map(_part_words, content)))
+    text = content if isinstance(content, str) else "\n".join(filter(None, map(_part_words, content)))
     calls = [_call_text(call) for call in calls_of(turn)]
     thought = [] if reasoning is None else [reasoning if isinstance(reasoning, str) else _as_json(reasoning)]
-    return [*thought, *([said] if said or not (thought or calls) else []), *calls]
+    return [*thought, *([text] if text or not (thought or calls) else []), *calls]
 
 
 def _part_words(part: Any) -> str:
@@ -231,8 +238,9 @@ def _as_json(value: Any) -> str:
 
 
 def _chat(turns: Sequence[Turn], record: Mapping[str, Any], used: set[str], place: str) -> Chat:
-    """Put what stands beside the turns where it belongs: the system prompt before them, an answer and its reasoning behind."""
-    more, answers = _answered(turns, record, used, place)
+    """Put what stands beside the turns where it belongs: the system prompt before them, an answer and its
+    reasoning behind."""
+    more, answers = _answer_beside(turns, record, used, place)
     turns = _with_system([*turns, *more], record, place)
     turns, thoughts = _thinking(turns, record)
     gone = {*used, *answers, *thoughts, *SYSTEMS}
@@ -242,28 +250,28 @@ def _chat(turns: Sequence[Turn], record: Mapping[str, Any], used: set[str], plac
 
 def _with_system(turns: Sequence[Turn], record: Mapping[str, Any], place: str) -> Sequence[Turn]:
     """The system prompt that stands beside the turns, before them; it may be in them, too."""
-    given = {name: record[name] for name in SYSTEMS if record.get(name) not in (None, "", [])}
-    for name, said in given.items():
-        first = _turn({"role": "system", "content": said}, f"{place}: the field {name!r}")
-        there = [turn for turn in turns if turn["role"] in ("system", "developer")]
-        if any(turn.get("content") != first["content"] for turn in there):
-            other = "the turns" if name == next(iter(given)) else repr(next(iter(given)))
+    prompts = {name: record[name] for name in SYSTEMS if record.get(name) not in (None, "", [])}
+    for name, prompt in prompts.items():
+        first = _turn({"role": "system", "content": prompt}, f"{place}: the field {name!r}")
+        in_turns = [turn for turn in turns if turn["role"] in ("system", "developer")]
+        if any(turn.get("content") != first["content"] for turn in in_turns):
+            other = "the turns" if name == next(iter(prompts)) else repr(next(iter(prompts)))
             raise UserError(
                 f"{place}: {name!r} and {other} hold different system prompts: leave one of the two out"
             )
-        turns = turns if there else [first, *turns]
+        turns = turns if in_turns else [first, *turns]
     return turns
 
 
-def _answered(
+def _answer_beside(
     turns: Sequence[Turn], record: Mapping[str, Any], used: set[str], place: str
 ) -> tuple[Sequence[Turn], set[str]]:
     """The answer that stands beside turns which end with a question, and the field that it was in."""
     for name in ANSWERS if not _speaks(turns[-1]) else ():
         answer = _side(record.get(name)) if name not in used else None
         if isinstance(answer, list):
-            found = _turns(answer, name, place)
-            return found[len(turns) :] if found[: len(turns)] == [*turns] else found, {name}
+            dialogue = _turns(answer, name, place)
+            return dialogue[len(turns) :] if dialogue[: len(turns)] == [*turns] else dialogue, {name}
         if answer:
             return [_bare(answer, 1)], {name}
     return [], set()
@@ -274,13 +282,14 @@ def _speaks(turn: Turn) -> bool:
 
 
 def _thinking(turns: Sequence[Turn], record: Mapping[str, Any]) -> tuple[list[Turn], set[str]]:
-    """Give the assistant's last turn the reasoning that stands beside the turns, and say in which fields that was."""
+    """Give the assistant's last turn the reasoning that stands beside the turns, and say in which fields that
+    was."""
     thoughts = {name: record[name] for name in REASONING if isinstance(record.get(name), str)}
     if not thoughts or not _speaks(turns[-1]):
         return [*turns], set()
-    own = {turns[-1][name] for name in REASONING if isinstance(turns[-1].get(name), str)}
-    if own:  # of another one it is to be said that nothing reads it
-        return [*turns], {name for name, thought in thoughts.items() if thought in own}
+    thoughts_in_turn = {turns[-1][name] for name in REASONING if isinstance(turns[-1].get(name), str)}
+    if thoughts_in_turn:  # of another one it is to be said that nothing reads it
+        return [*turns], {name for name, thought in thoughts.items() if thought in thoughts_in_turn}
     return [*turns[:-1], {**turns[-1], **thoughts}], set(thoughts)
 
 
@@ -289,11 +298,11 @@ def _with_tools(beside: Mapping[str, Any]) -> dict[str, Any]:
     functions = opened(beside.get("functions"))
     if not functions or beside.get("tools") or not isinstance(functions, list):
         return dict(beside)
-    found = [opened(each) for each in cast("list[Any]", functions)]
-    if not all(isinstance(each, Mapping) and "name" in each for each in found):
+    tools = [opened(tool) for tool in cast("list[Any]", functions)]
+    if not all(isinstance(tool, Mapping) and "name" in tool for tool in tools):
         return dict(beside)
     others = {name: value for name, value in beside.items() if name != "functions"}
-    return {**others, "tools": [{"type": "function", "function": each} for each in found]}
+    return {**others, "tools": [{"type": "function", "function": tool} for tool in tools]}
 
 
 def _turns(value: Any, name: str, place: str) -> list[Turn]:
@@ -302,9 +311,9 @@ def _turns(value: Any, name: str, place: str) -> list[Turn]:
     if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
         lengths = {str(key): len(column) for key, column in value.items()}
         if len(set(lengths.values())) > 1:
-            said = ", ".join(f"{count} of {key}" for key, count in lengths.items())
+            columns = ", ".join(f"{count} of {key}" for key, count in lengths.items())
             raise UserError(
-                f"{place}: the columns of {name!r} are of different lengths ({said}): mend it or take the record out"
+                f"{place}: the columns of {name!r} are of different lengths ({columns}): mend it or take the record out"
             )
         value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     if not isinstance(value, list | tuple):
@@ -354,12 +363,13 @@ def _history(pairs: Any, place: str) -> list[Turn]:
 
 
 def _exchange(record: Mapping[str, Any], question: str, answer: str, place: str) -> list[Turn]:
-    """A question and its answer, each a text or a list of turns; an answer that begins with its question says it once."""
+    """A question and its answer, each a text or a list of turns; an answer that begins with its question says
+    it once."""
     asked, answered = (_side(record[name]) for name in (question, answer))
     before = (
         _turns(asked, question, place)
         if isinstance(asked, list)
-        else [_said("user", asked, f"{place}: turn 1")]
+        else [_plain_turn("user", asked, f"{place}: turn 1")]
     )
     if not isinstance(answered, list):
         return [*before, _answer(record, answer, place)]
@@ -368,12 +378,15 @@ def _exchange(record: Mapping[str, Any], question: str, answer: str, place: str)
 
 
 def _side(value: Any) -> Any:
-    """A list of turns, also where it is one turn or was stored as JSON text; anything else as it is, but no list."""
-    found = opened(value)
-    found = [found] if isinstance(found, Mapping) and is_turn(found) else found
+    """A list of turns, also where it is one turn or was stored as JSON text; anything else as it is, but no
+    list."""
+    opened_value = opened(value)
+    opened_value = (
+        [opened_value] if isinstance(opened_value, Mapping) and is_turn(opened_value) else opened_value
+    )
     return (
-        found
-        if isinstance(found, list) and found and all(map(is_turn, found))
+        opened_value
+        if isinstance(opened_value, list) and opened_value and all(map(is_turn, opened_value))
         else value
         if isinstance(value, str)
         else None
@@ -382,15 +395,18 @@ def _side(value: Any) -> Any:
 
 def _answer(record: Mapping[str, Any], name: str, place: str) -> Turn:
     """The assistant's turn of a record without turns."""
-    return _said("assistant", record[name] if isinstance(record[name], str) else None, f"{place}: turn 2")
+    return _plain_turn(
+        "assistant", record[name] if isinstance(record[name], str) else None, f"{place}: turn 2"
+    )
 
 
-def _said(role: str, content: Any, place: str) -> Turn:
+def _plain_turn(role: str, content: Any, place: str) -> Turn:
     return _turn({"role": role, "content": content}, place)
 
 
 def _turn(turn: Any, place: str) -> Turn:
-    """Read one turn: a (role, content) or (from, value) mapping; keys whose value is null are as good as not there."""
+    """Read one turn: a (role, content) or (from, value) mapping; keys whose value is null are as good as not
+    there."""
     turn = (
         {key: value for key, value in turn.items() if value is not None} if isinstance(turn, Mapping) else {}
     )
@@ -404,7 +420,7 @@ def _turn(turn: Any, place: str) -> Turn:
     role = turn.get("role")
     if sharegpt and isinstance(role, str) and role.lower() in CALLERS:
         return _caller(turn, place)
-    turn = {key: _held(key, value, place) for key, value in turn.items()}
+    turn = {key: _as_templates_know(key, value, place) for key, value in turn.items()}
     if not isinstance(role, str) or not any(key in turn for key in SPOKEN[1:]):
         raise UserError(
             f"{place} needs a role and a text (role and content, or from and value), or tool calls: mend it or take the "
@@ -413,7 +429,7 @@ def _turn(turn: Any, place: str) -> Turn:
     return {**turn, "role": ROLES.get(role.lower(), role) if sharegpt else role}
 
 
-def _held(key: str, value: Any, place: str) -> Any:
+def _as_templates_know(key: str, value: Any, place: str) -> Any:
     """The value of a turn's key in the form that templates know, refused where it has none."""
     if key == "tool_calls":
         value = opened(value)
@@ -456,8 +472,8 @@ def _part(part: Any, place: str) -> Turn:
 
 def _caller(turn: Turn, place: str) -> Turn:
     """ShareGPT's way to call a function: a turn of its own whose text is the call."""
-    found = opened(turn.get("content"))
-    calls = found if isinstance(found, list) else [found]
+    content = opened(turn.get("content"))
+    calls = content if isinstance(content, list) else [content]
     if not all(isinstance(call, Mapping) and "name" in call for call in calls):
         raise UserError(
             f"{place} is a call, but not JSON with a name and arguments: mend it or take the record out"

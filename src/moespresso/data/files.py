@@ -1,7 +1,9 @@
-"""What lies in a file: text as it is, or the records of JSON and Parquet, each with its place (``file:line``).
+"""What lies in a file: text as it is, or the records of JSON and Parquet, each with its place
+(``file:line``).
 
-JSON is read for what it holds and not for what it is called: one value a line, or an array, or values written over
-many lines, one after the other. A file that cannot be read is refused with what it seems to be, and the cure for that.
+JSON is read for what it holds and not for what it is called: one value a line, or an array, or values written
+over many lines, one after the other. A file that cannot be read is refused with what it seems to be, and the
+cure for that.
 """
 
 from __future__ import annotations
@@ -104,7 +106,8 @@ def json_records(file: Path, kind: str) -> Iterator[tuple[str, Any]]:
 def parquet_records(file: Path) -> Iterator[tuple[str, Any]]:
     """Yield (place, record) of a Parquet file.
 
-    A column of objects holds every key in every row, null where a row did not have it: these are left out again.
+    A column of objects holds every key in every row, null where a row did not have it: these are left out
+    again.
     """
     try:
         import pyarrow
@@ -185,12 +188,13 @@ def _fault(text: str) -> Exception | None:
 
 
 def _invalid(place: str, error: Exception) -> UserError:
-    said = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-    return UserError(f"{place}: not valid JSON ({said}): mend it or take it out")
+    fault = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    return UserError(f"{place}: not valid JSON ({fault}): mend it or take it out")
 
 
 def _values(text: str, file: Path) -> Iterator[tuple[str, Any]]:
-    """Values over many lines, one after the other; of a single array, what is in it, unless that is one conversation."""
+    """Values over many lines, one after the other; of a single array, what is in it, unless that is one
+    conversation."""
     tops = list(_sequence(text, file))
     if len(tops) > 1 or not isinstance(tops[0][1], list) or (tops[0][1] and all(map(is_turn, tops[0][1]))):
         yield from ((f"{file}:{text.count(chr(10), 0, at) + 1}", value) for at, value in tops)
@@ -204,7 +208,7 @@ def _values(text: str, file: Path) -> Iterator[tuple[str, Any]]:
 def _sequence(text: str, file: Path) -> Iterator[tuple[int, Any]]:
     at = _skip(text, 0)
     while at < len(text):
-        value, end = _decoded(text, at, file)
+        value, end = _decode(text, at, file)
         yield at, value
         at = _skip(text, end)
 
@@ -219,7 +223,7 @@ def _elements(text: str, at: int) -> Iterator[tuple[int, Any]]:
         at = _skip(text, at + 1) if text[at] == "," else at
 
 
-def _decoded(text: str, at: int, file: Path) -> tuple[Any, int]:
+def _decode(text: str, at: int, file: Path) -> tuple[Any, int]:
     try:
         return json.JSONDecoder().raw_decode(text, at)
     except json.JSONDecodeError:
@@ -229,6 +233,6 @@ def _decoded(text: str, at: int, file: Path) -> tuple[Any, int]:
 
 
 def _skip(text: str, at: int) -> int:
-    found = BLANK.match(text, at)
-    assert found is not None
-    return found.end()
+    match = BLANK.match(text, at)
+    assert match is not None
+    return match.end()

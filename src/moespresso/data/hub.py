@@ -48,8 +48,8 @@ _URL = re.compile(
 
 def repo_of(name: str) -> str:
     """``owner/name`` of a dataset whose page's address was given; anything else as it is."""
-    found = _URL.fullmatch(name.strip().rstrip("/"))
-    return name.strip() if found is None else found[1] or found[2]
+    match = _URL.fullmatch(name.strip().rstrip("/"))
+    return name.strip() if match is None else match[1] or match[2]
 
 
 def hub_dataset(name: str) -> HubDataset:

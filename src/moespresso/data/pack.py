@@ -10,8 +10,9 @@ characters per token needed and at least 4 Mi characters, are the *pool*; the po
 documents behind it follow in file order. So the order is the same on every machine, and no more than the pool
 is held of a source of any size. A text longer than 16 Ki characters takes part as several documents.
 
-What cannot be measured on is looked for in the whole pool, whichever rows are drawn: a conversation that the chat template
-refuses, a text among conversations, a token that the model has no row for. So another seed meets no other faults.
+What cannot be measured on is looked for in the whole pool, whichever rows are drawn: a conversation that the
+chat template refuses, a text among conversations, a token that the model has no row for. So another seed
+meets no other faults.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Batches:
 
     ids: Tensor
     mask: Tensor
-    made: Mapping[str, Any]
+    description: Mapping[str, Any]
 
     def __post_init__(self) -> None:
         """Guard the shapes and dtypes that everyone downstream relies on."""
@@ -98,7 +99,7 @@ class Batches:
 
     def describe(self) -> dict[str, Any]:
         """Return what stands in a plan: sources and their digests, settings, tokens, token digest."""
-        return {**self.made, "tokens": self.num_tokens, "digest": self.digest}
+        return {**self.description, "tokens": self.num_tokens, "digest": self.digest}
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (ids, mask), `size` rows at a time; the last chunk may be shorter."""
@@ -128,7 +129,8 @@ def calibration(
     sampling: Sampling = AS_USUAL,
     vocab: int | None = None,
 ) -> Batches:
-    """Draw rows from weighted sources, the same on every machine; `vocab` is how many tokens the model has a row for.
+    """Draw rows from weighted sources, the same on every machine; `vocab` is how many tokens the model has a
+    row for.
 
     Raises `UserError` where a source is missing, malformed, too short or beyond the model.
     """
@@ -139,14 +141,16 @@ def calibration(
         _draw(source, number, border, replace(sampling, samples=rows))
         for number, (source, rows) in enumerate(zip(sources, _share(sources, samples), strict=True))
     ]
-    made = {
+    description = {
         "sources": [draw.described for draw in draws],
         "samples": samples,
         "length": sampling.length,
         "seed": sampling.seed,
         "mode": sampling.mode,
     }
-    return Batches(torch.cat([draw.ids for draw in draws]), torch.cat([draw.mask for draw in draws]), made)
+    return Batches(
+        torch.cat([draw.ids for draw in draws]), torch.cat([draw.mask for draw in draws]), description
+    )
 
 
 def sequences(
@@ -169,17 +173,23 @@ def sequences(
     border = Border(tokenizer, vocab)
     readings = [_Reading(documents(source, EVALUATION_PIECE)) for source in sources]
     pieces = _tokens(itertools.chain.from_iterable(readings), border, eos="ends")
-    windows, found = pack_windows(pieces, length, limit)
-    if found < 2:
+    windows, count = pack_windows(pieces, length, limit)
+    if count < 2:
         raise UserError(
-            f"{_names(sources)}: evaluation needs at least 2 tokens, but there are {found}: give more text"
+            f"{_names(sources)}: evaluation needs at least 2 tokens, but there are {count}: give more text"
         )
     ids, mask = _one_window(windows, length, border)
     for source, reading in zip(sources, readings, strict=True):
         reading.say_unread(source)
-    described = [_described(source, reading) for source, reading in zip(sources, readings, strict=True)]
-    made = {"sources": described, "samples": len(ids), "length": length, "seed": None, "mode": "sequences"}
-    return Batches(ids, mask, made)
+    described = [_description(source, reading) for source, reading in zip(sources, readings, strict=True)]
+    description = {
+        "sources": described,
+        "samples": len(ids),
+        "length": length,
+        "seed": None,
+        "mode": "sequences",
+    }
+    return Batches(ids, mask, description)
 
 
 def pack_windows(
@@ -215,8 +225,8 @@ class _Reading:
     Of conversations in a `template`, that is also whatever else the template asks for.
     """
 
-    def __init__(self, found: Iterator[Document], template: Template | None = None) -> None:
-        self._found = found
+    def __init__(self, stream: Iterator[Document], template: Template | None = None) -> None:
+        self._stream = stream
         self._seen = ((), ()) if template is None else (template.words, template.fields)
         self._read = self._seen if template is not None else ((), ("tools", "documents"))
         self._unread: Counter[str] = Counter()
@@ -226,7 +236,7 @@ class _Reading:
         self.documents = 0
 
     def __iter__(self) -> Iterator[Document]:
-        for document in self._found:
+        for document in self._stream:
             self._digest.update(document.digest(*self._seen))
             self.documents += not self._inside
             self._inside = not document.ends
@@ -267,18 +277,18 @@ def _draw(source: Source, number: int, border: Border, sampling: Sampling) -> _D
         ids, mask = _chat_rows(drawn, source, border, template, rows, length)
     reading.say_unread(source)
     described = {
-        **_described(source, reading),
+        **_description(source, reading),
         "samples": rows,
         "mode": "pack" if template is None else "chat",
     }
     return _Draw(ids, mask, described)
 
 
-def _pool(found: Iterator[Document], tokens: int) -> list[Document]:
+def _pool(stream: Iterator[Document], tokens: int) -> list[Document]:
     """The first documents of a source, which rows are drawn from."""
     pool: list[Document] = []
     room = max(POOL_CHARACTERS, POOL_CHARACTERS_PER_TOKEN * tokens)
-    while room > 0 and (document := next(found, None)) is not None:
+    while room > 0 and (document := next(stream, None)) is not None:
         pool.append(document)
         room -= len(document.text)
     return pool
@@ -291,7 +301,8 @@ def _shuffled(pool: Sequence[Document], key: str) -> Iterator[Document]:
 
 
 def _check_pool(pool: Sequence[Document], border: Border, template: Template | None, mode: Mode) -> None:
-    """Refuse what any draw could meet. A tokenizer that can do with every text need not be asked about each."""
+    """Refuse what any draw could meet. A tokenizer that can do with every text need not be asked about
+    each."""
     ask = border.wide or border.partial or sum(len(document.text) for document in pool) <= ASKED
     if template is None:
         chat = next((document.place for document in pool if document.chat), None)
@@ -301,14 +312,14 @@ def _check_pool(pool: Sequence[Document], border: Border, template: Template | N
             border.encode(document.text, document)
         return
     for document in pool:
-        rendered = _rendered(document, template)
+        rendered = _render(document, template)
         if ask or len(rendered) < SHORT or len(rendered.split()) < 2:
             _row(rendered, document, border)
 
 
 def _row(rendered: str, document: Document, border: Border) -> list[int]:
     """The tokens of a conversation, which must be enough to foresee one from another."""
-    ids = border.encode(rendered, document, own=False)
+    ids = border.encode(rendered, document, verbatim=False)
     if len(ids) < 2:
         raise UserError(
             f"{document.place}: in the tokenizer's chat template this conversation comes to {len(ids)} token{'' if len(ids) == 1 else 's'}, "
@@ -317,7 +328,7 @@ def _row(rendered: str, document: Document, border: Border) -> list[int]:
     return ids
 
 
-def _rendered(document: Document, template: Template) -> str:
+def _render(document: Document, template: Template) -> str:
     if document.chat is None:
         raise UserError(
             f"{document.place}: chat mode needs conversations, but this is plain text; use mode pack"
@@ -328,12 +339,12 @@ def _rendered(document: Document, template: Template) -> str:
 def _packed_rows(
     drawn: Iterator[Document], source: Source, border: Border, rows: int, length: int
 ) -> tuple[Tensor, Tensor]:
-    windows, found = pack_windows(_tokens(drawn, border, eos="always"), length, rows)
-    if found < rows * length:
-        fewer = f"at most {found // length} samples or shorter ones" if found >= length else "shorter ones"
+    windows, count = pack_windows(_tokens(drawn, border, eos="always"), length, rows)
+    if count < rows * length:
+        fewer = f"at most {count // length} samples or shorter ones" if count >= length else "shorter ones"
         raise UserError(
             f"{source.name}: {rows} samples of {length} tokens need {rows * length:,} tokens, "
-            f"but there are {found:,}; "
+            f"but there are {count:,}; "
             f"give more text, or ask for {fewer}"
         )
     return windows, torch.ones_like(windows, dtype=torch.bool)
@@ -343,7 +354,7 @@ def _chat_rows(
     drawn: Iterator[Document], source: Source, border: Border, template: Template, rows: int, length: int
 ) -> tuple[Tensor, Tensor]:
     taken = list(itertools.islice(drawn, rows))
-    texts = [_rendered(document, template) for document in taken]
+    texts = [_render(document, template) for document in taken]
     if len(taken) < rows:
         raise UserError(
             f"{source.name}: {rows} samples need {rows} conversations, but there are {len(taken)}; "
@@ -352,7 +363,7 @@ def _chat_rows(
     _say_unseen(taken, template, source)
     pairs = zip(taken, texts, strict=True)
     encoded = [_row(text, document, border)[:length] for document, text in pairs]
-    return _padded(encoded, length, border.pad)
+    return _pad(encoded, length, border.pad)
 
 
 def _say_unseen(taken: Sequence[Document], template: Template, source: Source) -> None:
@@ -368,7 +379,7 @@ def _say_unseen(taken: Sequence[Document], template: Template, source: Source) -
         )  # fmt: skip
 
 
-def _padded(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[Tensor, Tensor]:
+def _pad(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[Tensor, Tensor]:
     """Pad on the right: causal layers never let a real token see what follows it."""
     ids = torch.full((len(rows), length), pad, dtype=torch.int64)
     mask = torch.zeros((len(rows), length), dtype=torch.bool)
@@ -382,12 +393,14 @@ def _one_window(windows: Tensor, length: int, border: Border) -> tuple[Tensor, T
     """Pad the single short window of a text that fills none; whole windows pass untouched."""
     if windows.shape[1] == length:
         return windows, torch.ones_like(windows, dtype=torch.bool)
-    return _padded(windows.tolist(), length, border.pad)
+    return _pad(windows.tolist(), length, border.pad)
 
 
-def _tokens(found: Iterable[Document], border: Border, eos: Literal["always", "ends"]) -> Iterator[list[int]]:
+def _tokens(
+    stream: Iterable[Document], border: Border, eos: Literal["always", "ends"]
+) -> Iterator[list[int]]:
     """Tokenize without BOS; EOS ends a document, or "always" every piece (shuffled ones have no next)."""
-    for document in found:
+    for document in stream:
         ids = border.encode(document.text, document)
         yield ids + border.stop if eos == "always" or document.ends else ids
 
@@ -423,10 +436,10 @@ def _share(sources: Sequence[Source], samples: int) -> list[int]:
     return rows
 
 
-def _described(source: Source, reading: _Reading) -> dict[str, Any]:
-    given = {"name": source.name, "weight": source.weight, "field": source.field, "split": source.split}
+def _description(source: Source, reading: _Reading) -> dict[str, Any]:
+    fields = {"name": source.name, "weight": source.weight, "field": source.field, "split": source.split}
     flags = {"join": source.join, "hub": source.hub}
-    return {**given, **flags, "documents": reading.documents, "digest": reading.digest}
+    return {**fields, **flags, "documents": reading.documents, "digest": reading.digest}
 
 
 def _check_request(sources: Sequence[Source], *, samples: int, length: int) -> None:

@@ -1,7 +1,8 @@
 """The spots of a conversation where something is said, and the conversation with other words in some of them.
 
-A template that shows a spot cannot be unaware of other words in it. A spot is the text of one turn, or one of its calls: what
-is dropped may be the second system prompt, or a text beside calls, while the rest of its kind is shown.
+A template that shows a spot cannot be unaware of other words in it. A spot is the text of one turn, or one of
+its calls: what is dropped may be the second system prompt, or a text beside calls, while the rest of its kind
+is shown.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ CALLS, CALL, ARGUMENTS = "tool calls", "one of several calls", "the arguments of
 
 @dataclass(frozen=True)
 class Spot:
-    """The text of the turn of this number, or (`call`) one of its calls: which function, or its `arguments`."""
+    """The text of the turn of this number, or (`call`) one of its calls: which function, or its
+    `arguments`."""
 
     turn: int
     call: int | None = None
     arguments: bool = False
 
-    def said(self, spots: Sequence[Spot], hidden: Sequence[Spot], turns: Sequence[Turn]) -> str:
+    def description(self, spots: Sequence[Spot], hidden: Sequence[Spot], turns: Sequence[Turn]) -> str:
         """What is hidden here, in words that say whether all of its kind is."""
         if self.arguments:
             return CALL if replace(self, arguments=False) in hidden else ARGUMENTS
@@ -40,13 +42,13 @@ class Spot:
 
 def spots_of(turns: Sequence[Turn]) -> list[Spot]:
     """Every spot of a conversation."""
-    found = [Spot(number) for number, turn in enumerate(turns) if turn.get("content")]
+    spots = [Spot(number) for number, turn in enumerate(turns) if turn.get("content")]
     for number, turn in enumerate(turns):
         for at, call in enumerate(calls_of(turn)):
-            found.append(Spot(number, at))
+            spots.append(Spot(number, at))
             if _function(call).get("arguments") not in (None, "", "{}", {}):
-                found.append(Spot(number, at, arguments=True))
-    return found
+                spots.append(Spot(number, at, arguments=True))
+    return spots
 
 
 def _function(call: Any) -> Mapping[str, Any]:
@@ -56,14 +58,14 @@ def _function(call: Any) -> Mapping[str, Any]:
 
 def altered(turns: Sequence[Turn], marks: Mapping[Spot, str]) -> tuple[Turn, ...]:
     """The turns with a mark in each of these spots."""
-    return tuple(_altered(number, turn, marks) for number, turn in enumerate(turns))
+    return tuple(_with_marks(number, turn, marks) for number, turn in enumerate(turns))
 
 
-def _altered(number: int, turn: Turn, marks: Mapping[Spot, str]) -> Turn:
-    made = dict(turn)
+def _with_marks(number: int, turn: Turn, marks: Mapping[Spot, str]) -> Turn:
+    copy = dict(turn)
     if (mark := marks.get(Spot(number))) is not None:
         content = turn["content"]
-        made["content"] = (
+        copy["content"] = (
             [{**part, "text": f"{mark}{part.get('text', '')}{mark}"} for part in content]
             if isinstance(content, list)
             else f"{mark}{content}{mark}"
@@ -73,10 +75,10 @@ def _altered(number: int, turn: Turn, marks: Mapping[Spot, str]) -> Turn:
         for at, call in enumerate(calls_of(turn))
     ]
     if turn.get("tool_calls"):
-        made["tool_calls"] = calls[: len(turn["tool_calls"])]
+        copy["tool_calls"] = calls[: len(turn["tool_calls"])]
     if turn.get("function_call"):
-        made["function_call"] = calls[-1]
-    return made
+        copy["function_call"] = calls[-1]
+    return copy
 
 
 def _call(call: Any, function: str | None, arguments: str | None) -> Any:
@@ -85,17 +87,17 @@ def _call(call: Any, function: str | None, arguments: str | None) -> Any:
         return call
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": _call(call["function"], function, arguments)}
-    made = dict(call)
+    copy = dict(call)
     if function is not None:
-        made["name"] = f"{call.get('name', '')}{function.strip()}"
+        copy["name"] = f"{call.get('name', '')}{function.strip()}"
     if arguments is not None:
-        made["arguments"] = _arguments(call["arguments"], arguments.strip())
-    return made
+        copy["arguments"] = _arguments(call["arguments"], arguments.strip())
+    return copy
 
 
-def _arguments(given: Any, mark: str) -> Any:
-    inside = opened(given)
+def _arguments(arguments: Any, mark: str) -> Any:
+    inside = opened(arguments)
     if not isinstance(inside, Mapping):
-        return f"{given}{mark}"
+        return f"{arguments}{mark}"
     other = dict.fromkeys(inside, mark)
-    return other if isinstance(given, Mapping) else json.dumps(other)
+    return other if isinstance(arguments, Mapping) else json.dumps(other)

@@ -1,13 +1,15 @@
 """One conversation in the tokenizer's chat template, nothing of it lost in silence.
 
-Turns go to transformers' `apply_chat_template` as the record holds them, with the record's tools, documents and whatever
-other variable the template asks for by name (`enable_thinking`, or anything in `chat_template_kwargs`). Templates differ
-in what they take, so where one fails it is asked again in the other usual spelling of the same: an empty text for a
-missing one, a call's arguments as an object for JSON text. Content in parts is joined to one text (lines) for a template
-that would print the parts as Python does, or not at all.
+Turns go to transformers' `apply_chat_template` as the record holds them, with the record's tools, documents
+and whatever other variable the template asks for by name (`enable_thinking`, or anything in
+`chat_template_kwargs`). Templates differ in what they take, so where one fails it is asked again in the other
+usual spelling of the same: an empty text for a missing one, a call's arguments as an object for JSON text.
+Content in parts is joined to one text (lines) for a template that would print the parts as Python does, or
+not at all.
 
-What a template drops is found by trying: a conversation that reads the same without its tools is one whose tools are not
-shown, and one that reads the same with other words in a turn is one whose turn is not (`data/spots.py`). No template's source is interpreted, beyond the names of its variables.
+What a template drops is found by trying: a conversation that reads the same without its tools is one whose
+tools are not shown, and one that reads the same with other words in a turn is one whose turn is not
+(`data/spots.py`). No template's source is interpreted, beyond the names of its variables.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ class Template:
     @cached_property
     def sources(self) -> list[str]:
         """The template's text; of several named ones, all."""
-        given: Any = self.tokenizer.chat_template or ""
-        return list(given.values()) if isinstance(given, dict) else [given]
+        template: Any = self.tokenizer.chat_template or ""
+        return list(template.values()) if isinstance(template, dict) else [template]
 
     @cached_property
     def words(self) -> frozenset[str]:
@@ -99,18 +101,19 @@ class Template:
             if form.beside.get(name) and same(form.turns, others):
                 yield name
         if any(turn.get(key) for turn in form.turns for key in REASONING) and same(
-            map(_thoughtless, form.turns)
+            map(_without_reasoning, form.turns)
         ):
             yield "reasoning"
         spots = spots_of(form.turns)
         hidden = [
             spot for spot in self._unmarked(form, spots) if same(altered(form.turns, {spot: f" {MARK} "}))
         ]
-        names = dict.fromkeys(spot.said(spots, hidden, form.turns) for spot in hidden)
+        names = dict.fromkeys(spot.description(spots, hidden, form.turns) for spot in hidden)
         yield from [name for name in names if name != CALL or CALLS not in names]
 
     def _unmarked(self, form: Chat, spots: Sequence[Spot]) -> Sequence[Spot]:
-        """The spots whose marks cannot be seen where every one has its own: only these need be tried one by one."""
+        """The spots whose marks cannot be seen where every one has its own: only these need be tried one by
+        one."""
         marks = {spot: f" {MARK}{number}x " for number, spot in enumerate(spots)}
         try:
             shown = self._apply(replace(form, turns=altered(form.turns, marks)))
@@ -138,28 +141,31 @@ class Template:
             raise UserError(
                 f"{place}: {KWARGS} must be an object with the template's own variables, not {more!r}: mend or take it out"
             )
-        given = {name: chat.beside[name] for name in chat.beside if name in self.fields and name != KWARGS}
-        found = {**given, **{name: value for name, value in more.items() if value is not None}}
-        if found.get("tools") and "functions" in self.fields and "functions" not in found:
-            found["functions"] = [
-                tool.get("function", tool) for tool in _listed("tools", found["tools"], place)
+        known = {name: chat.beside[name] for name in chat.beside if name in self.fields and name != KWARGS}
+        settings = {**known, **{name: value for name, value in more.items() if value is not None}}
+        if settings.get("tools") and "functions" in self.fields and "functions" not in settings:
+            settings["functions"] = [
+                tool.get("function", tool) for tool in _as_objects("tools", settings["tools"], place)
             ]
-            found = {name: value for name, value in found.items() if name != "tools" or "tools" in self.words}
+            settings = {
+                name: value for name, value in settings.items() if name != "tools" or "tools" in self.words
+            }
         return {
-            name: _listed(name, value, place) if name in ARGUMENTS[:2] else value
-            for name, value in found.items()
+            name: _as_objects(name, value, place) if name in ARGUMENTS[:2] else value
+            for name, value in settings.items()
         }
 
     def _readable(self, chat: Chat, place: str) -> Chat:
-        """The conversation with its parts, where the template reads parts; else with each turn's parts joined."""
+        """The conversation with its parts, where the template reads parts; else with each turn's parts
+        joined."""
         if not any(isinstance(turn.get("content"), list) for turn in chat.turns) or self._reads_parts(chat):
             return chat
-        return replace(chat, turns=tuple(_joined(turn, f"{place}: turn {number}")
+        return replace(chat, turns=tuple(_join_parts(turn, f"{place}: turn {number}")
                                          for number, turn in enumerate(chat.turns, 1)))  # fmt: skip
 
     def _reads_parts(self, chat: Chat) -> bool:
         """Whether every part's text is shown, and no part is printed with its keys."""
-        marked = replace(chat, turns=tuple(map(_marked, chat.turns)))
+        marked = replace(chat, turns=tuple(map(_mark_parts, chat.turns)))
         parts = [
             part for turn in chat.turns if isinstance(turn.get("content"), list) for part in turn["content"]
         ]
@@ -168,11 +174,11 @@ class Template:
                 rendered = self._apply(form)
             except Exception:  # not in this form
                 continue
-            return MARK not in rendered and all(_shown(part, rendered) for part in parts)
+            return MARK not in rendered and all(_is_shown(part, rendered) for part in parts)
         return False
 
 
-def _shown(part: Mapping[str, Any], rendered: str) -> bool:
+def _is_shown(part: Mapping[str, Any], rendered: str) -> bool:
     """Whether a part's text is there; of a part of another type, any that it holds."""
     text = part_text(part)
     texts = (
@@ -180,38 +186,38 @@ def _shown(part: Mapping[str, Any], rendered: str) -> bool:
         if text is None
         else [text]
     )
-    return any(each.strip() in rendered for each in texts)
+    return any(shown_text.strip() in rendered for shown_text in texts)
 
 
 def _variables(sources: list[str]) -> set[str]:
-    """The names that templates take from outside; nothing where one cannot be parsed, which rendering will say."""
-
+    """The names that templates take from outside; nothing where one cannot be parsed, which rendering will
+    say."""
     known = Environment(extensions=["jinja2.ext.loopcontrols"])
-    found: set[str] = set()
+    names: set[str] = set()
     for source in sources:
         try:
-            found |= meta.find_undeclared_variables(known.parse(GENERATION.sub("", source)))
+            names |= meta.find_undeclared_variables(known.parse(GENERATION.sub("", source)))
         except TemplateError:
             return set()
-    return found - {*known.globals, "raise_exception", "strftime_now"}
+    return names - {*known.globals, "raise_exception", "strftime_now"}
 
 
-def _listed(name: str, value: Any, place: str) -> list[Any]:
+def _as_objects(name: str, value: Any, place: str) -> list[Any]:
     """Tools or documents: a list of objects, of which each or all may be stored as JSON text."""
     value = opened(value)
-    found = [
+    objects = [
         opened(item)
         for item in ([value] if isinstance(value, Mapping) else value if isinstance(value, list) else [None])
     ]
-    if not all(isinstance(item, Mapping) for item in found):
+    if not all(isinstance(item, Mapping) for item in objects):
         raise UserError(f"{place}: {name!r} is no list of objects: write each of them as a JSON object")
-    return found
+    return objects
 
 
 def _forms(chat: Chat) -> Iterator[Chat]:
     """The conversation as it is, then in the other usual spellings of the same."""
     tried: list[Chat] = []
-    for changes in ((), (_filled,), (_parsed,), (_parsed, _filled)):
+    for changes in ((), (_with_content,), (_parse_calls,), (_parse_calls, _with_content)):
         turns = chat.turns
         for change in changes:
             turns = tuple(map(change, turns))
@@ -221,11 +227,11 @@ def _forms(chat: Chat) -> Iterator[Chat]:
             yield form
 
 
-def _filled(turn: Turn) -> Turn:
+def _with_content(turn: Turn) -> Turn:
     return {"role": turn["role"], "content": "", **turn}
 
 
-def _parsed(turn: Turn) -> Turn:
+def _parse_calls(turn: Turn) -> Turn:
     """Calls with their arguments as objects."""
     if not turn.get("tool_calls"):
         return turn
@@ -238,13 +244,13 @@ def _parsed_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**call, "arguments": opened(call["arguments"])} if "arguments" in call else call
 
 
-def _marked(turn: Turn) -> Turn:
+def _mark_parts(turn: Turn) -> Turn:
     if not isinstance(turn.get("content"), list):
         return turn
     return {**turn, "content": [{**part, MARK: MARK} for part in turn["content"]]}
 
 
-def _joined(turn: Turn, place: str) -> Turn:
+def _join_parts(turn: Turn, place: str) -> Turn:
     content = turn.get("content")
     if not isinstance(content, list):
         return turn
@@ -258,5 +264,5 @@ def _joined(turn: Turn, place: str) -> Turn:
     return {**turn, "content": "\n".join(text for text in texts if text)}
 
 
-def _thoughtless(turn: Turn) -> Turn:
+def _without_reasoning(turn: Turn) -> Turn:
     return {key: value for key, value in turn.items() if key not in REASONING}

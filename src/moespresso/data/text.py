@@ -5,8 +5,8 @@ told from its fields (`chat` lists the conversations; otherwise `text`, or the f
 folder is its files in the order of their names. Nothing reads further than its caller asks, so a source may
 be larger than memory: long texts come in pieces, cut after a blank line where there is one.
 
-What is not what it seems (half a character, a record without a text, a table) is refused with its place and a cure, or
-said aloud where it can be read in one way only.
+What is not what it seems (half a character, a record without a text, a table) is refused with its place and a
+cure, or said aloud where it can be read in one way only.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ class Document:
     line: int = 0
 
     def digest(self, keys: Iterable[str] = (), fields: Iterable[str] = ()) -> bytes:
-        """Return the SHA-256 of what it says (see `Chat.said`); where it stood does not matter."""
-        said = [self.text, self.ends] if self.chat is None else self.chat.said(keys, fields)
-        return hashlib.sha256(json.dumps(said, default=str).encode()).digest()
+        """Return the SHA-256 of what it says (see `Chat.content`); where it stood does not matter."""
+        content = [self.text, self.ends] if self.chat is None else self.chat.content(keys, fields)
+        return hashlib.sha256(json.dumps(content, default=str).encode()).digest()
 
     def at(self, offset: int) -> str:
         """The place of a character of its text."""
@@ -102,14 +102,14 @@ def documents(source: Source, piece: int) -> Iterator[Document]:
     Documents without a visible character are passed over. Raises `UserError` with the place of whatever is
     missing, malformed or not text.
     """
-    found = _hub_documents(source, piece) if source.hub else _path_documents(source, piece)
-    return _visible(found)
+    stream = _hub_documents(source, piece) if source.hub else _path_documents(source, piece)
+    return _visible(stream)
 
 
-def _visible(found: Iterable[Document]) -> Iterator[Document]:
+def _visible(stream: Iterable[Document]) -> Iterator[Document]:
     """Pass over blank documents, but not over the blank end of one that has begun: its end must be told."""
     begun = False
-    for document in found:
+    for document in stream:
         if begun or document.text.strip():
             yield document
             begun = not document.ends
@@ -132,10 +132,10 @@ def cut(stream: TextIO, size: int) -> Iterator[tuple[str, bool]]:
 
 def _boundary(text: str) -> int:
     half = len(text) // 2
-    for separator, kept in (("\n\n", 2), ("\n", 1), (" ", 0)):
+    for separator, length in (("\n\n", 2), ("\n", 1), (" ", 0)):
         at = text.rfind(separator, half)
         if at > 0:
-            return at + kept
+            return at + length
     return len(text)
 
 
@@ -254,11 +254,11 @@ def _say_records(file: Path, text: str) -> None:
 def _from_records(
     records: Iterable[tuple[str, Any]], source: Source, piece: int, *, join: bool
 ) -> Iterator[Document]:
-    told: set[str] = set()
-    whole = (_document(place, record, source.field, told) for place, record in records)
+    logged: set[str] = set()
+    read = (_document(place, record, source.field, logged) for place, record in records)
     if join:
-        return _joined(whole, piece)
-    return (part for document in whole for part in _pieces(document, piece))
+        return _join(read, piece)
+    return (part for document in read for part in _pieces(document, piece))
 
 
 def _pieces(document: Document, piece: int) -> Iterator[Document]:
@@ -270,7 +270,7 @@ def _pieces(document: Document, piece: int) -> Iterator[Document]:
         yield Document(document.place, text, ends=last)
 
 
-def _joined(lines: Iterable[Document], piece: int) -> Iterator[Document]:
+def _join(lines: Iterable[Document], piece: int) -> Iterator[Document]:
     """Join records to one running text, parted by blank lines (WikiText's usual protocol), in pieces."""
     held: list[str] = []
     place, size = "", 0
@@ -284,10 +284,10 @@ def _joined(lines: Iterable[Document], piece: int) -> Iterator[Document]:
     yield Document(place, "\n\n".join(held))
 
 
-def _document(place: str, record: Any, field: str | None, told: set[str]) -> Document:
+def _document(place: str, record: Any, field: str | None, logged: set[str]) -> Document:
     """Tell what a record is from its fields: a conversation, or a text."""
     if isinstance(record, str):
-        return Document(place, _whole(record, place))
+        return Document(place, _check_encodable(record, place))
     if isinstance(record, list) and record and all(map(is_turn, record)):
         record = {TURNS[0]: record}
     if not isinstance(record, Mapping):
@@ -296,41 +296,42 @@ def _document(place: str, record: Any, field: str | None, told: set[str]) -> Doc
         )
     chat = conversation(record, place) if field is None else None
     if chat is not None:
-        _say_unread(place, record, told)
-        return Document(place, _whole(plain(chat), place, chat), chat)
+        _say_unread(place, record, logged)
+        return Document(place, _check_encodable(plain(chat), place, chat), chat)
     text = record.get(field or "text")
     if not isinstance(text, str):
         raise UserError(f"{place}: {_missing(record, field)}")
-    return Document(place, _whole(text, place))
+    return Document(place, _check_encodable(text, place))
 
 
-def _whole(text: str, place: str, chat: Chat | None = None) -> str:
-    """The text, refused where it (or what else a conversation says) holds half a character, which no tokenizer takes."""
-    said = (
+def _check_encodable(text: str, place: str, chat: Chat | None = None) -> str:
+    """The text, refused where it (or what else a conversation says) holds half a character, which no
+    tokenizer takes."""
+    content = (
         text
         if chat is None
         else text + json.dumps([chat.turns, chat.beside], ensure_ascii=False, default=str)
     )
     try:
-        said.encode()
+        content.encode()
     except UnicodeEncodeError as error:
-        half = f"\\u{ord(said[error.start]):04x}"
+        half = f"\\u{ord(content[error.start]):04x}"
         raise UserError(
             f"{place}: holds half a character ({half}, a surrogate without its other half), which no tokenizer takes: take it out"
         ) from None
     return text
 
 
-def _say_unread(place: str, record: Mapping[str, Any], told: set[str]) -> None:
+def _say_unread(place: str, record: Mapping[str, Any], logged: set[str]) -> None:
     """Say once a source that of two things a record holds one is read."""
-    if isinstance(record.get("text"), str) and "text" not in told:
+    if isinstance(record.get("text"), str) and "text" not in logged:
         logger.info(
             "%s: holds a conversation and a text: the conversation is read (field=text reads the text)", place
         )
-        told.add("text")
-    if "chosen" in record and "rejected" in record and "rejected" not in told:
+        logged.add("text")
+    if "chosen" in record and "rejected" in record and "rejected" not in logged:
         logger.info("%s: of two answers the chosen one is read", place)
-        told.add("rejected")
+        logged.add("rejected")
 
 
 def _missing(record: Mapping[str, Any], field: str | None) -> str:
@@ -344,7 +345,7 @@ def _missing(record: Mapping[str, Any], field: str | None) -> str:
         inside = opened(value)
         if isinstance(inside, list) and inside and all(map(is_turn, inside)):
             return f"the field {key!r} seems to hold a conversation: call it {TURNS[0]}"
-        if isinstance(inside, list | Mapping) and _nested(inside):
+        if isinstance(inside, list | Mapping) and _is_record(inside):
             return f"the records seem to stand in the field {key!r}: write each of them as a line of its own (JSON lines)"
     empty = [key for key in TURNS if key in record]
     if empty:
@@ -352,7 +353,7 @@ def _missing(record: Mapping[str, Any], field: str | None) -> str:
     return f"neither a text nor a known conversation (fields: {', '.join(map(str, record))}); say field=NAME"
 
 
-def _nested(inside: Sequence[Any] | Mapping[str, Any]) -> bool:
+def _is_record(inside: Sequence[Any] | Mapping[str, Any]) -> bool:
     """Whether this is a record or a list of records by itself."""
     records = [inside] if isinstance(inside, Mapping) else inside
     return bool(records) and all(isinstance(record, Mapping) and {*record} & {"text", "instruction", "question", *TURNS}

@@ -1,6 +1,7 @@
 """The tokenizer of a checkpoint, or the reason why there is none in the library's own words.
 
-A checkpoint's code is never run, so a tokenizer that is nothing but code is refused like one that is not there.
+A checkpoint's code is never run, so a tokenizer that is nothing but code is refused like one that is not
+there.
 """
 
 from __future__ import annotations
@@ -26,31 +27,32 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer; raises `UserError` with the library's reason when there is none."""
 
     try:
-        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the library's own, whatever it raises
         raise UserError(
             f"{folder} has no tokenizer that transformers can load, so no text can be read ({reason(error)}): "
             f"{_cure(folder, error)}"
         ) from error
-    if len(found) < 2 or set(found.get_vocab()) <= {*found.all_special_tokens}:
+    if len(tokenizer) < 2 or set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens}:
         raise UserError(
             f"{folder} has a tokenizer without any tokens, so no text can be read: copy {FILES[0]} from the original model into it"
         )
-    return found
+    return tokenizer
 
 
 def _cure(folder: Path, error: Exception) -> str:
-    here = [name for name in FILES if (folder / name).is_file()]
-    wanted = [name for name in PACKAGES if any(name in str(each) for each in _chain(error))]
-    if here and here != [FILES[-1]] and wanted:
+    files = [name for name in FILES if (folder / name).is_file()]
+    wanted = [name for name in PACKAGES if any(name in str(link) for link in _chain(error))]
+    if files and files != [FILES[-1]] and wanted:
         return f"pip install {' '.join(wanted)}, or copy {FILES[0]} from the original model into the folder"
-    if here and "trust_remote_code" in str(error):
+    if files and "trust_remote_code" in str(error):
         return f"its own code is never run, so put a {FILES[0]} beside it"
     return f"copy {FILES[0]} and {FILES[-1]} from the original model into the folder"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those it came of: the library tries one reader after the other, and says what the last one lacked."""
+    """An error and those it came of: the library tries one reader after the other, and says what the last one
+    lacked."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

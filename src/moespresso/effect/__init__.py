@@ -1,4 +1,5 @@
-"""What a plan does: what remains of a model, what is written in its place, what it costs, and whether it can be done."""
+"""What a plan does: what remains of a model, what is written in its place, what it costs, and whether it can
+be done."""
 
 from moespresso.effect.check import check_plan, validated
 from moespresso.effect.cuts import Cut, Fits, cuts, found_key, is_left, is_part, key, needs_fit

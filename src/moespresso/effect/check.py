@@ -1,7 +1,7 @@
 """Whether a plan can be done to a model at all: every unit is there, every layer stays usable.
 
-Plans are edited by hand and shared, so nothing in them is taken on trust: what does not fit is a `UserError` with
-the unit's address, before a byte is written.
+Plans are edited by hand and shared, so nothing in them is taken on trust: what does not fit is a `UserError`
+with the unit's address, before a byte is written.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from moespresso.effect.slim import REFIT, check_formats, check_step
 
 
 def validated(plan: Plan, blueprint: Blueprint, *, steps: bool = False) -> Plan:
-    """Return the plan, or raise `UserError` where it does not fit the blueprint or leaves a layer unroutable; with `steps`,
-    which must then be known, also where one of them cannot do what the plan says of it."""
+    """Return the plan, or raise `UserError` where it does not fit the blueprint or leaves a layer unroutable;
+    with `steps`, which must then be known, also where one of them cannot do what the plan says of it."""
     if plan.blueprint != blueprint.digest:
         raise UserError(
             f"the plan was made for another checkpoint (digest {plan.blueprint[:12]}, "
@@ -33,8 +33,8 @@ def validated(plan: Plan, blueprint: Blueprint, *, steps: bool = False) -> Plan:
 
 
 def check_plan(plan: Plan, blueprint: Blueprint, *, steps: bool = False) -> None:
-    """Raise `UserError` when a treatment names what is not there, asks for what this version cannot do, or leaves a
-    router without enough experts or a model without blocks."""
+    """Raise `UserError` when a treatment names what is not there, asks for what this version cannot do, or
+    leaves a router without enough experts or a model without blocks."""
     specs = {layer.index: layer for layer in blueprint.layers}
     for number, stage in enumerate(plan.stages):
         if steps:
@@ -47,9 +47,9 @@ def check_plan(plan: Plan, blueprint: Blueprint, *, steps: bool = False) -> None
             if layer is None:
                 raise _nothing_there(unit, blueprint)
             _check_treatment(unit, treatment, layer, blueprint)
-        there = remains(Plan(plan.blueprint, plan.stages[:number]), blueprint).experts
-        _check_there(stage, there)
-        _check_narrowed(stage, there)
+        experts_before = remains(Plan(plan.blueprint, plan.stages[:number]), blueprint).experts
+        _check_still_there(stage, experts_before)
+        _check_widths(stage, experts_before)
         _check_merges(stage)
         _check_cuts(plan, number, blueprint)
     left = remains(plan, blueprint)
@@ -62,7 +62,7 @@ def check_plan(plan: Plan, blueprint: Blueprint, *, steps: bool = False) -> None
 
 def _check_treatment(unit: Unit, treatment: Treatment, layer: LayerSpec, blueprint: Blueprint) -> None:
     if treatment.drop:
-        _check_dropped(unit, treatment, layer, blueprint)
+        _check_drop(unit, treatment, layer, blueprint)
     elif unit == Unit(layer.index, "experts") and layer.experts:
         _check_experts(unit, treatment, layer)
     elif unit.expert is not None and layer.experts:
@@ -78,7 +78,7 @@ def _nothing_there(unit: Unit, blueprint: Blueprint) -> UserError:
     )
 
 
-def _check_dropped(unit: Unit, treatment: Treatment, layer: LayerSpec, blueprint: Blueprint) -> None:
+def _check_drop(unit: Unit, treatment: Treatment, layer: LayerSpec, blueprint: Blueprint) -> None:
     if treatment.repair not in (None, *REPAIRS):
         raise UserError(
             f"the plan repairs the cut of {unit} by {treatment.repair!r}: choose from {', '.join(REPAIRS)}"
@@ -121,8 +121,8 @@ def _check_channels(unit: Unit, channels: int, width: int) -> None:
 
 def _check_member(unit: Unit, treatment: Treatment, layer: LayerSpec) -> None:
     assert unit.expert is not None
-    there = unit.matrix is None and 0 <= unit.expert < layer.experts
-    if there and treatment.channels is not None and treatment == Treatment(channels=treatment.channels):
+    exists = unit.matrix is None and 0 <= unit.expert < layer.experts
+    if exists and treatment.channels is not None and treatment == Treatment(channels=treatment.channels):
         width = layer.widths[unit.expert] if layer.widths else layer.width
         _check_channels(unit, treatment.channels, width)
         return
@@ -136,10 +136,10 @@ def _check_member(unit: Unit, treatment: Treatment, layer: LayerSpec) -> None:
         raise UserError(f"the plan's treatment of {unit} does not merge it into an expert of L{layer.index}")
 
 
-def _check_there(stage: Stage, there: Mapping[int, Sequence[int]]) -> None:
+def _check_still_there(stage: Stage, experts_before: Mapping[int, Sequence[int]]) -> None:
     """What merges, or leaves something in its place, must not have gone before."""
     for unit, treatment in stage.treatments.items():
-        left = there.get(-1 if unit.layer is None else unit.layer, ())
+        left = experts_before.get(-1 if unit.layer is None else unit.layer, ())
         if treatment.into is not None and unit.expert not in left:
             raise UserError(f"the plan merges {unit}, which an earlier step let go")
         if treatment.channels is not None and unit.expert is not None and unit.expert not in left:
@@ -148,16 +148,16 @@ def _check_there(stage: Stage, there: Mapping[int, Sequence[int]]) -> None:
             raise UserError(f"the plan repairs {unit} by {treatment.repair}, but an earlier step let it go")
 
 
-def _check_narrowed(stage: Stage, there: Mapping[int, Sequence[int]]) -> None:
+def _check_widths(stage: Stage, experts_before: Mapping[int, Sequence[int]]) -> None:
     """What stays of a layer's experts is fitted together, so all of them have a width or none."""
-    said: dict[int, set[int]] = {}
+    narrowed: dict[int, set[int]] = {}
     for unit, treatment in stage.treatments.items():
         if treatment.channels is not None and unit.layer is not None and unit.expert is not None:
-            said.setdefault(unit.layer, set()).add(unit.expert)
-    for layer, experts in said.items():
-        whole = stage.treatments.get(Unit(layer, "experts"), Treatment())
-        missing = set(there.get(layer, ())) - experts
-        if missing and whole.channels is None:
+            narrowed.setdefault(unit.layer, set()).add(unit.expert)
+    for layer, experts in narrowed.items():
+        of_layer = stage.treatments.get(Unit(layer, "experts"), Treatment())
+        missing = set(experts_before.get(layer, ())) - experts
+        if missing and of_layer.channels is None:
             raise UserError(
                 f"the plan narrows experts of L{layer} but says nothing of {Unit(layer, 'experts', min(missing))}: give each "
                 "its channels, be it as many as it has"
@@ -165,25 +165,25 @@ def _check_narrowed(stage: Stage, there: Mapping[int, Sequence[int]]) -> None:
 
 
 def _check_merges(stage: Stage) -> None:
-    """Each average is of shares that make one, and what others merge into is itself a member, and the only one that is
-    kept."""
+    """Each average is of shares that make one, and what others merge into is itself a member, and the only
+    one that is kept."""
     sums: dict[Unit, float] = {}
     for unit, treatment in stage.treatments.items():
         if treatment.into is None:
             continue
         target = Unit(unit.layer, "experts", treatment.into)
         sums[target] = sums.get(target, 0.0) + treatment.share
-        if unit != target and unit.expert in _kept(stage, unit):
+        if unit != target and unit.expert in _kept_experts(stage, unit):
             raise UserError(f"the plan merges {unit} into {target} and keeps it as well: do one of the two")
     for target, total in sums.items():
-        own = stage.treatments.get(target, Treatment())
-        if own.into != target.expert or target.expert not in _kept(stage, target):
+        of_target = stage.treatments.get(target, Treatment())
+        if of_target.into != target.expert or target.expert not in _kept_experts(stage, target):
             raise UserError(f"the plan merges experts into {target}, which it does not keep")
         if not math.isclose(total, 1.0, abs_tol=1e-6):
             raise UserError(f"the shares of what merges into {target} sum to {total:g}, not 1")
 
 
-def _kept(stage: Stage, expert: Unit) -> Sequence[int]:
+def _kept_experts(stage: Stage, expert: Unit) -> Sequence[int]:
     """What a stage says it keeps of the layer of an expert."""
     return stage.treatments.get(Unit(expert.layer, "experts"), Treatment()).keep or ()
 
@@ -199,22 +199,23 @@ def _check_cuts(plan: Plan, stage: int, blueprint: Blueprint) -> None:
 
 
 def _check_rows(plan: Plan) -> None:
-    """After a stage that leaves routers whole, positions and router rows part ways, so it must be a layer's last."""
-    whole: set[int | None] = set()
+    """After a stage that leaves routers whole, positions and router rows part ways, so it must be a layer's
+    last."""
+    whole_routers: set[int | None] = set()
     for stage in plan.stages:
         for unit in sorted(stage.treatments):
             treatment = stage.treatments[unit]
-            if unit.part != "experts" or treatment.drop or treatment == _slimmed(treatment):
+            if unit.part != "experts" or treatment.drop or treatment == _format_and_width(treatment):
                 continue
-            if unit.layer in whole:
+            if unit.layer in whole_routers:
                 raise UserError(
                     f"L{unit.layer} keeps its whole router after an earlier step, so its experts cannot change again"
                 )
             if unit.expert is None and treatment.repair in ROWS_STAY:
-                whole.add(unit.layer)
+                whole_routers.add(unit.layer)
 
 
-def _slimmed(treatment: Treatment) -> Treatment:
+def _format_and_width(treatment: Treatment) -> Treatment:
     """What of a treatment leaves the number and order of experts alone."""
     return Treatment(format=treatment.format, channels=treatment.channels)
 

@@ -1,7 +1,7 @@
 """What a plan needs that is found on real text or weights, and where it is kept: tensors by address.
 
-A stage says *that* a cut is repaired, the fit says *with what*: plans stay readable, and a build with the same text
-finds the same values again. Keys are `STAGE/UNIT/KIND`, with the unit whose tensors are changed:
+A stage says *that* a cut is repaired, the fit says *with what*: plans stay readable, and a build with the
+same text finds the same values again. Keys are `STAGE/UNIT/KIND`, with the unit whose tensors are changed:
 
     linear   [H, H]  the map that the last branch before the cut is multiplied with
     scale    [H]     its diagonal form
@@ -9,9 +9,10 @@ finds the same values again. Keys are `STAGE/UNIT/KIND`, with the unit whose ten
     novices  [G, H]  mean answers of the experts that are gone, in ascending order
     order    [I]     the channels of an expert, in the order of the one it merges into
 
-What slimming finds is of single tensors, and goes by the name that the source has for them: `STAGE/NAME/SUFFIX`, with the
-parts that the encoded matrix is stored as, or `dense` for a tensor that is replaced as a whole. What the experts of a layer
-share goes by the unit of their matrices: `STAGE/L3.experts.gate/weight_bases`.
+What slimming finds is of single tensors, and goes by the name that the source has for them:
+`STAGE/NAME/SUFFIX`, with the parts that the encoded matrix is stored as, or `dense` for a tensor that is
+replaced as a whole. What the experts of a layer share goes by the unit of their matrices:
+`STAGE/L3.experts.gate/weight_bases`.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ def key(stage: int, unit: Unit, kind: str) -> str:
 
 
 def is_part(name: str) -> bool:
-    """Whether what is found under a name is a part of one matrix, packed: neither a whole tensor nor what others share."""
+    """Whether what is found under a name is a part of one matrix, packed: neither a whole tensor nor what
+    others share."""
     suffix = name.rpartition("/")[2]
-    return any(suffix in each.parts and suffix not in each.shared for each in codecs())
+    return any(suffix in codec.parts and suffix not in codec.shared for codec in codecs())
 
 
 def found_key(stage: int, name: str, suffix: str) -> str:
@@ -63,12 +65,12 @@ def found_key(stage: int, name: str, suffix: str) -> str:
 
 
 def cuts(plan: Plan, stage: int, blueprint: Blueprint) -> list[Cut]:
-    """The runs of branches that `plan`'s stage number `stage` lets go and wants repaired."""
+    """The runs of branches that `plan`'s stage number `stage` removes and wants repaired."""
     earlier = remains(Plan(plan.blueprint, plan.stages[:stage]), blueprint)
     alive = [at for at in blueprint.branches if is_left(at, earlier)]
     after = remains(Plan(plan.blueprint, plan.stages[: stage + 1]), blueprint)
     treatments = plan.stages[stage].treatments
-    found: list[Cut] = []
+    runs: list[Cut] = []
     run: list[tuple[int, Branch]] = []
     before: tuple[int, Branch] | None = None
     for at in [*alive, None]:
@@ -79,9 +81,9 @@ def cuts(plan: Plan, stage: int, blueprint: Blueprint) -> list[Cut]:
             repair = _repair_of(run, blueprint, treatments)
             stubs = [branch for branch in run if branch[0] in after.layers]
             if repair is not None:
-                found.append(Cut(repair, tuple(run), before, stubs[-1] if stubs else None))
+                runs.append(Cut(repair, tuple(run), before, stubs[-1] if stubs else None))
         before, run = at, []
-    return found
+    return runs
 
 
 def _repair_of(
@@ -102,7 +104,8 @@ def is_left(at: tuple[int, Branch], left: Remains) -> bool:
 
 
 def needs_fit(plan: Plan, stage: int) -> frozenset[str]:
-    """What stage number `stage` has fitted: `text` where it takes calibration text, `weights` where weights are enough."""
+    """What stage number `stage` has fitted: `text` where it takes calibration text, `weights` where weights
+    are enough."""
     treatments = plan.stages[stage].treatments.values()
     kinds: set[str] = set()
     if any(treatment.repair in (*REPAIRS, "novice") for treatment in treatments):

@@ -1,7 +1,7 @@
 """One tensor of the result: which bytes of the source it takes, and what is done to them on the way.
 
-`rewrite` makes pieces of a plan, `build.tensors` turns them into tensors, and they are written in order. A matrix that is
-stored packed is one piece until the last moment: `stored` says which tensors it becomes.
+`rewrite` makes pieces of a plan, `build.tensors` turns them into tensors, and they are written in order. A
+matrix that is stored packed is one piece until the last moment: `stored` says which tensors it becomes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from moespresso.formats import codec_in, codec_named, pack
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One expert of an average: its tensor (its entry along the expert axis, in a stack), share and channel order, which
-    is fitted where it is `aligned`."""
+    """One expert of an average: its tensor (its entry along the expert axis, in a stack), share and channel
+    order, which is fitted where it is `aligned`."""
 
     entry: Entry
     expert: int
@@ -36,9 +36,10 @@ class Member:
 class Encoding:
     """How a matrix is packed, and where its numbers come from.
 
-    The step of the stage it is packed `by` finds them: by weights alone, from what the piece holds otherwise; on text, as the
-    parts `found`, by suffix. Without one, what changed after it was packed takes the nearest values (`again`), or its numbers
-    are those of the source. What is scaled is then multiplied by `factor`, and stored as `dtype` (empty: the source's).
+    The step of the stage it is packed `by` finds them: by weights alone, from what the piece holds otherwise;
+    on text, as the parts `parts`, by suffix. Without one, what changed after it was packed takes the nearest
+    values (`again`), or its numbers are those of the source. What is scaled is then multiplied by `factor`,
+    and stored as `dtype` (empty: the source's).
     """
 
     format: Format
@@ -47,7 +48,7 @@ class Encoding:
     dtype: str = ""
     by: Stage | None = None
     again: bool = False
-    found: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    parts: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     factor: float = 1.0
 
     @property
@@ -58,7 +59,8 @@ class Encoding:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pruned:
-    """Stage number `at` of a plan leaves fewer weights of a matrix, or none of some rows, in the places of the others zeros."""
+    """Stage number `at` of a plan leaves fewer weights of a matrix, or none of some rows, in the places of
+    the others zeros."""
 
     at: int
     stage: Stage
@@ -81,12 +83,13 @@ class Fold:
 class Piece:
     """One tensor to write: `source` bytes, of which only `take` along `axis` (None: all), times `scale`.
 
-    `pruned` are the stages that prune it, in order. With `blend` it is an average of experts:
-    of one expert's tensors, or along `axis` one average per kept expert. `folds` come last, in order. `filled`: with zeros,
-    up to its shape, which is that of something wider. `given` is what stands in its place, where that was fitted (`refit`:
-    whether or not it is known yet); with `encoding` all of that is packed, and what was stored as less than it is becomes
-    `plain` again where its values change, as does a packed matrix that loses rows. `unit` is its address in the result. `part` of the matrix `whole` is one of the
-    tensors that it is stored as. Where it `joins` others, these are laid end to end, and `source` is that of the first.
+    `pruned` are the stages that prune it, in order. With `blend` it is an average of experts: of one expert's
+    tensors, or along `axis` one average per kept expert. `folds` come last, in order. `filled`: with zeros,
+    up to its shape, which is that of something wider. `values` is what stands in its place, where that was
+    fitted (`refit`: whether or not it is known yet); with `encoding` all of that is packed, and what was
+    stored as less than it is becomes `plain` again where its values change, as does a packed matrix that
+    loses rows. `unit` is its address in the result. `part` of the matrix `matrix` is one of the tensors that
+    it is stored as. Where it `joins` others, these are laid end to end, and `source` is that of the first.
     """
 
     name: str
@@ -102,10 +105,10 @@ class Piece:
     pruned: tuple[Pruned, ...] = ()
     filled: bool = False
     refit: bool = False
-    given: Tensor | None = None
+    values: Tensor | None = None
     encoding: Encoding | None = None
     part: str = ""
-    whole: Piece | None = None
+    matrix: Piece | None = None
     joins: tuple[Piece, ...] = ()
 
     @property
@@ -116,8 +119,8 @@ class Piece:
     @cached_property
     def ref(self) -> TensorRef:
         """The tensor as it will be written (its file is not known yet)."""
-        if self.whole is not None:
-            return self.whole.ref.stored()[self.part]
+        if self.matrix is not None:
+            return self.matrix.ref.stored()[self.part]
         ref = replace(self.source.ref, name=self.name, shape=self.shape, file="", offset=0, factor=1.0)
         packed, bare = ref.packed, replace(ref, packed=None)
         how = self.encoding
@@ -130,13 +133,13 @@ class Piece:
     @property
     def fitted(self) -> bool:
         """Whether its values depend on what was fitted, known or not."""
-        if self.whole is not None:
-            return self.whole.fitted
+        if self.matrix is not None:
+            return self.matrix.fitted
         on_text = self.encoding is not None and self.encoding.on_text
         if self.joins:
             return any(piece.fitted for piece in self.joins)
         aligned = any(member.aligned for members in self.blend for member in members)
-        pruned = any(each.stage.on_text for each in self.pruned)
+        pruned = any(pruning.stage.on_text for pruning in self.pruned)
         return on_text or pruned or self.refit or bool(self.folds) or aligned
 
     @property
@@ -147,7 +150,7 @@ class Piece:
     @property
     def copied(self) -> bool:
         """Whether every byte of it is a byte of the source."""
-        if self.joins or self.encoding is not None or self.whole is not None:
+        if self.joins or self.encoding is not None or self.matrix is not None:
             return False
         return not self.changed and self.source.ref.factor == 1
 
@@ -168,7 +171,7 @@ def stored(piece: Piece) -> list[Piece]:
             for suffix, ref in piece.source.ref.stored().items()
         ]
     return [
-        Piece(ref.name, ref.shape, piece.source, place=piece.unit, part=suffix, whole=piece)
+        Piece(ref.name, ref.shape, piece.source, place=piece.unit, part=suffix, matrix=piece)
         for suffix, ref in piece.ref.stored().items()
     ]
 

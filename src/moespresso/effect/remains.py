@@ -1,7 +1,7 @@
-"""What of a model is left after a plan: which blocks, which branches of them, which experts.
+"""What remains of a model after a plan: which blocks, which branches of them, which experts.
 
-Everything is numbered as in the source; `layers` in order gives each kept block its new number. Pricing, writing and
-config editing all read this one answer.
+Everything is numbered as in the source; `layers` in order gives each kept block its new number. Pricing,
+writing and config editing all read this one answer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from moespresso.core.blueprint import BRANCHES, Blueprint, Branch, LayerSpec
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.unit import Unit
 
-# Repairs of an Expert Drop that leave the router whole: the dropped experts' rows stay.
+# Repairs of an Expert Drop that leave the router whole: the dropped experts' rows are kept.
 ROWS_STAY = ("skip", "novice")
 # A layer without attention still tells the cache how many tokens it has seen, by a key and a value of width one.
 SILENT_KV = 2
@@ -21,10 +21,10 @@ SILENT_KV = 2
 
 @dataclass(frozen=True)
 class Remains:
-    """`layers`: kept blocks; `cut`: branches that go from kept blocks; `experts`: kept experts of every MoE branch that
-    stays; `gone`: experts that the router of a layer may still select, of the layers where there are any; `novices`:
-    those layers in which a constant answers for them; `widths`: channels that each kept expert has, of the layers where
-    some go or experts differ."""
+    """`layers`: kept blocks; `cut`: branches that go from kept blocks; `experts`: kept experts of every MoE
+    branch that stays; `gone`: experts that the router of a layer may still select, of the layers where there
+    are any; `novices`: those layers in which a constant answers for them; `widths`: channels that each kept
+    expert has, of the layers where some go or experts differ."""
 
     layers: tuple[int, ...]
     cut: frozenset[tuple[int, Branch]]
@@ -57,12 +57,14 @@ def remains(plan: Plan, blueprint: Blueprint) -> Remains:
     }
     gone = {layer: lost for layer in experts if (lost := _gone(plan, layer, specs[layer].experts))}
     novices = frozenset(layer for layer in gone if _has_novices(plan, layer))
-    widths = {layer: found for layer, kept in experts.items() if (found := _widths(plan, specs[layer], kept))}
+    widths = {
+        layer: channels for layer, kept in experts.items() if (channels := _widths(plan, specs[layer], kept))
+    }
     return Remains(layers, cut, experts, gone, novices, widths)
 
 
 def dropped_units(plan: Plan) -> frozenset[Unit]:
-    """Blocks and branches that some stage lets go."""
+    """Blocks and branches that some stage removes."""
     return frozenset(
         unit for stage in plan.stages for unit, treatment in stage.treatments.items() if treatment.drop
     )
@@ -70,35 +72,37 @@ def dropped_units(plan: Plan) -> frozenset[Unit]:
 
 def merged_into(plan: Plan, layer: int) -> dict[int, int]:
     """Experts of `layer` that are part of an average, each with the one whose place it takes."""
-    found: dict[int, int] = {}
+    leaders: dict[int, int] = {}
     for stage in plan.stages:
         for unit, treatment in stage.treatments.items():
             into = treatment.into
             if unit.layer == layer and unit.expert is not None and into is not None and into != unit.expert:
-                found |= {member: into for member, leader in found.items() if leader == unit.expert}
-                found[unit.expert] = into
-    return found
+                leaders |= {member: into for member, leader in leaders.items() if leader == unit.expert}
+                leaders[unit.expert] = into
+    return leaders
 
 
 def _widths(plan: Plan, layer: LayerSpec, kept: tuple[int, ...]) -> dict[int, int]:
-    """Channels of every kept expert of a layer; nothing where all have as many as before, which is one number."""
-    found = {expert: layer.widths[expert] if layer.widths else layer.width for expert in kept}
+    """Channels of every kept expert of a layer; nothing where all have as many as before, which is one
+    number."""
+    channels_of = {expert: layer.widths[expert] if layer.widths else layer.width for expert in kept}
     cut = False
     for stage in plan.stages:
         for expert in kept:
             channels = channels_left(stage, layer.index, expert)
             if channels is not None:
-                found[expert], cut = min(found[expert], channels), True
-    return found if cut or layer.widths else {}
+                channels_of[expert], cut = min(channels_of[expert], channels), True
+    return channels_of if cut or layer.widths else {}
 
 
 def channels_left(stage: Stage, layer: int, expert: int | None) -> int | None:
-    """The channels that `stage` leaves to an expert: what it says of that one, else of all in the layer; None for all."""
-    own, whole = (
+    """The channels that `stage` leaves to an expert: what it says of that one, else of all in the layer; None
+    for all."""
+    of_expert, of_layer = (
         stage.treatments.get(Unit(layer, "experts", number), Treatment()).channels
         for number in (expert, None)
     )
-    return whole if own is None else own
+    return of_layer if of_expert is None else of_expert
 
 
 def _gone(plan: Plan, layer: int, experts: int) -> tuple[int, ...]:
@@ -124,10 +128,10 @@ def _has_novices(plan: Plan, layer: int) -> bool:
 def pressed_layers(blueprint: Blueprint, left: Remains) -> tuple[LayerSpec, ...]:
     """The kept layers as they are afterwards, renumbered."""
     specs = {layer.index: layer for layer in blueprint.layers}
-    return tuple(_pressed(specs[layer], position, left) for position, layer in enumerate(left.layers))
+    return tuple(_remaining_layer(specs[layer], position, left) for position, layer in enumerate(left.layers))
 
 
-def _pressed(layer: LayerSpec, position: int, left: Remains) -> LayerSpec:
+def _remaining_layer(layer: LayerSpec, position: int, left: Remains) -> LayerSpec:
     bodies = {branch: name for branch, name in layer.bodies.items() if (layer.index, branch) not in left.cut}
     layer = replace(layer, bodies=bodies)
     if (layer.index, "attention") in left.cut:
@@ -138,12 +142,12 @@ def _pressed(layer: LayerSpec, position: int, left: Remains) -> LayerSpec:
         )
     if layer.experts:
         gone = len(left.gone.get(layer.index, ()))
-        own = tuple(left.widths.get(layer.index, {}).values())
+        widths = tuple(left.widths.get(layer.index, {}).values())
         layer = replace(
             layer,
             experts=len(left.experts[layer.index]),
             skipped=layer.skipped + gone,
-            width=max(own, default=layer.width),
-            widths=own if len(set(own)) > 1 else (),
+            width=max(widths, default=layer.width),
+            widths=widths if len(set(widths)) > 1 else (),
         )
     return replace(layer, index=position)

@@ -1,9 +1,10 @@
 """What a plan does to each stored tensor: the one function that pricing, building and verifying share.
 
-`pieces` turns the entries of the source into `Piece`s of the result, from names and shapes alone: which bytes are
-taken, under which name and shape they are written, and what is done to them on the way: rows taken, a scale, experts
-averaged, an output mapped, all of it encoded. Fitted values (`cuts`) are put in where they are known; pricing needs
-none. `pressed_blueprint` is the source's blueprint after that, so a plan's cost is the sum of what will be written.
+`pieces` turns the entries of the source into `Piece`s of the result, from names and shapes alone: which bytes
+are taken, under which name and shape they are written, and what is done to them on the way: rows taken, a
+scale, experts averaged, an output mapped, all of it encoded. Fitted values (`cuts`) are put in where they are
+known; pricing needs none. `pressed_blueprint` is the source's blueprint after that, so a plan's cost is the
+sum of what will be written.
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ def kept_by_layer(plan: Plan, blueprint: Blueprint) -> dict[int, tuple[int, ...]
 
 
 def pieces(blueprint: Blueprint, plan: Plan, fits: Fits | None = None, *, stock: bool = False) -> list[Piece]:
-    """Everything that `plan` writes, in the source's order, with what is new at the end. In a `stock` form the norm of a
-    feed-forward part that goes stays: the engine's class has one there."""
+    """Everything that `plan` writes, in the source's order, with what is new at the end. In a `stock` form
+    the norm of a feed-forward part that goes stays: the engine's class has one there."""
     rewriter = _Rewriter(blueprint, plan, fits or {}, stock)
     rewritten = (rewriter(entry) for entry in blueprint.entries)
-    return [*_led(piece for piece in rewritten if piece is not None), *rewriter.added()]
+    return [*_with_leaders(piece for piece in rewritten if piece is not None), *rewriter.added()]
 
 
-def _led(made: Iterable[Piece]) -> Iterator[Piece]:
+def _with_leaders(written: Iterable[Piece]) -> Iterator[Piece]:
     """With what experts share stored by the first of those that are left."""
     met: set[Unit] = set()
-    for piece in made:
+    for piece in written:
         packed = piece.ref.packed
         if packed is None or not packed.shared:
             yield piece
@@ -55,11 +56,12 @@ def _led(made: Iterable[Piece]) -> Iterator[Piece]:
         met.add(unit)
 
 
-def pressed_blueprint(blueprint: Blueprint, plan: Plan, made: list[Piece] | None = None) -> Blueprint:
-    """The blueprint of what `plan` makes of `blueprint` (of the pieces `made`), before anything is written."""
+def pressed_blueprint(blueprint: Blueprint, plan: Plan, written: list[Piece] | None = None) -> Blueprint:
+    """The blueprint of what `plan` makes of `blueprint` (of the pieces `written`), before anything is
+    written."""
     layers = pressed_layers(blueprint, remains(plan, blueprint))
-    made = pieces(blueprint, plan) if made is None else made
-    entries = tuple(replace(piece.source, ref=piece.ref, unit=piece.unit) for piece in made)
+    written = pieces(blueprint, plan) if written is None else written
+    entries = tuple(replace(piece.source, ref=piece.ref, unit=piece.unit) for piece in written)
     return replace(blueprint, layers=layers, entries=entries)
 
 
@@ -74,7 +76,7 @@ class _Rewriter:
     def __init__(self, blueprint: Blueprint, plan: Plan, fits: Fits, stock: bool) -> None:
         self._blueprint, self._plan, self._fits, self._stock = blueprint, plan, fits, stock
         self._left = remains(plan, blueprint)
-        self._found = {
+        self._fitted_stages = {
             int(name.partition("/")[0]) for name in self._fits
         }  # stages that have found what they need
         self._folds: dict[tuple[int, str], list[tuple[int, Fold]]] = {}  # with the stages they come from
@@ -98,13 +100,15 @@ class _Rewriter:
                     )
 
     def __call__(self, entry: Entry) -> Piece | None:
-        """The piece that `entry` becomes, or None when it goes."""
+        """The piece that `entry` becomes, or None when it is removed."""
         layer = entry.unit.layer
         if layer is None:
-            return self._encoded(self._pruned(Piece(entry.ref.name, entry.ref.shape, entry), entry), entry)
+            return self._encode(
+                self._with_pruning(Piece(entry.ref.name, entry.ref.shape, entry), entry), entry
+            )
         if not entry.in_graph and layer >= len(self._blueprint.layers):
             beyond = len(self._left.layers) + layer - len(self._blueprint.layers)
-            return self._moved(Piece(entry.ref.name, entry.ref.shape, entry), layer, beyond)
+            return self._renumber(Piece(entry.ref.name, entry.ref.shape, entry), layer, beyond)
         if layer not in self._left.layers or self._is_cut(entry, layer):
             return None
         piece = self._of_experts(entry, layer) if layer in self._left.experts and entry.in_graph else None
@@ -113,11 +117,11 @@ class _Rewriter:
         piece = piece or Piece(entry.ref.name, entry.ref.shape, entry)
         if folds := self._folds_on(entry, layer):
             piece = replace(piece, folds=folds)
-        piece = replace(piece, shape=self._narrowed(piece, entry))
-        piece = self._encoded(self._refitted(self._pruned(piece, entry), entry), entry)
-        return self._moved(piece, layer, self._left.position(layer))
+        piece = replace(piece, shape=self._narrow_shape(piece, entry))
+        piece = self._encode(self._with_refits(self._with_pruning(piece, entry), entry), entry)
+        return self._renumber(piece, layer, self._left.position(layer))
 
-    def _narrowed(self, piece: Piece, entry: Entry) -> tuple[int, ...]:
+    def _narrow_shape(self, piece: Piece, entry: Entry) -> tuple[int, ...]:
         """The shape with the channels that are left."""
         axis, cut = entry.channel_axis, narrowed(entry, self._left)
         if axis is None or cut == entry.ref.shape:
@@ -126,52 +130,60 @@ class _Rewriter:
         shape[axis] = cut[axis]
         return tuple(shape)
 
-    def _pruned(self, piece: Piece, entry: Entry) -> Piece:
+    def _with_pruning(self, piece: Piece, entry: Entry) -> Piece:
         """With the stages that leave fewer weights of it, and those as they are."""
         formats = ((number, stage, format_of(entry, stage)) for number, stage in enumerate(self._plan.stages))
-        found = [Pruned(number, stage, format) for number, stage, format in formats
+        pruning = [Pruned(number, stage, format) for number, stage, format in formats
                  if format is not None and not (codec_of(format).rounds or codec_of(format).fitted)]  # fmt: skip
-        return replace(piece, pruned=tuple(found)) if found else piece
+        return replace(piece, pruned=tuple(pruning)) if pruning else piece
 
-    def _refitted(self, piece: Piece, entry: Entry) -> Piece:
-        """With what a stage found to stand in the place of the whole tensor. Before it has found anything every tensor of
-        such a part may be replaced; afterwards those are that it found."""
+    def _with_refits(self, piece: Piece, entry: Entry) -> Piece:
+        """With what a stage found to stand in the place of the whole tensor. Before it has found anything
+        every tensor of such a part may be replaced; afterwards those are that it found."""
         for number, stage in reversed([*enumerate(self._plan.stages)]):
-            given = self._fits.get(found_key(number, entry.ref.name, "dense"))
-            if given is not None or (replaces(entry, stage) and number not in self._found):
-                return self._given(piece, entry, number, given)
-            if number in self._found:  # on text, and it found nothing for this one
-                piece = replace(piece, pruned=tuple(each for each in piece.pruned if each.at != number))
+            values = self._fits.get(found_key(number, entry.ref.name, "dense"))
+            if values is not None or (replaces(entry, stage) and number not in self._fitted_stages):
+                return self._with_refit(piece, entry, number, values)
+            if number in self._fitted_stages:  # on text, and it found nothing for this one
+                piece = replace(piece, pruned=tuple(pruned for pruned in piece.pruned if pruned.at != number))
         return piece
 
-    def _given(self, piece: Piece, entry: Entry, number: int, given: Tensor | None) -> Piece:
+    def _with_refit(self, piece: Piece, entry: Entry, number: int, values: Tensor | None) -> Piece:
         """With what stage `number` found, and what later stages do to that."""
         before = Plan("", self._plan.stages[:number])
         scale = piece.scale / (before.routed_scale(entry.unit.layer or 0) if piece.scale != 1 else 1.0)
         later = tuple(pruned for pruned in piece.pruned if pruned.at > number)
         return replace(
-            piece, refit=True, given=self._left_of(given, piece, number), scale=scale, blend=(), pruned=later
+            piece,
+            refit=True,
+            values=self._left_of(values, piece, number),
+            scale=scale,
+            blend=(),
+            pruned=later,
         )
 
-    def _left_of(self, given: Tensor | None, piece: Piece, number: int) -> Tensor | None:
-        """What later stages take of a tensor that stage `number` found: `given` has the rows that were left by then."""
-        if given is None or piece.take is None or tuple(given.shape) == piece.shape:
-            return given
+    def _left_of(self, values: Tensor | None, piece: Piece, number: int) -> Tensor | None:
+        """What later stages take of a tensor that stage `number` found: `values` has the rows that were left
+        by then."""
+        if values is None or piece.take is None or tuple(values.shape) == piece.shape:
+            return values
         before = remains(Plan("", self._plan.stages[:number]), self._blueprint)
         layer = piece.source.unit.layer or 0
-        there = before.rows(layer) if piece.source.unit.part == "router" else before.experts[layer]
-        return given.index_select(piece.axis or 0, torch.tensor([there.index(row) for row in piece.take]))
+        rows_before = before.rows(layer) if piece.source.unit.part == "router" else before.experts[layer]
+        return values.index_select(
+            piece.axis or 0, torch.tensor([rows_before.index(row) for row in piece.take])
+        )
 
-    def _encoded(self, piece: Piece, entry: Entry) -> Piece:
-        """With the last format that a stage gives it; what was packed already stays so, as long as it keeps its rows: words and
-        zeros may hold several of them."""
+    def _encode(self, piece: Piece, entry: Entry) -> Piece:
+        """With the last format that a stage gives it; what was packed already stays so, as long as it keeps
+        its rows: words and zeros may hold several of them."""
         for number, stage in reversed([*enumerate(self._plan.stages)]):
             format = format_of(entry, stage)
             packs = format is not None and codec_of(format).packs
             if replaces(entry, stage) or (format is not None and not packs):
                 break  # what was stored in a format before is a plain matrix now
             if format is not None:
-                return self._packed(piece, entry, number, format)
+                return self._pack(piece, entry, number, format)
         packed, touched = entry.ref.packed, piece.changed or entry.ref.factor != 1
         if packed is None or not (touched or piece.take is not None):
             return piece
@@ -182,29 +194,29 @@ class _Rewriter:
             return replace(piece, encoding=replace(how, again=True))
         return replace(piece, scale=1.0, encoding=replace(how, factor=piece.scale))
 
-    def _packed(self, piece: Piece, entry: Entry, number: int, format: Format) -> Piece:
+    def _pack(self, piece: Piece, entry: Entry, number: int, format: Format) -> Piece:
         """Packed by stage `number`; later scales are put on what is scaled of its parts."""
-        before, held = Plan("", self._plan.stages[:number]), codec_of(format)
+        before, codec = Plan("", self._plan.stages[:number]), codec_of(format)
         scale = before.routed_scale(entry.unit.layer or 0) if piece.scale != 1 else 1.0
-        alike = entry.unit.part == "experts" and not held.own  # loaders stack the scales of experts
+        alike = entry.unit.part == "experts" and not codec.own  # loaders stack the scales of experts
         how = Encoding(
             format,
-            held.layout,
+            codec.layout,
             dtype=self._scale_dtypes.get(entry.unit.layer, "") if alike else "",
             by=self._plan.stages[number],
-            found=self._parts(entry, number, format),
+            parts=self._parts(entry, number, format),
             factor=piece.scale / scale,
         )
         return replace(piece, scale=scale, encoding=how)
 
     def _parts(self, entry: Entry, number: int, format: Format) -> Fits:
         """The parts of a matrix that stage `number` has found, by suffix."""
-        held, layer = codec_of(format), replace(entry.unit, expert=None)
+        codec, layer = codec_of(format), replace(entry.unit, expert=None)
         names = {
             suffix: key(number, layer, suffix)
-            if suffix in held.shared
+            if suffix in codec.shared
             else found_key(number, entry.ref.name, suffix)
-            for suffix in held.parts
+            for suffix in codec.parts
         }
         return {suffix: self._fits[name] for suffix, name in names.items() if name in self._fits}
 
@@ -212,7 +224,7 @@ class _Rewriter:
         keeps_norm = self._stock and entry.branch == "mlp" and entry.unit.part == "norm"
         return entry.branch is not None and (layer, entry.branch) in self._left.cut and not keeps_norm
 
-    def _moved(self, piece: Piece, layer: int, position: int) -> Piece:
+    def _renumber(self, piece: Piece, layer: int, position: int) -> Piece:
         if position == layer:
             return piece
         place = replace(piece.unit, layer=position)
@@ -221,19 +233,19 @@ class _Rewriter:
 
     def _of_experts(self, entry: Entry, layer: int) -> Piece | None:
         """A tensor of one expert, or one that all experts of the layer share."""
-        kept = self._left.experts[layer]
+        kept_experts = self._left.experts[layer]
         routed = entry.unit.part == "experts" and (entry.unit.matrix or "").startswith("down")
         scale = self._plan.routed_scale(layer) if routed else 1.0
         if entry.unit.expert is not None:
-            if entry.unit.expert not in kept:
+            if entry.unit.expert not in kept_experts:
                 return None
-            position = kept.index(entry.unit.expert)
+            position = kept_experts.index(entry.unit.expert)
             name = _EXPERT_NUMBER.sub(str(position), entry.ref.name)
             blend = self._average(entry, layer, entry.unit.expert)
             return Piece(name, entry.ref.shape, entry, scale=scale, blend=(blend,) if blend else (),
                          place=replace(entry.unit, expert=position))  # fmt: skip
         axis = entry.expert_axis
-        stay = self._left.rows(layer) if entry.unit.part == "router" else kept
+        stay = self._left.rows(layer) if entry.unit.part == "router" else kept_experts
         if axis is None or len(stay) == entry.ref.shape[axis]:
             return Piece(entry.ref.name, entry.ref.shape, entry, scale=scale)
         shape = (*entry.ref.shape[:axis], len(stay), *entry.ref.shape[axis + 1 :])
@@ -248,7 +260,8 @@ class _Rewriter:
         )
 
     def _averages(self, entry: Entry, layer: int, stay: tuple[int, ...]) -> tuple[tuple[Member, ...], ...]:
-        """The same for a tensor that holds all experts; a router's rows are averaged only where the plan says so."""
+        """The same for a tensor that holds all experts; a router's rows are averaged only where the plan says
+        so."""
         groups = self._rows[layer] if entry.unit.part == "router" else self._groups[layer]
         if not groups.keys() & set(stay):
             return ()
@@ -261,7 +274,8 @@ class _Rewriter:
         )
 
     def _member(self, entry: Entry, expert: int, part: _Part) -> Member:
-        """A member of an average, with its channels in the order that all merges it has been through give them."""
+        """A member of an average, with its channels in the order that all merges it has been through give
+        them."""
         if not part.lines or entry.channel_axis is None:
             return Member(entry, expert, part.share)
         order: Tensor | None = None
@@ -333,8 +347,9 @@ def folds_into(blueprint: Blueprint, at: tuple[int, str] | None, repair: Repair)
 
 
 def biased_stubs(blueprint: Blueprint, plan: Plan) -> frozenset[tuple[int, Branch]]:
-    """Branches that go but leave a constant in their place, since no weight before them can hold it."""
-    found = (
+    """Branches that are removed but leave a constant in their place, since no weight before them can hold
+    it."""
+    with_bias = (
         cut
         for stage in range(len(plan.stages))
         for cut in cuts(plan, stage, blueprint)
@@ -342,7 +357,7 @@ def biased_stubs(blueprint: Blueprint, plan: Plan) -> frozenset[tuple[int, Branc
     )
     left = remains(plan, blueprint)
     return frozenset(
-        cut.stub for cut in found
+        cut.stub for cut in with_bias
         if cut.stub is not None and not folds_into(blueprint, cut.before, "bias") and cut.stub[0] in left.layers
     )  # fmt: skip
 
@@ -365,15 +380,16 @@ def _novice_stage(plan: Plan, layer: int) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What a member has of an average: its share, and the fitted orders that put its channels in line, first to last."""
+    """What a member has of an average: its share, and the fitted orders that put its channels in line, first
+    to last."""
 
     share: float = 1.0
     lines: tuple[str, ...] = ()
 
 
 def _groups(plan: Plan, layer: int, *, of_rows: bool = False) -> dict[int, dict[int, _Part]]:
-    """Members of every expert that is an average, or has a router row that is (`of_rows`). Merges of several stages are
-    averages of averages, put in line as a whole."""
+    """Members of every expert that is an average, or has a router row that is (`of_rows`). Merges of several
+    stages are averages of averages, put in line as a whole."""
     groups: dict[int, dict[int, _Part]] = {}
     for number, stage in enumerate(plan.stages):
         if of_rows and stage.treatments.get(Unit(layer, "router"), Treatment()).repair != "mean":

@@ -1,4 +1,5 @@
-"""Which tensors a slimming stage encodes, in which format, and by which step: what plans, pieces and checks agree on.
+"""Which tensors a slimming stage encodes, in which format, and by which step: what plans, pieces and checks
+agree on.
 
 A treatment's `format` stands on a part of a layer (`L3.experts`, `L3.attention`) or on one projection of it
 (`L3.experts.down`), which then counts. Routers, norms, biases and embeddings have none.
@@ -26,7 +27,8 @@ REFIT_PARTS: tuple[Part, ...] = ("norm", "router", "shared")
 
 
 def is_matrix(entry: Entry) -> bool:
-    """Whether an entry is a weight matrix that a format can be given to (the one row of a shared expert's gate is none)."""
+    """Whether an entry is a weight matrix that a format can be given to (the one row of a shared expert's
+    gate is none)."""
     shape = entry.ref.shape
     return (
         entry.in_graph
@@ -38,8 +40,9 @@ def is_matrix(entry: Entry) -> bool:
 
 
 def is_stack(entry: Entry) -> bool:
-    """Whether an entry holds one matrix of every expert of a layer, as they are in memory: gate above up, outputs by inputs. Such
-    experts can lose channels and weights, but have no packed form that is known to load."""
+    """Whether an entry holds one matrix of every expert of a layer, as they are in memory: gate above up,
+    outputs by inputs. Such experts can lose channels and weights, but have no packed form that is known to
+    load."""
     down = (entry.unit.matrix or "").startswith("down")
     return (
         entry.in_graph
@@ -55,10 +58,10 @@ def format_of(entry: Entry, stage: Stage) -> Format | None:
     """The format that `stage` gives to an entry, or None."""
     if not (is_matrix(entry) or is_stack(entry)):
         return None
-    whole = Unit(entry.unit.layer, entry.unit.part)
+    whole_part = Unit(entry.unit.layer, entry.unit.part)
     single = Unit(entry.unit.layer, entry.unit.part, None, entry.unit.matrix)
-    found = (stage.treatments.get(unit, Treatment()).format for unit in (single, whole))
-    return next((format for format in found if format is not None), None)
+    formats = (stage.treatments.get(unit, Treatment()).format for unit in (single, whole_part))
+    return next((format for format in formats if format is not None), None)
 
 
 def channels_of(entry: Entry, stage: Stage) -> int | None:
@@ -69,8 +72,8 @@ def channels_of(entry: Entry, stage: Stage) -> int | None:
 
 
 def replaces(entry: Entry, stage: Stage) -> bool:
-    """Whether `stage` puts fitted values in the place of a whole tensor whatever its step is: those of a part that a scale was
-    moved into, of experts that lose channels, and of biases whose matrix loses rows."""
+    """Whether `stage` puts fitted values in the place of a whole tensor whatever its step is: those of a part
+    that a scale was moved into, of experts that lose channels, and of biases whose matrix loses rows."""
     part = stage.treatments.get(Unit(entry.unit.layer, entry.unit.part), Treatment())
     narrows = (
         entry.unit.part == "experts"
@@ -90,16 +93,16 @@ def _loses_rows(entry: Entry, stage: Stage) -> bool:
 
 
 def scale_dtypes(blueprint: Blueprint) -> dict[int | None, str]:
-    """By layer, the dtype that the scales of its experts are stored in: the narrowest of the experts' own, since loaders
-    stack all of them in one dtype."""
-    found: dict[int | None, str] = {}
+    """By layer, the dtype that the scales of its experts are stored in: the narrowest of the experts' own,
+    since loaders stack all of them in one dtype."""
+    dtypes: dict[int | None, str] = {}
     for entry in blueprint.entries:
         if entry.unit.part == "experts" and (is_matrix(entry) or is_stack(entry)):
-            other = found.get(entry.unit.layer, entry.ref.dtype)
-            found[entry.unit.layer] = min(
+            other = dtypes.get(entry.unit.layer, entry.ref.dtype)
+            dtypes[entry.unit.layer] = min(
                 other, entry.ref.dtype, key=lambda dtype: (DTYPE_BYTES[dtype], dtype)
             )
-    return found
+    return dtypes
 
 
 def treats_matrices(stage: Stage) -> bool:
@@ -127,8 +130,8 @@ def step_of(stage: Stage) -> Treats:
 
 
 def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
-    """Raise `UserError` where stage `number` of a plan encodes what is not there or cannot be, or changes values that an
-    earlier stage encoded."""
+    """Raise `UserError` where stage `number` of a plan encodes what is not there or cannot be, or changes
+    values that an earlier stage encoded."""
     stage = plan.stages[number]
     before = plan.stages[:number]
     slimmed = any(map(treats_matrices, before))
@@ -138,7 +141,7 @@ def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
                 f"the plan gives {unit} a format and something else as well: do one after the other"
             )
         _check_values(unit, treatment, slimmed, _formats_before(unit, before))
-    refitted = _refitted(stage)
+    refitted = _refit_units(stage)
     if not treats_matrices(stage):
         return
     # Shared experts may be those of the family that the checkpoint is presented as, so only the layer is looked up.
@@ -163,7 +166,8 @@ def check_formats(plan: Plan, number: int, blueprint: Blueprint) -> None:
 
 
 def _formats_before(unit: Unit, before: Collection[Stage]) -> set[Format]:
-    """What earlier stages have given to the part of a layer that a unit is in; of experts all matrices, which are solved together."""
+    """What earlier stages have given to the part of a layer that a unit is in; of experts all matrices, which
+    are solved together."""
     return {
         treatment.format
         for stage in before
@@ -174,14 +178,15 @@ def _formats_before(unit: Unit, before: Collection[Stage]) -> set[Format]:
     }
 
 
-def _refitted(stage: Stage) -> set[Unit]:
+def _refit_units(stage: Stage) -> set[Unit]:
     return {unit for unit, treatment in stage.treatments.items() if treatment.repair == REFIT}
 
 
 def check_step(stage: Stage, blueprint: Blueprint) -> None:
-    """Raise `UserError` where a stage's step cannot make the formats it is said to give, or on text would be shown some matrices
-    of experts and not the others, which it solves together. Needs the step to be known: a plan is priced without."""
-    if (refitted := _refitted(stage)) and not fits_on_text(stage):
+    """Raise `UserError` where a stage's step cannot make the formats it is said to give, or on text would be
+    shown some matrices of experts and not the others, which it solves together. Needs the step to be known: a
+    plan is priced without."""
+    if (refitted := _refit_units(stage)) and not fits_on_text(stage):
         raise UserError(f"the plan rescales {min(refitted)} in a step that does not round weights on text")
     if not treats_matrices(stage):
         return
@@ -217,24 +222,24 @@ def _check_values(unit: Unit, treatment: Treatment, slimmed: bool, formats: Coll
         raise UserError(
             f"the plan {what} {unit} after a step that rounds or prunes weights: put that step last"
         )
-    warnings = _trouble(treatment, formats)
-    if warnings is not None:
-        raise UserError(f"the plan {warnings.format(unit=unit)}: {_in_order(treatment, formats)}")
+    reason = _why_not_after(treatment, formats)
+    if reason is not None:
+        raise UserError(f"the plan {reason.format(unit=unit)}: {_in_order(treatment, formats)}")
 
 
-def _trouble(treatment: Treatment, formats: Collection[Format]) -> str | None:
+def _why_not_after(treatment: Treatment, formats: Collection[Format]) -> str | None:
     """Why a treatment cannot follow steps that gave such formats; None where it can."""
     format, narrows = treatment.format, treatment.channels is not None
     if format is None and not narrows:
         return None
-    before = [codec_of(each) for each in formats]
-    if any(each.packs and not each.renews for each in before):
+    before = [codec_of(one_format) for one_format in formats]
+    if any(codec.packs and not codec.renews for codec in before):
         return "treats {unit} after a step that stores matrices with a mask or as factors or in part"
     anew = narrows or (format is not None and (codec_of(format).fitted or format.rank > 0))
-    if anew and any(each.density < 1 for each in formats):
+    if anew and any(one_format.density < 1 for one_format in formats):
         return "fits {unit} anew after a step that prunes single weights, which would no longer be zero"
     cuts = narrows or (format is not None and not codec_of(format).rounds)
-    if cuts and any(each.rounds for each in before):
+    if cuts and any(codec.rounds for codec in before):
         return "prunes {unit} after a step that rounds weights"
     return None
 
@@ -244,20 +249,28 @@ def _in_order(treatment: Treatment, formats: Collection[Format]) -> str:
 
     def swapped(now: Treatment) -> bool:
         after = set[Format]() if now.format is None else {now.format}
-        return all(_trouble(Treatment(format=each), after) is None for each in formats)
+        return all(_why_not_after(Treatment(format=format), after) is None for format in formats)
 
-    plain = treatment if treatment.format is None else replace(treatment, format=_unpacked(treatment.format))
-    last = "put the rounding last" if all(codec_of(each).rounds for each in formats) else "put that step last"
-    there = {_unpacked(each) for each in formats}
+    plain = (
+        treatment
+        if treatment.format is None
+        else replace(treatment, format=_without_packing(treatment.format))
+    )
+    last = (
+        "put the rounding last"
+        if all(codec_of(format).rounds for format in formats)
+        else "put that step last"
+    )
+    unpacked = {_without_packing(format) for format in formats}
     cures = [last] if swapped(treatment) else []
-    if there != set(formats) and _trouble(treatment, there) is None:
+    if unpacked != set(formats) and _why_not_after(treatment, unpacked) is None:
         cures.append("say pack=false there")
     if not cures and swapped(plain):
         cures.append(f"{last} and say pack=false here")
     return ", or ".join(cures) or "neither can follow the other, so leave one of the two out"
 
 
-def _unpacked(format: Format) -> Format:
+def _without_packing(format: Format) -> Format:
     """What a step makes instead with pack=false, where it has that setting."""
     return codec_of(format).unpacked(format)
 
@@ -267,11 +280,13 @@ def _check_fused(entry: Entry, stage: Stage, blueprint: Blueprint, left: Remains
     if entry.unit.part != "experts" or entry.unit.expert is not None or len(entry.ref.shape) != 3:
         return
     treated = [
-        each
-        for unit, each in stage.treatments.items()
-        if unit.layer == entry.unit.layer and unit.part == "experts" and (each.format or each.channels)
+        treatment
+        for unit, treatment in stage.treatments.items()
+        if unit.layer == entry.unit.layer
+        and unit.part == "experts"
+        and (treatment.format or treatment.channels)
     ]
-    packs = any(each.format is not None and codec_of(each.format).packs for each in treated)
+    packs = any(treatment.format is not None and codec_of(treatment.format).packs for treatment in treated)
     differ = len(set(left.widths.get(entry.unit.layer or 0, {}).values())) > 1
     if treated and (packs or differ or not is_stack(entry)):
         raise UserError(
@@ -291,14 +306,16 @@ def narrowed(entry: Entry, left: Remains) -> tuple[int, ...]:
 
 
 def check_all_storable(treated: Collection[tuple[Entry, Format, tuple[int, ...]]]) -> None:
-    """Raise `UserError` where a matrix of some shape, of all that one step treats, cannot be stored in its format."""
+    """Raise `UserError` where a matrix of some shape, of all that one step treats, cannot be stored in its
+    format."""
     widths = {shape[-1] for _, _, shape in treated}
     for entry, format, shape in treated:
         check_storable(entry, format, shape, widths)
 
 
 def check_storable(entry: Entry, format: Format, shape: tuple[int, ...], beside: Collection[int]) -> None:
-    """Raise `UserError` where a matrix of `shape` cannot be stored in `format`; the cure is one for all widths `beside` it."""
-    held, unit = codec_of(format), entry.unit
-    held.check_entry(format, unit.expert, unit.matrix or "", entry.ref.name)
-    held.check(format, shape, entry.ref.name, beside)
+    """Raise `UserError` where a matrix of `shape` cannot be stored in `format`; the cure is one for all
+    widths `beside` it."""
+    codec, unit = codec_of(format), entry.unit
+    codec.check_entry(format, unit.expert, unit.matrix or "", entry.ref.name)
+    codec.check(format, shape, entry.ref.name, beside)

@@ -1,4 +1,5 @@
-"""What a checkpoint's names mean: config to blueprint, layers on and off, names both ways, lock-step forward."""
+"""What a checkpoint's names mean: config to blueprint, layers on and off, names both ways, lock-step
+forward."""
 
 from moespresso.model.blueprint import check_tensors, read_blueprint
 from moespresso.model.counts import is_unequal, skipping

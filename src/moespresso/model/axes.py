@@ -1,4 +1,5 @@
-"""What an expert's stored tensor is: which of its matrices, and which axes run along channels and along the output."""
+"""What an expert's stored tensor is: which of its matrices, and which axes run along channels and along the
+output."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from typing import Any
 
 
 def axes_of_expert(matrix: str, experts: Any) -> dict[str, Any]:
-    """Of an expert's tensor: both axes counted from the last, as some are stored one by one and some in a stack."""
+    """Of an expert's tensor: both axes counted from the last, as some are stored one by one and some in a
+    stack."""
     rows, columns = (-1, -2) if experts.is_transposed else (-2, -1)
     if matrix == "novices":
         return {"out_axis": -1}

@@ -1,8 +1,8 @@
 """Config and headers to a `Blueprint`: what every tensor is, found by asking the model itself.
 
-The family's model is built on `meta`; each on-disk key is renamed into it; the module it lands in says what it is:
-inside the experts module an expert, elsewhere in the MoE block the router or a shared expert, and so on. Whatever the
-model wants and the files lack, or have in another shape, is said here, before any work.
+The family's model is built on `meta`; each on-disk key is renamed into it; the module it lands in says what
+it is: inside the experts module an expert, elsewhere in the MoE block the router or a shared expert, and so
+on. Whatever the model wants and the files lack, or have in another shape, is said here, before any work.
 """
 
 from __future__ import annotations
@@ -118,15 +118,16 @@ def check_tensors(raw: Mapping[str, Any], refs: Iterable[TensorRef], place: str)
 
 
 def _check_block(layer: nn.Module, config: PreTrainedConfig, place: str) -> None:
-    """A layer's experts must be of the one shape that is measured and cut: one stack, one router, in one block."""
-    reason = _block_trouble(layer)
+    """A layer's experts must be of the one shape that is measured and cut: one stack, one router, in one
+    block."""
+    reason = _why_unsupported(layer)
     if reason:
         raise UserError(
             f"{place}: model_type {config.model_type!r} is not supported by this version ({reason})"
         )
 
 
-def _block_trouble(layer: nn.Module) -> str | None:
+def _why_unsupported(layer: nn.Module) -> str | None:
     stacks = [name for name, module in layer.named_modules() if is_experts(module)]
     if not stacks:
         return None
@@ -135,8 +136,8 @@ def _block_trouble(layer: nn.Module) -> str | None:
     if not stacks[0].endswith(".experts"):
         return "its experts are not in a block of their own"
     block = layer.get_submodule(stacks[0].removesuffix(".experts"))
-    found = find_router(block)
-    if found is None or not isinstance(getattr(found[1], "top_k", None), int):
+    router = find_router(block)
+    if router is None or not isinstance(getattr(router[1], "top_k", None), int):
         return "it has no router of the kind this version measures"
     tables = [name for name, tensor in block.state_dict().items() if not tensor.is_floating_point()]
     return f"{tables[0]} is a table of expert numbers, which cannot be cut" if tables else None
@@ -169,13 +170,13 @@ def _layer_spec(index: int, layer: nn.Module, config: PreTrainedConfig, model: P
     if any(isinstance(child, SilentMixer) for child in layer.children()):
         mixer, widths = "none", (0, 0, SILENT_KV)
     heads = _heads(layer, layer_config(config, index), model) if mixer == "attention" else None
-    found = moe_block(layer)
-    if found is None:
+    block_of_layer = moe_block(layer)
+    if block_of_layer is None:
         return LayerSpec(
             index, mixer, width=_dense_width(layer), qk_width=widths[0], v_width=widths[1], kv_width=widths[2],
             heads=heads,
         )  # fmt: skip
-    block = found[1]
+    block = block_of_layer[1]
     experts: Any = block.get_submodule("experts")
     found_router = find_router(block)
     assert found_router is not None
@@ -198,15 +199,16 @@ def _heads(layer: nn.Module, config: PreTrainedConfig, model: PreTrainedModel) -
 
 
 def _mixer(index: int, layer: nn.Module, config: PreTrainedConfig) -> str:
-    """What mixes tokens in a layer: by the name of the submodule, and by the config where one name serves several."""
+    """What mixes tokens in a layer: by the name of the submodule, and by the config where one name serves
+    several."""
     named = next((MIXERS[name] for name, _ in layer.named_children() if name in MIXERS), None)
     types = getattr(config.get_text_config(), "layer_types", None) or ()
-    said = types[index] if index < len(types) else getattr(layer, "block_type", "")
+    layer_type = types[index] if index < len(types) else getattr(layer, "block_type", "")
     if named is None and not hasattr(layer, "block_type"):
         return "none"
-    if said == "linear_attention":
+    if layer_type == "linear_attention":
         return named if named not in (None, "attention") else "linear_attention"
-    return named or ("attention" if said.endswith("attention") else "none")
+    return named or ("attention" if layer_type.endswith("attention") else "none")
 
 
 def _as_int(value: Any) -> int:
@@ -291,16 +293,17 @@ class _Classifier:
         return entry
 
     def _skips(self, entry: Entry) -> bool:
-        """Whether a layer's router selects from more experts than there are: its rows are no experts any more."""
+        """Whether a layer's router selects from more experts than there are: its rows are no experts any
+        more."""
         block = None if entry.unit.layer is None else self._blocks[entry.unit.layer]
         return block is not None and hasattr(block[1].get_submodule("experts"), "places")
 
     def _entry(self, ref: TensorRef, name: str, pattern: str | None) -> Entry:
         if name not in self._names.state:
             # Only what is numbered like a decoder layer moves with them: `mtp.layers.0` does not.
-            found = re.match(rf"{re.escape(self._layers_name)}\.(\d+)\.", ref.name)
+            match = re.match(rf"{re.escape(self._layers_name)}\.(\d+)\.", ref.name)
             self._unknown.append(ref.name)
-            return Entry(ref, Unit(int(found[1]) if found else None), in_graph=False)
+            return Entry(ref, Unit(int(match[1]) if match else None), in_graph=False)
         self._seen[name].append(ref)
         self._transformed[name] = pattern is not None and not self._names.only_stacks(pattern)
         layer = layer_number(name, self._layers_name)
@@ -409,7 +412,8 @@ class _Classifier:
             )
 
     def _check_numbers(self, place: str, layer: int, matrix: str, numbers: list[int]) -> None:
-        """Experts must be numbered 0 to count - 1, each once: the loader goes by order and would not notice."""
+        """Experts must be numbered 0 to count - 1, each once: the loader goes by order and would not
+        notice."""
         block = self._blocks[layer]
         assert block is not None
         count = _as_int(block[1].get_submodule("experts").num_experts)
@@ -432,15 +436,16 @@ class _Classifier:
             shapes = {wanted}
         else:  # stacked over experts, gate and up one after the other
             shapes = {(wanted[1] * wanted[0] // len(refs), *wanted[2:])}
-        odd = [ref for ref in refs if shapes != {self._widened(ref, name, len(refs))}]
+        odd = [ref for ref in refs if shapes != {self._widest_shape(ref, name, len(refs))}]
         if odd:
             raise UserError(
                 f"{place}: tensor {odd[0].name} has shape {list(odd[0].shape)}, which does not make "
                 f"{name} {list(wanted)} as the config asks: the files or the config were changed"
             )
 
-    def _widened(self, ref: TensorRef, name: str, count: int) -> tuple[int, ...]:
-        """The shape of one expert's tensor with as many channels as the widest of its layer, where it has those it should."""
+    def _widest_shape(self, ref: TensorRef, name: str, count: int) -> tuple[int, ...]:
+        """The shape of one expert's tensor with as many channels as the widest of its layer, where it has
+        those it should."""
         layer = layer_number(name, self._layers_name)
         block = None if layer is None or count == 1 else self._blocks[layer]
         number = _EXPERT.search(ref.name)
@@ -458,10 +463,10 @@ class _Classifier:
 
 def _tied_pairs(model: PreTrainedModel) -> dict[str, set[str]]:
     """The parameters that each is tied to by class and config, whichever of them are stored."""
-    found: dict[str, set[str]] = defaultdict(set)
+    groups: dict[str, set[str]] = defaultdict(set)
     for one, other in model.all_tied_weights_keys.items():
-        found |= dict.fromkeys(group := {one, other} | found[one] | found[other], group)
-    return found
+        groups |= dict.fromkeys(group := {one, other} | groups[one] | groups[other], group)
+    return groups
 
 
 def _anatomy(layer: nn.Module) -> Anatomy | str:

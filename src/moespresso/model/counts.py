@@ -1,8 +1,9 @@
 """The number of experts: where a config says it, and which tensors of the model follow it.
 
-Nothing is guessed from shapes, where a hidden size may happen to equal the number of experts: the model is built on
-`meta` a second time with twice as many experts, and what has doubled is what counts them. A tensor that grew in any
-other way (router rows for shared or skipped experts, say) cannot be cut, and is a reason to refuse the family.
+Nothing is guessed from shapes, where a hidden size may happen to equal the number of experts: the model is
+built on `meta` a second time with twice as many experts, and what has doubled is what counts them. A tensor
+that grew in any other way (router rows for shared or skipped experts, say) cannot be cut, and is a reason to
+refuse the family.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from moespresso.runtime import OWN_WIDTHS
 
 def with_count(config: Mapping[str, Any], family: str, count: int) -> dict[str, Any]:
     """`config` (a config.json) with `count` experts wherever it says their number for all layers."""
-    return _changed(config, family, lambda _: count)
+    return _with_counts(config, family, lambda _: count)
 
 
-def _doubled(config: Mapping[str, Any], family: str) -> dict[str, Any]:
+def _with_twice(config: Mapping[str, Any], family: str) -> dict[str, Any]:
     """The config with twice as many experts in every layer."""
-    edited = _changed(config, family, lambda count: 2 * count)
+    edited = _with_counts(config, family, lambda count: 2 * count)
     for part in (edited, edited.get("text_config")):
-        for said in (part or {}).get("per_layer_config", {}).values():
-            said |= {key: 2 * said[key] for key in quirks.COUNT_KEYS if key in said}
+        for entry in (part or {}).get("per_layer_config", {}).values():
+            entry |= {key: 2 * entry[key] for key in quirks.COUNT_KEYS if key in entry}
     return edited
 
 
-def _changed(config: Mapping[str, Any], family: str, change: Callable[[int], int]) -> dict[str, Any]:
+def _with_counts(config: Mapping[str, Any], family: str, change: Callable[[int], int]) -> dict[str, Any]:
     edited = copy.deepcopy(dict(config))
     # A composite model keeps the keys of its language model one level down.
     parts = [part for part in (edited, edited.get("text_config")) if isinstance(part, dict)]
@@ -54,20 +55,21 @@ def evened(config: Mapping[str, Any]) -> dict[str, Any]:
     edited = copy.deepcopy(dict(config))
     for part in (edited, edited.get("text_config")):
         if isinstance(part, dict) and part.pop(OWN_WIDTHS, None) is not None:
-            own: dict[str, dict[str, Any]] = part.pop("per_layer_config", {})
-            said = {at: _without_widths(each) for at, each in own.items()}
+            by_layer: dict[str, dict[str, Any]] = part.pop("per_layer_config", {})
+            even = {at: _without_widths(entry) for at, entry in by_layer.items()}
             part |= (
                 {"per_layer_config": rest}
-                if (rest := {at: each for at, each in said.items() if each})
+                if (rest := {at: entry for at, entry in even.items() if entry})
                 else {}
             )
     return edited
 
 
-def _without_widths(said: Mapping[str, Any]) -> dict[str, Any]:
-    """What else a layer says; a count of zero guards widths or what is skipped, and goes with the last of them."""
-    guards = OWN_WIDTHS in said and "skip" not in said
-    return {key: value for key, value in said.items()
+def _without_widths(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What else a layer says; a count of zero guards widths or what is skipped, and goes with the last of
+    them."""
+    guards = OWN_WIDTHS in entry and "skip" not in entry
+    return {key: value for key, value in entry.items()
             if key != OWN_WIDTHS and not (guards and key in quirks.COUNT_KEYS and value == 0)}  # fmt: skip
 
 
@@ -81,8 +83,10 @@ def is_unequal(config: Mapping[str, Any]) -> bool:
 def skipping(config: Mapping[str, Any]) -> list[int]:
     """Numbers of the layers whose parts a config.json skips, which only moespresso's runtime understands."""
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    said = {layer: own for part in parts for layer, own in (part.get("per_layer_config") or {}).items()}
-    return sorted(int(layer) for layer, own in said.items() if own.get("skip"))
+    by_layer = {
+        layer: entry for part in parts for layer, entry in (part.get("per_layer_config") or {}).items()
+    }
+    return sorted(int(layer) for layer, entry in by_layer.items() if entry.get("skip"))
 
 
 def _present(config: Mapping[str, Any]) -> set[str]:
@@ -93,12 +97,13 @@ def _set_count(config: dict[str, Any], family: str, change: Callable[[int], int]
     present = _present(config)
     aliases = quirks.COUNT_ALIASES.get(config.get("model_type", family), ()) if present else ()
     before = {key: config.get(key, config[min(present)]) for key in sorted(present | set(aliases))}
-    for key, said in before.items():
-        config[key] = [change(count) for count in said] if isinstance(said, list) else change(said)
+    for key, value in before.items():
+        config[key] = [change(count) for count in value] if isinstance(value, list) else change(value)
 
 
 def expert_axes(raw: Mapping[str, Any], model: PreTrainedModel, place: str) -> dict[str, int]:
-    """Axis that counts experts of every in-memory tensor that has one; raises `UserError` where it is not that simple."""
+    """Axis that counts experts of every in-memory tensor that has one; raises `UserError` where it is not
+    that simple."""
     stacks = {name: module for name, module in model.named_modules() if is_experts(module)}
     if not stacks:
         return {}
@@ -106,24 +111,24 @@ def expert_axes(raw: Mapping[str, Any], model: PreTrainedModel, place: str) -> d
     counts = {len(getattr(module, "places", range(int(module.num_experts)))) for module in stacks.values()}  # pyright: ignore[reportArgumentType]
     family = str(raw["model_type"])
     if len(counts) > 1 and not is_unequal(raw):
-        raise _refused(place, family, "its layers have different numbers of experts")
+        raise _refusal(place, family, "its layers have different numbers of experts")
     try:
         double = build_meta(
-            read_config(_doubled(evened(raw), family), place), torch.bfloat16, place
+            read_config(_with_twice(evened(raw), family), place), torch.bfloat16, place
         ).state_dict()
     except UserError as error:
-        raise _refused(place, family, f"its number of experts cannot be changed: {error}") from error
+        raise _refusal(place, family, f"its number of experts cannot be changed: {error}") from error
     axes: dict[str, int] = {}
     for name, tensor in model.state_dict().items():
         changed = _changed_axes(tensor.shape, double[name].shape) if name in double else [-1]
         if changed and not _follows(tensor.shape, double[name].shape, changed, counts):
-            raise _refused(place, family, f"{name} does not follow the number of experts as one entry each")
+            raise _refusal(place, family, f"{name} does not follow the number of experts as one entry each")
         if changed:
             axes[name] = changed[0]
     for stack, module in stacks.items():
         for name, _ in module.named_parameters(recurse=False):
             if axes.get(f"{stack}.{name}") != 0 and name != "novices":
-                raise _refused(place, family, "no known key of its config sets the number of experts")
+                raise _refusal(place, family, "no known key of its config sets the number of experts")
     return axes
 
 
@@ -140,5 +145,5 @@ def _changed_axes(before: torch.Size, after: torch.Size) -> list[int]:
     return [axis for axis, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
 
 
-def _refused(place: str, family: str, reason: str) -> UserError:
+def _refusal(place: str, family: str, reason: str) -> UserError:
     return UserError(f"{place}: model_type {family!r} is not supported by this version ({reason})")

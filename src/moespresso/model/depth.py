@@ -1,10 +1,12 @@
-"""Depth: what a config.json must say when decoder layers go, or when mixtures among them become dense.
+"""Depth: what a config.json must say when decoder layers are removed, or when mixtures among them become
+dense.
 
-Configs say what each layer is in many ways: a list with one entry a layer, numbers of layers, a dense prefix, "every
-second layer". `quirks` names the fields of each kind. Lists are cut, numbers are counted anew, and for a rule that no
-longer fits other values are searched (`_RULES`). None of this is trusted: the model of the new config is built on
-`meta`, and each of its layers must equal the layer of the source that it stands for, in submodules, shapes and plain
-attributes (windows, scales, rope or none). What no config can say is refused with the nearest thing that one can.
+Configs say what each layer is in many ways: a list with one entry a layer, numbers of layers, a dense prefix,
+"every second layer". `quirks` names the fields of each kind. Lists are cut, numbers are counted anew, and for
+a rule that no longer fits other values are searched (`_RULES`). None of this is trusted: the model of the new
+config is built on `meta`, and each of its layers must equal the layer of the source that it stands for, in
+submodules, shapes and plain attributes (windows, scales, rope or none). What no config can say is refused
+with the nearest thing that one can.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ _MISSING = "absent"
 
 
 def with_layers(raw: Mapping[str, Any], kept: Sequence[int], place: str) -> Config:
-    """The config.json of the model that has only the layers `kept` (ascending numbers of `raw`'s), renumbered.
+    """The config.json of the model that has only the layers `kept` (ascending numbers), renumbered.
 
     Raises `UserError` when no config of the family says that.
     """
@@ -56,25 +58,26 @@ def with_layers(raw: Mapping[str, Any], kept: Sequence[int], place: str) -> Conf
 
 
 def with_dense(raw: Mapping[str, Any], dense: Collection[int], place: str) -> tuple[Config, int]:
-    """The config.json in which the MoE layers `dense` (numbers of `raw`'s) are dense, and the width of their MLP.
+    """The config.json in which the MoE layers `dense` (numbers of `raw`'s) are dense, and the width of their
+    MLP.
 
-    The width is `STUB_WIDTH` unless other layers are dense already: all share one width. Raises `UserError` when the
-    family cannot say that.
+    The width is `STUB_WIDTH` unless other layers are dense already: all share one width. Raises `UserError`
+    when the family cannot say that.
     """
     assert dense, "no layer to make dense"
     source = _model(raw, place)
     for layer in sorted(set(dense) - source.holds["experts"]):
         raise UserError(f"{place}: L{layer} holds no experts, so it cannot become dense: leave it out")
-    edited = _say_dense(raw, source, dense, place)
+    edited = _write_dense(raw, source, dense, place)
     if edited is None:
         raise _cannot_say_dense(raw, dense, place, _other_dense(raw, source, dense, place))
-    warnings = None
+    difference = None
     for candidate in (*_narrow(edited, source), edited):
         built = _model(candidate, place)
-        warnings = _dense_trouble(source, built, dense)
-        if warnings is None:
+        difference = _dense_difference(source, built, dense)
+        if difference is None:
             return candidate, _dense_width(source, built, dense)
-    raise _cannot_say_dense(raw, dense, place, f"drop whole layers instead ({warnings})")
+    raise _cannot_say_dense(raw, dense, place, f"drop whole layers instead ({difference})")
 
 
 # What a config makes
@@ -82,7 +85,7 @@ def with_dense(raw: Mapping[str, Any], dense: Collection[int], place: str) -> tu
 
 @dataclass(frozen=True)
 class _Model:
-    """What a config makes: its fields with all defaults, and what each layer and the rest of the model consist of."""
+    """What a config makes: its fields with all defaults, and the parts of each layer and of the rest."""
 
     fields: Config
     layers: tuple[dict[str, Any], ...]
@@ -102,15 +105,17 @@ def _built(text: str, place: str) -> _Model:
     model = build_meta(config, torch.bfloat16, place)
     name, layers = decoder_layers(model, place)
     fields = config.get_text_config().to_dict()
-    own = {int(layer): values for layer, values in fields.get("per_layer_config", {}).items()}
-    found = [moe_block(layer) for layer in layers]
+    by_layer = {int(layer): values for layer, values in fields.get("per_layer_config", {}).items()}
+    blocks = [moe_block(layer) for layer in layers]
     return _Model(
         fields,
-        tuple(_parts(layer) | {"per_layer_config": own.get(index)} for index, layer in enumerate(layers)),
-        tuple(block and block[0] for block in found),
+        tuple(
+            _parts(layer) | {"per_layer_config": by_layer.get(index)} for index, layer in enumerate(layers)
+        ),
+        tuple(block and block[0] for block in blocks),
         {key: tensor.shape for key, tensor in model.state_dict().items() if not key.startswith(f"{name}.")},
         {
-            "experts": frozenset(index for index, block in enumerate(found) if block),
+            "experts": frozenset(index for index, block in enumerate(blocks) if block),
             "attention": frozenset(
                 index for index, layer in enumerate(layers) if hasattr(layer, "self_attn")
             ),
@@ -119,7 +124,7 @@ def _built(text: str, place: str) -> _Model:
 
 
 def _parts(layer: nn.Module) -> dict[str, Any]:
-    """Everything of a layer that can be compared: class of every submodule, shape of every tensor, plain attributes."""
+    """What can be compared of a layer: class of every submodule, shape of every tensor, plain attributes."""
     parts: dict[str, Any] = {}
     for name, module in layer.named_modules():
         parts[name] = type(module).__name__
@@ -136,7 +141,7 @@ def _fields(raw: Mapping[str, Any], place: str) -> Config:
     return read_config(raw, place).get_text_config().to_dict()
 
 
-# Layers that go
+# Layers that are removed
 
 
 def _cut_to(raw: Mapping[str, Any], source: _Model, kept: Sequence[int], place: str) -> Config:
@@ -151,18 +156,18 @@ def _cut_to(raw: Mapping[str, Any], source: _Model, kept: Sequence[int], place: 
     reasons: list[str] = []
     for edited in _drafts(raw, source, kept):
         try:
-            _, unsaid = _settle(edited, source, targets, place)
+            _, unsettled = _settle(edited, source, targets, place)
         except UserError as error:  # lists that are too short or too long, as the family's own check says
             reasons.append(str(error).removeprefix(f"{place}/").removeprefix(f"{place}: "))
             continue
-        for rule in unsaid:
+        for rule in unsettled:
             raise UserError(
-                f"{place}: {_listed(rule.keys)} of {family} cannot say which layers hold {rule.kind} without {gone}"
+                f"{place}: {_enumeration(rule.keys)} of {family} cannot say which layers hold {rule.kind} without {gone}"
             )
-        warnings = _kept_trouble(edited, source, kept, place)
-        if warnings is None:
+        difference = _layers_difference(edited, source, kept, place)
+        if difference is None:
             return edited
-        reasons.append(warnings)
+        reasons.append(difference)
     raise UserError(f"{place}: no config of {family} describes the layers without {gone} ({reasons[-1]})")
 
 
@@ -171,7 +176,7 @@ def _renumber(layers: Iterable[int], kept: Sequence[int]) -> frozenset[int]:
 
 
 def _drafts(raw: Mapping[str, Any], source: _Model, kept: Sequence[int]) -> Iterator[Config]:
-    """`raw` with all its fields cut; then, where that differs, also with the lists that it left to its class."""
+    """`raw` with all its fields cut; then, where that differs, with the lists that it left to its class."""
     count = len(source.layers)
     edited = copy.deepcopy(dict(raw))
     for part in _language_parts(edited):
@@ -191,8 +196,8 @@ def _drafts(raw: Mapping[str, Any], source: _Model, kept: Sequence[int]) -> Iter
 
 
 def _layer_lists(fields: Mapping[str, Any], count: int) -> dict[str, list[Any]]:
-    found = {key: fields.get(key) for key in quirks.LAYER_LISTS}
-    return {key: value for key, value in found.items() if isinstance(value, list) and len(value) >= count}
+    lists = {key: fields.get(key) for key in quirks.LAYER_LISTS}
+    return {key: value for key, value in lists.items() if isinstance(value, list) and len(value) >= count}
 
 
 def _home(raw: Mapping[str, Any]) -> Config:
@@ -210,7 +215,7 @@ def _language_parts(raw: Config) -> list[Config]:
 def _cut(key: str, value: Any, kept: Sequence[int], count: int) -> Any:
     """What a field says for the layers `kept` of `count`."""
     if key == "per_layer_config" and value:
-        return {str(kept.index(int(layer))): own for layer, own in value.items() if int(layer) in kept}
+        return {str(kept.index(int(layer))): entry for layer, entry in value.items() if int(layer) in kept}
     if key in quirks.LAYER_LISTS and isinstance(value, list | str) and len(value) >= count:
         entries = [*(value[layer] for layer in kept), *value[count:]]
         return "".join(entries) if isinstance(value, str) else entries
@@ -230,7 +235,7 @@ def _cut_border(key: str, value: int, kept: Sequence[int], count: int) -> int:
     return sum(layer >= count - value for layer in kept) if key in quirks.LAYERS_BEHIND else value
 
 
-def _kept_trouble(edited: Config, source: _Model, kept: Sequence[int], place: str) -> str | None:
+def _layers_difference(edited: Config, source: _Model, kept: Sequence[int], place: str) -> str | None:
     """How the layers of `edited` differ from the source's layers `kept`, or None."""
     fields, count = _fields(edited, place), len(source.layers)
     for key, entries in _layer_lists(source.fields, count).items():
@@ -265,7 +270,7 @@ def _other_layers(raw: Mapping[str, Any], source: _Model, kept: Sequence[int], p
 
 
 def _near(gone: list[int], count: int) -> Iterator[set[int]]:
-    """Choices of layers near `gone`: with one neighbour, with one layer moved by one, as many of the last ones."""
+    """Choices of layers near `gone`: with one neighbour, one layer moved by one, as many of the last."""
     moves = [(layer, layer + step) for step in (-1, 1) for layer in gone]
     moves = [(layer, other) for layer, other in moves if 0 <= other < count and other not in gone]
     if len(gone) + 1 < count:
@@ -275,10 +280,10 @@ def _near(gone: list[int], count: int) -> Iterator[set[int]]:
 
 
 def _names(layers: Iterable[int]) -> str:
-    return _listed([f"L{layer}" for layer in sorted(layers)])
+    return _enumeration([f"L{layer}" for layer in sorted(layers)])
 
 
-def _listed(words: Sequence[str]) -> str:
+def _enumeration(words: Sequence[str]) -> str:
     *first, last = words
     return f"{', '.join(first)} and {last}" if first else last
 
@@ -290,8 +295,8 @@ def _listed(words: Sequence[str]) -> str:
 class _Rule:
     """Fields that together say which layers hold experts, or attention.
 
-    `says(layer, *values)` is whether a layer does; `tries(count, target, *values)` are other values worth a look when
-    the layers `target` of `count` shall.
+    `says(layer, *values)` is whether a layer does; `tries(count, target, *values)` are other values worth a
+    look when the layers `target` of `count` shall.
     """
 
     kind: str
@@ -300,11 +305,11 @@ class _Rule:
     tries: Callable[..., Iterator[tuple[Any, ...]]]
 
     def values(self, fields: Mapping[str, Any]) -> tuple[Any, ...] | None:
-        found = tuple(fields.get(key) for key in self.keys)
-        return None if None in found else found
+        values = tuple(fields.get(key) for key in self.keys)
+        return None if None in values else values
 
     def governs(self, source: _Model) -> bool:
-        """Whether the source goes by this rule: fields may be left over from another family and say nothing."""
+        """Whether the source follows this rule: fields left over from another family say nothing."""
         values = self.values(source.fields)
         return values is not None and self.fits(values, len(source.layers), source.holds[self.kind])
 
@@ -369,33 +374,35 @@ _RULES = (
 
 
 def period(fields: Mapping[str, Any], holds: Mapping[str, Collection[int]], count: int) -> int:
-    """The number of blocks after which the pattern of `count` layers repeats, where a config with these `fields` can say
-    which of them hold experts or attention by a period alone; 1 where any choice of blocks can be said."""
-    found = [
+    """The number of blocks after which the pattern of `count` layers repeats, where a config with these
+    `fields` can say which of them hold experts or attention by a period alone; 1 where any choice of blocks
+    can be said."""
+    periods = [
         values[0]
         for rule in _RULES
         # A single layer is said by a period longer than the model.
         if rule.tries is _periods and 1 < len(holds[rule.kind]) < count
         and (values := rule.values(fields)) is not None and rule.fits(values, count, holds[rule.kind])
     ]  # fmt: skip
-    return math.lcm(*found)
+    return math.lcm(*periods)
 
 
 def _settle(
     edited: Config, source: _Model, targets: Mapping[str, Collection[int]], place: str
 ) -> tuple[list[_Rule], list[_Rule]]:
-    """Set, in `edited`, the fields of the rules that the source goes by: those that now say `targets`, and the others."""
-    fields, said, unsaid = _fields(edited, place), [], []
+    """Set, in `edited`, the fields of the rules that the source goes by: those that now say `targets`, and
+    the others."""
+    fields, settled, unsettled = _fields(edited, place), [], []
     count = _home(edited).get("num_hidden_layers") or len(source.layers)
     for rule in _RULES:
         now = rule.values(fields)
         if now is None or not rule.governs(source):
             continue
         values = rule.solve(now, count, targets[rule.kind])
-        (unsaid if values is None else said).append(rule)
+        (unsettled if values is None else settled).append(rule)
         changes = zip(rule.keys, values or now, now, strict=True)
         _write(edited, {key: new for key, new, old in changes if new != old})
-    return said, unsaid
+    return settled, unsettled
 
 
 def _write(edited: Config, fields: Mapping[str, Any]) -> None:
@@ -407,28 +414,28 @@ def _write(edited: Config, fields: Mapping[str, Any]) -> None:
 # Mixtures that become dense
 
 
-def _say_dense(raw: Mapping[str, Any], source: _Model, dense: Collection[int], place: str) -> Config | None:
+def _write_dense(raw: Mapping[str, Any], source: _Model, dense: Collection[int], place: str) -> Config | None:
     """`raw` with the layers `dense` dense, or None where none of its fields can say that."""
     edited = copy.deepcopy(dict(raw))
     listed = _list_dense(edited, source, dense)
     targets = {**source.holds, "experts": source.holds["experts"] - set(dense)}
-    said, unsaid = _settle(edited, source, targets, place)
-    return edited if listed or ("experts" in {rule.kind for rule in said} and not unsaid) else None
+    settled, unsettled = _settle(edited, source, targets, place)
+    return edited if listed or ("experts" in {rule.kind for rule in settled} and not unsettled) else None
 
 
 def _list_dense(edited: Config, source: _Model, dense: Collection[int]) -> bool:
     """Write `dense` into every list that tells mixtures from dense layers; whether there is one."""
-    found = False
+    written = False
     for key, (moe, plain) in quirks.DENSE_WORDS.items():
         entries = _home(edited).get(key) or source.fields.get(key)
         if not isinstance(entries, list | str):
             continue
         layers = range(len(source.layers))
         if {layer for layer in layers if entries[layer] == moe} == source.holds["experts"]:
-            said = [plain if layer in dense else entry for layer, entry in enumerate(entries)]
-            _write(edited, {key: "".join(map(str, said)) if isinstance(entries, str) else said})
-            found = True
-    return found
+            words = [plain if layer in dense else entry for layer, entry in enumerate(entries)]
+            _write(edited, {key: "".join(map(str, words)) if isinstance(entries, str) else words})
+            written = True
+    return written
 
 
 def _narrow(edited: Config, source: _Model) -> Iterator[Config]:
@@ -440,21 +447,22 @@ def _narrow(edited: Config, source: _Model) -> Iterator[Config]:
             yield narrow
 
 
-def _dense_trouble(source: _Model, built: _Model, dense: Collection[int]) -> str | None:
+def _dense_difference(source: _Model, built: _Model, dense: Collection[int]) -> str | None:
     """How the layers of `built` differ from the source's beside the MLP of the layers `dense`, or None."""
     for number, (old, new) in enumerate(zip(source.layers, built.layers, strict=True)):
         if number in dense:
             block = cast("str", source.blocks[number])
             old, new = _beside(old, block), _beside(new, block)
-        warnings = _difference(number, old, new)
-        if warnings:
-            return warnings
+        difference = _difference(number, old, new)
+        if difference:
+            return difference
     left = built.holds["experts"] & set(dense)
     return f"{_names(left)} would still hold experts" if left else None
 
 
 def _beside(parts: Mapping[str, Any], block: str) -> dict[str, Any]:
-    """The parts of a layer beside one block; the layer's own attributes may name its kind, and are left out too."""
+    """The parts of a layer beside one block; the layer's own attributes may name its kind, and are left out
+    too."""
     return {
         key: value
         for key, value in parts.items()
@@ -485,5 +493,5 @@ def _cannot_say_dense(raw: Mapping[str, Any], dense: Collection[int], place: str
 def _other_dense(raw: Mapping[str, Any], source: _Model, dense: Collection[int], place: str) -> str:
     """A cure: as many of the first MoE layers, where the family can say that."""
     first = sorted(source.holds["experts"])[: len(dense)]
-    sayable = _say_dense(raw, source, first, place) is not None
+    sayable = _write_dense(raw, source, first, place) is not None
     return f"take {_names(first)}, or drop whole layers instead" if sayable else "drop whole layers instead"

@@ -1,12 +1,14 @@
-"""Equivalent architectures: a checkpoint of one family, presented as one of another whose stock code computes the same function.
+"""Equivalent architectures: a checkpoint of one family, presented as one of another whose stock code computes
+the same function.
 
-Some configs cannot say what a plan wants ("this layer has no mixture"), and one old family is not in transformers at
-all. Where another family's code computes the same, a `Equivalent` says how to move: the config's words, the tensors' names,
-zeros for parts that only the other family has, and factors that are powers of two, so that every stored value stays
-exact. It is done on the `Checkpoint`, and nothing above it knows: blueprint, plan, shards and verify see the other family.
+Some configs cannot say what a plan wants ("this layer has no mixture"), and one old family is not in
+transformers at all. Where another family's code computes the same, a `Equivalent` says how to move: the
+config's words, the tensors' names, zeros for parts that only the other family has, and factors that are
+powers of two, so that every stored value stays exact. It is done on the `Checkpoint`, and nothing above it
+knows: blueprint, plan, shards and verify see the other family.
 
-Logits are equal to the last bit in float32. In half precision the two codes may round at other places: Mixtral keeps
-its gate weights in float32, Qwen2-MoE rounds them.
+Logits are equal to the last bit in float32. In half precision the two codes may round at other places:
+Mixtral keeps its gate weights in float32, Qwen2-MoE rounds them.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class Rename:
 class Filler:
     """Zeros `name`, of the `shape` that the new config makes, beside every tensor `beside` and in its dtype.
 
-    Both names end a tensor's name in the new family. A source whose config has a value for `unless` brings its own.
+    Both names end a tensor's name in the new family. A source whose config has a value for `unless` brings
+    its own.
     """
 
     name: str
@@ -60,9 +63,9 @@ class Filler:
 class Equivalent:
     """How checkpoints of `source` become checkpoints of `target`.
 
-    `config` makes the entries of the new config that differ from the source's, `gone` are keys that the target does
-    not have. `unless` are the reasons why a config cannot move, one clause and one test each. `defaults` stand in for
-    the config class of a family that transformers does not have.
+    `config` makes the entries of the new config that differ from the source's, `gone` are keys that the
+    target does not have. `unless` are the reasons why a config cannot move, one clause and one test each.
+    `defaults` stand in for the config class of a family that transformers does not have.
     """
 
     source: str
@@ -106,8 +109,8 @@ def equivalent_for(config: Config) -> Equivalent | None:
 
 def obstacle(equivalent: Equivalent, config: Config) -> str | None:
     """Why a config.json of the equivalent's source family cannot move, in one clause; None when it can."""
-    said = _said(equivalent, config)
-    return next((reason for reason, holds in equivalent.unless if holds(said)), None)
+    complete = _complete_config(equivalent, config)
+    return next((reason for reason, holds in equivalent.unless if holds(complete)), None)
 
 
 def converted(checkpoint: Checkpoint, equivalent: Equivalent) -> Converted:
@@ -117,11 +120,11 @@ def converted(checkpoint: Checkpoint, equivalent: Equivalent) -> Converted:
         raise UserError(
             f"{checkpoint.folder}: this {equivalent.source} model cannot be presented as {equivalent.target} ({reason})"
         )
-    said = _said(equivalent, checkpoint.config)
-    config = _new_config(equivalent, said)
-    fillers = [filler for filler in equivalent.fillers if not (filler.unless and said[filler.unless])]
-    moved = (_moved(ref, equivalent.renames) for ref in checkpoint.tensors.values())
-    tensors = {ref.name: ref for old in moved for ref in (old, *_filled(old, fillers, config))}
+    complete = _complete_config(equivalent, checkpoint.config)
+    config = _new_config(equivalent, complete)
+    fillers = [filler for filler in equivalent.fillers if not (filler.unless and complete[filler.unless])]
+    renamed = (_apply_renames(ref, equivalent.renames) for ref in checkpoint.tensors.values())
+    tensors = {ref.name: ref for old in renamed for ref in (old, *_fillers_beside(old, fillers, config))}
     return Converted(checkpoint.folder, config, tensors, checkpoint.files, source=checkpoint)
 
 
@@ -149,37 +152,41 @@ def adopt(checkpoint: Checkpoint) -> Checkpoint:
 def tokenizer_config(config: Config) -> dict[str, Any]:
     """A tokenizer_config.json for the other family: tokenizer.json, which must be there, is read as it is.
 
-    Left alone, `AutoTokenizer` goes by the family: it reads Mixtral's file as it is, but under Qwen2-MoE's name believes
-    the class that Mixtral's tokenizer_config.json names, which cuts leading spaces differently.
+    Left alone, `AutoTokenizer` goes by the family: it reads Mixtral's file as it is, but under Qwen2-MoE's
+    name believes the class that Mixtral's tokenizer_config.json names, which cuts leading spaces differently.
     """
     return {**config, "tokenizer_class": "PreTrainedTokenizerFast"}
 
 
-def _new_config(equivalent: Equivalent, said: Config) -> dict[str, Any]:
-    kept = {key: value for key, value in said.items() if key not in equivalent.gone}
+def _new_config(equivalent: Equivalent, config: Config) -> dict[str, Any]:
+    remaining = {key: value for key, value in config.items() if key not in equivalent.gone}
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[equivalent.target]
-    return kept | equivalent.config(said) | {"model_type": equivalent.target, "architectures": [architecture]}
+    return (
+        remaining
+        | equivalent.config(config)
+        | {"model_type": equivalent.target, "architectures": [architecture]}
+    )
 
 
-def _said(equivalent: Equivalent, config: Config) -> dict[str, Any]:
+def _complete_config(equivalent: Equivalent, config: Config) -> dict[str, Any]:
     """A config.json with everything that it leaves to the defaults of its family."""
     if equivalent.source in CONFIG_MAPPING:
-        said = json.loads(read_config(config, "this checkpoint").to_json_string())
+        complete = json.loads(read_config(config, "this checkpoint").to_json_string())
     else:
-        said = {**equivalent.defaults, **config}
-    said.pop("auto_map", None)  # custom code has no part in the other family
-    return said
+        complete = {**equivalent.defaults, **config}
+    complete.pop("auto_map", None)  # custom code has no part in the other family
+    return complete
 
 
-def _moved(ref: TensorRef, renames: tuple[Rename, ...]) -> TensorRef:
+def _apply_renames(ref: TensorRef, renames: tuple[Rename, ...]) -> TensorRef:
     for rename in renames:
-        name, found = re.subn(rename.pattern, rename.to, ref.name)
-        if found:
+        name, count = re.subn(rename.pattern, rename.to, ref.name)
+        if count:
             ref = replace(ref, name=name, factor=ref.factor * rename.factor)
     return ref
 
 
-def _filled(ref: TensorRef, fillers: list[Filler], config: Config) -> Iterator[TensorRef]:
+def _fillers_beside(ref: TensorRef, fillers: list[Filler], config: Config) -> Iterator[TensorRef]:
     """The zeros that stand beside a tensor."""
     for filler in fillers:
         if ref.name.endswith("." + filler.beside):
@@ -187,17 +194,17 @@ def _filled(ref: TensorRef, fillers: list[Filler], config: Config) -> Iterator[T
             yield TensorRef(name, filler.shape(config), ref.dtype, "")
 
 
-def _head_dim(said: Config) -> int:
-    return said.get("head_dim") or said["hidden_size"] // said["num_attention_heads"]
+def _head_dim(config: Config) -> int:
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
-def _mixtral_to_qwen2(said: Config) -> dict[str, Any]:
+def _mixtral_to_qwen2(config: Config) -> dict[str, Any]:
     return {
-        "num_experts": said["num_local_experts"],
-        "moe_intermediate_size": said["intermediate_size"],
+        "num_experts": config["num_local_experts"],
+        "moe_intermediate_size": config["intermediate_size"],
         "norm_topk_prob": True,
         "shared_expert_intermediate_size": _NO_WIDTH,
-        "head_dim": _head_dim(said),
+        "head_dim": _head_dim(config),
         "qkv_bias": True,
         # Where dense layers are, and how wide; as yet there are none.
         "decoder_sparse_step": 1,
@@ -206,42 +213,42 @@ def _mixtral_to_qwen2(said: Config) -> dict[str, Any]:
     }
 
 
-def _deepseek_to_qwen2(said: Config) -> dict[str, Any]:
-    top_k, layers = said["num_experts_per_tok"], range(said["num_hidden_layers"])
-    first, step = said["first_k_dense_replace"], said["moe_layer_freq"]
-    shared = (said["n_shared_experts"] or 0) * said["moe_intermediate_size"]
+def _deepseek_to_qwen2(config: Config) -> dict[str, Any]:
+    top_k, layers = config["num_experts_per_tok"], range(config["num_hidden_layers"])
+    first, step = config["first_k_dense_replace"], config["moe_layer_freq"]
+    shared = (config["n_shared_experts"] or 0) * config["moe_intermediate_size"]
     return {
-        "num_experts": said["n_routed_experts"],
+        "num_experts": config["n_routed_experts"],
         # The old code does not renormalise a single gate weight.
-        "norm_topk_prob": said["norm_topk_prob"] and top_k > 1,
+        "norm_topk_prob": config["norm_topk_prob"] and top_k > 1,
         "shared_expert_intermediate_size": shared or _NO_WIDTH,
-        "num_key_value_heads": said["num_key_value_heads"] or said["num_attention_heads"],
-        "head_dim": _head_dim(said),
+        "num_key_value_heads": config["num_key_value_heads"] or config["num_attention_heads"],
+        "head_dim": _head_dim(config),
         "qkv_bias": False,
-        "router_aux_loss_coef": said["aux_loss_alpha"],
+        "router_aux_loss_coef": config["aux_loss_alpha"],
         "decoder_sparse_step": 1,
         "mlp_only_layers": [index for index in layers if index < first or index % step],
     }
 
 
-def _deepseek3_to_glm4_lite(said: Config) -> dict[str, Any]:
-    return {"mlp_layer_types": _dense_prefix(said)}
+def _deepseek3_to_glm4_lite(config: Config) -> dict[str, Any]:
+    return {"mlp_layer_types": _dense_prefix(config)}
 
 
-def _dots1_to_hy3(said: Config) -> dict[str, Any]:
+def _dots1_to_hy3(config: Config) -> dict[str, Any]:
     return {
-        "num_experts": said["n_routed_experts"],
-        "num_shared_experts": said["n_shared_experts"],
-        "router_scaling_factor": said["routed_scaling_factor"],
-        "mlp_layer_types": _dense_prefix(said),
+        "num_experts": config["n_routed_experts"],
+        "num_shared_experts": config["n_shared_experts"],
+        "router_scaling_factor": config["routed_scaling_factor"],
+        "mlp_layer_types": _dense_prefix(config),
         "enable_moe_fp32_combine": False,
-        "head_dim": _head_dim(said),
+        "head_dim": _head_dim(config),
     }
 
 
-def _dense_prefix(said: Config) -> list[str]:
-    dense = said["first_k_dense_replace"]
-    return ["dense" if index < dense else "sparse" for index in range(said["num_hidden_layers"])]
+def _dense_prefix(config: Config) -> list[str]:
+    dense = config["first_k_dense_replace"]
+    return ["dense" if index < dense else "sparse" for index in range(config["num_hidden_layers"])]
 
 
 # What Qwen2-MoE has and others may lack. The router's weight is stored in every layer with experts, and only there.
@@ -269,12 +276,12 @@ def _no_shared_expert(unless: str = "") -> tuple[Filler, ...]:
     )
 
 
-def _scaled_otherwise(said: Config) -> bool:
+def _scaled_otherwise(config: Config) -> bool:
     """Whether an old config stretches its rotary tables in a way other than the linear one.
 
     The old code names the way `type`; what newer transformers saved of such a config names it `rope_type`.
     """
-    scaling = said["rope_scaling"]
+    scaling = config["rope_scaling"]
     if scaling is None:
         return False
     if not isinstance(scaling, Mapping):
@@ -284,17 +291,17 @@ def _scaled_otherwise(said: Config) -> bool:
     return ways not in (["linear"], ["linear", "linear"])
 
 
-def _no_factor(said: Config) -> bool:
+def _no_factor(config: Config) -> bool:
     """Whether an old config stretches its rotary tables by nothing that could be reckoned with."""
-    factor = (said["rope_scaling"] or {"factor": 1.0}).get("factor")
+    factor = (config["rope_scaling"] or {"factor": 1.0}).get("factor")
     return isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf
 
 
 def _no_count(key: str, least: int, *, optional: bool = False) -> tuple[str, Callable[[Config], bool]]:
     """An obstacle: a number that the move reckons with is none, which the old code could not run either."""
 
-    def holds(said: Config) -> bool:
-        value = said.get(key)
+    def holds(config: Config) -> bool:
+        value = config.get(key)
         if value is None:
             return not optional
         return isinstance(value, bool) or not isinstance(value, int) or value < least

@@ -1,8 +1,9 @@
 """Every expert of every family in one function, so that what they compute can be seen.
 
-transformers lets an experts implementation be registered by name; ours computes each selected expert's answer and shows tokens,
-gate weights and answers to whoever is `observing` (one at a time; who began last). The modules' own flags (`has_gate`, `has_bias`,
-`is_transposed`, `has_post_expert_norm`) say how their weights are laid out; their classes share no base, hence `Any`.
+transformers lets an experts implementation be registered by name; ours computes each selected expert's answer
+and shows tokens, gate weights and answers to whoever is `observing` (one at a time; who began last). The
+modules' own flags (`has_gate`, `has_bias`, `is_transposed`, `has_post_expert_norm`) say how their weights are
+laid out; their classes share no base, hence `Any`.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ _NOBODY = _Observers()
 def observing(
     experts: nn.Module, *, before: Before | None = None, after: After | None = None
 ) -> Generator[None]:
-    """While in here, `before` sees what the experts are asked (and may answer in their place) and `after` what each selected one
-    answered, unweighted. Whoever observed them until then does not, and does again afterwards."""
+    """While in here, `before` sees what the experts are asked (and may answer in their place) and `after`
+    what each selected one answered, unweighted. Whoever observed them until then does not, and does again
+    afterwards."""
     outer = experts.__dict__.get(_OBSERVERS)
     experts.__dict__[_OBSERVERS] = _Observers(before, after)
     try:
@@ -53,7 +55,8 @@ def observing(
 def experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Weighted sum [T, H] of what the selected experts answer; a slot with index >= num_experts adds nothing."""
+    """Weighted sum [T, H] of what the selected experts answer; a slot with index >= num_experts adds
+    nothing."""
     observers: _Observers = self.__dict__.get(_OBSERVERS, _NOBODY)
     if observers.before is not None:
         answer = observers.before(hidden_states, top_k_index, top_k_weights)
@@ -83,7 +86,8 @@ def expert_outputs(experts: Any, hidden: Tensor, index: Tensor) -> Tensor:
 
 
 def expert_forward(experts: Any, expert: int, hidden: Tensor) -> Tensor:
-    """One expert on tokens [N, H]: down(act(gate) * up), as the module's flags say; in the precision of the tokens."""
+    """One expert on tokens [N, H]: down(act(gate) * up), as the module's flags say; in the precision of the
+    tokens."""
     inner = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", expert, hidden)
     inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
     output = _linear(experts, "down_proj", expert, inner)

@@ -1,8 +1,8 @@
 """A decoder layer without one of its branches, for as long as it is asked.
 
-What is silenced adds nothing: its module is replaced by one that answers zeros in the form the layer expects, its norms
-by nothing, exactly as in a model whose config skips the branch. So a cut can be tried before it is made, and one branch
-be run by itself.
+What is silenced adds nothing: its module is replaced by one that answers zeros in the form the layer expects,
+its norms by nothing, exactly as in a model whose config skips the branch. So a cut can be tried before it is
+made, and one branch be run by itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from moespresso.runtime import Anatomy, NoNorm, Silent
 
 @contextmanager
 def without(layer: nn.Module, anatomy: Anatomy, branches: Collection[Branch]) -> Iterator[None]:
-    """While inside, `branches` of the layer add nothing to the residual stream. Needs a forward without a cache."""
+    """While inside, `branches` of the layer add nothing to the residual stream. Needs a forward without a
+    cache."""
     real: dict[str, nn.Module] = {}
     for name in branches:
         branch = anatomy.attention if name == "attention" else anatomy.mlp

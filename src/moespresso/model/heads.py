@@ -1,8 +1,9 @@
 """What the heads of an attention are, and which of their dims may go, found by looking at the module.
 
-Queries, keys, values and outputs must be one matrix each (`q_proj`, `k_proj`, `v_proj`, `o_proj`) of as many rows or columns
-as the config's heads ask for; whatever else the module holds is a reason to leave dims alone, unless it is known not to
-touch them. Which dims a rotary embedding turns together is seen by turning unit vectors with the family's own function.
+Queries, keys, values and outputs must be one matrix each (`q_proj`, `k_proj`, `v_proj`, `o_proj`) of as many
+rows or columns as the config's heads ask for; whatever else the module holds is a reason to leave dims alone,
+unless it is known not to touch them. Which dims a rotary embedding turns together is seen by turning unit
+vectors with the family's own function.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ _OTHERS = ("rotary", "rope", "freqs", "position_embeddings")
 
 def find_heads(module: nn.Module, config: PreTrainedConfig, model: PreTrainedModel) -> Heads:
     """The heads of an attention `module` of `model`; `config` is that of its layer."""
-    warnings = _not_plain(module) or _shared(config)
-    if warnings:
-        return Heads(no_qk=warnings, no_vo=warnings)
+    reason = _not_plain(module) or _shares_keys(config)
+    if reason:
+        return Heads(no_qk=reason, no_vo=reason)
     q, k, v, o = (tuple(module.get_submodule(name).weight.shape) for name in PROJECTIONS)  # pyright: ignore[reportArgumentType, reportCallIssue]
     count = int(config.num_attention_heads)
     kv_count = int(getattr(config, "num_key_value_heads", None) or count)
     qk_dim, v_dim = q[0] // count, v[0] // kv_count
     if (count * qk_dim, kv_count * qk_dim, kv_count * v_dim, count * v_dim) != (q[0], k[0], v[0], o[1]):
-        warnings = f"has projections that {count} heads on {kv_count} do not explain (an output gate may be one of them)"
-        return Heads(no_qk=warnings, no_vo=warnings)
+        reason = f"has projections that {count} heads on {kv_count} do not explain (an output gate may be one of them)"
+        return Heads(no_qk=reason, no_vo=reason)
     norms = {side: [n for n in _norms(module) if n[0] in letters] for side, letters in _SIDES.items()}
     no_qk = f"has a norm over the dims of queries or keys ({norms['qk'][0]})" if norms["qk"] else ""
     no_vo = f"has a norm over the dims of values ({norms['vo'][0]})" if norms["vo"] else ""
@@ -81,7 +82,7 @@ def _not_plain(module: nn.Module) -> str:
     return f"has a {min(beside)}, which this version does not know" if beside else ""
 
 
-def _shared(config: PreTrainedConfig) -> str:
+def _shares_keys(config: PreTrainedConfig) -> str:
     shared = getattr(config, "num_kv_shared_layers", None) or 0
     return "shares keys and values with other layers (num_kv_shared_layers)" if shared else ""
 
@@ -98,11 +99,13 @@ def _units(module: nn.Module, model: PreTrainedModel, width: int) -> tuple[tuple
         for name, buffer in model.named_buffers()
         if name.endswith("inv_freq") and "original" not in name
     }
-    found = {units for size in sizes if (units := _turned(turn, width, size)) is not None} if turn else set()
-    return found.pop() if len(found) == 1 else None
+    candidates = (
+        {units for size in sizes if (units := _turn_units(turn, width, size)) is not None} if turn else set()
+    )
+    return candidates.pop() if len(candidates) == 1 else None
 
 
-def _turned(turn: Callable[..., Any], width: int, frequencies: int) -> tuple[tuple[int, ...], ...] | None:
+def _turn_units(turn: Callable[..., Any], width: int, frequencies: int) -> tuple[tuple[int, ...], ...] | None:
     """What `turn` does to unit vectors: the dims that it mixes, by pairs, and those that it leaves alone."""
     for angles in (2 * frequencies, frequencies):
         generator = torch.Generator().manual_seed(0)
@@ -113,16 +116,16 @@ def _turned(turn: Callable[..., Any], width: int, frequencies: int) -> tuple[tup
         except (RuntimeError, TypeError, ValueError):
             continue  # its tables are of another width
         if tuple(turned.shape) == tuple(vectors.shape):
-            return _mixed(turned[:, 0, 0] != 0)
+            return _mixed_dims(turned[:, 0, 0] != 0)
     return None
 
 
-def _mixed(seen: Tensor) -> tuple[tuple[int, ...], ...] | None:
+def _mixed_dims(seen: Tensor) -> tuple[tuple[int, ...], ...] | None:
     """Dims by which others they are mixed with, from `seen` [d, d]; None where these are no pairs."""
     both = seen | seen.T | torch.eye(len(seen), dtype=torch.bool)
     units = dict.fromkeys(tuple(row.nonzero().flatten().tolist()) for row in both)
-    whole = sum(map(len, units)) == len(seen) and all(len(unit) <= 2 for unit in units)
-    return tuple(units) if whole else None
+    in_pairs = sum(map(len, units)) == len(seen) and all(len(unit) <= 2 for unit in units)
+    return tuple(units) if in_pairs else None
 
 
 @cache

@@ -1,10 +1,10 @@
 """Plain tensors that transformers joins as it reads, stored joined where it could not join them.
 
-Beside packed matrices transformers 5.23 unpacks before it converts: every conversion whose sources end in `.weight` (the
-short convolutions of queries, keys and values; the shards of an n-gram table) is then given packed parts only, finds none,
-and stops. Names that are the model's own need no conversion, so what would only be laid end to end is written laid end to
-end. What would be converted in another way is `unreadable`; what is packed where the model has no
-linear layer is `packed_alone`.
+Beside packed matrices transformers 5.23 unpacks before it converts: every conversion whose sources end in
+`.weight` (the short convolutions of queries, keys and values; the shards of an n-gram table) is then given
+packed parts only, finds none, and stops. Names that are the model's own need no conversion, so what would
+only be laid end to end is written laid end to end. What would be converted in another way is `unreadable`;
+what is packed where the model has no linear layer is `packed_alone`.
 """
 
 from __future__ import annotations
@@ -26,33 +26,34 @@ Config = Mapping[str, Any]
 
 
 def joined(pieces: Sequence[Piece], config: Config, place: str) -> list[Piece]:
-    """`pieces` with those laid end to end that the library could not convert; `config` is that of the source."""
+    """`pieces` with those laid end to end that the library could not convert; `config` is that of the
+    source."""
     if not _beside_packed(pieces):
         return list(pieces)
     names = _names_of(config, place)
-    groups = _converted(pieces, names)
+    groups = _by_conversion(pieces, names)
     firsts = {together[0].name: name for name, together in groups.items() if _can_join(name, together, names)}
     gone = {piece.name for name in firsts.values() for piece in groups[name]}
-    found: list[Piece] = []
+    result: list[Piece] = []
     for piece in pieces:
         if piece.name in firsts:
-            found.append(_end_to_end(firsts[piece.name], groups[firsts[piece.name]]))
+            result.append(_end_to_end(firsts[piece.name], groups[firsts[piece.name]]))
         elif piece.name not in gone:
-            found.append(piece)
-    return found
+            result.append(piece)
+    return result
 
 
 def unreadable(pieces: Sequence[Piece], config: Config, place: str) -> list[str]:
     """Names of plain pieces that the library would have to convert beside packed ones, which it cannot."""
     if not _beside_packed(pieces):
         return []
-    groups = _converted(pieces, _names_of(config, place))
+    groups = _by_conversion(pieces, _names_of(config, place))
     return [piece.name for together in groups.values() for piece in together]
 
 
 def packed_alone(pieces: Sequence[Piece], config: Config, place: str) -> list[str]:
-    """Names of packed matrices for which the model has no linear layer, so that transformers leaves what it has there random:
-    most routers. Experts aside, which it knows as such, and what it converts."""
+    """Names of packed matrices for which the model has no linear layer, so that transformers leaves what it
+    has there random: most routers. Experts aside, which it knows as such, and what it converts."""
     asked = [piece for piece in pieces
              if piece.ref.packed is not None and piece.unit.part != "experts" and piece.source.in_graph]  # fmt: skip
     if not asked:
@@ -69,20 +70,23 @@ def _beside_packed(pieces: Sequence[Piece]) -> bool:
     )
 
 
-def _converted(pieces: Sequence[Piece], names: Names) -> dict[str, list[Piece]]:
-    """Plain pieces behind a conversion that waits for packed parts, in the order it takes them, by the name they get."""
-    found: dict[str, list[tuple[Any, Piece]]] = {}
+def _by_conversion(pieces: Sequence[Piece], names: Names) -> dict[str, list[Piece]]:
+    """Plain pieces behind a conversion that waits for packed parts, in the order it takes them, by the name
+    they get."""
+    waiting: dict[str, list[tuple[Any, Piece]]] = {}
     for piece in pieces:
         name, pattern = names.in_memory(piece.name)
         if piece.ref.packed is None and pattern is not None and names.waits_for_packed(pattern):
-            found.setdefault(name, []).append((names.order(piece.name, pattern), piece))
+            waiting.setdefault(name, []).append((names.order(piece.name, pattern), piece))
     return {
-        name: [piece for _, piece in sorted(each, key=lambda pair: pair[0])] for name, each in found.items()
+        name: [piece for _, piece in sorted(ordered, key=lambda pair: pair[0])]
+        for name, ordered in waiting.items()
     }
 
 
 def _can_join(name: str, together: Sequence[Piece], names: Names) -> bool:
-    """Whether laying these end to end is all that the library would do, and what comes of it is read as it is."""
+    """Whether laying these end to end is all that the library would do, and what comes of it is read as it
+    is."""
     alike = {(piece.ref.dtype, piece.shape[1:]) for piece in together}
     patterns = [names.in_memory(piece.name)[1] or "" for piece in together]
     return (

@@ -1,9 +1,9 @@
 """Lock-step forward: every batch runs the model's own forward, all of them paused at the same layer.
 
-Each decoder layer is replaced by a stand-in that switches to the driver (`greenlet`) with its arguments and returns
-what the driver hands back. So masks, rotary tables, sliding windows and whatever else a family does between layers
-come from the family's own code; the driver loads a layer once, runs all paused batches through it, and lets them go
-on to the next. Nothing is captured by raising, nothing is re-implemented.
+Each decoder layer is replaced by a stand-in that switches to the driver (`greenlet`) with its arguments and
+returns what the driver hands back. So masks, rotary tables, sliding windows and whatever else a family does
+between layers come from the family's own code; the driver loads a layer once, runs all paused batches through
+it, and lets them go on to the next. Nothing is captured by raising, nothing is re-implemented.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class _StandIn(nn.Module):
 
 
 class PausedBatch:
-    """One batch on its way: its `hidden` states before the layer that it is paused at, or the last ones when it is through;
-    `args` and `kwargs` are what that layer is called with beside them."""
+    """One batch on its way: its `hidden` states before the layer that it is paused at, or the last ones when
+    it is through; `args` and `kwargs` are what that layer is called with beside them."""
 
     def __init__(self, forward: Callable[[], Tensor], *, hands_on: bool = False) -> None:
         self._greenlet = greenlet(forward)
@@ -56,8 +56,8 @@ class PausedBatch:
         self.hidden = self._take(self._greenlet.switch())
 
     def run(self, layer: nn.Module, hidden: Tensor | None = None) -> Tensor:
-        """The layer's output for this batch, or for other hidden states in its place (the batch stays paused: this
-        may be called again)."""
+        """The layer's output for this batch, or for other hidden states in its place (the batch stays paused:
+        this may be called again)."""
         output = layer(self.hidden if hidden is None else hidden, *self.args, **self.kwargs)
         if self._hands_on and isinstance(output, tuple):
             output, *beside = cast("tuple[Any, ...]", output)
@@ -69,10 +69,11 @@ class PausedBatch:
         return output
 
     def snapshot(self, hidden: Tensor) -> PausedBatch:
-        """This pause, which stays when the batch goes on, with its hidden states where they are kept meanwhile."""
-        kept = copy(self)
-        kept.hidden = hidden
-        return kept
+        """This pause, which stays when the batch goes on, with its hidden states where they are kept
+        meanwhile."""
+        pause = copy(self)
+        pause.hidden = hidden
+        return pause
 
     def go_on(self, output: Tensor) -> None:
         """Hand `output` back as the layer's result and run on to the next layer."""
@@ -96,7 +97,8 @@ class PausedBatch:
 def start(
     base: PreTrainedModel, layers_name: str, ids: list[Tensor], masks: list[Tensor | None]
 ) -> list[PausedBatch]:
-    """Start one forward per batch of `ids` [B, L]; all pause at the first layer. Gradient mode is the caller's.
+    """Start one forward per batch of `ids` [B, L]; all pause at the first layer. Gradient mode is the
+    caller's.
 
     Batches of equal ids hold what came before the first layer once: treat `hidden` as read-only.
     """
@@ -108,7 +110,7 @@ def start(
     stand_ins = nn.ModuleList([_StandIn(layer) for layer in real])
     setattr(base, path, stand_ins)
     try:
-        with _shared_tables(base), _observed(base.get_input_embeddings()) as embedded:
+        with _shared_tables(base), _observe(base.get_input_embeddings()) as embedded:
             for batch, mask in zip(ids, masks, strict=True):
                 embedded.clear()
                 batches.append(PausedBatch(partial(_forward, base, batch, mask), hands_on=hands_on))
@@ -125,7 +127,7 @@ def _forward(base: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def _observed(embedding: nn.Module) -> Iterator[list[Tensor]]:
+def _observe(embedding: nn.Module) -> Iterator[list[Tensor]]:
     """What the embedding answers, while in here."""
     answers: list[Tensor] = []
 
@@ -169,7 +171,8 @@ def _shared_tables(base: PreTrainedModel) -> Iterator[None]:
 
 
 def _remember(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Call `function` once per distinct arguments: embeddings count by shape, masks and positions by content."""
+    """Call `function` once per distinct arguments: embeddings count by shape, masks and positions by
+    content."""
     answers: dict[Any, Any] = {}
 
     def remembered(*args: Any, **kwargs: Any) -> Any:

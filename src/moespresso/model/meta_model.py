@@ -1,8 +1,8 @@
 """The model without its weights: built on `meta` from a config, filled one layer at a time.
 
-`MetaModel` holds transformers' own model with every parameter on `meta`. `outer()` loads what lies outside the decoder
-layers, `layer(i)` one decoder layer; both take it away again. Buffers that no checkpoint stores (rotary tables) are
-made by the family's own initialiser.
+`MetaModel` holds transformers' own model with every parameter on `meta`. `outer()` loads what lies outside
+the decoder layers, `layer(i)` one decoder layer; both take it away again. Buffers that no checkpoint stores
+(rotary tables) are made by the family's own initialiser.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def read_config(raw: Mapping[str, Any], place: str) -> PreTrainedConfig:
 
 
 def _check_dtype(raw: Mapping[str, Any], place: str) -> None:
-    said = raw.get("torch_dtype") if raw.get("dtype") is None else raw["dtype"]
+    named = raw.get("torch_dtype") if raw.get("dtype") is None else raw["dtype"]
     # One of several, by the names of inner models, is left to the family.
-    if said is None or isinstance(said, dict) or isinstance(getattr(torch, str(said), None), torch.dtype):
+    if named is None or isinstance(named, dict) or isinstance(getattr(torch, str(named), None), torch.dtype):
         return
     raise UserError(
-        f"{place}/config.json names dtype {said!r}, which torch does not have: write bfloat16, float16 or float32 there"
+        f"{place}/config.json names dtype {named!r}, which torch does not have: write bfloat16, float16 or float32 there"
     )
 
 
@@ -142,7 +142,8 @@ def scores_by_sigmoid(router: nn.Module, config: PreTrainedConfig) -> bool:
 
 
 def scores_groups_by_two(router: nn.Module) -> bool:
-    """Whether a router scores a group of experts by the sum of its two best, so that two must remain in each."""
+    """Whether a router scores a group of experts by the sum of its two best, so that two must remain in
+    each."""
     return re.search(r"topk\(\s*2\b", _code(type(router))) is not None
 
 
@@ -160,8 +161,8 @@ def layer_config(config: PreTrainedConfig, index: int) -> PreTrainedConfig:
 class MetaModel:
     """One model, on `meta` but for what is being used.
 
-    `tensors` maps on-disk names to anything that answers `[...]` with a tensor (see `checkpoint.reader.Lazy`);
-    `specs` are the layers as the blueprint has them.
+    `tensors` maps on-disk names to anything that answers `[...]` with a tensor (see
+    `checkpoint.reader.Lazy`); `specs` are the layers as the blueprint has them.
     """
 
     def __init__(
@@ -180,7 +181,7 @@ class MetaModel:
         self.specs, self.place, self.dtype, self.device = specs, place, dtype, device
         self._names = Names(self.model)
         self._tensors = self._by_layer(tensors)
-        stored = {self.in_memory(key) for each in self._tensors.values() for key in each}
+        stored = {self.in_memory(key) for by_key in self._tensors.values() for key in by_key}
         self._absent = self._names.state.keys() - stored
         self._anatomies: dict[int, Anatomy | None] = {}
         self._materialise_buffers()
@@ -222,11 +223,11 @@ class MetaModel:
             _to_meta(module)
 
     def _handle(self, index: int, module: nn.Module) -> Layer:
-        found = moe_block(module)
+        moe = moe_block(module)
         multiplier, anatomy = float(getattr(module, "residual_multiplier", 1.0)), self._anatomy(index)
-        if found is None:
+        if moe is None:
             return Layer(self.specs[index], module, residual_multiplier=multiplier, anatomy=anatomy)
-        block = found[1]
+        block = moe[1]
         router = find_router(block)
         assert router is not None
         return Layer(
@@ -250,7 +251,8 @@ class MetaModel:
 
     @contextmanager
     def outer(self) -> Iterator[None]:
-        """Everything outside the decoder layers in memory; embedding and head go again, the small last norm stays."""
+        """Everything outside the decoder layers in memory; embedding and head go again, the small last norm
+        stays."""
         self._load(None, self.model)
         self._tie()
         try:
@@ -266,8 +268,8 @@ class MetaModel:
         )
 
     def _tie(self) -> None:
-        """Tie what the loader ties: of a pair that the config ties, the one that no file holds is the other; where files hold
-        both, and they differ, each keeps its own."""
+        """Tie what the loader ties: of a pair that the config ties, the one that no file holds is the other;
+        where files hold both, and they differ, each keeps its own."""
         self.model.tie_weights(missing_keys=set(self._absent), recompute_mapping=False)
 
     def layer_state(self, index: int) -> dict[str, Tensor]:
@@ -284,7 +286,8 @@ class MetaModel:
         return self._names.to_disk(state)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [N, V] of last hidden states [N, H], by the family's own head (its scaling and capping included).
+        """Logits [N, V] of last hidden states [N, H], by the family's own head (its scaling and capping
+        included).
 
         Needs `outer()`. The whole model runs with its base replaced by one that answers `hidden`.
         """

@@ -1,10 +1,11 @@
 """The names of a checkpoint, both ways: the one file that stands on inner functions of transformers.
 
-On disk an expert is `block_sparse_moe.experts.3.w1.weight`; in memory it is rows of `mlp.experts.gate_up_proj`. The
-library knows the way for every family (`WeightConverter`s), and this file asks it: `Names.in_memory` renames a
-key, `Names.load` loads the tensors of one layer into a model on `meta` (plain stacks of experts are filled in place,
-everything else goes through the library's loader), `Names.to_disk` turns a layer's state back. `stock_dtype` asks it what a model is loaded in.
-Pinned to transformers 5.23; the family tests fail loudly when a release moves any of this.
+On disk an expert is `block_sparse_moe.experts.3.w1.weight`; in memory it is rows of
+`mlp.experts.gate_up_proj`. The library knows the way for every family (`WeightConverter`s), and this file
+asks it: `Names.in_memory` renames a key, `Names.load` loads the tensors of one layer into a model on `meta`
+(plain stacks of experts are filled in place, everything else goes through the library's loader),
+`Names.to_disk` turns a layer's state back. `stock_dtype` asks it what a model is loaded in. Pinned to
+transformers 5.23; the family tests fail loudly when a release moves any of this.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ _ROWS, _COLUMNS = 4, 3
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """One expert's matrix on disk, as rows of its stack in memory: a `share` of the expert's rows from the `first` on, both
-    as parts of one."""
+    """One expert's matrix on disk, as rows of its stack in memory: a `share` of the expert's rows from the
+    `first` on, both as parts of one."""
 
     name: str
     expert: int
@@ -70,7 +71,8 @@ class Names:
         self.state: dict[str, Tensor] = dict(model.state_dict())
 
     def in_memory(self, key: str) -> tuple[str, str | None]:
-        """Name in memory of an on-disk key, and the converter's source pattern that matched (None: only renamed)."""
+        """Name in memory of an on-disk key, and the converter's source pattern that matched (None: only
+        renamed)."""
         name, pattern = rename_source_key(
             key, self._renamings, self._converters, self._model.base_model_prefix, self.state
         )
@@ -79,13 +81,14 @@ class Names:
         return name, pattern
 
     def is_linear(self, key: str) -> bool:
-        """Whether a key is the weight of a linear layer of the model, in whose place loaders put one that is packed. A router may be
-        a class of its own instead."""
+        """Whether a key is the weight of a linear layer of the model, in whose place loaders put one that is
+        packed. A router may be a class of its own instead."""
         module, _, _ = self.in_memory(key)[0].rpartition(".")
         return isinstance(self._model.get_submodule(module), nn.Linear)
 
     def only_stacks(self, pattern: str) -> bool:
-        """Whether the converter behind a source pattern stacks experts and joins gate and up, and nothing else."""
+        """Whether the converter behind a source pattern stacks experts and joins gate and up, and nothing
+        else."""
         operations = self._converter(pattern).operations
         return [(type(operation), getattr(operation, "dim", None)) for operation in operations] in (
             [(MergeModulelist, 0)],
@@ -93,15 +96,16 @@ class Names:
         )
 
     def only_lays_end_to_end(self, pattern: str) -> bool:
-        """Whether the converter behind a source pattern lays its sources end to end along the first axis, and nothing else."""
+        """Whether the converter behind a source pattern lays its sources end to end along the first axis, and
+        nothing else."""
         operations = self._converter(pattern).operations
         return [(type(operation), getattr(operation, "dim", None)) for operation in operations] == [
             (Concatenate, 0)
         ]
 
     def waits_for_packed(self, pattern: str) -> bool:
-        """Whether the library gives the converter behind a source pattern packed parts only, where a checkpoint has any (a
-        stack of experts apart, which is what that is made for)."""
+        """Whether the library gives the converter behind a source pattern packed parts only, where a
+        checkpoint has any (a stack of experts apart, which is what that is made for)."""
         sources = self._converter(pattern).source_patterns
         return all(source.endswith(".weight") for source in sources) and not self.only_stacks(pattern)
 
@@ -132,7 +136,8 @@ class Names:
     def _fill(
         self, name: str, keys: dict[str, list[str]], tensors: Mapping[str, Any], device: torch.device
     ) -> None:
-        """Copy experts straight to their place in the stack; the library would hold every one of them twice."""
+        """Copy experts straight to their place in the stack; the library would hold every one of them
+        twice."""
         wanted = self.state[name]
         stack = torch.empty(wanted.shape, dtype=wanted.dtype, device=device)
         patterns = [
@@ -161,10 +166,10 @@ class Names:
             info, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), settings)
         if info.conversion_errors:
             name, error = next(iter(info.conversion_errors.items()))
-            raise _conversion_failed(name, [line for line in str(error).splitlines() if line.strip()])
-        for name, found, wanted in info.mismatched_keys:
+            raise _conversion_error(name, [line for line in str(error).splitlines() if line.strip()])
+        for name, shape, wanted in info.mismatched_keys:
             raise UserError(
-                f"{name} has shape {list(found)} in the files, the config asks for {list(wanted)}"
+                f"{name} has shape {list(shape)} in the files, the config asks for {list(wanted)}"
             )
 
     def to_disk(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -173,11 +178,12 @@ class Names:
         return revert_weight_conversion(self._model, dict(state))
 
     def own_layout(self) -> tuple[dict[str, str], dict[str, list[Slice]]]:
-        """How the library would write the model: the new name of every parameter that is written as it is, and of every
-        stack [E, out, in] that is written expert by expert the matrices on disk. Prefixes of wrappers are left alone, which
-        it knows from loading only.
+        """How the library would write the model: the new name of every parameter that is written as it is,
+        and of every stack [E, out, in] that is written expert by expert the matrices on disk. Prefixes of
+        wrappers are left alone, which it knows from loading only.
 
-        Found by what it makes of small stacks of counted numbers. A stack whose matrices are no runs of rows is left out.
+        Found by what it makes of small stacks of counted numbers. A stack whose matrices are no runs of rows
+        is left out.
         """
         probes = {
             name: torch.arange(tensor.shape[0] * _ROWS * _COLUMNS).view(-1, _ROWS, _COLUMNS)
@@ -194,15 +200,16 @@ class Names:
             name, pattern = self.in_memory(disk)
             if name in probes and pattern is not None and self.only_stacks(pattern):
                 slices.setdefault(name, []).append(_run_of_rows(disk, tensor))
-        whole = {name: sum(part.share for part in parts) for name, parts in slices.items()}
+        shares = {name: sum(part.share for part in parts) for name, parts in slices.items()}
         return renamed, {
-            name: parts for name, parts in slices.items() if whole[name] == probes[name].shape[0]
+            name: parts for name, parts in slices.items() if shares[name] == probes[name].shape[0]
         }
 
 
 def stock_dtype(config: PreTrainedConfig, files: Sequence[str], metadata: Mapping[str, Any]) -> Any:
-    """What the library loads a model in that no dtype was asked for: the config's, else that of its index, else of the first
-    floats, by name, of the first file. Raises `AttributeError` where the index names something that torch does not have."""
+    """What the library loads a model in that no dtype was asked for: the config's, else that of its index,
+    else of the first floats, by name, of the first file. Raises `AttributeError` where the index names
+    something that torch does not have."""
     return _get_dtype("auto", list(files), config, dict(metadata), None, weights_only=True)[1]
 
 
@@ -215,7 +222,7 @@ def _run_of_rows(name: str, tensor: Tensor) -> Slice:
     return Slice(name, expert, Fraction(row, _ROWS), Fraction(share, _ROWS))
 
 
-def _conversion_failed(name: str, traceback: list[str]) -> Exception:
+def _conversion_error(name: str, traceback: list[str]) -> Exception:
     """What the library tells as a traceback in text, as the error it was."""
     last = (traceback or ["unknown"])[-1].strip()
     if any("allocate memory" in line or "MemoryError" in line for line in traceback):

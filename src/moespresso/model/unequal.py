@@ -1,9 +1,10 @@
-"""The config.json of what a plan leaves, layers that differ included.
+"""The config.json of what remains after a plan, layers that differ included.
 
-Where all layers stay alike it is an ordinary config with other numbers. Where they do not, transformers' own key
-`per_layer_config` says what each has of its own, in the words that `moespresso.runtime.unequal` understands: another
-count of experts, branches and experts to skip. Where nothing else would stop an engine that does not know moespresso, a zero
-beside it does, and `architectures` names a class that no engine has (`moespresso.runtime.guard`).
+Where all layers stay alike it is an ordinary config with other numbers. Where they do not, transformers' own
+key `per_layer_config` says what each has of its own, in the words that `moespresso.runtime.unequal`
+understands: another count of experts, branches and experts to skip. Where nothing else would stop an engine
+that does not know moespresso, a zero beside it does, and `architectures` names a class that no engine has
+(`moespresso.runtime.guard`).
 """
 
 from __future__ import annotations
@@ -31,47 +32,49 @@ Config = dict[str, Any]
 def pressed_config(
     raw: Mapping[str, Any], source: Blueprint, plan: Plan, left: Remains, *, stock: bool = False
 ) -> Config:
-    """What `raw` (a config.json) becomes; raises `UserError` where no config can say which blocks are left. In the `stock`
-    form shared experts may be said to be wider than they are."""
-    whole = len(left.layers) == len(source.layers)
+    """What `raw` (a config.json) becomes; raises `UserError` where no config can say which blocks are left.
+    In the `stock` form shared experts may be said to be wider than they are."""
+    all_layers = len(left.layers) == len(source.layers)
     raw = evened(raw)  # what `left` knows of widths is said anew
-    config = copy.deepcopy(dict(raw)) if whole else with_layers(raw, left.layers, source.place)
+    config = copy.deepcopy(dict(raw)) if all_layers else with_layers(raw, left.layers, source.place)
     config.pop("auto_map", None)  # custom code is not copied; the family is transformers' own
     specs = {layer.index: layer for layer in source.layers}
     layers, biased = pressed_layers(source, left), biased_stubs(source, plan)
     rows = {layer.index: layer.experts + layer.skipped for layer in layers if layer.experts}
     before = [layer.experts + layer.skipped for layer in source.moe_layers]
-    config, own = _narrowed(config, source, layers, left, stock)
+    config, by_layer = _with_widths(config, source, layers, left, stock)
     common = _common(rows, before)
     if common is not None and (set(before) != {common} or len(set(rows.values())) > 1):
         config = with_count(config, source.family, common)
     for position, layer in enumerate(left.layers):
-        said = own.setdefault(position, {})
+        entry = by_layer.setdefault(position, {})
         if position in rows:
-            _set(said, _count_key(source.family), rows[position], common)
-        said_before = said.get("skip", ())
-        if (layer, "mlp") in left.cut:  # experts that were gone go with the rest
-            said_before = [word for word in said_before if not word.startswith("expert.")]
-        skip = [*said_before, *_skipped(specs[layer], left, biased)]
+            _set(entry, _count_key(source.family), rows[position], common)
+        skip_before = entry.get("skip", ())
+        if (layer, "mlp") in left.cut:  # experts that were gone are removed with the rest
+            skip_before = [word for word in skip_before if not word.startswith("expert.")]
+        skip = [*skip_before, *_skip_words(specs[layer], left, biased)]
         if skip:
-            said |= {"skip": sorted(set(skip))} | _zeros(specs[layer], left, source.family)
-    return _guarded(config, {position: said for position, said in own.items() if said}, source.family)
+            entry |= {"skip": sorted(set(skip))} | _zeros(specs[layer], left, source.family)
+    return _with_guard(
+        config, {position: entry for position, entry in by_layer.items() if entry}, source.family
+    )
 
 
-def _guarded(config: Config, own: Mapping[int, Config], family: str) -> Config:
-    """The config with what layers have of their `own`, and what makes others stop at it."""
+def _with_guard(config: Config, by_layer: Mapping[int, Config], family: str) -> Config:
+    """The config with the entries of single layers, `by_layer`, and what makes other engines stop at it."""
     text = _text(config)
     text.pop("per_layer_config", None)
-    if not own:
-        return _named(config, stock)
-    for said in own.values():
-        if zero_means_nothing(said) and not any(
-            key != OWN_WIDTHS and _stops(text, key, said[key]) for key in said
+    if not by_layer:
+        return _with_class_names(config, stock)
+    for entry in by_layer.values():
+        if zero_means_nothing(entry) and not any(
+            key != OWN_WIDTHS and _stops(text, key, entry[key]) for key in entry
         ):
-            said[_count_key(family)] = 0
-    text["per_layer_config"] = {str(position): said for position, said in own.items()}
+            entry[_count_key(family)] = 0
+    text["per_layer_config"] = {str(position): entry for position, entry in by_layer.items()}
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return _named({"architectures": [known[family]]} | config, guarded)
+    return _with_class_names({"architectures": [known[family]]} | config, guarded)
 
 
 def _stops(text: Config, key: str, value: Any) -> bool:
@@ -79,7 +82,7 @@ def _stops(text: Config, key: str, value: Any) -> bool:
     return isinstance(value, int) and (value == 0 or text.get(key, value) != value)
 
 
-def _named(config: Config, names: Callable[[list[str]], list[str]]) -> Config:
+def _with_class_names(config: Config, names: Callable[[list[str]], list[str]]) -> Config:
     """The config with other `names` of classes, wherever it has any."""
     for part in (config, _text(config)):
         if part.get("architectures"):
@@ -87,15 +90,15 @@ def _named(config: Config, names: Callable[[list[str]], list[str]]) -> Config:
     return config
 
 
-def _narrowed(
+def _with_widths(
     config: Config, source: Blueprint, layers: Sequence[LayerSpec], left: Remains, stock: bool
 ) -> tuple[Config, dict[int, Config]]:
     """The config with the widths of experts that are left, and what single layers have of their own."""
-    own = _own(config)
+    by_layer = _per_layer(config)
     positions = [left.position(layer) for layer in left.widths]
     widths = {at: layers[at].width for at in positions}
     if any(width != source.layers[left.layers[at]].width for at, width in widths.items()):
-        same = len(widths) == len(left.experts) and len(set(widths.values())) == 1 and not own
+        same = len(widths) == len(left.experts) and len(set(widths.values())) == 1 and not by_layer
         edited = with_width(config, widths[positions[0]], source.place, grow=stock) if same else None
         key = width_key(config)
         if edited is None and key is None:
@@ -104,13 +107,13 @@ def _narrowed(
             )
         if edited is None:
             for at, width in widths.items():
-                own.setdefault(at, {})[key or ""] = width
+                by_layer.setdefault(at, {})[key or ""] = width
         config = edited or config
     for at in positions:
         if layers[at].widths:
-            own.setdefault(at, {})[OWN_WIDTHS] = list(layers[at].widths)
+            by_layer.setdefault(at, {})[OWN_WIDTHS] = list(layers[at].widths)
             _text(config)[OWN_WIDTHS] = []  # what single layers say must have a value for all
-    return config, own
+    return config, by_layer
 
 
 def _text(config: Mapping[str, Any]) -> Any:
@@ -119,9 +122,9 @@ def _text(config: Mapping[str, Any]) -> Any:
     return part if isinstance(part, dict) else config
 
 
-def _own(config: Mapping[str, Any]) -> dict[int, Config]:
-    said: Mapping[str, Config] = _text(config).get("per_layer_config") or {}
-    return {int(layer): copy.deepcopy(values) for layer, values in said.items()}
+def _per_layer(config: Mapping[str, Any]) -> dict[int, Config]:
+    entries: Mapping[str, Config] = _text(config).get("per_layer_config") or {}
+    return {int(layer): copy.deepcopy(values) for layer, values in entries.items()}
 
 
 def _common(rows: Mapping[int, int], before: list[int]) -> int | None:
@@ -138,13 +141,13 @@ def _count_key(family: str) -> str:
     return next(key for key in quirks.COUNT_KEYS if key in known)
 
 
-def _set(said: Config, key: str, value: int, common: int | None) -> None:
-    said.pop(key, None)
+def _set(entry: Config, key: str, value: int, common: int | None) -> None:
+    entry.pop(key, None)
     if value != common:
-        said[key] = value
+        entry[key] = value
 
 
-def _skipped(layer: LayerSpec, left: Remains, biased: Collection[tuple[int, Branch]]) -> list[str]:
+def _skip_words(layer: LayerSpec, left: Remains, biased: Collection[tuple[int, Branch]]) -> list[str]:
     """The words for what the plan takes out of a layer while its place stays."""
     cut = [(layer.index, branch) for branch in layer.bodies if (layer.index, branch) in left.cut]
     words = [f"{at[1]}+bias" if at in biased else at[1] for at in cut]

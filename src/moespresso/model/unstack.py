@@ -1,10 +1,12 @@
-"""Unstacking: a checkpoint that has all experts of a layer in one tensor, presented as one that has each by itself.
+"""Unstacking: a checkpoint that has all experts of a layer in one tensor, presented as one that has each by
+itself.
 
-transformers 5 may save a model as it lies in memory (`save_original_format=False`): one `mlp.experts.gate_up_proj` a layer,
-where the family's own layout has `experts.3.gate_proj.weight` and so on, and only that has a packed form that engines load.
-In a stack [E, out, in] every expert's matrix is a run of bytes, and so are its halves where gate lies above up: each becomes
-a tensor by itself on the headers alone, under the name that the library would write it with. Like conversion it is done on
-the `Checkpoint`, and nothing above it knows; it is done only where a request cannot be met on the stacks.
+transformers 5 may save a model as it lies in memory (`save_original_format=False`): one
+`mlp.experts.gate_up_proj` a layer, where the family's own layout has `experts.3.gate_proj.weight` and so on,
+and only that has a packed form that engines load. In a stack [E, out, in] every expert's matrix is a run of
+bytes, and so are its halves where gate lies above up: each becomes a tensor by itself on the headers alone,
+under the name that the library would write it with. Like conversion it is done on the `Checkpoint`, and
+nothing above it knows; it is done only where a request cannot be met on the stacks.
 """
 
 from __future__ import annotations
@@ -36,11 +38,12 @@ class Unstacked(Checkpoint):
 
 
 def unstacked(checkpoint: Checkpoint) -> Unstacked | None:
-    """The checkpoint in its family's own layout, or None where that has no experts by themselves, or has them already."""
+    """The checkpoint in its family's own layout, or None where that has no experts by themselves, or has them
+    already."""
     place = str(checkpoint.folder)
     names = Names(build_meta(read_config(checkpoint.config, place), torch.bfloat16, place))
     renamed, slices = names.own_layout()
-    refs = [each for ref in checkpoint.tensors.values() for each in _apart(ref, names, renamed, slices)]
+    refs = [part for ref in checkpoint.tensors.values() for part in _apart(ref, names, renamed, slices)]
     tensors = {ref.name: ref for ref in refs}
     if len(refs) == len(checkpoint.tensors) or len(tensors) < len(refs):
         return None
@@ -53,19 +56,19 @@ def _apart(
     """What a stored tensor becomes: the matrices of a stack, or itself under the name that goes with them."""
     name, pattern = names.in_memory(ref.name)
     if pattern is None and name in slices and ref.packed is None:
-        yield from (_matrix(ref, each, _prefixed(each.name, ref.name, name)) for each in slices[name])
+        yield from (_matrix(ref, part, _with_prefix(part.name, ref.name, name)) for part in slices[name])
     elif pattern is None and renamed.get(name, name) != name:
-        yield replace(ref, name=_prefixed(renamed[name], ref.name, name))
+        yield replace(ref, name=_with_prefix(renamed[name], ref.name, name))
     else:
         yield ref
 
 
-def _prefixed(own: str, stored: str, name: str) -> str:
+def _with_prefix(written: str, stored: str, name: str) -> str:
     """A name of the own layout with what the files put before the `name` in memory of what is `stored`."""
     pairs = zip(reversed(stored), reversed(name), strict=False)
     tail = len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
     before, within = stored[: len(stored) - tail], name[: len(name) - tail]
-    return before + own.removeprefix(within) if own.startswith(within) else own
+    return before + written.removeprefix(within) if written.startswith(within) else written
 
 
 def _matrix(ref: TensorRef, part: Slice, name: str) -> TensorRef:

@@ -1,9 +1,10 @@
 """The number of channels of an expert: where a config says it, and what else follows.
 
-A config has one number for all experts. What it sets beside them shows when the model is built on `meta` with another
-one: nothing, in most families; in some the shared expert as well, whose width is so many times that of a routed one. It
-must keep its own channels, so it is counted as more of the narrow ones, and what that is too wide is filled with channels
-of zeros, which add nothing. Where dense layers follow too, one number cannot say it: layers then differ.
+A config has one number for all experts. What it sets beside them shows when the model is built on `meta` with
+another one: nothing, in most families; in some the shared expert as well, whose width is so many times that
+of a routed one. It must keep its own channels, so it is counted as more of the narrow ones, and what that is
+too wide is filled with channels of zeros, which add nothing. Where dense layers follow too, one number cannot
+say it: layers then differ.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def width_key(config: Mapping[str, Any]) -> str | None:
 
 
 def with_width(config: Mapping[str, Any], width: int, place: str, *, grow: bool) -> Config | None:
-    """`config` with experts `width` channels wide and nothing else changed, or None where it cannot say that. With `grow`
-    shared experts may become wider, to a multiple of `width`."""
+    """`config` with experts `width` channels wide and nothing else changed, or None where it cannot say that.
+    With `grow` shared experts may become wider, to a multiple of `width`."""
     key = width_key(config)
     if key is None:
         return None

@@ -1,7 +1,8 @@
-"""What came of a run, as data and for people: the `Report`, its renderings, the model card, the progress bars.
+"""What came of a run, as data and for people: the `Report`, its renderings, the model card, the progress
+bars.
 
-The renderers are pure functions from a result to text of at most 100 columns without terminal codes, so that a
-report reads the same on a screen, in a pipe and in a file.
+The renderers are pure functions from a result to text of at most 100 columns without terminal codes, so that
+a report reads the same on a screen, in a pipe and in a file.
 """
 
 from moespresso.report.card import Licence, model_card, shareable, source_licence

@@ -1,7 +1,7 @@
 """The README of a pressed folder: a model card that says what was done, how to load it and how to check it.
 
-The same recipe must give the same bytes, so a card says nothing of time, memory, machine or folder; the report does.
-It is made to be published, so absolute paths in the recipe are cut to their last part.
+The same recipe must give the same bytes, so a card says nothing of time, memory, machine or folder; the
+report does. It is made to be published, so absolute paths in the recipe are cut to their last part.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ def model_card(report: Report, base_model: str | None = None, licence: Licence |
     sections = (
         f"---\n{_yaml(_front(report, base_model, licence or Licence()))}---\n",
         f"# {PurePath(name).name}, pressed\n",
-        _deed(name, report),
+        _summary(name, report),
         _numbers(report),
-        _dropped(report.scores),
-        _listed((*report.warnings, *report.notes)),
+        _dropped_table(report.scores),
+        _notes((*report.warnings, *report.notes)),
         f"## Load it\n\n{_load(report)}",
         _check(base_model),
         f"## Recipe\n\n```yaml\n{_yaml(recipe)}```\n",
@@ -143,7 +143,7 @@ def _kinds(report: Report) -> list[str]:
     return [*(["pruned"] if trimmed else []), *(["quantized"] if report.packing else [])]
 
 
-def _deed(name: str, report: Report) -> str:
+def _summary(name: str, report: Report) -> str:
     """What was taken away, in a sentence or two."""
     dropped = sum(len(row.dropped) for row in report.scores.values())
     experts = sum(len(row.kept) for row in report.scores.values()) + dropped
@@ -169,7 +169,7 @@ def _numbers(report: Report) -> str:
     return "\n".join(["| | before | after | change |", "|---|---:|---:|---:|", *rows, ""])
 
 
-def _dropped(scores: Mapping[int, LayerScores]) -> str:
+def _dropped_table(scores: Mapping[int, LayerScores]) -> str:
     rows = [
         f"| {layer} | {len(row.kept)} | {words.spans(row.dropped)} | {words.spans(row.protected)} |"
         for layer, row in sorted(scores.items())
@@ -185,7 +185,7 @@ def _dropped(scores: Mapping[int, LayerScores]) -> str:
     return "\n".join([*head, "|---:|---:|---|---|", *rows, ""])
 
 
-def _listed(lines: Sequence[str]) -> str:
+def _notes(lines: Sequence[str]) -> str:
     return "\n".join(["## To know\n", *(f"- {line}" for line in lines), ""]) if lines else ""
 
 

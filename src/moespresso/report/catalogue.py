@@ -1,4 +1,5 @@
-"""What steps there are, read off the registered settings classes: the class is the schema, its docstring the manual."""
+"""What steps there are, read off the registered settings classes: the class is the schema, its docstring the
+manual."""
 
 from __future__ import annotations
 

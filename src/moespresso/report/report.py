@@ -1,7 +1,7 @@
 """What came of a run, as plain data: what was asked, what was decided, what it cost before and after.
 
-`to_dict` is the JSON that `press --json` and `build --json` print; the renderers read that same dictionary, so a
-report can be shown again from a file.
+`to_dict` is the JSON that `press --json` and `build --json` print; the renderers read that same dictionary,
+so a report can be shown again from a file.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from moespresso.core.unit import Unit
 class LayerScores:
     """What became of one layer's routed experts, in the source's numbers.
 
-    `values` is the score of every expert (empty when none was taken) under the score's `name`; `protected` are
-    the super experts that were kept whatever their score; `merged` says of dropped ones whose average they went into.
+    `values` is the score of every expert (empty when none was taken) under the score's `name`; `protected`
+    are the super experts that were kept whatever their score; `merged` says of dropped ones whose average
+    they went into.
     """
 
     kept: tuple[int, ...]
@@ -36,11 +37,13 @@ class LayerScores:
 
 @dataclass(frozen=True)
 class Report:
-    """What came of a run. `scores` by layer index; `gone` the blocks and parts of layers that were dropped, each with
-    its score where it has one; `seconds` by phase; peaks in bytes; `out` the folder written, and whether only
-    moespresso's `plugin` loads it; who reads its packed matrices (`packing`: `stock`, `own`, `gptq`, `awq`, or empty).
+    """What came of a run. `scores` by layer index; `gone` the blocks and parts of layers that were dropped,
+    each with its score where it has one; `seconds` by phase; peaks in bytes; `out` the folder written, and
+    whether only moespresso's `plugin` loads it; who reads its packed matrices (`packing`: `stock`, `own`,
+    `gptq`, `awq`, or empty).
 
-    `warnings` is what went wrong and was survived, `notes` what a reader should know; both are whole sentences.
+    `warnings` is what went wrong and was survived, `notes` what a reader should know; both are whole
+    sentences.
     """
 
     recipe: Mapping[str, Any]
@@ -90,7 +93,8 @@ class Report:
 
 
 def to_json(value: Any) -> str:
-    """Strict JSON of a result: a number that is not finite becomes null, a path text, a report its dictionary."""
+    """Strict JSON of a result: a number that is not finite becomes null, a path text, a report its
+    dictionary."""
     return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
 
 

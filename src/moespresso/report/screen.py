@@ -1,7 +1,7 @@
 """What people see while the work goes on, all of it on standard error: progress and the package's log.
 
-A terminal gets bars with the time left, and log lines above them; a pipe or a log file gets one line when a stage
-opens, one every ten seconds and one when it is done.
+A terminal gets bars with the time left, and log lines above them; a pipe or a log file gets one line when a
+stage opens, one every ten seconds and one when it is done.
 """
 
 from __future__ import annotations

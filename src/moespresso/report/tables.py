@@ -1,7 +1,7 @@
 """Results as text for people: pure functions from data to at most 100 columns without terminal codes.
 
-Every renderer reads the same JSON that the verb prints with `--json`, so what people see and what programs read
-cannot drift apart. Sections without content are left out.
+Every renderer reads the same JSON that the verb prints with `--json`, so what people see and what programs
+read cannot drift apart. Sections without content are left out.
 """
 
 from __future__ import annotations
@@ -42,32 +42,33 @@ def render_report(report: Report | Body) -> str:
     return _page(
         _title("pressed", body.get("recipe", {}).get("model"), body["out"] and f"into {body['out']}"),
         _costs(body),
-        *_gone(body.get("gone", {}), body["plan"]["stages"]),
-        *_dropped(body.get("scores", {})),
-        *_listed("warnings", body.get("warnings", ())),
-        *_listed("notes", body.get("notes", ())),
+        *_removed_parts(body.get("gone", {}), body["plan"]["stages"]),
+        *_dropped_experts(body.get("scores", {})),
+        *_titled_list("warnings", body.get("warnings", ())),
+        *_titled_list("notes", body.get("notes", ())),
         _effort(body),
     )
 
 
-def render_inspection(found: Body) -> str:
-    """What a model is: its layers (equal neighbours on one line), where its bytes lie, what it takes to run."""
-    params, sizes = found["params"], found["bytes"]
-    facts = (
-        found["family"],
-        f"{found['num_layers']} layers",
+def render_inspection(inspection: Body) -> str:
+    """What a model is: its layers (equal neighbours on one line), where its bytes lie, what it takes to
+    run."""
+    params, sizes = inspection["params"], inspection["bytes"]
+    headline = (
+        inspection["family"],
+        f"{inspection['num_layers']} layers",
         words.size(sizes["total"]),
         f"{words.number(params['total'])} parameters, {words.number(params['active'])} active per token",
     )
     return _page(
-        Text(" · ".join(facts)),
-        _layers(found["layers"]),
+        Text(" · ".join(headline)),
+        _layers(inspection["layers"]),
         _shares(sizes),
         _pairs(
-            ("key-value cache per token", words.size(found["kv_bytes_per_token"])),
-            ("forward, 2,048 tokens", words.flops(found["flops_2048"])),
+            ("key-value cache per token", words.size(inspection["kv_bytes_per_token"])),
+            ("forward, 2,048 tokens", words.flops(inspection["flops_2048"])),
         ),
-        *_listed("notes", found.get("notes", ())),
+        *_titled_list("notes", inspection.get("notes", ())),
     )
 
 
@@ -82,8 +83,8 @@ def render_evaluation(scores: Body) -> str:
         rows.append(("same first choice", words.percent(scores["top1_agreement"])))
     return _page(
         _pairs(*rows),
-        *_listed("warnings", scores.get("warnings", ())),
-        *_listed("notes", scores.get("notes", ())),
+        *_titled_list("warnings", scores.get("warnings", ())),
+        *_titled_list("notes", scores.get("notes", ())),
     )
 
 
@@ -109,7 +110,9 @@ def render_stats(stats: Stats, out: str = "") -> str:
     tokens = [("tokens", f"{stats.tokens:,}")] if stats.tokens else []
     rows = [*tokens, ("layers", words.spans(layers)), ("measured", ", ".join(stats.needs))]
     return _page(
-        _title("measured", "", out and f"into {out}"), _pairs(*rows), *_listed("warnings", stats.warnings)
+        _title("measured", "", out and f"into {out}"),
+        _pairs(*rows),
+        *_titled_list("warnings", stats.warnings),
     )
 
 
@@ -172,7 +175,7 @@ def _title(verb: str, model: str | None, where: str) -> Text:
     return Text(" ".join(filter(None, (verb, model, where))), overflow="fold")
 
 
-def _listed(title: str, lines: Iterable[str]) -> list[RenderableType]:
+def _titled_list(title: str, lines: Iterable[str]) -> list[RenderableType]:
     """A titled list, or nothing."""
     rows = list(lines)
     if not rows:
@@ -198,8 +201,8 @@ def _costs(body: Body) -> Table:
     return table
 
 
-def _gone(gone: Mapping[str, float | None], stages: Sequence[Body]) -> list[RenderableType]:
-    """Blocks and parts of layers that went, with what stands in for them."""
+def _removed_parts(gone: Mapping[str, float | None], stages: Sequence[Body]) -> list[RenderableType]:
+    """Blocks and parts of layers that were removed, with what stands in for them."""
     if not gone:
         return []
     table = _table("dropped", "score", "in its place", right=(1,))
@@ -209,7 +212,7 @@ def _gone(gone: Mapping[str, float | None], stages: Sequence[Body]) -> list[Rend
     return [table]
 
 
-def _dropped(scores: Mapping[str, Body]) -> list[RenderableType]:
+def _dropped_experts(scores: Mapping[str, Body]) -> list[RenderableType]:
     """Experts by layer; layers that lose none are summed up in one line."""
     losing = {layer: row for layer, row in scores.items() if row["dropped"]}
     if not losing:
@@ -218,13 +221,13 @@ def _dropped(scores: Mapping[str, Body]) -> list[RenderableType]:
     table = _table("layer", "experts", "dropped", *(["super experts, kept"] if shielded else []), right=(1,))
     for layer, row in losing.items():
         count = f"{len(row['kept']) + len(row['dropped'])} → {len(row['kept'])}"
-        lists = [_lost(row), *([words.spans(row["protected"])] if shielded else [])]
+        lists = [_dropped_words(row), *([words.spans(row["protected"])] if shielded else [])]
         table.add_row(layer, count, *lists)
-    whole = [layer for layer in scores if layer not in losing]
-    return [table, *_listed("no expert dropped in", [", ".join(whole)] if whole else [])]
+    untouched = [layer for layer in scores if layer not in losing]
+    return [table, *_titled_list("no expert dropped in", [", ".join(untouched)] if untouched else [])]
 
 
-def _lost(row: Body) -> str:
+def _dropped_words(row: Body) -> str:
     """Dropped experts; those that were averaged into another one with it."""
     merged = {int(expert): int(leader) for expert, leader in row.get("merged", {}).items()}
     plain = [expert for expert in row["dropped"] if expert not in merged]
@@ -249,18 +252,18 @@ def _memory(body: Body) -> str:
     return words.size(resident) + (f", of which {words.size(anonymous)} anonymous" if anonymous else "")
 
 
-def _machine(found: Body) -> str:
+def _machine(machine: Body) -> str:
     parts = [
-        found["cpu"],
-        f"{found['cores']} cores",
-        words.size(found["memory_bytes"]),
-        *found.get("accelerators", ()),
+        machine["cpu"],
+        f"{machine['cores']} cores",
+        words.size(machine["memory_bytes"]),
+        *machine.get("accelerators", ()),
     ]
     return ", ".join(parts)
 
 
 def _layers(layers: Sequence[Body]) -> Table:
-    """Equal neighbours on one line; widths, and parts that a layer lacks, where they are told."""
+    """Equal neighbours on one line; widths, and parts that a layer lacks, where there are any."""
     rows = [_layer(layer) for layer in layers]
     shown = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
     table = _table(
@@ -277,15 +280,15 @@ def _layer(layer: Body) -> dict[str, str]:
     skipped, parts = layer.get("skipped", 0), layer.get("parts", ("attention", "mlp"))
     of = f" of {layer['experts'] + skipped}" if skipped else ""
     lacks = [
-        told for part, told in (("attention", "attention"), ("mlp", "feed-forward")) if part not in parts
+        label for part, label in (("attention", "attention"), ("mlp", "feed-forward")) if part not in parts
     ]
     return {
         "mixer": str(layer["mixer"]),
         "experts": f"{layer['experts'] or ''}{of}",
         "shared": str(layer["shared_experts"] or ""),
         "top_k": str(layer["top_k"] or ""),
-        "width": f"{min(own)} to {max(own)}"
-        if (own := layer.get("widths"))
+        "width": f"{min(widths)} to {max(widths)}"
+        if (widths := layer.get("widths"))
         else str(layer.get("width") or ""),
         "without": ", ".join(lacks) if parts else "",
     }
@@ -319,19 +322,19 @@ def _method(method: Body) -> list[RenderableType]:
             setting.get("doc") or "",
         )
     _, _, story = method["doc"].partition("\n\n")
-    story = _reflowed(story)
-    told = [Padding(Text(story), (0, 0, 0, 1))] if story else []
-    return [Text(f"{method['kind']}: {method['summary']}"), *told, table]
+    story = _reflow(story)
+    paragraphs = [Padding(Text(story), (0, 0, 0, 1))] if story else []
+    return [Text(f"{method['kind']}: {method['summary']}"), *paragraphs, table]
 
 
-def _reflowed(story: str) -> str:
+def _reflow(story: str) -> str:
     """Join the lines of running text; indented lines (formulas) stay as they are."""
     return re.sub(r"(?<=\S)\n(?=[^\s])", " ", story)
 
 
 def _type(name: str) -> str:
     """A type as people write it: ``Literal['layer', 'global']`` is ``layer | global``."""
-    return re.sub(r"Literal\[(.*)\]", lambda found: found[1].replace("'", "").replace(", ", " | "), str(name))
+    return re.sub(r"Literal\[(.*)\]", lambda match: match[1].replace("'", "").replace(", ", " | "), str(name))
 
 
 def _value(value: Any) -> str:

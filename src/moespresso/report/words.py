@@ -13,20 +13,20 @@ _COUNTS = ("", "K", "M", "B", "T")
 
 def size(count: float) -> str:
     """Bytes in binary units: ``size(13 << 20)`` is ``13.0 MiB``."""
-    return _scaled(count, 1024, _BYTES)
+    return _with_unit(count, 1024, _BYTES)
 
 
 def number(count: float) -> str:
     """Parameters and other counts: ``46.7 B``."""
-    return _scaled(count, 1000, _COUNTS).strip()
+    return _with_unit(count, 1000, _COUNTS).strip()
 
 
 def flops(count: float) -> str:
     """Floating-point operations: ``1.2 TFLOP``."""
-    return _scaled(count, 1000, _THOUSANDS) + "FLOP"
+    return _with_unit(count, 1000, _THOUSANDS) + "FLOP"
 
 
-def _scaled(count: float, base: int, units: tuple[str, ...]) -> str:
+def _with_unit(count: float, base: int, units: tuple[str, ...]) -> str:
     step = 0
     # Rounding must not show 1024.0 KiB.
     while round(count, 1) >= base and step < len(units) - 1:
@@ -40,10 +40,10 @@ def duration(seconds: float) -> str:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    rounded = round(seconds)
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60:02d} s"
+    return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
 
 
 def percent(share: float) -> str:

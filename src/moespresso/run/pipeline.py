@@ -1,8 +1,9 @@
 """The conductor: one step after another, each on the model as the earlier ones leave it.
 
-Every arrow leaves a file in the work folder, so that a run can be stopped anywhere and taken up again: measured
-layers, stats per stage, what was fitted, and a journal line per finished shard. What comes of `decide` is a plan with its
-fitted values; what changes values afterwards (healing) stands between that and `build.write`, as a stage of its own.
+Every arrow leaves a file in the work folder, so that a run can be stopped anywhere and taken up again:
+measured layers, stats per stage, what was fitted, and a journal line per finished shard. What comes of
+`decide` is a plan with its fitted values; what changes values afterwards (healing) stands between that and
+`build.write`, as a stage of its own.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from moespresso.fit import Fitted, Found, Job, found, run_step, unrepaired
 
 @dataclass
 class Decided:
-    """A plan with what it stands on: stats, fitted values, notes for the user, and every unit's score (in source
-    numbers)."""
+    """A plan with what it stands on: stats, fitted values, notes for the user, and every unit's score (in
+    source numbers)."""
 
     plan: Plan
     fits: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -34,16 +35,16 @@ class Decided:
     more_warnings: list[str] = field(default_factory=list[str])
     coverage: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
 
-    def take(self, found: Found) -> None:
+    def take(self, result: Found) -> None:
         """Take up what a step came to."""
-        self.plan = found.plan
-        if found.stats is not None and found.stats not in self.stats:
-            self.stats.append(found.stats)
-        self.notes += found.notes
-        self.scores |= found.scores
-        self.protected |= found.protected
-        self.more_warnings += found.warnings
-        self.add(found.fitted)
+        self.plan = result.plan
+        if result.stats is not None and result.stats not in self.stats:
+            self.stats.append(result.stats)
+        self.notes += result.notes
+        self.scores |= result.scores
+        self.protected |= result.protected
+        self.more_warnings += result.warnings
+        self.add(result.fitted)
 
     def add(self, fitted: Fitted) -> None:
         """Take up what a stage needs."""
@@ -58,15 +59,15 @@ class Decided:
         return list(dict.fromkeys([*lines, *self.more_warnings]))
 
 
-def decide(job: Job, steps: Sequence[Step], given: Stats | None = None) -> Decided:
-    """Choose for every step in order, and fit what stands in for what goes; `given` stats of the original are not measured
-    again."""
+def decide(job: Job, steps: Sequence[Step], measured: Stats | None = None) -> Decided:
+    """Choose for every step in order, and fit what stands in for what is removed; `measured` stats of the
+    original are not measured again."""
     view = job.view
     done = Decided(view.plan, dict(view.fits))
     for step in steps:
         now = replace(view, plan=done.plan, fits=dict(done.fits))
         shared = [other for other in steps if other is step or other is steps[0] or not other.rescore]
-        done.take(run_step(job, step, now, shared, given))
+        done.take(run_step(job, step, now, shared, measured))
     return done
 
 

@@ -1,9 +1,9 @@
 """What a run is asked for: one frozen `Recipe`, from YAML, from options, or from both.
 
-A recipe is checked whole before any work begins: a misspelt field is answered with the one that was meant, and every
-complaint names the field (and file and line, where it came from one). Options given beside a recipe are followed
-instead of its fields, and the log says so. Both doors, command line and Python, hand the same `Recipe` on; written out
-as plain data (`resolved`) it stands in the manifest of what comes of it.
+A recipe is checked whole before any work begins: a misspelt field is answered with the one that was meant,
+and every complaint names the field (and file and line, where it came from one). Options given beside a recipe
+are followed instead of its fields, and the log says so. Both doors, command line and Python, hand the same
+`Recipe` on; written out as plain data (`resolved`) it stands in the manifest of what comes of it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Target = Literal["transformers", "vllm", "llama.cpp", "plugin"]
+TargetName = Literal["transformers", "vllm", "llama.cpp", "plugin"]
 
 LENGTH = 2048
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -54,9 +54,10 @@ _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|[A-Za-z]*)")
 
 
 def parse_size(text: str | int, of: int) -> int:
-    """Return bytes: ``"20GiB"``, ``"1.5GB"``, ``"123456"``, or ``"25%"`` of the bytes `of`; raises `UserError`."""
-    found = _SIZE.fullmatch(str(text).strip())
-    number, unit = (found["number"], found["unit"].upper()) if found else ("", "")
+    """Return bytes: ``"20GiB"``, ``"1.5GB"``, ``"123456"``, or ``"25%"`` of the bytes `of`; raises
+    `UserError`."""
+    match = _SIZE.fullmatch(str(text).strip())
+    number, unit = (match["number"], match["unit"].upper()) if match else ("", "")
     if unit == "%" and 0 < float(number) <= 100:
         return math.floor(of * float(number) / 100)
     if number.isdigit() and not unit and int(number) > 0:
@@ -80,15 +81,16 @@ def _anchor(value: object, info: ValidationInfo) -> object:
     """A path in a recipe file is relative to that file, unless it begins with `~` or at the root."""
     if not isinstance(value, str):
         return value
-    meant = _told(typed)(value)
+    meant = _as_value_error(typed)(value)
     return str(info.context["folder"] / meant) if info.context else meant
 
 
 def _anchor_model(value: object, info: ValidationInfo) -> object:
-    """Only what is clearly a path: `owner/name` is a hub id, or a folder as seen from where the run starts."""
+    """Only what is clearly a path: `owner/name` is a hub id, or a folder as seen from where the run
+    starts."""
     if not isinstance(value, str):
         return value
-    meant = _told(typed)(value)
+    meant = _as_value_error(typed)(value)
     return _anchor(value, info) if meant.startswith(("./", "../")) else meant
 
 
@@ -115,7 +117,7 @@ def say_shorter(length: int, usual: int) -> None:
         )
 
 
-def _told(read: Callable[..., Any]) -> Callable[..., Any]:
+def _as_value_error(read: Callable[..., Any]) -> Callable[..., Any]:
     """Let pydantic see a `UserError` of a reader, so that it reports where in the recipe it happened."""
 
     def reader(value: Any) -> Any:
@@ -136,34 +138,34 @@ def _settings(step: Any) -> Any:
     return step
 
 
-def _opened(steps: tuple[Any, ...]) -> tuple[Any, ...]:
+def _open_steps(steps: tuple[Any, ...]) -> tuple[Any, ...]:
     """Steps that are short for others give way to those, and the log says so."""
-    found: list[Any] = []
+    steps_in_full: list[Any] = []
     for number, step in enumerate(steps, 1):
         others = opened(step)
         if others != (step,):
             logger.info(
                 "step %d, %s, stands for %s (give those to set more)",
                 number,
-                _spelt_step(step),
-                " and then ".join(map(_spelt_step, others)),
+                _step_text(step),
+                " and then ".join(map(_step_text, others)),
             )
-        found += others
-    return tuple(found)
+        steps_in_full += others
+    return tuple(steps_in_full)
 
 
-def _spelt_step(step: Any) -> str:
+def _step_text(step: Any) -> str:
     """A step as it is written on the command line, defaults left out."""
-    told = (
-        f"{each.name}={getattr(step, each.name)}"
-        for each in fields(step)
-        if getattr(step, each.name) != each.default
+    settings = (
+        f"{setting.name}={getattr(step, setting.name)}"
+        for setting in fields(step)
+        if getattr(step, setting.name) != setting.default
     )
-    return ":".join(filter(None, (step.kind, ",".join(told))))
+    return ":".join(filter(None, (step.kind, ",".join(settings))))
 
 
 Count = Annotated[int, Field(strict=True, ge=1)]
-Step = Annotated[Any, BeforeValidator(_told(_settings))]
+StepField = Annotated[Any, BeforeValidator(_as_value_error(_settings))]
 
 
 class _Section(BaseModel):
@@ -171,7 +173,8 @@ class _Section(BaseModel):
 
 
 class _Text(_Section):
-    """How a recipe spells a source of text: a local `path`, or a hub `dataset` by name; the rest as in `data.Source`."""
+    """How a recipe spells a source of text: a local `path`, or a hub `dataset` by name; the rest as in
+    `data.Source`."""
 
     path: Annotated[str | None, BeforeValidator(_anchor)] = None
     dataset: str | None = None
@@ -212,7 +215,8 @@ Text = Annotated[Source, GetPydanticSchema(_text_schema)]
 
 
 class Calibration(_Section):
-    """The text that is measured on: `samples` rows of `length` tokens, drawn by `seed` (None: the recipe's)."""
+    """The text that is measured on: `samples` rows of `length` tokens, drawn by `seed` (None: the
+    recipe's)."""
 
     texts: tuple[Text, ...] = ()
     samples: Count = 128
@@ -224,14 +228,14 @@ class Calibration(_Section):
 class Budget(_Section):
     """What may remain: bytes or a share of the original's tensor bytes, as `parse_size` reads it."""
 
-    size: Annotated[str | None, BeforeValidator(_told(_size))] = None
+    size: Annotated[str | None, BeforeValidator(_as_value_error(_size))] = None
 
 
 class Options(TypedDict, total=False):
     """What may be said in the place of a recipe's fields; None says nothing.
 
-    A step is ``kind:key=value,...``, a mapping with `kind`, or a settings object; a text is a path with options
-    (``PATH:weight=2``) or a `Source`; texts come before datasets.
+    A step is ``kind:key=value,...``, a mapping with `kind`, or a settings object; a text is a path with
+    options (``PATH:weight=2``) or a `Source`; texts come before datasets.
     """
 
     steps: Sequence[Any] | None
@@ -246,14 +250,14 @@ class Options(TypedDict, total=False):
 
 
 class Recipe(_Section):
-    """What the user asked for. `steps` holds settings objects, read from mappings or ``kind:key=value,...``; `model` is
-    None where only the caller knows it."""
+    """What the user asked for. `steps` holds settings objects, read from mappings or ``kind:key=value,...``;
+    `model` is None where only the caller knows it."""
 
     model: Annotated[str | None, BeforeValidator(_anchor_model)] = None
     calibration: Calibration = Calibration()
-    steps: Annotated[tuple[Step, ...], AfterValidator(_opened)] = ()
+    steps: Annotated[tuple[StepField, ...], AfterValidator(_open_steps)] = ()
     budget: Budget = Budget()
-    target: Target = "transformers"
+    target: TargetName = "transformers"
     seed: Annotated[int, Field(strict=True, ge=0)] = 0
 
     @model_validator(mode="after")
@@ -282,23 +286,24 @@ class Recipe(_Section):
             raise UserError(f"{path}:{line_of(node, first['loc'])}: {_complaint(first)}") from error
 
     def with_options(self, *, model: str | Path | None = None, **options: Unpack[Options]) -> Recipe:
-        """The same with what is given beside it, which is followed; the log says what that takes the place of.
+        """The same with what is given beside it, which is followed; the log says what that takes the place
+        of.
 
         Raises `UserError` naming the option.
         """
         _check_known(options)
-        said = _said(model, options)
+        asked_options = _asked_fields(model, options)
         body = {
             **_fields(self),
-            **_of(Recipe, said),
-            "calibration": {**_fields(self.calibration), **_of(Calibration, said)},
-            "budget": {**_fields(self.budget), **_of(Budget, said)},
+            **_of(Recipe, asked_options),
+            "calibration": {**_fields(self.calibration), **_of(Calibration, asked_options)},
+            "budget": {**_fields(self.budget), **_of(Budget, asked_options)},
         }
         try:
             asked = Recipe.model_validate(body)
         except ValidationError as error:
             raise UserError(_complaint(error.errors()[0])) from error
-        _say_overrides(self, asked, said)
+        _say_overrides(self, asked, asked_options)
         return asked
 
     @property
@@ -309,11 +314,13 @@ class Recipe(_Section):
 
     def within(self, positions: int | None) -> Recipe:
         """The same for a model with so many positions (see `row_length`)."""
-        told = self.calibration
-        length = row_length(told.length if "length" in told.model_fields_set else None, LENGTH, positions)
-        if length == told.length:
+        section = self.calibration
+        length = row_length(
+            section.length if "length" in section.model_fields_set else None, LENGTH, positions
+        )
+        if length == section.length:
             return self
-        return self.model_copy(update={"calibration": told.model_copy(update={"length": length})})
+        return self.model_copy(update={"calibration": section.model_copy(update={"length": length})})
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default and every step's settings written out, ready for JSON or YAML."""
@@ -329,22 +336,22 @@ def _check_known(options: Options) -> None:
         raise UserError(f"there is no option {strangers[0]!r}{did_you_mean(strangers[0], known)}")
 
 
-def _said(model: str | Path | None, options: Options) -> dict[str, Any]:
+def _asked_fields(model: str | Path | None, options: Options) -> dict[str, Any]:
     """The options that were given, under the names of a recipe's fields."""
     texts = map(_source, options.get("texts") or ())
     datasets = (Source.parse(name, hub=True) for name in options.get("datasets") or ())
-    said: dict[str, Any] = {
+    fields: dict[str, Any] = {
         **options,
         "model": None if model is None else str(model),
         "steps": tuple(options.get("steps") or ()),
         "texts": (*texts, *datasets),
     }
-    return {name: value for name, value in said.items() if value not in (None, ())}
+    return {name: value for name, value in fields.items() if value not in (None, ())}
 
 
-def _of(section: type[BaseModel], said: Mapping[str, Any]) -> dict[str, Any]:
+def _of(section: type[BaseModel], options: Mapping[str, Any]) -> dict[str, Any]:
     """Those that a section has a field for."""
-    return {name: value for name, value in said.items() if name in section.model_fields}
+    return {name: value for name, value in options.items() if name in section.model_fields}
 
 
 def _source(text: str | Path | Source) -> Source:
@@ -356,9 +363,9 @@ def _fields(section: BaseModel) -> dict[str, Any]:
     return {name: getattr(section, name) for name in section.model_fields_set}
 
 
-def _say_overrides(recipe: Recipe, asked: Recipe, said: Mapping[str, Any]) -> None:
+def _say_overrides(recipe: Recipe, asked: Recipe, options: Mapping[str, Any]) -> None:
     before, after = _flat(recipe), _flat(asked)
-    for name in said:
+    for name in options:
         if name not in before or before[name] == after[name]:
             continue
         if name in ("steps", "texts"):

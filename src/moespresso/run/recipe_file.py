@@ -1,7 +1,7 @@
 """The YAML of a recipe: what a file says, and on which line it says it.
 
-This is the only file that reads YAML. What YAML would let pass in silence (a field said twice, a name that is a number)
-is refused with its line.
+This is the only file that reads YAML. What YAML would let pass in silence (a field said twice, a name that is
+a number) is refused with its line.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ NAMES = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a field has a name and may be said only once (plain YAML takes the last in silence)."""
+    """Safe YAML in which a field has a name and may be said only once (plain YAML takes the last in
+    silence)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if key.tag not in NAMES:
-                said = f"{key.value!r} is" if isinstance(key, yaml.ScalarNode) else "a list or a mapping is"
+                subject = (
+                    f"{key.value!r} is" if isinstance(key, yaml.ScalarNode) else "a list or a mapping is"
+                )
                 raise yaml.constructor.ConstructorError(
                     None,
                     None,
-                    f"{said} no name of a field: write a word, in quotes where YAML takes it for something else",
+                    f"{subject} no name of a field: write a word, in quotes where YAML takes it for something else",
                     key.start_mark,
                 )
             if key.value in seen:

@@ -1,7 +1,7 @@
 """The dress rehearsal: every step on shapes alone, before anything is measured or written.
 
-What cannot be done on a model, or cannot be loaded by the target, shows here; so does whether the target can load the result
-only from the checkpoint under another family's name, and how much must go for a size.
+What cannot be done on a model, or cannot be loaded by the target, shows here; so does whether the target can
+load the result only from the checkpoint under another family's name, and how much must go for a size.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ T = TypeVar("T")
 
 
 def rehearse(view: View, recipe: Recipe) -> tuple[View, tuple[Step, ...]]:
-    """Walk through all steps on shapes alone: what cannot be done, or not be loaded by the target, shows here.
+    """Walk through all steps on shapes alone: what cannot be done, or not be loaded by the target, shows
+    here.
 
-    Returns the view in the equivalent that the target can load the result from, and the steps with their amounts filled in
-    where the recipe has a budget.
+    Returns the view in the equivalent that the target can load the result from, and the steps with their
+    amounts filled in where the recipe has a budget.
     """
     find_target(recipe.target)
     size = recipe.budget.size
@@ -41,12 +42,14 @@ def rehearse(view: View, recipe: Recipe) -> tuple[View, tuple[Step, ...]]:
 
 
 class NotOnThisModel(UserError):
-    """A step cannot be done, which another family's name for the same model does not change: what that adds is not there."""
+    """A step cannot be done, which another family's name for the same model does not change: what that adds
+    is not there."""
 
 
 def in_some_form(view: View, steps: Iterable[Step], do: Callable[[View], T]) -> T:
-    """What `do` makes of the view or, where experts lie in stacks that can be taken apart, of the same checkpoint with its experts
-    apart: if it raises `UserError` for the stacks, or a step would make something else of them."""
+    """What `do` makes of the view or, where experts lie in stacks that can be taken apart, of the same
+    checkpoint with its experts apart: if it raises `UserError` for the stacks, or a step would make something
+    else of them."""
     if any(step.by_matrix for step in steps):
         return do(apart_view(view) or view)
     try:
@@ -59,8 +62,8 @@ def in_some_form(view: View, steps: Iterable[Step], do: Callable[[View], T]) -> 
 
 
 def in_equivalent(view: View, try_out: Callable[[View], None]) -> View:
-    """The view, or the same checkpoint under another family's name, in which `try_out` raises no `UserError`; its first
-    complaint where there is none, or where no other name helps."""
+    """The view, or the same checkpoint under another family's name, in which `try_out` raises no `UserError`;
+    its first complaint where there is none, or where no other name helps."""
     try:
         try_out(view)
     except NotOnThisModel:
@@ -75,10 +78,10 @@ def in_equivalent(view: View, try_out: Callable[[View], None]) -> View:
 
 
 def _walk(view: View, steps: Sequence[Step], loads: str) -> None:
-    target, made = find_target(loads), view.plan
+    target, plan = find_target(loads), view.plan
     ragged: Plan | None = None  # the same with widths that an uneven step may come to
     for step in steps:
-        now = replace(view, plan=made)
+        now = replace(view, plan=plan)
         try:
             step.check(now.blueprint)
             if ragged is not None:
@@ -91,12 +94,12 @@ def _walk(view: View, steps: Sequence[Step], loads: str) -> None:
                 f"that it can is scope=layer,{step.even(now.blueprint)}, or say --target plugin"
             )
         if ragged is not None or step.uneven:
-            ragged = _ragged(step, view, ragged or made)
-        made = validated(replace(made, stages=(*made.stages, step.outline(view.source, made))), view.source)
-    formed(loads, replace(view, plan=made)).check_fits()
+            ragged = _with_uneven_stage(step, view, ragged or plan)
+        plan = validated(replace(plan, stages=(*plan.stages, step.outline(view.source, plan))), view.source)
+    formed(loads, replace(view, plan=plan)).check_fits()
 
 
-def _ragged(step: Step, view: View, before: Plan) -> Plan:
+def _with_uneven_stage(step: Step, view: View, before: Plan) -> Plan:
     """The plan with a stage of a step as uneven as that may make it."""
     make = step.uneven_outline if step.uneven else step.outline
     return replace(before, stages=(*before.stages, make(view.source, before)))
@@ -104,17 +107,17 @@ def _ragged(step: Step, view: View, before: Plan) -> Plan:
 
 def _fit_budget(view: View, steps: Sequence[Step], asked: str) -> tuple[Step, ...]:
     """Choose the amounts of the allowed steps so that the result's tensor bytes fit the size asked for."""
-    whole = view.source.cost().bytes
-    size = parse_size(asked, whole)
+    total = view.source.cost().bytes
+    size = parse_size(asked, total)
     if len(steps) != 1:
         raise UserError("--size needs exactly one step to fit in this version, such as --step expert_drop")
     step = steps[0]
-    smallest = whole
+    smallest = total
     for candidate in step.amounts(view.source):
-        made = replace(view.plan, stages=(candidate.outline(view.source, view.plan),))
-        smallest = price(made, view.source).bytes
+        plan = replace(view.plan, stages=(candidate.outline(view.source, view.plan),))
+        smallest = price(plan, view.source).bytes
         if smallest <= size:
             return (candidate,)
     raise UserError(
-        f"--size {asked} cannot be reached by {step.kind} alone: it leaves at least {smallest} bytes of {whole}"
+        f"--size {asked} cannot be reached by {step.kind} alone: it leaves at least {smallest} bytes of {total}"
     )

@@ -36,18 +36,19 @@ from moespresso.formats import codec_named, codec_of
 from moespresso.model import is_apart, is_unequal
 from moespresso.report import LayerScores, Report, machine, model_card, shareable, source_licence, versions
 from moespresso.run.pipeline import Decided
-from moespresso.run.recipe import Target, parse_size
+from moespresso.run.recipe import TargetName, parse_size
 from moespresso.stream import PeakMemory, peak_rss_bytes
 
 
 @dataclass(frozen=True)
 class Order:
-    """Which result is wanted: the folder `out`, the digest of all that it depends on (`identity`), who must load it, and
-    what its manifest says was asked for (`recipe`); `size` is what may remain, where somebody said so."""
+    """Which result is wanted: the folder `out`, the digest of all that it depends on (`identity`), who must
+    load it, and what its manifest says was asked for (`recipe`); `size` is what may remain, where somebody
+    said so."""
 
     out: Path
     identity: str
-    target: Target
+    target: TargetName
     recipe: Mapping[str, Any]
     seed: int = 0
     size: str | None = None
@@ -68,9 +69,9 @@ def produce(
         pressed = formed(order.target, replace(view, plan=decided.plan, fits=decided.fits))
         with clock.phase("build"):
             files, left = write_folder(pressed, out, journal, runtime)
-        told = [*left, *source_notes(view), *form_notes(pressed), *_size_notes(pressed, order),
+        notes = [*left, *source_notes(view), *form_notes(pressed), *_size_notes(pressed, order),
                 *_coverage_notes(decided.coverage)]  # fmt: skip
-        manifest = _manifest(pressed, order, files, decided, told)
+        manifest = _manifest(pressed, order, files, decided, notes)
         report = _report(view, manifest, clock)
         card = model_card(report, _hub_id(view), source_licence(view.checkpoint.folder))
         readme = Written("README.md", *write_text(out / "README.md", card))
@@ -104,7 +105,9 @@ def _manifest(
     view: View, order: Order, files: Sequence[Written], decided: Decided, notes: Sequence[str]
 ) -> Manifest:
     nonfinite = {name: count for file in files for name, count in file.nonfinite.items()}
-    kept = [f"{name}: {count} NaN or infinite values, kept as they are" for name, count in nonfinite.items()]
+    kept_warnings = [
+        f"{name}: {count} NaN or infinite values, kept as they are" for name, count in nonfinite.items()
+    ]
     name = _hub_id(view) or view.checkpoint.folder.resolve().name
     return Manifest(
         moespresso=VERSION,
@@ -127,7 +130,7 @@ def _manifest(
         protected=frozenset(decided.protected),
         files={file.name: _facts(file) for file in files},
         nonfinite=nonfinite,
-        warnings=(*decided.warnings, *kept),
+        warnings=(*decided.warnings, *kept_warnings),
         notes=(*decided.notes, *notes),
         seed=order.seed,
         versions=versions(),
@@ -136,7 +139,8 @@ def _manifest(
 
 
 def _packing(view: View) -> str:
-    """Who reads the packed matrices: `stock` transformers, moespresso's `own` loader, or the engine of another layout."""
+    """Who reads the packed matrices: `stock` transformers, moespresso's `own` loader, or the engine of
+    another layout."""
     if not view.formats:
         return ""
     engine = engine_of(view.config)
@@ -145,16 +149,16 @@ def _packing(view: View) -> str:
 
 def _report(view: View, manifest: Manifest, clock: Clock) -> Report:
     """What came of it, from what the folder says of itself and the model that it was made from."""
-    made = manifest.plan
-    left = remains(made, view.source)
+    plan = manifest.plan
+    left = remains(plan, view.source)
     return Report(
         recipe={"model": manifest.source.name, **manifest.recipe},
-        plan=made,
+        plan=plan,
         before=(view.origin or view.source).cost(),
         after=manifest.cost,
         scores={layer.index: _layer_scores(layer, manifest) for layer in view.source.moe_layers
-                if made.stages and layer.index in left.experts},
-        gone={unit: manifest.scores.get(unit) for unit in sorted(dropped_units(made))},
+                if plan.stages and layer.index in left.experts},
+        gone={unit: manifest.scores.get(unit) for unit in sorted(dropped_units(plan))},
         seconds=clock.seconds,
         machine=machine(),
         versions=manifest.versions,
@@ -167,24 +171,25 @@ def _report(view: View, manifest: Manifest, clock: Clock) -> Report:
 
 
 def _layer_scores(layer: LayerSpec, manifest: Manifest) -> LayerScores:
-    made = manifest.plan
-    kept = made.kept_experts(layer.index, layer.experts)
+    plan = manifest.plan
+    kept = plan.kept_experts(layer.index, layer.experts)
     units = [Unit(layer.index, "experts", expert) for expert in range(layer.experts)]
     values = [manifest.scores[unit] for unit in units if unit in manifest.scores]
     return LayerScores(
         kept=kept,
         dropped=tuple(expert for expert in range(layer.experts) if expert not in kept),
         values=tuple(values) if len(values) == len(units) else (),
-        name=str(made.stages[-1].method.get("score", "")),
-        merged=merged_into(made, layer.index),
+        name=str(plan.stages[-1].method.get("score", "")),
+        merged=merged_into(plan, layer.index),
         protected=tuple(expert for expert, unit in enumerate(units) if unit in manifest.protected),
     )
 
 
 def _size_notes(view: View, order: Order) -> list[str]:
-    """Say when what remains is more than was asked for: amounts are chosen before it is known which layers go."""
-    whole, got = (view.origin or view.source).cost().bytes, view.blueprint.cost().bytes
-    asked = parse_size(order.size, whole) if order.size is not None else got
+    """Say when what remains is more than was asked for: amounts are chosen before it is known which layers
+    go."""
+    total, got = (view.origin or view.source).cost().bytes, view.blueprint.cost().bytes
+    asked = parse_size(order.size, total) if order.size is not None else got
     if got <= asked:
         return []
     return [
@@ -208,10 +213,10 @@ def form_notes(view: View) -> list[str]:
         names = ", ".join(f"L{view.remains.layers[position]}" for position in view.stubs)
         notes.append(f"in place of what {names} lost stands a dense part of zeros, {width} wide")
     notes += format_notes(view)
-    whole = [piece.name for piece in view.pieces if piece.joins]
-    if whole:
+    joined = [piece.name for piece in view.pieces if piece.joins]
+    if joined:
         notes.append(
-            f"{len(whole)} tensors (such as {whole[0]}) are stored in one piece, since transformers 5.23 does not join their parts "
+            f"{len(joined)} tensors (such as {joined[0]}) are stored in one piece, since transformers 5.23 does not join their parts "
             "beside packed matrices; an engine that wants these apart will not find them"
         )
     again = sum(piece.encoding is not None and piece.encoding.again for piece in view.pieces)
@@ -257,8 +262,8 @@ def _coverage_notes(coverage: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ways = sorted({way for row in coverage.values() for way in row["remedies"].values()})
     if not helped:
         return [words]
-    some = ", ".join(helped[:5]) + (f" and {len(helped) - 5} more" if len(helped) > 5 else "")
-    return [f"{words}; {len(helped)} without any were treated by {' and '.join(ways)}: {some}"]
+    examples = ", ".join(helped[:5]) + (f" and {len(helped) - 5} more" if len(helped) > 5 else "")
+    return [f"{words}; {len(helped)} without any were treated by {' and '.join(ways)}: {examples}"]
 
 
 def format_notes(view: View) -> list[str]:
@@ -273,18 +278,18 @@ def format_notes(view: View) -> list[str]:
             row = sums.setdefault(kind, [0, 0])
             row[0], row[1] = row[0] + piece.ref.nbytes, row[1] + piece.ref.numel
     return [
-        f"{part}: {_said(format, ranks[part, format])}: {8 * size / count:.2f} bits a weight in all"
+        f"{part}: {_format_words(format, ranks[part, format])}: {8 * size / count:.2f} bits a weight in all"
         for (part, format), (size, count) in sums.items()
     ]
 
 
-def _said(format: Format, ranks: set[int]) -> str:
+def _format_words(format: Format, ranks: set[int]) -> str:
     return codec_of(format).words(format, " to ".join(map(str, sorted({min(ranks), max(ranks)}))))
 
 
 def source_notes(view: View) -> list[str]:
-    """Say what is unusual about a checkpoint: files that are not the model, tensors that its class does not know, a head that is
-    tied and stored."""
+    """Say what is unusual about a checkpoint: files that are not the model, tensors that its class does not
+    know, a head that is tied and stored."""
     notes = [*view.checkpoint.notes, *_outside_notes(view)]
     if view.blueprint.both_stored:
         notes.append(

@@ -1,10 +1,10 @@
 """What a decoder layer adds to the residual stream, found by asking the layer.
 
-Every direct child of the layer is replaced by a stand-in that answers with a direction of its own, whatever it is
-given, and the layer's own forward is run on a hidden state that is one more direction. All that goes in and comes out
-is then a sum of known directions, and the factors say which norm feeds which body, what is applied to its answer, how
-it is scaled, and whether the second branch sees what the first one added. No source is read, no family is known by
-name, no weight is touched: the layer may live on `meta`.
+Every direct child of the layer is replaced by a stand-in that answers with a direction of its own, whatever
+it is given, and the layer's own forward is run on a hidden state that is one more direction. All that goes in
+and comes out is then a sum of known directions, and the factors say which norm feeds which body, what is
+applied to its answer, how it is scaled, and whether the second branch sees what the first one added. No
+source is read, no family is known by name, no weight is touched: the layer may live on `meta`.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class NotResidual(Exception):
 class Branch:
     """One branch: the layer adds `multiplier * post(body(pre(x)))` to x. Names are those of its children.
 
-    `answers` is the form of the body's answer: None for a bare tensor, else the length of a tuple that starts with
-    it. `beside` are modules that are given what the body is given and whose answers are added to its answer (a shared
-    MLP), each with the form of its own.
+    `answers` is the form of the body's answer: None for a bare tensor, else the length of a tuple that starts
+    with it. `beside` are modules that are given what the body is given and whose answers are added to its
+    answer (a shared MLP), each with the form of its own.
     """
 
     body: str
@@ -62,30 +62,32 @@ class Anatomy:
 
 
 def find_anatomy(layer: nn.Module) -> Anatomy:
-    """The branches of a decoder layer; raises `NotResidual` where its forward is not a plain sum of at most two."""
-    said = _listen(layer)
-    if said.out.get(_STREAM) != 1:
+    """The branches of a decoder layer; raises `NotResidual` where its forward is not a plain sum of at most
+    two."""
+    probe = _probe(layer)
+    if probe.out.get(_STREAM) != 1:
         raise NotResidual("it rescales or replaces the residual stream")
-    terms = [_trace(said, name) for name in said.out if name != _STREAM]
+    terms = [_trace(probe, name) for name in probe.out if name != _STREAM]
     first = [term for term in terms if term.state == {_STREAM: 1}]
     after = {_STREAM: 1.0} | {term.name: term.multiplier for term in first}
     second = [term for term in terms if term.state == after != {_STREAM: 1}]
     if len(first) + len(second) < len(terms):
         raise NotResidual("a branch sees neither the layer's input nor all that was added to it before")
-    branches = [_branch(said, stage) for stage in (first, second) if stage]
-    attention = [branch for branch in branches if said.mixes(branch.body)]
+    branches = [_branch(probe, stage) for stage in (first, second) if stage]
+    attention = [branch for branch in branches if probe.mixes(branch.body)]
     mlp = [branch for branch in branches if branch not in attention]
     if len(attention) > 1 or len(mlp) > 1:
         raise NotResidual("it has two branches of one kind")
     return Anatomy(next(iter(attention), None), next(iter(mlp), None))
 
 
-# Reading what the layer said
+# Reading the probe
 
 
 @dataclass(frozen=True, slots=True)
 class _Term:
-    """One summand of the layer's output, traced back to the state of the residual stream it was computed from."""
+    """One summand of the layer's output, traced back to the state of the residual stream it was computed
+    from."""
 
     name: str
     bodies: tuple[str, ...]
@@ -95,48 +97,49 @@ class _Term:
     state: Sum
 
 
-def _trace(said: _Said, name: str) -> _Term:
-    post, bodies = (name, tuple(said.given(name))) if name in said.norms else (None, (name,))
-    if post is not None and set(said.given(post).values()) != {1.0}:
+def _trace(probe: _Probe, name: str) -> _Term:
+    post, bodies = (name, tuple(probe.input_of(name))) if name in probe.norms else (None, (name,))
+    if post is not None and set(probe.input_of(post).values()) != {1.0}:
         raise NotResidual(f"the answer that {post} is given has been rescaled")
-    if not set(bodies) <= said.bodies:
+    if not set(bodies) <= probe.bodies:
         raise NotResidual(f"{name} is given more than the answer of a body")
-    pre, state = _source(said, bodies)
-    return _Term(name, bodies, pre, post, said.out[name], state)
+    pre, state = _source(probe, bodies)
+    return _Term(name, bodies, pre, post, probe.out[name], state)
 
 
-def _source(said: _Said, bodies: tuple[str, ...]) -> tuple[str | None, Sum]:
+def _source(probe: _Probe, bodies: tuple[str, ...]) -> tuple[str | None, Sum]:
     """The norm that feeds bodies, if one does, and the state of the residual stream before it."""
-    given = said.given(bodies[0])
-    if any(said.given(body) != given for body in bodies):
+    state = probe.input_of(bodies[0])
+    if any(probe.input_of(body) != state for body in bodies):
         raise NotResidual(f"{' and '.join(bodies)} are given different things")
-    only = next(iter(given)) if len(given) == 1 else None
-    if only not in said.norms:
-        return None, given
-    if given[only] != 1:
+    only = next(iter(state)) if len(state) == 1 else None
+    if only not in probe.norms:
+        return None, state
+    if state[only] != 1:
         raise NotResidual(f"what {bodies[0]} is given has been rescaled")
-    return only, said.given(only)
+    return only, probe.input_of(only)
 
 
-def _branch(said: _Said, terms: list[_Term]) -> Branch:
+def _branch(probe: _Probe, terms: list[_Term]) -> Branch:
     """One branch from all summands that were computed from the same state of the residual stream."""
     bodies = [body for term in terms for body in term.bodies]
     names = " and ".join(bodies)
-    if len({said.mixes(body) for body in bodies}) > 1:
+    if len({probe.mixes(body) for body in bodies}) > 1:
         raise NotResidual(f"{names} stand side by side")
     if len({(term.pre, term.multiplier) for term in terms}) > 1:
         raise NotResidual(f"{names} are not fed and added alike")
     if len(terms) > 1 and any(term.post for term in terms):
         raise NotResidual(f"{names} are normed apart")
-    (body, answers), *beside = [(body, said.children[body].answers) for body in bodies]
+    (body, answers), *beside = [(body, probe.children[body].answers) for body in bodies]
     return Branch(body, terms[0].pre, terms[0].post, terms[0].multiplier, answers, tuple(beside))
 
 
-# Making the layer speak
+# Running the probe
 
 
 class _StandIn(nn.Module):
-    """Answers with its own direction and remembers what it was given; all else a forward reads is the real child's."""
+    """Answers with its own direction and remembers what it was given; all else a forward reads is the real
+    child's."""
 
     def __init__(self, real: nn.Module, direction: Tensor, answers: int | None) -> None:
         super().__init__()
@@ -147,18 +150,18 @@ class _StandIn(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         """The direction, in the form it was told; raises `TypeError` when it is given another's tuple."""
-        given = hidden_of(args, kwargs)
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{type(given).__name__} given instead of hidden states")
-        self.calls.append(given)
+        hidden = hidden_of(args, kwargs)
+        if not isinstance(hidden, Tensor):
+            raise TypeError(f"{type(hidden).__name__} given instead of hidden states")
+        self.calls.append(hidden)
         self.keywords.update(kwargs)
         answers = self.answers
         return self.direction if answers is None else (self.direction, *[None] * (answers - 1))
 
 
 @dataclass(frozen=True, slots=True)
-class _Said:
-    """What one run of a layer's forward said: its output, and what its children were given."""
+class _Probe:
+    """What one run of a layer's forward showed: its output, and the inputs of its children."""
 
     out: Sum
     children: dict[str, _StandIn]
@@ -166,36 +169,38 @@ class _Said:
     norms: set[str]
     bodies: set[str]
 
-    def given(self, name: str) -> Sum:
-        """What a child was given, once."""
+    def input_of(self, name: str) -> Sum:
+        """The input of a child, which must be called once."""
         if len(self.inputs[name]) != 1:
             raise NotResidual(f"{name} is called {len(self.inputs[name])} times")
         return self.inputs[name][0]
 
     def mixes(self, body: str) -> bool:
-        """Whether a body mixes tokens: by its name or, where one name serves all (`mixer`), by being given a mask."""
+        """Whether a body mixes tokens: by its name or, where one name serves all (`mixer`), by being given a
+        mask."""
         return body in MIXERS or "attention_mask" in self.children[body].keywords
 
 
-def _listen(layer: nn.Module) -> _Said:
-    """Run the layer with the first forms of answers that it takes; twice, as only sums follow their summands' size."""
+def _probe(layer: nn.Module) -> _Probe:
+    """Run the layer with the first forms of answers that it takes; twice, as only sums follow their summands'
+    size."""
     parts = {name: child for name, child in layer.named_children() if not _is_dropout(child)}
     bodies = [name for name, child in parts.items() if not _is_norm(child)]
     error: Exception | None = None
     for forms in product(_FORMS, repeat=len(bodies)):
         answers = dict.fromkeys(parts) | dict(zip(bodies, forms, strict=True))
         try:
-            said, again = (_run(layer, answers, set(bodies), size) for size in (1.0, -2.0))
+            probe, again = (_run(layer, answers, set(bodies), size) for size in (1.0, -2.0))
         except Exception as raised:  # whatever a forward raises that is given what it does not expect
             error = error or raised
             continue
-        if (said.out, said.inputs) != (again.out, again.inputs):
+        if (probe.out, probe.inputs) != (again.out, again.inputs):
             raise NotResidual("it does more than add its branches up")
-        return said
+        return probe
     raise NotResidual(f"its forward cannot be followed ({error})")
 
 
-def _run(layer: nn.Module, answers: Mapping[str, int | None], bodies: set[str], size: float) -> _Said:
+def _run(layer: nn.Module, answers: Mapping[str, int | None], bodies: set[str], size: float) -> _Probe:
     """One forward of a copy of the layer that shares everything with it but its children."""
     labels = [_STREAM, *answers]
     # A model under construction may make everything else on `meta`. In double precision multipliers stay what they are.
@@ -205,17 +210,17 @@ def _run(layer: nn.Module, answers: Mapping[str, int | None], bodies: set[str], 
             name: _StandIn(layer.get_submodule(name), direction, answers[name])
             for name, direction in zip(answers, directions, strict=True)
         }
-        probe = copy.copy(layer)
-        # What stands for a norm that has gone may be asked for its dtype.
+        bare = copy.copy(layer)
+        # What stands for a removed norm may be asked for its dtype.
         idle = {
             name: child if isinstance(child, nn.Identity) else nn.Identity()
             for name, child in layer.named_children()
         }
-        probe.__dict__["_modules"] = idle | children
-        out = probe.forward(stream, **_nothing(layer))
-    said = _sum(out[0] if isinstance(out, tuple) else out, labels, size)
+        bare.__dict__["_modules"] = idle | children
+        out = bare.forward(stream, **_nothing(layer))
+    total = _sum(out[0] if isinstance(out, tuple) else out, labels, size)
     inputs = {name: [_sum(call, labels, size) for call in child.calls] for name, child in children.items()}
-    return _Said(said, children, inputs, set(answers) - bodies, bodies)
+    return _Probe(total, children, inputs, set(answers) - bodies, bodies)
 
 
 def _nothing(layer: nn.Module) -> dict[str, None]:

@@ -1,17 +1,18 @@
 """How a folder of layers that differ stops whoever does not know of them.
 
-Such a folder must never be loaded as an ordinary model: numbers would come out, and wrong ones. Two guards stand in its
-config.json, because readers look at different things.
+Such a folder must never be loaded as an ordinary model: numbers would come out, and wrong ones. Two guards
+stand in its config.json, because readers look at different things.
 
-* `architectures` names a class that exists nowhere (`MoespressoMixtralForCausalLM`). vLLM and llama.cpp's converter
-  choose their code by this name and refuse it; the converter reads nothing else that could stop it.
-* `per_layer_config` says of every changed layer at least one number that other layers do not have, if need be a count of
-  zero experts that means nothing else (`zero_means_nothing`). transformers, whatever class it loads with, raises
-  AmbiguousGlobalPerLayerAttributeError when a model reads that number for all layers, and so does vLLM, even where the
-  name was mended by hand or by a resave.
+* `architectures` names a class that exists nowhere (`MoespressoMixtralForCausalLM`). vLLM and llama.cpp's
+  converter choose their code by this name and refuse it; the converter reads nothing else that could stop it.
+* `per_layer_config` says of every changed layer at least one number that other layers do not have, if need be
+  a count of zero experts that means nothing else (`zero_means_nothing`). transformers, whatever class it
+  loads with, raises AmbiguousGlobalPerLayerAttributeError when a model reads that number for all layers, and
+  so does vLLM, even where the name was mended by hand or by a resave.
 
-Where moespresso is imported the name is the stock one in memory, since trainers and pipelines look classes up by it; it is
-guarded again in everything that is made of a config to be written. Folders from before there was this name load as well.
+Where moespresso is imported the name is the stock one in memory, since trainers and pipelines look classes up
+by it; it is guarded again in everything that is made of a config to be written. Folders from before there was
+this name load as well.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ def stock(names: list[str]) -> list[str]:
     return [name.removeprefix(_PREFIX) for name in names]
 
 
-def zero_means_nothing(said: Mapping[str, Any]) -> bool:
+def zero_means_nothing(override: Mapping[str, Any]) -> bool:
     """Whether a count of zero in what a layer says is there for stock loaders only."""
-    return OWN_WIDTHS in said or bool(said.get("skip"))
+    return OWN_WIDTHS in override or bool(override.get("skip"))
 
 
 def install(ours: Callable[[PreTrainedConfig], bool]) -> None:

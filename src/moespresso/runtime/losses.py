@@ -1,10 +1,10 @@
 """The loss that balances a router's choices, where layers have different numbers of experts.
 
-Families compute it from the router logits of all layers at once, `E sum_e f_e P_e`: f_e the share of tokens that selects
-expert e, P_e the mean probability it is given. That needs one number of experts E. Where layers differ, those with the same
-number are taken together by the family's own function, and the groups averaged, each counting as many layers as it has:
-`sum_g (n_g / n) loss_g`. With one group that is the family's own loss. Layers without a mixture have no logits, and a model
-without any mixture has no loss of this kind.
+Families compute it from the router logits of all layers at once, `E sum_e f_e P_e`: f_e the share of tokens
+that selects expert e, P_e the mean probability it is given. That needs one number of experts E. Where layers
+differ, those with the same number are taken together by the family's own function, and the groups averaged,
+each counting as many layers as it has: `sum_g (n_g / n) loss_g`. With one group that is the family's own
+loss. Layers without a mixture have no logits, and a model without any mixture has no loss of this kind.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Classes of experts that are made while a model is: a family's own with one of ours mixed in.
 
-They bear the family's name, so that whatever recognises its experts recognises these, and are made once for each family. No
-module holds them, so copies and pickles (`copy.deepcopy`, `torch.save` of a whole model, workers that are spawned) are told
-how to make them.
+They bear the family's name, so that whatever recognises its experts recognises these, and are made once for
+each family. No module holds them, so copies and pickles (`copy.deepcopy`, `torch.save` of a whole model,
+workers that are spawned) are told how to make them.
 """
 
 from __future__ import annotations
@@ -39,6 +39,6 @@ def _parts(kind: type[nn.Module]) -> tuple[type[nn.Module], ...]:
 def _again(*parts: Any) -> nn.Module:
     """An empty module of the class that parts make."""
     *ours, kind = parts
-    for each in reversed(ours):
-        kind = mixed(each, kind)
+    for mixin in reversed(ours):
+        kind = mixed(mixin, kind)
     return kind.__new__(kind)

@@ -1,8 +1,9 @@
 """What stands where something was taken out of a layer.
 
-`Silent` is a branch's body that answers with zeros or one constant vector, `SilentMixer` the same for attention, which
-also keeps the key-value cache counting tokens; `NoNorm` is the norm of such a branch. `thin_out` takes experts out of a
-stack while the router goes on selecting them: their terms are lost, or a constant vector, a novice, takes their place.
+`Silent` is a branch's body that answers with zeros or one constant vector, `SilentMixer` the same for
+attention, which also keeps the key-value cache counting tokens; `NoNorm` is the norm of such a branch.
+`thin_out` takes experts out of a stack while the router goes on selecting them: their terms are lost, or a
+constant vector, a novice, takes their place.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class NoNorm(nn.Identity):
 class Silent(nn.Module):
     """A body that adds nothing, or the same vector to every token.
 
-    `answers` is the form of its answer: None for a bare tensor, else the length of the tuple that starts with it.
+    `answers` is the form of its answer: None for a bare tensor, else the length of the tuple that starts with
+    it.
     """
 
     bias: nn.Parameter | None
@@ -71,7 +73,8 @@ class SilentMixer(Silent):
 
 
 def _pass_by(cache: Cache, index: int, hidden: Tensor) -> None:
-    """Write the smallest entry for every token of `hidden` [B, L, H]: masks and positions are read off the cache."""
+    """Write the smallest entry for every token of `hidden` [B, L, H]: masks and positions are read off the
+    cache."""
     # A cache that was made without a config makes its layers as they are first written to.
     layer = cache.layers[index] if index < len(cache.layers) else None
     if layer is None or isinstance(layer, CacheLayerMixin):  # those of recurrent mixers count no tokens
@@ -80,10 +83,11 @@ def _pass_by(cache: Cache, index: int, hidden: Tensor) -> None:
 
 
 def thin_out(experts: Any, gone: Mapping[int, bool]) -> None:
-    """Take experts out of a stack that the router still selects from; True beside one puts a novice in its place.
+    """Take experts out of a stack that the router still selects from; True beside one puts a novice in its
+    place.
 
-    The weights of the stack are made anew with the same dtype and device, so this is for models under construction.
-    Those that stay are numbered anew, in their old order.
+    The weights of the stack are made anew with the same dtype and device, so this is for models under
+    construction. Those that are kept are renumbered, in their old order.
     """
     kept = [expert for expert in range(experts.num_experts) if expert not in gone]
     novices = [expert for expert in sorted(gone) if gone[expert]]
@@ -102,7 +106,7 @@ def _places(count: int, members: list[int]) -> list[int]:
 
 
 def _cut(experts: Any, count: int) -> None:
-    if not isinstance(experts, Ragged):  # which has those that stay only
+    if not isinstance(experts, Ragged):  # which has only those that are kept
         _shorten(experts, count)
     experts.num_experts = count
 
@@ -118,7 +122,8 @@ def _vectors(experts: Any, count: int) -> nn.Parameter:
 
 
 class _Thinned(Mixed):
-    """Mixed into a family's class of experts: what it is called with are the router's numbers, of all experts."""
+    """Mixed into a family's class of experts: what it is called with are the router's numbers, of all
+    experts."""
 
     num_experts: int
     config: Any

@@ -1,12 +1,13 @@
 """Models with packed matrices that transformers decoded, saved as what they are by then: plain.
 
-transformers 5.23 stacks the experts that it decodes and knows no way back ("Undefined Operation encountered!"), so that such a
-model could be trained and not be saved. Where no expert is packed it saves, but after the first forward, which decodes, plain
-weights under a config that calls them quantized, beside scales and shapes that nothing reads. `install` puts that right at the
-moment of saving: what is still packed is decoded too, the quantizer and its section of the config go, and the weights are
-written under the names that they have in a plain checkpoint. It also helps a model that was there before `import moespresso`.
-Left to transformers are plain models, those of other quantizers, and those with no packed expert that quantize activations too,
-which a plain checkpoint would not.
+transformers 5.23 stacks the experts that it decodes and knows no way back ("Undefined Operation
+encountered!"), so that such a model could be trained and not be saved. Where no expert is packed it saves,
+but after the first forward, which decodes, plain weights under a config that calls them quantized, beside
+scales and shapes that nothing reads. `install` puts that right at the moment of saving: what is still packed
+is decoded too, the quantizer and its section of the config go, and the weights are written under the names
+that they have in a plain checkpoint. It also helps a model that was there before `import moespresso`. Left to
+transformers are plain models, those of other quantizers, and those with no packed expert that quantize
+activations too, which a plain checkpoint would not.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ def _saving(original: Callable[..., None]) -> Callable[..., None]:
             stacklevel=2,
         )
         become_plain(self)
-        given = inspect.signature(original).bind(self, *args, **kwargs)
+        bound = inspect.signature(original).bind(self, *args, **kwargs)
         # It may hold packed parts; transformers does not look at it for packed models either.
-        given.arguments["state_dict"] = None
-        original(*given.args, **given.kwargs)
+        bound.arguments["state_dict"] = None
+        original(*bound.args, **bound.kwargs)
 
     save_pretrained.__dict__[_DONE] = True
     return save_pretrained
@@ -69,23 +70,24 @@ def become_plain(model: PreTrainedModel) -> None:
     parts: dict[str, list[str]] = quantizer.serialized_names
     suffixes = tuple(f".{name}" for names in parts.values() for name in names if name not in parts)
     model.__dict__["_weight_conversions"] = [
-        plain for each in _conversions(model) if (plain := _as_plain(each, suffixes))
+        plain for conversion in _conversions(model) if (plain := _as_plain(conversion, suffixes))
     ]
 
 
 def _quantizer(model: PreTrainedModel) -> Any:
-    """What decodes, or decoded, the model's packed matrices; None where it has none, or computes with them as they are."""
-    decoding = [op for each in _conversions(model) for op in _decoding(each)]
+    """What decodes, or decoded, the model's packed matrices; None where it has none, or computes with them as
+    they are."""
+    decoding = [op for conversion in _conversions(model) for op in _decoding(conversion)]
     if decoding:
         return decoding[0].hf_quantizer
-    found = getattr(model, "hf_quantizer", None)
-    if not isinstance(found, CompressedTensorsHfQuantizer) or found.use_fp8_kernel:
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, CompressedTensorsHfQuantizer) or quantizer.use_fp8_kernel:
         return None
-    compressor: Any = found.compressor
+    compressor: Any = quantizer.compressor
     asked = compressor.quantization_config
     if asked is None or any(scheme.input_activations for scheme in asked.config_groups.values()):
         return None  # sparse at most, or more than its weights
-    return found
+    return quantizer
 
 
 def _conversions(model: PreTrainedModel) -> list[Any]:

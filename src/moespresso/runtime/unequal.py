@@ -1,19 +1,20 @@
 """Models whose layers differ, as `per_layer_config` in config.json declares them.
 
-transformers reads, checks and saves this key for every family, but hardly any of its models act on it. `install` makes
-them: when a model ends its construction, each layer that the config changes gets a smaller mixture, loses a branch or
-loses single experts, by general code that knows no family. What a layer may say (`{"3": {...}}`):
+transformers reads, checks and saves this key for every family, but hardly any of its models act on it.
+`install` makes them: when a model ends its construction, each layer that the config changes gets a smaller
+mixture, loses a branch or loses single experts, by general code that knows no family. What a layer may say
+(`{"3": {...}}`):
 
 * a count of experts: `{"num_local_experts": 6}`, or what else the family calls it;
-* the width of its experts: `{"moe_intermediate_size": 96}` (shared experts and dense layers keep theirs), and beside it
-  that of each where they differ: `{"expert_widths": [96, 24, 64]}`;
+* the width of its experts: `{"moe_intermediate_size": 96}` (shared experts and dense layers keep theirs), and
+  beside it that of each where they differ: `{"expert_widths": [96, 24, 64]}`;
 * branches that add nothing, or one vector: `{"skip": ["mlp", "attention+bias"]}`;
-* experts that are gone while the router still selects them: `{"skip": ["expert.1", "expert.5+novice"]}`, where a
-  novice is a constant vector that answers in the expert's place.
+* experts that are gone while the router still selects them: `{"skip": ["expert.1", "expert.5+novice"]}`,
+  where a novice is a constant vector that answers in the expert's place.
 
-A zero beside what is skipped, or beside widths (`"num_key_value_heads": 0`, `"num_local_experts": 0`), says nothing more. It is
-there for engines that do not know moespresso, which then stop with an error instead of filling what is missing with random weights
-(`moespresso.runtime.guard`).
+A zero beside what is skipped, or beside widths (`"num_key_value_heads": 0`, `"num_local_experts": 0`), says
+nothing more. It is there for engines that do not know moespresso, which then stop with an error instead of
+filling what is missing with random weights (`moespresso.runtime.guard`).
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ _DONE = "_moespresso"
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What one layer has of its own: a `count` of experts and their `width` (None: as all others), or the `widths` of each;
-    `silent` branches and experts that are `gone`, each with whether it leaves a vector (a bias, a novice) in its place."""
+    """What one layer has of its own: a `count` of experts and their `width` (None: as all others), or the
+    `widths` of each; `silent` branches and experts that are `gone`, each with whether it leaves a vector (a
+    bias, a novice) in its place."""
 
     count: int | None
     silent: Mapping[str, bool]
@@ -110,32 +112,33 @@ def _is_plugin(config: PreTrainedConfig) -> bool:
 
 
 def changes(config: PreTrainedConfig) -> dict[int, Change]:
-    """What a heterogeneous config changes, by layer; raises `UserError` for words in `skip` that are not understood."""
-    found = {layer: _change(layer, said) for layer, said in _said(config).items()}
-    return {layer: change for layer, change in found.items() if change != Change(None, {}, {})}
+    """What a heterogeneous config changes, by layer; raises `UserError` for words in `skip` that are not
+    understood."""
+    by_layer = {layer: _change(layer, override) for layer, override in _overrides(config).items()}
+    return {layer: change for layer, change in by_layer.items() if change != Change(None, {}, {})}
 
 
-def _said(config: PreTrainedConfig) -> Mapping[int, Mapping[str, Any]]:
+def _overrides(config: PreTrainedConfig) -> Mapping[int, Mapping[str, Any]]:
     return config._heterogeneity_spec.per_layer_overrides  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _change(layer: int, said: Mapping[str, Any]) -> Change:
-    words = said.get("skip", [])
-    branches = [found for found in map(_BRANCH.fullmatch, words) if found]
-    experts = [found for found in map(_EXPERT.fullmatch, words) if found]
+def _change(layer: int, override: Mapping[str, Any]) -> Change:
+    words = override.get("skip", [])
+    branches = [match for match in map(_BRANCH.fullmatch, words) if match]
+    experts = [match for match in map(_EXPERT.fullmatch, words) if match]
     if len(branches) + len(experts) < len(words):
         raise UserError(
             f"config.json: per_layer_config skips what moespresso does not know in layer {layer}: {words}"
         )
-    silent = {found[1]: found[2] is not None for found in branches}
+    silent = {match[1]: match[2] is not None for match in branches}
     count, width = (
-        None if "mlp" in silent else next((said[key] for key in keys if key in said), None)
+        None if "mlp" in silent else next((override[key] for key in keys if key in override), None)
         for keys in (COUNT_KEYS, WIDTH_KEYS)
     )
-    if count == 0 and zero_means_nothing(said):
+    if count == 0 and zero_means_nothing(override):
         count = None
-    gone = {int(found[1]): found[2] is not None for found in experts}
-    return Change(count, silent, gone, width, () if "mlp" in silent else tuple(said.get(OWN_WIDTHS, ())))
+    gone = {int(match[1]): match[2] is not None for match in experts}
+    return Change(count, silent, gone, width, () if "mlp" in silent else tuple(override.get(OWN_WIDTHS, ())))
 
 
 def _admit(config: PreTrainedConfig) -> None:
@@ -145,9 +148,9 @@ def _admit(config: PreTrainedConfig) -> None:
     """
     live = {
         key
-        for said in _said(config).values()
-        for key, value in said.items()
-        if key not in (*COUNT_KEYS, *WIDTH_KEYS, OWN_WIDTHS) and not (value == 0 and "skip" in said)
+        for override in _overrides(config).values()
+        for key, value in override.items()
+        if key not in (*COUNT_KEYS, *WIDTH_KEYS, OWN_WIDTHS) and not (value == 0 and "skip" in override)
     }
     forbidden = config.per_layer_attributes
     assert forbidden is not None
@@ -203,7 +206,8 @@ def _change_layer(layer: nn.Module, index: int, change: Change, config: PreTrain
 
 
 def _silence(layer: nn.Module, branch: Branch, width: int | None, index: int | None) -> None:
-    """Put what adds nothing, or a bias of `width`, in a branch's place; `index` is the layer's number if it mixes."""
+    """Put what adds nothing, or a bias of `width`, in a branch's place; `index` is the layer's number if it
+    mixes."""
     stub = Silent(branch.answers) if index is None else SilentMixer(branch.answers, index)
     if width is not None:
         stub.add_bias(width, branch.multiplier)
@@ -214,9 +218,10 @@ def _silence(layer: nn.Module, branch: Branch, width: int | None, index: int | N
 
 
 def _resize(layer: nn.Module, index: int, count: int, config: PreTrainedConfig) -> None:
-    """Build the layer's mixture anew for `count` experts, on the device and with the dtype the model is built with."""
+    """Build the layer's mixture anew for `count` experts, on the device and with the dtype the model is built
+    with."""
     name, block = _mixture(layer)
-    resized = _as_said(block, index, config)
+    resized = _rebuild(block, index, config)
     experts: Any = resized.get_submodule("experts")
     if experts.num_experts != count:
         raise UserError(
@@ -231,29 +236,30 @@ def _resize(layer: nn.Module, index: int, count: int, config: PreTrainedConfig) 
 def _narrow(layer: nn.Module, index: int, width: int, config: PreTrainedConfig) -> None:
     """Build the experts of a layer anew with `width` channels; all else keeps its own."""
     _, block = _mixture(layer)
-    experts: Any = _as_said(block, index, config).get_submodule("experts")
+    experts: Any = _rebuild(block, index, config).get_submodule("experts")
     if experts.down_proj.shape[1 if experts.is_transposed else 2] != width:
         raise UserError(f"{type(block).__name__} does not make experts {width} wide of a config that says so")
     block.set_submodule("experts", experts)
 
 
-def _as_said(block: nn.Module, index: int, config: PreTrainedConfig) -> nn.Module:
+def _rebuild(block: nn.Module, index: int, config: PreTrainedConfig) -> nn.Module:
     """The same kind of block as the layer's own config makes it."""
     kind = type(block)
     numbered = {"layer_idx": index} if "layer_idx" in inspect.signature(kind).parameters else {}
-    said = config.per_layer_config[index]
+    layer_config = config.per_layer_config[index]
     for key in COUNT_KEYS:
-        if getattr(said, key, None) == 0:  # a guard
-            setattr(said, key, getattr(config, key))
-    made = kind(said, **numbered)
+        if getattr(layer_config, key, None) == 0:  # a guard
+            setattr(layer_config, key, getattr(config, key))
+    rebuilt = kind(layer_config, **numbered)
     # Which function computes experts is switched in the model's config.
-    experts: Any = made.get_submodule("experts")
+    experts: Any = rebuilt.get_submodule("experts")
     experts.config = config
-    return made
+    return rebuilt
 
 
 def _mixture(layer: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of a layer's MoE block: the parent of what goes through transformers' experts interface."""
+    """Name and module of a layer's MoE block: the parent of what goes through transformers' experts
+    interface."""
     for name, module in layer.named_modules():
         if hasattr(module, "has_gate") and name.endswith(".experts"):
             parent = name.rpartition(".")[0]

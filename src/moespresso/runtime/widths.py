@@ -1,12 +1,12 @@
 """Experts of one layer that differ in width.
 
-Each is stored with the channels it has. A model that is used has them so in memory, end to end: `gate_up_proj` [S, 2 H] and
-`down_proj` [H, S], S the sum of the widths, each expert with its run of channels (`Ragged`). What moespresso does to a model
-it does to stacks: there (`stacked`) experts are as wide as the widest of their layer, the others ending in channels of
-zeros, which add nothing.
+Each is stored with the channels it has. A model that is used has them so in memory, end to end:
+`gate_up_proj` [S, 2 H] and `down_proj` [H, S], S the sum of the widths, each expert with its run of channels
+(`Ragged`). What moespresso does to a model it does to stacks: there (`stacked`) experts are as wide as the
+widest of their layer, the others ending in channels of zeros, which add nothing.
 
-transformers makes stacks of what it reads with `MergeModulelist`, which `install` teaches both, and takes them apart for
-saving with `revert_weight_conversion`.
+transformers makes stacks of what it reads with `MergeModulelist`, which `install` teaches both, and takes
+them apart for saving with `revert_weight_conversion`.
 """
 
 from __future__ import annotations
@@ -44,16 +44,17 @@ def stacked() -> Iterator[None]:
 
 
 def widened(narrow: Tensor, shape: Sequence[int]) -> Tensor:
-    """`narrow` with zeros behind, up to `shape`; raises `ValueError` where it is larger than that anywhere."""
-    more = [wide - own for wide, own in zip(shape, narrow.shape, strict=True)]
+    """`narrow` with zeros behind, up to `shape`; raises `ValueError` where it is larger than that
+    anywhere."""
+    more = [wide - size for wide, size in zip(shape, narrow.shape, strict=True)]
     if min(more) < 0:
         raise ValueError(f"a tensor of {list(narrow.shape)} does not fit in {list(shape)}")
-    return pad(narrow, [side for each in reversed(more) for side in (0, each)])
+    return pad(narrow, [side for missing in reversed(more) for side in (0, missing)])
 
 
 def differ(experts: Any, widths: tuple[int, ...], gone: int) -> None:
-    """Give experts under construction, of which some will be `gone`, widths of their own; raises `UserError` where their weights are laid out in a way that
-    this cannot be done to."""
+    """Give experts under construction, of which some will be `gone`, widths of their own; raises `UserError`
+    where their weights are laid out in a way that this cannot be done to."""
     if experts.is_transposed or experts.has_bias:
         raise UserError(
             "its experts have biases or are stored transposed, so that widths of their own are not known"
@@ -117,7 +118,8 @@ class Ragged(Mixed):
 
 
 def install() -> None:
-    """Teach transformers to read experts of different widths, and to save them; called again, it does nothing."""
+    """Teach transformers to read experts of different widths, and to save them; called again, it does
+    nothing."""
     if not hasattr(MergeModulelist.convert, _DONE):
         MergeModulelist.convert = _merging(MergeModulelist.convert)
         saving: Any = modeling_utils  # which calls by this name what it imports
@@ -132,7 +134,7 @@ def _merging(original: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[s
         ragged = {name: tensors for name, tensors in input_dict.items() if _differ_in(tensors) is not None}
         together = _even if _STACKED.get() else _run_together
         return original(
-            self, input_dict | {name: together(each) for name, each in ragged.items()}, *args, **kwargs
+            self, input_dict | {name: together(parts) for name, parts in ragged.items()}, *args, **kwargs
         )
 
     convert.__dict__[_DONE] = True
@@ -141,7 +143,9 @@ def _merging(original: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[s
 
 def _differ_in(tensors: Any) -> int | None:
     """The one axis in which tensors of a list have different sizes."""
-    shapes = {tuple(each.shape) for each in tensors} if isinstance(tensors, list) else set[tuple[int, ...]]()
+    shapes = (
+        {tuple(tensor.shape) for tensor in tensors} if isinstance(tensors, list) else set[tuple[int, ...]]()
+    )
     if len(shapes) < 2 or len({len(shape) for shape in shapes}) > 1:
         return None
     axes = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
@@ -154,7 +158,7 @@ def _run_together(tensors: list[Tensor]) -> Tensor:
 
 
 def _even(tensors: list[Tensor]) -> list[Tensor]:
-    largest = [max(sizes) for sizes in zip(*(each.shape for each in tensors), strict=True)]
+    largest = [max(sizes) for sizes in zip(*(one.shape for one in tensors), strict=True)]
     return [widened(tensor, largest) for tensor in tensors]
 
 
@@ -174,23 +178,23 @@ def _reverting(original: Callable[..., dict[str, Tensor]]) -> Callable[..., dict
 
 
 def _one_by_one(
-    reverted: Callable[[dict[str, Tensor]], dict[str, Tensor]], experts: Ragged, key: str, whole: Tensor
+    reverted: Callable[[dict[str, Tensor]], dict[str, Tensor]], experts: Ragged, key: str, together: Tensor
 ) -> dict[str, Tensor]:
     """Experts as they are stored, each in the form that its family gives to the one of a stack of one."""
-    found: dict[str, Tensor] = {}
-    for number, stack in enumerate(_stacks_of_one(experts, key.rpartition(".")[2], whole)):
+    by_name: dict[str, Tensor] = {}
+    for number, stack in enumerate(_stacks_of_one(experts, key.rpartition(".")[2], together)):
         for name, tensor in reverted({key: stack}).items():
             if "experts.0." not in name:  # read as one matrix, which it stays
-                return {name: whole}
-            found[name.replace("experts.0.", f"experts.{number}.")] = tensor.clone()
-    return found
+                return {name: together}
+            by_name[name.replace("experts.0.", f"experts.{number}.")] = tensor.clone()
+    return by_name
 
 
-def _stacks_of_one(experts: Ragged, matrix: str, whole: Tensor) -> Iterator[Tensor]:
+def _stacks_of_one(experts: Ragged, matrix: str, together: Tensor) -> Iterator[Tensor]:
     """Every expert's own run of a matrix, as transformers has it in memory where there is no other expert."""
     if matrix == "down_proj":
-        yield from (run.unsqueeze(0) for run in whole.split(experts.widths, 1))
+        yield from (run.unsqueeze(0) for run in together.split(experts.widths, 1))
         return
     halves = 2 if experts.has_gate else 1
-    for run in whole.split(experts.widths):
+    for run in together.split(experts.widths):
         yield run.unflatten(1, (halves, -1)).transpose(0, 1).flatten(0, 1).unsqueeze(0)
