@@ -2,7 +2,7 @@
 
     minimise  sum over an expert's tokens of g^2 |W a - W' a_K|^2       g = the gate, a = its channels, K = those that stay
 
-Rows of gate and up and columns of down go together, so the result is an ordinary, narrower model. `score=surgeon` (default) picks and refits at once, by what is lost after the others have made
+Rows of gate and up and columns of down go together, so the result is an ordinary, narrower model. `score=obs` (Optimal Brain Surgeon, the default) picks and refits at once, by what is lost after the others have made
 up for it. Other scores rank once: HEAPr's E[a_k^2] w_k G w_k, with G the mean square of the loss's gradient (arXiv 2509.22299,
 one backward pass), MoDeGPT's leverage (arXiv 2408.09632), CAMERA's energy (arXiv 2508.02322), Wanda's, and that of the weights
 alone. `refit=expert` solves the formula for each expert, in closed form; `refit=layer` for all experts of the layer together,
@@ -44,7 +44,7 @@ class ChannelPrune(OnText):
 
     ratio: share of every expert's channels that goes.
     width: channels that stay, instead of a ratio.
-    score: `surgeon` (least loss after refitting), `heapr` (by gradients of the model's loss), `leverage` (what others cannot tell),
+    score: `obs` (Optimal Brain Surgeon: least loss after refitting), `heapr` (by gradients of the model's loss), `leverage` (what others cannot tell),
         `camera`, `wanda`, `magnitude`, or `random`.
     scope: `layer` takes as much from every layer, `global` where it costs least (layers then differ: --target plugin).
     per_expert: every expert has a width of its own, so that channels go where they cost least (--target plugin).
@@ -62,7 +62,7 @@ class ChannelPrune(OnText):
 
     ratio: float | None = None
     width: int | None = None
-    score: Literal["surgeon", "heapr", "leverage", "camera", "wanda", "magnitude", "random"] = "surgeon"
+    score: Literal["obs", "heapr", "leverage", "camera", "wanda", "magnitude", "random"] = "obs"
     scope: Literal["layer", "global"] = "layer"
     per_expert: bool = False
     least: int = _LEAST
@@ -345,7 +345,7 @@ class ChannelPrune(OnText):
         hessians, _ = conditioning.finite_or_identity(experts.hessians_inner(some, up, by_gate=True))
         ridge = (self._shares(context, some) - self.damping) * hessians.diagonal(dim1=1, dim2=2).mean(1)
         hessians = conditioning.add_ridge(hessians, ridge)
-        if self.score == "surgeon":
+        if self.score == "obs":
             order, raised = obs.removal_order(down, hessians, min(widths), self.damping)
         else:
             order, raised = neurons.rank_ascending(self._scores(context, some, hessians)), {}
@@ -359,7 +359,7 @@ class ChannelPrune(OnText):
             same = [at for at, each in enumerate(widths) if each == width]
             kept = neurons.keep_last(order[same], width)
             new, more = neurons.select(down[same].float(), kept, 2), {}
-            if self.refit == "expert" or (self.refit == "layer" and self.score == "surgeon"):
+            if self.refit == "expert" or (self.refit == "layer" and self.score == "obs"):
                 new, more = neurons.refit(down[same], hessians[same], kept, self.damping)
             raised |= {same[at]: share for at, share in more.items()}
             for at, own, each in zip(same, kept, new, strict=True):
@@ -400,7 +400,7 @@ class ChannelPrune(OnText):
         if self.score == "heapr" and getattr(context.experts.module, "has_post_expert_norm", False):
             raise UserError(
                 f"channel_prune: the experts of L{context.layer} end with a norm, for which heapr's formula does not hold: use "
-                "score=surgeon"
+                "score=obs"
             )
 
     def _scores(self, context: LayerContext, some: range, hessians: Tensor) -> Tensor:
