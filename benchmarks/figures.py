@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from tables import MASKS, Results, parted, title, way
 
-EVEN = "channel_prune:score=surgeon,refit=layer"
+EVEN = "channel_prune:score=obs,refit=layer"
 UNEVEN = f"{EVEN},per_expert=true,scope=global"
 BOTH = f"{UNEVEN} low_rank:method=shared_basis"
 # What the README's chart shows, cheapest kind of cut last.
@@ -32,7 +32,7 @@ DEPTH_SHOWN = {("experts", "one-shot"): "-", ("layers", "one-shot"): ":", ("laye
 PRUNING_SHOWN = [
     "expert_drop", "expert_drop refit", "expert_merge", "low_rank", "channel_prune:score=random,refit=none",
     "channel_prune:score=camera,refit=none", "channel_prune:score=camera,refit=expert",
-    "channel_prune:score=surgeon,refit=expert", EVEN, f"{EVEN},scope=global", f"{EVEN},per_expert=true", UNEVEN, BOTH,
+    "channel_prune:score=obs,refit=expert", EVEN, f"{EVEN},scope=global", f"{EVEN},per_expert=true", UNEVEN, BOTH,
     "low_rank:method=shared_basis", "magnitude", "wanda", "sparsegpt",
 ]  # fmt: skip
 

@@ -30,10 +30,21 @@ COMMANDS = {
     "rounding_speed": "rounding_speed.py FOLDER --rival PYTHON --threads 2", "build_speed": "build_speed.py --work DIR",
     "rounding_speed_1thread": "rounding_speed.py FOLDER --rival PYTHON", "depth": "depth.py --dense FOLDER",
 }  # fmt: skip
-REFITTED = "channel_prune:ratio={},score=surgeon,refit=layer"
+REFITTED = "channel_prune:ratio={},score=obs,refit=layer"
 OWN = ",per_expert=true,scope=global"
 # Of a share that two steps remove together, what the first takes: r / (1 + r); the second takes r^2 of the rest.
 TOGETHER = {"0.25": ("0.2", "0.0625"), "0.5": ("0.3333", "0.25")}
+
+
+# What a setting was called when results were measured, and what it is called now.
+RENAMED = {"score=surgeon": "score=obs"}
+
+
+def renamed(text: str) -> str:
+    """Results with the present names of settings."""
+    for was, now in RENAMED.items():
+        text = text.replace(was, now)
+    return text
 
 
 class Results:
@@ -42,7 +53,7 @@ class Results:
     def __init__(self, folder: Path) -> None:
         dated = sorted(folder.glob("????-??-??_*.json"))
         self.files = {path.stem.partition("_")[2]: path for path in dated}
-        self.read = {kind: json.loads(path.read_text()) for kind, path in self.files.items()}
+        self.read = {kind: json.loads(renamed(path.read_text())) for kind, path in self.files.items()}
 
     def __getitem__(self, kind: str) -> Any:
         body = self.read[kind]
@@ -167,7 +178,7 @@ def structures(found: Results) -> Iterator[tuple[str, str]]:
 def gains(found: Results) -> Iterator[tuple[str, str]]:
     """What refits, and widths that differ, take off."""
     amounts = ("0.15", "0.25", "0.5")
-    scores = ("random", "magnitude", "wanda", "camera", "heapr", "surgeon")
+    scores = ("random", "magnitude", "wanda", "camera", "heapr", "obs")
     plain = "channel_prune:ratio={},score={},refit={}"
     yield "refit", span((less(found.kl(plain.format(a, s, "expert"), m), found.kl(plain.format(a, s, "none"), m))
                          for m in BOTH_MODELS for a in amounts for s in scores), ".0%")  # fmt: skip
@@ -179,7 +190,7 @@ def gains(found: Results) -> Iterator[tuple[str, str]]:
     for name, model in (("mixtral", "mixtral"), ("deepseek", "deepseek_v2")):
         uneven = {a: found.kl(f"{REFITTED.format(a)}{OWN}", model) for a in ("0.25", "0.5")}
         yield f"by_expert_{name}", span((less(kl, wider[model, a]) for a, kl in uneven.items()), ".0%")
-        alone = found.kl(plain.format("0.5", "surgeon", "expert"), model)
+        alone = found.kl(plain.format("0.5", "obs", "expert"), model)
         yield f"joint_{name}", f"{less(wider[model, '0.5'], alone):.0%}"
         yield f"uneven_{name}", number(uneven["0.5"])
         yield f"both_{name}", number(found.both("0.5", model))

@@ -25,7 +25,7 @@ from moespresso.methods._pruning import Sparsity
 
 RATIOS = [0.15, 0.25, 0.5]
 # Widths of their own, then shared bases: of a share r that goes in all, r / (1 + r) first and r^2 of the rest.
-BOTH = "channel_prune:ratio={0:own},score=surgeon,refit=layer,per_expert=true,scope=global low_rank:method=shared_basis,ratio={0:bases}"
+BOTH = "channel_prune:ratio={0:own},score=obs,refit=layer,per_expert=true,scope=global low_rank:method=shared_basis,ratio={0:bases}"
 CUTS = [
     "expert_drop:ratio={}",
     "expert_drop:ratio={} refit",
@@ -43,13 +43,13 @@ CUTS = [
     "channel_prune:ratio={},score=heapr,refit=none",
     "channel_prune:ratio={},score=heapr,refit=expert",
     "channel_prune:ratio={},score=leverage,refit=expert",
-    "channel_prune:ratio={},score=surgeon,refit=none",
-    "channel_prune:ratio={},score=surgeon,refit=expert",
-    "channel_prune:ratio={},score=surgeon,refit=layer",
-    "channel_prune:ratio={},score=surgeon,refit=layer,scope=global",
+    "channel_prune:ratio={},score=obs,refit=none",
+    "channel_prune:ratio={},score=obs,refit=expert",
+    "channel_prune:ratio={},score=obs,refit=layer",
+    "channel_prune:ratio={},score=obs,refit=layer,scope=global",
     "channel_prune:ratio={},score=camera,refit=none,per_expert=true",
-    "channel_prune:ratio={},score=surgeon,refit=layer,per_expert=true",
-    "channel_prune:ratio={},score=surgeon,refit=layer,per_expert=true,scope=global",
+    "channel_prune:ratio={},score=obs,refit=layer,per_expert=true",
+    "channel_prune:ratio={},score=obs,refit=layer,per_expert=true,scope=global",
     "low_rank:ratio={}",
     "low_rank:method=shared_basis,ratio={}",
     BOTH,

@@ -19,7 +19,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 # Old text of a step, and what it is called now.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "channel_prune:ratio=0.25,score=surgeon": "channel_prune:ratio=0.25,score=obs",
+}
 TEXT = ("--samples", "6", "--length", "128")
 
 # Name: target, steps, and what the result is exported to (nothing: not at all).
@@ -34,6 +36,7 @@ RECIPES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "awq": ("transformers", ("awq:group_size=32,grid=4",), ""),
     "autoround": ("transformers", ("autoround:group_size=32,iterations=8",), ""),
     "channels": ("transformers", ("channel_prune:ratio=0.25",), ""),
+    "channels by obs": ("transformers", ("channel_prune:ratio=0.25,score=obs",), ""),
     "uneven widths": ("plugin", ("channel_prune:ratio=0.25,per_expert=true,scope=global",), ""),
     "masked": ("plugin", ("sparsegpt:sparsity=0.5,pack=true",), ""),
     "zeros": ("transformers", ("wanda:sparsity=2:4",), ""),

@@ -31,9 +31,7 @@ from torch.nn import functional as F
 from moespresso.build import Tensors, make_meta_model
 from moespresso.core.runtime import Runtime
 from moespresso.data import Batches
-from moespresso.kernels import RoutedExperts, factored, last, removal, truncated
-from moespresso.kernels.channels import TURNS, portions
-from moespresso.kernels.joint_refit import joint_refit
+from moespresso.kernels import RoutedExperts, conditioning, joint_refit, low_rank, neurons, obs
 from moespresso.quality import score_tokens
 from moespresso.quality.compare import summary
 from moespresso.stream import SweepOptions, sweep
@@ -91,7 +89,7 @@ def stored(weights: Tensor) -> Tensor:
 
 def solved(anchor: Tensor, gram: Tensor, pull: Tensor) -> Tensor:
     """The W [out, K] with the least E|y - W a|^2, drawn to `anchor`: `gram` is E[a a^T], `pull` E[y a^T]."""
-    upper, _, _ = factored(gram[None].flip(1, 2), DAMPING)
+    upper, _, _ = conditioning.damped_factors(gram[None].flip(1, 2), DAMPING)
     return anchor + torch.cholesky_solve((pull - anchor @ gram).mT, upper[0].flip(0, 1)).mT
 
 
@@ -111,21 +109,22 @@ def with_down(experts: RoutedExperts, up: Tensor, numbers: int, refit: str) -> C
         down[expert] = solved(down[expert], inner.T @ inner, wanted.T @ inner)
     if refit == "layer":
         every = torch.arange(down.shape[2]).expand(experts.count, -1)
-        down, _ = joint_refit(experts, up, down, every, damping=[DAMPING] * experts.count, sweeps=2)
+        narrowed = joint_refit.Narrowed(up, down, list(every))
+        down, _ = joint_refit.refit(experts, narrowed, damping=[DAMPING] * experts.count, sweeps=2)
     return Cut(up, stored(down), numbers)
 
 
-def surgeon(experts: RoutedExperts, moments: Tensor, keep: int, turns: int = TURNS) -> Tensor:
+def obs_kept(experts: RoutedExperts, hessians: Tensor, keep: int, turns: int = obs.TURNS) -> Tensor:
     """The channels [E, keep] that `channel_prune` keeps, by its default score."""
-    gone = portions(experts.down.shape[2] - keep, turns)
-    return last(removal(experts.down, moments, DAMPING, gone)[0], keep)
+    counts = obs.portions(experts.down.shape[2] - keep, turns)
+    return neurons.keep_last(obs.remove(experts.down, hessians, DAMPING, counts)[0], keep)
 
 
 def channels(experts: RoutedExperts, left: float, refit: str) -> Cut:
     """Fewer channels, as many for every expert."""
     count, size, width = experts.down.shape
-    moments = experts.moments_inner(range(count), experts.up, by_gate=True)
-    kept = surgeon(experts, moments, round(left * width))
+    hessians = experts.hessians_inner(range(count), experts.up, by_gate=True)
+    kept = obs_kept(experts, hessians, round(left * width))
     rows = torch.cat([kept, kept + width], 1).unsqueeze(2).expand(-1, -1, size)
     up = torch.zeros_like(experts.up).scatter_(1, rows, experts.up.gather(1, rows))
     return with_down(experts, up, count * 3 * size * kept.shape[1], refit)
@@ -157,11 +156,11 @@ def numbers_of(out: int, width: int, share: float) -> int:
     return out * width if share == 1 else rank_of(out, width, share) * (out + width)
 
 
-def factors(weights: Tensor, moment: Tensor, shares: Sequence[float]) -> Iterator[tuple[float, Tensor]]:
-    """Every share, and the products [N out, in] that come closest to `weights` [N, out, in] under `moment`."""
+def factors(weights: Tensor, hessian: Tensor, shares: Sequence[float]) -> Iterator[tuple[float, Tensor]]:
+    """Every share, and the products [N out, in] that come closest to `weights` [N, out, in] under `hessian`."""
     _, out, width = weights.shape
     ranks = {share: rank_of(out, width, share) for share in shares if share < 1}
-    left, right = truncated(weights, moment[None], max(ranks.values(), default=1), DAMPING)
+    left, right = low_rank.truncate(weights, hessian[None], max(ranks.values(), default=1), DAMPING)
     for share in shares:
         kept = slice(ranks.get(share))
         product = stored(weights) if share == 1 else stored(left[..., kept]) @ stored(right[:, kept])
@@ -180,9 +179,9 @@ def options(
     seen = seen_by(experts, expert)
     every = -(-len(seen[0]) // (2 * TOKENS))  # experts are compared by sums over all of their tokens
     hidden, gates, wanted = (each[::every] for each in seen)
-    moment = (hidden * gates).T @ (hidden * gates)
+    hessian = (hidden * gates).T @ (hidden * gates)
     for kept in kepts:
-        for halves, up in factors(halves_of(experts, expert, kept), moment, shares):
+        for halves, up in factors(halves_of(experts, expert, kept), hessian, shares):
             inner = gates * experts.inner(expert, hidden, up)
             fit, check = (
                 (a.T @ a, y.T @ a, y.square().sum())
@@ -230,15 +229,20 @@ def equal_slopes(menus: list[list[Option]], budget: int) -> list[Option]:
 
 
 def joint(
-    experts: RoutedExperts, left: float, kinds: str, across: bool, turns: int = TURNS, refit: str = "expert"
+    experts: RoutedExperts,
+    left: float,
+    kinds: str,
+    across: bool,
+    turns: int = obs.TURNS,
+    refit: str = "expert",
 ) -> Cut:
     """Every expert as its best option of `left` of its bytes, or of all options in the layer by equal slopes (`across`)."""
     count, size, width = experts.down.shape
     each, shares = round(left * 3 * size * width), SHARES if kinds != "channels" else (1.0,)
-    moments = experts.moments_inner(range(count), experts.up, by_gate=True)
+    hessians = experts.hessians_inner(range(count), experts.up, by_gate=True)
     least = STEP if across else round(left * width / STEP) * STEP
     widths = range(least, width, STEP) if kinds != "rank" else ()
-    kepts = [surgeon(experts, moments, keep, turns) for keep in widths]
+    kepts = [obs_kept(experts, hessians, keep, turns) for keep in widths]
     kepts.append(torch.arange(width).expand(count, -1))
     menus = [
         list(options(experts, expert, [kept[expert] for kept in kepts], shares)) for expert in range(count)
@@ -247,8 +251,8 @@ def joint(
     up, down = torch.zeros_like(experts.up), torch.zeros_like(experts.down)
     for expert, choice in enumerate(chosen):
         (hidden, gates, wanted), kept = seen_by(experts, expert), choice.kept
-        moment, halves = (hidden * gates).T @ (hidden * gates), halves_of(experts, expert, kept)
-        up[expert, torch.cat([kept, kept + width])] = rows = dict(factors(halves, moment, shares))[
+        hessian, halves = (hidden * gates).T @ (hidden * gates), halves_of(experts, expert, kept)
+        up[expert, torch.cat([kept, kept + width])] = rows = dict(factors(halves, hessian, shares))[
             choice.halves
         ]
         inner = gates * experts.inner(expert, hidden, rows)
@@ -318,8 +322,8 @@ def blocks(experts: RoutedExperts, groups: int, learned: bool) -> Cut:
     up, down = torch.zeros_like(experts.up), torch.zeros_like(experts.down)
     for expert in every:
         hidden, gates, wanted = seen_by(experts, expert)
-        moment, whole = (hidden * gates).T @ (hidden * gates), experts.up[expert]
-        blockwise(up[expert], whole, moment, whole @ moment, inner[expert].repeat(2), inputs, groups)
+        hessian, whole = (hidden * gates).T @ (hidden * gates), experts.up[expert]
+        blockwise(up[expert], whole, hessian, whole @ hessian, inner[expert].repeat(2), inputs, groups)
         a = gates * experts.inner(expert, hidden, up[expert])
         blockwise(down[expert], experts.down[expert], a.T @ a, wanted.T @ a, outputs, inner[expert], groups)
     return Cut(up, down, (up.numel() + down.numel()) // groups, notes)

@@ -20,9 +20,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from driver import Driver
-from families import COMMON, CORE, FAMILIES, build, write_checkpoint
-from moespresso import api
+import shapes
+
+shapes.install()  # before anything imports what is to be checked
+
+from driver import Driver  # noqa: E402
+from families import COMMON, CORE, FAMILIES, build, write_checkpoint  # noqa: E402
+from moespresso import api  # noqa: E402
 
 Zoo = Callable[[str], Path]
 

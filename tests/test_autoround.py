@@ -18,7 +18,7 @@ from moespresso import api
 from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.formats import decode, round_nearest, searched
-from moespresso.kernels import Learned, RoutedExperts, half_quadratic, routed_sum, slopes
+from moespresso.kernels import RoutedExperts, autoround, hqq
 from moespresso.methods import AutoRound, LayerContext, LayerResult
 
 DTYPE = torch.bfloat16
@@ -52,8 +52,8 @@ def error(shown: LayerContext, up: Tensor, down: Tensor) -> float:
     experts = shown.experts
     assert experts is not None
     tokens = torch.arange(len(experts.hidden))
-    right = routed_sum(experts, experts.up.unbind(), experts.down.unbind(), tokens)
-    found = routed_sum(experts, up.float().unbind(), down.float().unbind(), tokens)
+    right = autoround.routed_sum(experts, experts.up.unbind(), experts.down.unbind(), tokens)
+    found = autoround.routed_sum(experts, up.float().unbind(), down.float().unbind(), tokens)
     return float((found - right).square().mean())
 
 
@@ -69,7 +69,7 @@ def test_the_routed_sum_is_that_of_all_experts_token_by_token():
     shown = shown_layer()
     experts = shown.experts
     tokens = torch.tensor([5, 0, 7])
-    found = routed_sum(experts, experts.up.unbind(), experts.down.unbind(), tokens)
+    found = autoround.routed_sum(experts, experts.up.unbind(), experts.down.unbind(), tokens)
     for row, token in zip(found, tokens, strict=True):
         parts = [gate * experts.down[expert] @ gated(experts.up[expert] @ experts.hidden[token])
                  for expert, gate in zip(experts.index[token], experts.weights[token], strict=True)]  # fmt: skip
@@ -109,11 +109,11 @@ def test_it_never_ends_worse_than_it_starts(settings: dict[str, Any]):
 def test_the_answer_is_as_long_as_it_was_in_the_direction_of_what_it_was():
     shown = shown_layer()
     experts, tokens = shown.experts, torch.arange(400)
-    wanted = routed_sum(experts, experts.up.unbind(), experts.down.unbind(), tokens)
+    wanted = autoround.routed_sum(experts, experts.up.unbind(), experts.down.unbind(), tokens)
     lengths = []
     for unbiased in (False, True):
         answer = quick(unbiased=unbiased).solve(shown)
-        found = routed_sum(
+        found = autoround.routed_sum(
             experts,
             *(decode(codes).float().unbind() for codes in (answer.numbers["up"], answer.numbers["down"])),
             tokens,
@@ -133,7 +133,7 @@ def test_the_same_layer_is_always_rounded_alike():
 def test_what_is_decoded_while_learning_is_what_the_codes_say(symmetric: bool):
     shown = shown_layer(symmetric=symmetric)
     weights, format = shown.experts.up, shown.formats["up"]
-    learned = Learned(weights, searched(weights, format, DTYPE), format)
+    learned = autoround.LearnedRounding(weights, searched(weights, format, DTYPE), format)
     for seed in range(3):
         learned.step(torch.randn(weights.shape, generator=torch.Generator().manual_seed(seed)), 0.3, 0.2)
     assert torch.equal(learned.decoded(), decode(learned.codes()).float())
@@ -145,7 +145,7 @@ def test_what_is_decoded_while_learning_is_what_the_codes_say(symmetric: bool):
 def test_steps_follow_the_slopes_that_autograd_finds_with_rounding_passed_through(symmetric: bool):
     shown = shown_layer(symmetric=symmetric)
     weights, format = shown.experts.up, Format("integer", 2, 8, symmetric)
-    learned = Learned(weights, searched(weights, format, torch.float32), format)
+    learned = autoround.LearnedRounding(weights, searched(weights, format, torch.float32), format)
     learned.step(torch.randn(weights.shape, generator=torch.Generator().manual_seed(1)), 0.3, 0.2)
     slope = torch.randn(weights.shape, generator=torch.Generator().manual_seed(2))
     before = learned.offsets.copy()
@@ -187,7 +187,7 @@ def test_slopes_are_found_in_a_run_that_wants_none():
                              experts.hidden.clone(), experts.index.clone(), experts.weights.clone())  # fmt: skip
         made = quick().solve(LayerContext(3, shown.module, shown.formats, shown.dtypes, held))
     assert torch.equal(made.numbers["up"].values, quick().solve(shown).numbers["up"].values)
-    up, down = slopes(experts, experts.up, experts.down, torch.arange(9), torch.zeros(9, 16))
+    up, down = autoround.gradients(experts, experts.up, experts.down, torch.arange(9), torch.zeros(9, 16))
     assert up.shape == experts.up.shape
     assert down.shape == experts.down.shape
 
@@ -196,7 +196,7 @@ def test_an_expert_that_no_token_reaches_is_helped():
     shown = shown_layer(experts=5, used=3)
     answer = quick().solve(shown)
     assert answer.remedies == {3: "hqq", 4: "hqq"}
-    wanted = half_quadratic(shown.experts.down[3:], shown.formats["down"], DTYPE)
+    wanted = hqq.quantize(shown.experts.down[3:], shown.formats["down"], DTYPE)
     assert torch.equal(answer.numbers["down"].values[3:], wanted.values)
 
 

@@ -12,13 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moespresso.core.layer import Fed
 from moespresso.kernels import RoutedExperts, shared_bases
-from moespresso.kernels import shared_bases as kernels
 from samples import error, matrices, moments, samples, tail
 
 
+def shared(
+    weights: Tensor,
+    seen: Tensor | None,
+    rank: int,
+    count: int,
+    importance: Tensor | None = None,
+    **settings: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return shared_bases.fit(weights, seen, rank, count, importance, shared_bases.Settings(**settings))
+
+
 def shared_basis(weights: Tensor, seen: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
-    left, bases, shares = shared_bases(weights, seen, rank, 1, rounds=0)
+    left, bases, shares = shared(weights, seen, rank, 1, rounds=0)
     assert shares.unique().numel() == 1
     return left * shares.unsqueeze(2), bases[0]
 
@@ -79,7 +90,7 @@ def test_empty_experts_stay_empty():
     assert not bool(left[1].any())
     left, basis = shared_basis(torch.zeros(3, 4, 20), moments(samples(14, 1, 20))[0], 10)
     assert not bool((left @ basis).any())
-    left, bases, shares = shared_bases(torch.zeros(3, 4, 20), None, 2, 2, rounds=3)
+    left, bases, shares = shared(torch.zeros(3, 4, 20), None, 2, 2, rounds=3)
     assert not bool((left @ torch.einsum("em,mri->eri", shares, bases)).any())
 
 
@@ -107,7 +118,7 @@ def test_several_bases_are_never_worse_than_one(
     weights = matrices(seed, 6, 8, 12)
     seen = moments(samples(seed, 1, 12, tokens=tokens))[0] if known else None
     one = shared_basis(weights, seen, rank)
-    several = mixed(shared_bases(weights, seen, rank, count, rounds=iterations, seed=seed))
+    several = mixed(shared(weights, seen, rank, count, rounds=iterations, seed=seed))
     whole = float(error(weights, seen).sum())
     # The damping, a millionth, may turn a hair of what was seen into something unseen.
     assert float(error(weights - several, seen).sum()) <= (
@@ -121,8 +132,7 @@ def test_every_iteration_lowers_the_error(rank: int, known: bool):
     weights = matrices(15, 10, 12, 20)
     seen = moments(samples(15, 1, 20))[0] if known else None
     errors = [
-        float(error(weights - mixed(shared_bases(weights, seen, rank, 4, rounds=n)), seen).sum())
-        for n in range(8)
+        float(error(weights - mixed(shared(weights, seen, rank, 4, rounds=n)), seen).sum()) for n in range(8)
     ]
     assert all(after < before * (1 - 1e-4) for before, after in itertools.pairwise(errors))
     assert errors[-1] < 0.9 * errors[0]
@@ -132,13 +142,13 @@ def test_one_basis_has_nothing_left_to_fit():
     weights, seen = matrices(16, 7, 12, 20), moments(samples(16, 1, 20))[0]
     left, basis = shared_basis(weights, seen, 5)
     torch.testing.assert_close(
-        mixed(shared_bases(weights, seen, 5, 1, rounds=10)), left @ basis, rtol=1e-3, atol=1e-4
+        mixed(shared(weights, seen, 5, 1, rounds=10)), left @ basis, rtol=1e-3, atol=1e-4
     )
 
 
 def test_the_experts_own_factors_are_least_squares_on_the_samples():
     weights, inputs = matrices(17, 4, 8, 12), samples(17, 1, 12)[0]
-    left, bases, shares = shared_bases(weights, moments(inputs), 5, 3, rounds=2)
+    left, bases, shares = shared(weights, moments(inputs), 5, 3, rounds=2)
     for own, alpha, weight in zip(left, shares, weights, strict=True):
         narrow = inputs.double() @ torch.einsum("m,mri->ri", alpha, bases).double().T
         expected = torch.linalg.lstsq(narrow, inputs.double() @ weight.double().T).solution.T
@@ -151,13 +161,13 @@ def test_planted_bases_are_found():
     whole = float(error(weights, None).sum())
     one = shared_basis(weights, None, 6)
     assert float(error(weights - one[0] @ one[1], None).sum()) > 0.2 * whole
-    found = [mixed(shared_bases(weights, None, 6, 3, rounds=100, seed=seed)) for seed in range(3)]
+    found = [mixed(shared(weights, None, 6, 3, rounds=100, seed=seed)) for seed in range(3)]
     assert min(float(error(weights - each, None).sum()) for each in found) < 1e-3 * whole
 
 
 def test_the_seed_says_it_all():
     weights = matrices(21, 5, 8, 12)
-    one, same, other = (shared_bases(weights, None, 4, 3, rounds=2, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (shared(weights, None, 4, 3, rounds=2, seed=seed) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     assert not torch.equal(one[1], other[1])
     assert [tuple(each.shape) for each in one] == [(5, 8, 4), (3, 4, 12), (5, 3)]
@@ -186,8 +196,7 @@ def by_turns(weights: Tensor, rank: int, count: int, rounds: int) -> float:
 def test_looking_ahead_saves_rounds():
     weights = matrices(30, 16, 10, 24)
     ahead = [
-        float(error(weights - mixed(shared_bases(weights, None, 6, 4, rounds=n)), None).sum())
-        for n in (1, 40)
+        float(error(weights - mixed(shared(weights, None, 6, 4, rounds=n)), None).sum()) for n in (1, 40)
     ]
     exact = [by_turns(weights, 6, 4, rounds) for rounds in (1, 40, 80)]
     assert ahead[0] == pytest.approx(exact[0], rel=0.05)
@@ -197,26 +206,24 @@ def test_looking_ahead_saves_rounds():
 def test_rows_that_count_more_are_nearer():
     weights, weight = matrices(31, 6, 10, 24), torch.rand(6, 10, generator=torch.Generator().manual_seed(1))
     seen = moments(samples(31, 1, 24))[0]
-    plain, heeded = (
-        mixed(shared_bases(weights, seen, 6, 3, importance=each)) for each in (None, 0.1 + weight)
-    )
+    plain, heeded = (mixed(shared(weights, seen, 6, 3, importance=each)) for each in (None, 0.1 + weight))
     scaled = (0.1 + weight).unsqueeze(2)
     assert error((weights - heeded) * scaled, seen).sum() < error((weights - plain) * scaled, seen).sum()
     assert error(weights - plain, seen).sum() < error(weights - heeded, seen).sum()
-    by_hand = mixed(shared_bases(weights * scaled, seen, 6, 3)) / scaled
+    by_hand = mixed(shared(weights * scaled, seen, 6, 3)) / scaled
     torch.testing.assert_close(heeded, by_hand, rtol=1e-3, atol=1e-3)
 
 
 def test_a_few_experts_at_a_time_are_the_same_experts(monkeypatch: pytest.MonkeyPatch):
     weights, seen = matrices(32, 7, 10, 24), moments(samples(32, 1, 24))[0]
-    whole = shared_bases(weights, seen, 6, 3, rounds=5)
-    monkeypatch.setattr(kernels, "_BYTES", 2 * 8 * 10 * 24)
-    for mine, other in zip(shared_bases(weights, seen, 6, 3, rounds=5), whole, strict=True):
+    whole = shared(weights, seen, 6, 3, rounds=5)
+    monkeypatch.setattr(shared_bases, "BYTES", 2 * 8 * 10 * 24)
+    for mine, other in zip(shared(weights, seen, 6, 3, rounds=5), whole, strict=True):
         torch.testing.assert_close(mine, other, rtol=5e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("gate", [True, False])
-def test_steepness_is_how_answers_move(gate: bool):
+def test_squared_slopes_are_how_answers_move(gate: bool):
     torch.manual_seed(2)
     halves = 2 if gate else 1
 
@@ -228,12 +235,10 @@ def test_steepness_is_how_answers_move(gate: bool):
         has_gate=gate, act_fn=torch.tanh, _apply_gate=apply, down_proj=torch.randn(2, 5, 4)
     )
     module.gate_up_proj = module.up_proj = torch.randn(2, 4 * halves, 5)
-    fed: Any = SimpleNamespace(
-        hidden=torch.randn(9, 5), index=torch.randint(2, (9, 1)), weights=torch.rand(9, 1)
-    )
+    fed = Fed(torch.randn(9, 5), torch.randint(2, (9, 1)), torch.rand(9, 1))
     experts = RoutedExperts.of(module, [fed])
     with torch.inference_mode():
-        found = experts.steepness(range(2), experts.up)
+        found = experts.squared_slopes(range(2), experts.up)
     step = 1e-3
     for expert in range(2):
         tokens, gates = experts.rows(expert)
@@ -266,16 +271,14 @@ def test_what_is_exact_or_empty_already_is_left_alone(
     weights[alive:] = 0
     seen = moments(samples(seed, 1, 16))[0] if known else None
     importance = matrices(seed, 6, 10).abs() if weighted else None
-    found = shared_bases(weights, seen, rank, count, importance=importance)
+    found = shared(weights, seen, rank, count, importance=importance)
     assert all(bool(each.isfinite().all()) for each in found)
     stored = [found[0].bfloat16().float(), found[1].bfloat16().float(), found[2]]
     off, whole = (
         float(each.square().sum()) for each in (weights - mixed((stored[0], stored[1], stored[2])), weights)
     )
     first = float(
-        (weights - mixed(shared_bases(weights, seen, rank, count, rounds=0, importance=importance)))
-        .square()
-        .sum()
+        (weights - mixed(shared(weights, seen, rank, count, rounds=0, importance=importance))).square().sum()
     )
     if not known and not weighted:
         assert off <= first * (1 + 1e-3) + 1e-3 * whole
@@ -284,12 +287,12 @@ def test_what_is_exact_or_empty_already_is_left_alone(
 
 def test_bases_are_of_unit_size_and_rows_that_move_nothing_are_alike():
     weights = matrices(33, 6, 10, 24)
-    left, bases, shares = shared_bases(1e-4 * weights, None, 6, 3)
+    left, bases, shares = shared(1e-4 * weights, None, 6, 3)
     torch.testing.assert_close(bases.square().mean((1, 2)), torch.ones(3))
     assert float(left.abs().max()) < 100
     for one, other in zip(
-        shared_bases(weights, None, 6, 3, importance=torch.zeros(6, 10)),
-        shared_bases(weights, None, 6, 3),
+        shared(weights, None, 6, 3, importance=torch.zeros(6, 10)),
+        shared(weights, None, 6, 3),
         strict=True,
     ):
         assert torch.equal(one, other)

@@ -263,13 +263,13 @@ def test_an_expert_is_computed_in_the_precision_of_its_tokens_and_its_squares_in
     every = range(4)
     assert half.inner(0, half.hidden, up[0]).dtype is dtype
     for found, wanted in [
-        (half.moments_in(every), whole.moments_in(every)),
-        (half.moments_inner(every, up, by_gate=True), whole.moments_inner(every, up, by_gate=True)),
+        (half.hessians_in(every), whole.hessians_in(every)),
+        (half.hessians_inner(every, up, by_gate=True), whole.hessians_inner(every, up, by_gate=True)),
         (half.squares_in(every, by_gate=False), whole.squares_in(every, by_gate=False)),
         (half.squares_inner(every, up.to(dtype), by_gate=True), whole.squares_inner(every, up, by_gate=True)),
-        (half.steepness(every, up), whole.steepness(every, up)),
-        (half.pooled(), whole.pooled()),
-        (half.sums_and_peaks(every, up)[0], whole.sums_and_peaks(every, up)[0]),
+        (half.squared_slopes(every, up), whole.squared_slopes(every, up)),
+        (half.pooled_hessian(), whole.pooled_hessian()),
+        (half.sums_and_maxima(every, up)[0], whole.sums_and_maxima(every, up)[0]),
     ]:
         assert found.dtype is torch.float32
         assert float((found - wanted).norm()) < 0.04 * float(wanted.norm())
@@ -281,7 +281,7 @@ def test_what_experts_hold_beyond_float16_is_told():
     fed = Fed(hidden, torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1))
     experts = RoutedExperts(torch.full((1, 2, 4), 40.0), torch.ones(1, 4, 2), module, *vars_of(fed))
     with pytest.raises(UserError, match="use --dtype bfloat16 or float32"):
-        experts.moments_inner(range(1), experts.up, by_gate=False)
+        experts.hessians_inner(range(1), experts.up, by_gate=False)
 
 
 def vars_of(fed: Fed) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moespresso.core.format import Format
-from moespresso.formats.grids import minmax, searched
-from moespresso.formats.integer import SLAB, QuantizedWeights, decode, encode, in_groups, slabs, spread
-from moespresso.formats.rounding import round_nearest, unbias
-from moespresso.kernels import factored, half_quadratic, shrunk
-from moespresso.kernels.gptq import solve
-from moespresso.kernels.hqq import shrink as shrunk_errors
+from moespresso.formats import (
+    SLAB,
+    QuantizedWeights,
+    Search,
+    decode,
+    encode,
+    in_groups,
+    minmax,
+    round_nearest,
+    searched,
+    slabs,
+    spread,
+    unbias,
+)
+from moespresso.kernels import conditioning, gptq, hqq
 
 FORMATS = [
     Format("integer", bits, size, symmetric)
@@ -30,6 +40,16 @@ FORMATS = [
 ]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PUBLISHED = {"sweeps": 0, "unbiased": False, "weighted": False}
+
+
+def solve(
+    weights: Tensor, hessians: Tensor, format: Format, dtype: torch.dtype, **settings: Any
+) -> tuple[QuantizedWeights, conditioning.Warnings]:
+    return gptq.solve(weights, hessians, format, dtype, gptq.Settings(**settings))
+
+
+def half_quadratic(weights: Tensor, format: Format, dtype: torch.dtype, **settings: Any) -> QuantizedWeights:
+    return hqq.quantize(weights, format, dtype, hqq.Settings(**settings))
 
 
 def name(format: Format) -> str:
@@ -42,7 +62,7 @@ formats = pytest.mark.parametrize("format", FORMATS, ids=name)
 def problem(
     seed: int, count: int = 3, rows: int = 6, width: int = 40, tokens: int = 200
 ) -> tuple[Tensor, Tensor]:
-    """Weights [N, out, in], and second moments of correlated inputs of uneven size."""
+    """Weights [N, out, in], and Hessians of correlated inputs of uneven size."""
     draw = torch.Generator().manual_seed(seed)
     mix = torch.randn(count, width, width, generator=draw) / width**0.5
     size = 0.1 + torch.rand(count, 1, width, generator=draw)
@@ -113,7 +133,10 @@ def test_a_search_is_never_worse_than_minmax_in_its_own_measure(
 ):
     format = Format("integer", bits, 8, symmetric)
     weights = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(seed)) ** 3 * size
-    found, plain = searched(weights, format, dtype, power=power), minmax(weights, format, dtype)
+    found, plain = (
+        searched(weights, format, dtype, search=Search(power=power)),
+        minmax(weights, format, dtype),
+    )
     # Summed in another order: equal up to rounding.
     limit = powers(weights, plain, format, power) * (1 + 1e-5)
     assert bool((powers(weights, found, format, power) <= limit).all())
@@ -123,7 +146,7 @@ def test_a_search_is_never_worse_than_minmax_in_its_own_measure(
 
 def test_the_search_finds_the_best_of_its_ranges():
     format, (weights, _) = Format("integer", 3, 8, False), problem(2)
-    scale, _ = searched(weights, format, torch.float32, steps=4, least=0.6)
+    scale, _ = searched(weights, format, torch.float32, search=Search(steps=4, min_share=0.6))
     ranges = [minmax(weights * share, format, torch.float32) for share in (1.0, 0.9, 0.8, 0.7)]
     errors = torch.stack([powers(weights, grid, format, 2.4) for grid in ranges])
     best = torch.stack([grid[0] for grid in ranges]).gather(0, errors.argmin(0, keepdim=True))[0]
@@ -215,7 +238,7 @@ def test_rows_that_cannot_be_freed_of_shrinkage_stay():
 def test_shrinking_is_the_generalized_soft_threshold():
     x, p, beta = torch.tensor([-2.0, -0.01, 0.0, 0.5]), 0.7, 10.0
     by_hand = [-(2 - 2**-0.3 / 10), 0.0, 0.0, 0.5 - 0.5**-0.3 / 10]
-    torch.testing.assert_close(shrunk_errors(x, p, beta), torch.tensor(by_hand))
+    torch.testing.assert_close(hqq.soft_threshold(x, p, beta), torch.tensor(by_hand))
 
 
 def by_hand(weights: Tensor, bits: int, betas: list[float], p: float = 0.7) -> tuple[float, int]:
@@ -280,8 +303,8 @@ def published(
     rest, hessian = weights.double().clone(), hessian.double()
     width = rest.shape[1]
     hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(width, dtype=torch.float64)
-    moments = hessian.diagonal()
-    order = moments.argsort(descending=True, stable=True) if act_order else torch.arange(width)
+    diagonal = hessian.diagonal()
+    order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(width)
     upper = torch.linalg.cholesky(torch.linalg.inv(hessian[order][:, order]), upper=True)
     rest, values = rest[:, order], torch.empty_like(rest)
     scale, zero = (spread(each[0], width)[:, order].double() for each in (grid.scale, grid.zero))
@@ -403,11 +426,11 @@ def test_scales_that_may_not_be_negative_are_positive(size: int, make: str):
 
 def test_scales_are_searched_with_the_second_moments_unless_told_otherwise():
     format, (weights, hessians) = Format("integer", 3, 8, True), problem(20)
-    moments = hessians.diagonal(dim1=1, dim2=2)
-    importance = moments + 0.2 * moments.mean(1, keepdim=True)
+    diagonal = hessians.diagonal(dim1=1, dim2=2)
+    importance = diagonal + 0.2 * diagonal.mean(1, keepdim=True)
     for weighted in (True, False):
         expected = searched(
-            weights, format, torch.float32, importance=importance if weighted else None, power=2.4
+            weights, format, torch.float32, importance if weighted else None, Search(power=2.4)
         )
         codes, _ = solve(
             weights, hessians, format, torch.float32, **(PUBLISHED | {"damping": 0.2, "weighted": weighted})
@@ -464,7 +487,7 @@ def test_all_shapes(count: int, rows: int, width: int, size: int, source: torch.
         assert float((decode(codes).float() - weights.float()).abs().mean()) < 0.01
 
 
-# --- warnings -------------------------------------------------------------------------------------------------------------------
+# --- warnings ------------------------------------------------------------------------------------------------------------------
 
 
 def test_inputs_that_never_fired_are_rounded_to_nearest_and_counted():
@@ -495,7 +518,7 @@ def test_damping_goes_up_tenfold_until_it_does():
     hessians = torch.stack(
         [eye, eye - 0.03 * torch.ones(4, 4) * 10, eye]
     )  # the second: one eigenvalue of -0.2
-    factors, ridge, raised = factored(hessians, 0.01)
+    factors, ridge, raised = conditioning.damped_factors(hessians, 0.01)
     assert raised == {1: pytest.approx(1.0)}
     torch.testing.assert_close(ridge, torch.tensor([0.01, 0.7, 0.01]))
     torch.testing.assert_close(factors @ factors.mT, hessians + ridge[:, None, None] * eye)
@@ -535,8 +558,8 @@ def test_scales_are_never_zero_nor_infinite(format: Format, dtype: torch.dtype, 
 def test_few_tokens_are_pulled_to_the_pooled_mean():
     _, hessians = problem(18)
     pooled, tokens = hessians.mean(0), torch.tensor([0, 100, 10**9])
-    found = shrunk(hessians, tokens, pooled, 100.0)
+    found = conditioning.shrink(hessians, tokens, pooled, 100.0)
     torch.testing.assert_close(found[0], pooled)
     torch.testing.assert_close(found[1], (hessians[1] + pooled) / 2)
     torch.testing.assert_close(found[2], hessians[2])
-    assert torch.equal(shrunk(hessians, tokens, pooled, 0.0), hessians)
+    assert torch.equal(conditioning.shrink(hessians, tokens, pooled, 0.0), hessians)

@@ -16,18 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moespresso.kernels import (
-    ascending,
-    entropy_allocation,
-    last,
-    leverage,
-    query_key,
-    refitted,
-    truncated,
-    usable,
-    value_output,
-)
-from moespresso.kernels.low_rank import CAP
+from moespresso.kernels import attention_rank, conditioning, low_rank, neurons
 from samples import error, matrices, moments, root, samples, tail
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
@@ -36,11 +25,13 @@ seeds = st.integers(0, 100_000)
 
 
 def refitted_on(down: Tensor, moments: Tensor, kept: Tensor, damping: float) -> Tensor:
-    return refitted(down, usable(moments)[0], kept, damping)[0]
+    return neurons.refit(down, conditioning.finite_or_identity(moments)[0], kept, damping)[0]
 
 
 def nystrom_kept(moments: Tensor, scores: Tensor | None, keep: int, damping: float) -> Tensor:
-    return last(ascending(leverage(moments, damping) if scores is None else scores), keep)
+    return neurons.keep_last(
+        neurons.rank_ascending(low_rank.leverage(moments, damping) if scores is None else scores), keep
+    )
 
 
 # --- low rank ----------------------------------------------------------------------------------------------------------
@@ -54,7 +45,7 @@ def test_no_matrix_of_its_rank_is_nearer_in_the_norm_of_the_data(
 ):
     weights = matrices(0, 3, rows, width)
     seen = moments(samples(0, 3, width)) if known else None
-    left, right = truncated(weights, seen, rank)
+    left, right = low_rank.truncate(weights, seen, rank)
     assert (left.shape, right.shape) == ((3, rows, rank), (3, rank, width))
     assert left.dtype == right.dtype == torch.float32
     torch.testing.assert_close(
@@ -69,7 +60,7 @@ def test_with_few_tokens_the_answer_is_still_the_best(
 ):
     rows, width = shape
     weights, seen = matrices(seed, 2, rows, width), moments(samples(seed, 2, width, tokens=kept))
-    left, right = truncated(weights, seen, rank)
+    left, right = low_rank.truncate(weights, seen, rank)
     least, whole = tail(weights, seen, rank), error(weights, seen)
     assert bool((error(weights - left @ right, seen) <= least * (1 + 1e-3) + 1e-6 * whole).all())
 
@@ -77,7 +68,7 @@ def test_with_few_tokens_the_answer_is_still_the_best(
 @shapes
 def test_the_data_decide_which_directions_stay(rows: int, width: int):
     weights, seen = matrices(1, 3, rows, width), moments(samples(1, 3, width, rank=6))
-    informed, plain = (truncated(weights, each, 4) for each in (seen, None))
+    informed, plain = (low_rank.truncate(weights, each, 4) for each in (seen, None))
     assert bool(
         (
             error(weights - informed[0] @ informed[1], seen)
@@ -92,9 +83,9 @@ def test_full_rank_gives_the_matrix_itself_however_little_was_seen(rows: int, wi
     weights = matrices(2, 3, rows, width)
     inputs = samples(2, 3, width)[:, :tokens]
     seen = inputs.mT @ inputs / 200
-    left, right = truncated(weights, seen, min(rows, width))
+    left, right = low_rank.truncate(weights, seen, min(rows, width))
     assert float((left @ right - weights).abs().max()) < 1e-5
-    left, right = truncated(weights, None, min(rows, width))
+    left, right = low_rank.truncate(weights, None, min(rows, width))
     assert float((left @ right - weights).abs().max()) < 1e-5
 
 
@@ -102,16 +93,16 @@ def test_full_rank_gives_the_matrix_itself_however_little_was_seen(rows: int, wi
 @pytest.mark.parametrize("rank", [1, 4, 9])
 def test_data_of_a_rank_need_no_more_than_it(rows: int, width: int, rank: int):
     weights, inputs = matrices(3, 3, rows, width), samples(3, 3, width, rank=rank)
-    left, right = truncated(weights, moments(inputs), rank)
+    left, right = low_rank.truncate(weights, moments(inputs), rank)
     assert float((inputs @ (weights - left @ right).mT).abs().max()) < 1e-4
     if rank > 1:
-        left, right = truncated(weights, moments(inputs), rank - 1)
+        left, right = low_rank.truncate(weights, moments(inputs), rank - 1)
         assert float((inputs @ (weights - left @ right).mT).abs().max()) > 1e-2
 
 
 def test_rank_that_the_data_leave_over_goes_to_the_weights():
     weights, seen = matrices(4, 2, 12, 20), moments(samples(4, 2, 20, rank=3))
-    left, right = truncated(weights, seen, 7, damping=1e-4)
+    left, right = low_rank.truncate(weights, seen, 7, damping=1e-4)
     moved = weights.double() @ root(seen)
     used = torch.linalg.svd(moved).U[..., :3]
     unused = weights.double() - used @ used.mT @ weights.double()
@@ -121,8 +112,8 @@ def test_rank_that_the_data_leave_over_goes_to_the_weights():
 @shapes
 def test_a_lower_rank_is_a_prefix(rows: int, width: int):
     weights, seen = matrices(5, 3, rows, width), moments(samples(5, 3, width))
-    left, right = truncated(weights, seen, 9)
-    fewer = truncated(weights, seen, 4)
+    left, right = low_rank.truncate(weights, seen, 9)
+    fewer = low_rank.truncate(weights, seen, 4)
     torch.testing.assert_close(left[..., :4] @ right[:, :4], fewer[0] @ fewer[1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(left.mT @ left, torch.eye(9).expand(3, 9, 9), rtol=0, atol=1e-5)
 
@@ -132,17 +123,17 @@ def test_a_lower_rank_is_a_prefix(rows: int, width: int):
 def test_moments_that_say_nothing_count_as_none(rows: int, width: int, value: float):
     weights, seen = matrices(6, 2, rows, width), moments(samples(6, 2, width))
     seen[1] = value
-    left, right = truncated(weights, seen, 5)
-    plain = truncated(weights, None, 5)
+    left, right = low_rank.truncate(weights, seen, 5)
+    plain = low_rank.truncate(weights, None, 5)
     torch.testing.assert_close((left @ right)[1], (plain[0] @ plain[1])[1])
-    alone = truncated(weights[:1], seen[:1], 5)
+    alone = low_rank.truncate(weights[:1], seen[:1], 5)
     torch.testing.assert_close((left @ right)[0], (alone[0] @ alone[1])[0])
 
 
 def test_what_no_data_show_is_never_made_larger():
     # Oblique answers of the same error could blow up inputs that calibration has not seen; this one is a projection.
     weights, seen = matrices(7, 2, 12, 20), moments(samples(7, 2, 20, tokens=4))
-    left, right = truncated(weights, seen, 6)
+    left, right = low_rank.truncate(weights, seen, 6)
     size = torch.linalg.matrix_norm((left @ right).double(), 2)
     assert bool((size <= torch.linalg.matrix_norm(weights.double(), 2) * (1 + 1e-5)).all())
 
@@ -340,7 +331,7 @@ def everyones(kv_heads: int) -> Tensor:
 @rotaries
 def test_queries_and_keys_of_full_width_stay(heads: int, kv_heads: int, rotary: Rotary):
     q, k, _, _, _, seen = attention(31, heads, kv_heads)
-    kept = query_key(q, k, seen, WIDTH, heads, units_of(rotary))
+    kept = attention_rank.select_query_key(q, k, seen, WIDTH, heads, units_of(rotary))
     assert torch.equal(kept, torch.ones(kv_heads, WIDTH, dtype=torch.bool))
 
 
@@ -351,7 +342,7 @@ def test_pairs_stay_together_and_scores_lose_only_what_went(
     heads: int, kv_heads: int, rotary: Rotary, pairs: int
 ):
     q, k, _, _, inputs, seen = attention(32, heads, kv_heads)
-    kept = query_key(q, k, seen, 2 * pairs, heads, units_of(rotary))
+    kept = attention_rank.select_query_key(q, k, seen, 2 * pairs, heads, units_of(rotary))
     assert kept.sum(1).tolist() == [2 * pairs] * kv_heads
     for own in kept:
         assert all(len({bool(own[dim]) for dim in unit}) == 1 for unit in units_of(rotary))
@@ -373,7 +364,7 @@ def test_dims_stay_by_what_they_hold_of_queries_and_keys(
     heads: int, kv_heads: int, rotary: Rotary, pairs: int
 ):
     q, k, _, _, inputs, seen = attention(33, heads, kv_heads)
-    kept = query_key(q, k, seen, 2 * pairs, heads, units_of(rotary))
+    kept = attention_rank.select_query_key(q, k, seen, 2 * pairs, heads, units_of(rotary))
     queries = by_head(q, inputs, heads).square().mean(1).sqrt()
     keys = by_head(k, inputs, kv_heads).square().mean(1).sqrt()
     for number, own in enumerate(row.nonzero().flatten().tolist() for row in kept):
@@ -391,8 +382,10 @@ def test_dims_that_are_not_turned_stay_or_go_by_themselves():
     for weight in (q, k):
         heads = weight.view(-1, WIDTH, HIDDEN)
         heads[:, 4:] *= torch.tensor([10.0, 1e-3, 1e-4, 1e-5])[:, None]
-    assert [row.nonzero().flatten().tolist() for row in query_key(q, k, seen, 2, 4, units)] == [[4, 5]] * 2
-    kept = query_key(q, k, seen, 6, 4, units)
+    assert [
+        row.nonzero().flatten().tolist() for row in attention_rank.select_query_key(q, k, seen, 2, 4, units)
+    ] == [[4, 5]] * 2
+    kept = attention_rank.select_query_key(q, k, seen, 6, 4, units)
     assert [row.nonzero().flatten().tolist() for row in kept] == [[0, 1, 2, 3, 4, 5]] * 2
 
 
@@ -400,7 +393,7 @@ def test_dims_that_are_silent_in_keys_go_whatever_queries_say():
     q, k, _, _, _, seen = attention(34, 4, 2)
     k.view(2, WIDTH, HIDDEN)[:, [2, 6]] = 0
     q.view(4, WIDTH, HIDDEN)[:, [2, 6]] *= 100
-    kept = query_key(q, k, seen, 6, 4, units_of("halves"))
+    kept = attention_rank.select_query_key(q, k, seen, 6, 4, units_of("halves"))
     assert [row.nonzero().flatten().tolist() for row in kept] == [[0, 1, 3, 4, 5, 7]] * 2
 
 
@@ -408,7 +401,7 @@ def test_rounding_below_zero_is_no_reason_to_stay():
     q, k, _, _, _, seen = attention(40, 4, 2)
     seen[0], seen[:, 0], seen[0, 0] = 0, 0, -1e-9
     k.view(2, WIDTH, HIDDEN)[:, 3] = torch.eye(HIDDEN)[0]
-    assert not query_key(q, k, seen, 6, 4, units_of(None))[:, 3].any()
+    assert not attention_rank.select_query_key(q, k, seen, 6, 4, units_of(None))[:, 3].any()
 
 
 def outputs(v: Tensor, o: Tensor, inputs: Tensor, heads: int, kv_heads: int, weights: Tensor) -> Tensor:
@@ -424,7 +417,7 @@ def test_values_of_full_rank_leave_attention_as_it_was(heads: int, kv_heads: int
     weights = scores(q, k, inputs, heads, everyones(kv_heads), "halves").softmax(-1)
     before = outputs(v, o, inputs, heads, kv_heads, weights)
     for seen in (inputs[:tokens].T @ inputs[:tokens], None):
-        narrow = value_output(v, o, seen, WIDTH, heads, kv_heads)
+        narrow = attention_rank.decompose_value_output(v, o, seen, WIDTH, heads)
         assert (narrow[0].shape, narrow[1].shape) == (v.shape, o.shape)
         after = outputs(*narrow, inputs, heads, kv_heads, weights)
         assert float((after - before).abs().max()) < 1e-5 * float(before.abs().max())
@@ -447,7 +440,7 @@ def products(v: Tensor, o: Tensor, heads: int, kv_heads: int) -> Tensor:
 @pytest.mark.parametrize("known", [True, False])
 def test_values_and_outputs_are_the_best_of_their_rank(heads: int, kv_heads: int, rank: int, known: bool):
     _, _, v, o, _, seen = attention(36, heads, kv_heads)
-    narrow = value_output(v, o, seen if known else None, rank, heads, kv_heads)
+    narrow = attention_rank.decompose_value_output(v, o, seen if known else None, rank, heads)
     assert (narrow[0].shape, narrow[1].shape) == ((kv_heads * rank, HIDDEN), (HIDDEN, heads * rank))
     whole = products(v, o, heads, kv_heads)
     lost = error(whole - products(*narrow, heads, kv_heads), seen if known else None)
@@ -456,7 +449,7 @@ def test_values_and_outputs_are_the_best_of_their_rank(heads: int, kv_heads: int
 
 def test_it_is_the_published_pair_of_decompositions():
     _, _, v, o, _, seen = attention(37, 4, 4)
-    found = products(*value_output(v, o, seen, 3, 4, 4), 4, 4)
+    found = products(*attention_rank.decompose_value_output(v, o, seen, 3, 4), 4, 4)
     half = root(seen)
     for head in range(4):
         own = slice(head * WIDTH, (head + 1) * WIDTH)
@@ -471,7 +464,7 @@ def test_values_of_data_of_a_rank_need_no_more_than_it():
     q, k, v, o, _, _ = attention(38, 4, 2)
     inputs = samples(38, 1, HIDDEN, tokens=40, rank=3)[0]
     weights = scores(q, k, inputs, 4, everyones(2), "halves").softmax(-1)
-    narrow = value_output(v, o, moments(inputs), 3, 4, 2)
+    narrow = attention_rank.decompose_value_output(v, o, moments(inputs), 3, 4)
     before = outputs(v, o, inputs, 4, 2, weights)
     torch.testing.assert_close(outputs(*narrow, inputs, 4, 2, weights), before, rtol=1e-3, atol=1e-3)
 
@@ -479,8 +472,10 @@ def test_values_of_data_of_a_rank_need_no_more_than_it():
 def test_moments_of_few_tokens_give_numbers():
     q, k, v, o, inputs, _ = attention(39, 4, 2)
     for seen in (moments(inputs[:1]), torch.zeros(HIDDEN, HIDDEN)):
-        assert query_key(q, k, seen, 4, 4, units_of("halves")).sum(1).tolist() == [4, 4]
-        assert all(bool(each.isfinite().all()) for each in value_output(v, o, seen, 3, 4, 2))
+        assert attention_rank.select_query_key(q, k, seen, 4, 4, units_of("halves")).sum(1).tolist() == [4, 4]
+        assert all(
+            bool(each.isfinite().all()) for each in attention_rank.decompose_value_output(v, o, seen, 3, 4)
+        )
 
 
 # --- the shares of layers ------------------------------------------------------------------------------------------------------
@@ -495,12 +490,12 @@ epsilons = st.sampled_from([None, 1e-4, 0.02, 0.1, 1.0, 50.0])
 def test_shares_have_the_mean_keep_the_order_and_stay_below_the_cap(
     importance: list[float], ratio: float, epsilon: float | None
 ):
-    shares = entropy_allocation(importance, ratio, epsilon)
+    shares = low_rank.entropy_allocation(importance, ratio, epsilon)
     assert sum(shares) / len(shares) == pytest.approx(ratio, abs=1e-12)
-    assert all(0 <= share <= max(CAP, ratio) + 1e-12 for share in shares)
+    assert all(0 <= share <= max(low_rank.CAP, ratio) + 1e-12 for share in shares)
     for (one, first), (other, second) in itertools.pairwise(sorted(zip(importance, shares, strict=True))):
         assert first >= second - 1e-12
-        assert one < other or first == pytest.approx(second, abs=1e-9) or first >= CAP - 1e-9
+        assert one < other or first == pytest.approx(second, abs=1e-9) or first >= low_rank.CAP - 1e-9
 
 
 @given(importance=importances, ratio=st.floats(0.01, 0.9), epsilon=st.sampled_from([0.02, 0.1, 1.0]))
@@ -509,9 +504,9 @@ def test_no_exchange_between_two_layers_is_better(importance: list[float], ratio
     def gain(layer: int, share: float) -> float:
         return importance[layer] * (1 - share) - epsilon * (share * math.log(share) if share > 0 else 0.0)
 
-    shares = entropy_allocation(importance, ratio, epsilon)
+    shares = low_rank.entropy_allocation(importance, ratio, epsilon)
     for one, other in itertools.permutations(range(len(shares)), 2):
-        move = 0.05 * min(shares[one], CAP - shares[other])
+        move = 0.05 * min(shares[one], low_rank.CAP - shares[other])
         after = gain(one, shares[one] - move) + gain(other, shares[other] + move)
         assert after <= gain(one, shares[one]) + gain(other, shares[other]) + 1e-9
 
@@ -519,20 +514,22 @@ def test_no_exchange_between_two_layers_is_better(importance: list[float], ratio
 def test_below_the_cap_it_is_the_published_formula():
     importance = [0.3, 0.1, 0.2, 0.15]
     soft = torch.tensor([-each / 0.1 for each in importance], dtype=torch.float64).softmax(0)
-    assert entropy_allocation(importance, 0.25, 0.1) == pytest.approx((4 * 0.25 * soft).tolist())
+    assert low_rank.entropy_allocation(importance, 0.25, 0.1) == pytest.approx((4 * 0.25 * soft).tolist())
     deviation = float(torch.tensor(importance, dtype=torch.float64).std(correction=0))
-    assert entropy_allocation(importance, 0.25) == entropy_allocation(importance, 0.25, deviation)
+    assert low_rank.entropy_allocation(importance, 0.25) == low_rank.entropy_allocation(
+        importance, 0.25, deviation
+    )
 
 
 def test_what_the_cap_cuts_off_goes_to_the_others():
-    shares = entropy_allocation([0.0, 10.0, 10.0, 11.0], 0.5, 1.0)
-    assert shares[0] == CAP
+    shares = low_rank.entropy_allocation([0.0, 10.0, 10.0, 11.0], 0.5, 1.0)
+    assert shares[0] == low_rank.CAP
     assert shares[1] == pytest.approx(shares[2])
     assert shares[3] / shares[1] == pytest.approx(math.exp(-1))
     assert sum(shares) == pytest.approx(2.0)
 
 
 def test_layers_alike_lose_alike():
-    assert entropy_allocation([0.2] * 5, 0.3) == pytest.approx([0.3] * 5)
-    assert entropy_allocation([0.1, 0.9], 0.97, 0.01) == pytest.approx([0.97] * 2)
-    assert entropy_allocation([0.1, 0.9], 0.0, 0.01) == [0.0, 0.0]
+    assert low_rank.entropy_allocation([0.2] * 5, 0.3) == pytest.approx([0.3] * 5)
+    assert low_rank.entropy_allocation([0.1, 0.9], 0.97, 0.01) == pytest.approx([0.97] * 2)
+    assert low_rank.entropy_allocation([0.1, 0.9], 0.0, 0.01) == [0.0, 0.0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moespresso.core.format import Format
-from moespresso.formats.grids import searched
-from moespresso.formats.integer import SLAB, QuantizedWeights, decode, encode, spread
-from moespresso.kernels import gptq as _gptq
-from moespresso.kernels import kept, kept_by_share, solve
-from moespresso.kernels.masks import largest
+from moespresso.formats import SLAB, QuantizedWeights, decode, encode, searched, spread
+from moespresso.kernels import conditioning, gptq, masks, sparsegpt
 from test_kernels import problem
 
 HALF, DENSE = Format(density=0.5), Format(density=1.0)
@@ -32,6 +30,12 @@ CODES = [
     Format("integer", bits, size, symmetric)
     for bits, size, symmetric in ((4, 8, True), (3, 8, False), (4, 0, False), (2, 20, True), (8, 0, True))
 ]
+
+
+def solve(
+    weights: Tensor, hessians: Tensor, format: Format, **settings: Any
+) -> tuple[Tensor, Tensor, QuantizedWeights | None, conditioning.Warnings]:
+    return sparsegpt.solve(weights, hessians, format, sparsegpt.Settings(**settings))
 
 
 def name(format: Format) -> str:
@@ -85,7 +89,7 @@ def test_exactly_n_of_every_m_neighbours_stay(
     total = count * rows * groups * m
     drawn = data.draw(st.lists(SCORES, min_size=total, max_size=total))
     scores = torch.tensor(drawn, dtype=dtype).view(count, rows, groups * m)
-    found = kept(scores, Format(density=n / m, group_size=m))
+    found = masks.keep_largest(scores, Format(density=n / m, group_size=m))
     assert found.dtype == torch.bool
     assert bool((found.view(count, rows, groups, m).sum(-1) == n).all())
     assert torch.equal(found, by_hand(scores, m, n))
@@ -104,8 +108,8 @@ def test_the_largest_of_each_row_or_matrix_stay(
     total = count * rows * width
     drawn = data.draw(st.lists(SCORES, min_size=total, max_size=total))
     scores, number = torch.tensor(drawn).view(shape), max(round(density * width), int(density > 0))
-    assert torch.equal(kept(scores, Format(density=density)), by_hand(scores, width, number))
-    whole = kept(scores, Format(density=density), whole=True)
+    assert torch.equal(masks.keep_largest(scores, Format(density=density)), by_hand(scores, width, number))
+    whole = masks.keep_largest(scores, Format(density=density), whole=True)
     assert torch.equal(whole, by_hand(scores, rows * width, rows * number))
 
 
@@ -117,13 +121,13 @@ def test_many_slabs_and_rows_longer_than_one_are_as_a_whole():
         flat = scores.view(-1, size)
         order = flat.argsort(dim=1, descending=True, stable=True)[:, : size // 2]
         expected = torch.zeros(flat.shape, dtype=torch.bool).scatter_(1, order, True).view_as(scores)
-        assert torch.equal(kept(scores, format, whole=whole), expected)
+        assert torch.equal(masks.keep_largest(scores, format, whole=whole), expected)
 
 
 def test_wanda_takes_the_largest_products_of_weight_and_norm_in_each_row():
     weights, hessians = problem(0)
     norms = hessians.diagonal(dim1=1, dim2=2).sqrt()
-    found = kept(weights.abs() * norms[:, None], HALF)
+    found = masks.keep_largest(weights.abs() * norms[:, None], HALF)
     for number, row in itertools.product(range(3), range(6)):
         products = [
             (abs(float(weights[number, row, column])) * float(norms[number, column]), column)
@@ -175,7 +179,7 @@ def test_equal_shares_are_what_wandas_code_finds_by_bisection(density: float, se
     weights *= torch.rand(3, 24, 1, generator=torch.Generator().manual_seed(seed)) ** 2  # rows of any size
     weights[:, ::2] **= 3  # and of any shape
     scores = weights.abs() * hessians.diagonal(dim1=1, dim2=2).sqrt()[:, None]
-    found = kept_by_share(scores, Format(density=density))
+    found = masks.keep_equal_shares(scores, Format(density=density))
     assert found.sum((1, 2)).tolist() == [24 * round(density * 50)] * 3
     for one, mask in zip(scores.double(), found, strict=True):
         out, alpha = by_bisection(one, 1 - density)
@@ -188,9 +192,9 @@ def test_equal_shares_are_what_wandas_code_finds_by_bisection(density: float, se
 def test_equal_shares_with_ties_zeros_and_nan():
     scores = torch.tensor([[[0.0, 0, 0, 0], [1, 1, 1, 1], [math.nan, 3, 0, 3]]])
     # The row of zeros goes first, then what adds nothing, then the last of the first equals: 1/4 of its row's sum.
-    left = kept_by_share(scores, Format(density=0.5))
+    left = masks.keep_equal_shares(scores, Format(density=0.5))
     assert left.tolist() == [[[False] * 4, [True, True, True, True], [False, True, False, True]]]
-    left = kept_by_share(scores, Format(density=0.25))
+    left = masks.keep_equal_shares(scores, Format(density=0.25))
     assert left.tolist() == [[[False] * 4, [True, True, False, False], [False, True, False, False]]]
 
 
@@ -242,7 +246,7 @@ def test_weights_are_those_of_the_published_algorithm(format: Format, code: Form
         weights, hessians, format, block=block, code=code, dtype=torch.float32, damping=0.02
     )
     assert (met.dtype, mask.dtype) == (torch.float32, torch.bool)
-    assert warnings == _gptq.Warnings({}, (), 0, 0)
+    assert warnings == conditioning.Warnings({}, (), 0, 0)
     for number in range(len(weights)):
         grid = None
         if codes:
@@ -351,7 +355,7 @@ def test_the_output_error_is_below_that_of_magnitude(format: Format, tokens: int
         weights, hessians = problem(seed, rows=16, tokens=tokens)
         met, mask, _, _ = solve(weights, hessians, format)
         found = output_error(weights, met, hessians)
-        magnitude = weights * kept(weights.abs(), format, whole=True)
+        magnitude = weights * masks.keep_largest(weights.abs(), format, whole=True)
         ratios.append(found / output_error(weights, torch.stack([magnitude, weights * mask]), hessians))
     # With 0.3 most of a block goes at once, by costs that are soon others, and what goes was meant to make up for more:
     # with 20 tokens for 40 inputs 1 matrix in 100 is left worse than by magnitude.
@@ -365,7 +369,7 @@ def test_with_uncorrelated_inputs_it_is_magnitude_and_what_stays_is_left_alone(f
     weights, _ = problem(4)
     for eye in (torch.eye(40).expand(3, 40, 40), torch.zeros(3, 40, 40)):
         met, mask, _, _ = solve(weights, eye, format)
-        assert torch.equal(mask, kept(weights.abs(), format, whole=True))
+        assert torch.equal(mask, masks.keep_largest(weights.abs(), format, whole=True))
         assert torch.equal(met, weights * mask)
 
 
@@ -378,9 +382,8 @@ def test_a_density_of_1_is_the_identity_or_gptq(group: int, code: Format):
     assert bool(mask.all())
     assert torch.equal(met, weights)
     met, mask, codes, _ = solve(weights, hessians, format, code=code, damping=0.03)
-    plain, _ = _gptq.solve(
-        weights, hessians, code, torch.bfloat16, damping=0.03, act_order=False, sweeps=0, unbiased=False
-    )
+    as_pruned = gptq.Settings(damping=0.03, act_order=False, sweeps=0, unbiased=False)
+    plain, _ = gptq.solve(weights, hessians, code, torch.bfloat16, as_pruned)
     assert codes is not None
     assert bool(mask.all())
     assert torch.equal(codes.values, plain.values)
@@ -496,7 +499,7 @@ def test_a_hessian_that_is_not_finite_falls_back_to_magnitude(value: float):
     hessians[0, 3, 4] = value
     met, _, _, warnings = solve(weights, hessians, PATTERNS[0])
     assert warnings.nonfinite == (0,)
-    assert torch.equal(met[0], (weights * kept(weights.abs(), PATTERNS[0]))[0])
+    assert torch.equal(met[0], (weights * masks.keep_largest(weights.abs(), PATTERNS[0]))[0])
 
 
 def test_scales_cut_to_their_dtype_are_counted():
@@ -511,6 +514,6 @@ def test_scales_cut_to_their_dtype_are_counted():
 
 def test_nothing_and_everything_may_be_asked_for():
     scores = torch.tensor([[1.0, torch.nan, 3.0]])
-    assert largest(scores, 0).tolist() == [[False, False, False]]
-    assert largest(scores, 3).tolist() == [[True, True, True]]
-    assert largest(scores, 2).tolist() == [[True, False, True]]
+    assert masks.largest(scores, 0).tolist() == [[False, False, False]]
+    assert masks.largest(scores, 3).tolist() == [[True, True, True]]
+    assert masks.largest(scores, 2).tolist() == [[True, False, True]]

@@ -13,7 +13,7 @@ from conftest import Zoo
 from driver import Driver
 from moespresso import api
 from moespresso.core.errors import UserError
-from moespresso.kernels.joint_refit import answers, joint_refit
+from moespresso.kernels import joint_refit
 from test_channels import routed
 from test_depth_kl import rows_of
 from test_resume import KILLED, Press, contents, same
@@ -64,14 +64,13 @@ def test_every_layer_comes_nearer_to_the_original(
 
 def test_what_is_missing_is_what_the_fit_ends_at():
     experts = routed(3)
-    wanted = answers(experts, experts.up, torch.randn_like(experts.down))
-    missing = wanted - answers(experts, experts.up, experts.down)
+    wanted = joint_refit.outputs(experts, experts.up, torch.randn_like(experts.down))
+    missing = wanted - joint_refit.outputs(experts, experts.up, experts.down)
     kept = [torch.arange(experts.down.shape[2])] * experts.count
-    down, _ = joint_refit(
-        experts, experts.up, experts.down, kept, damping=[1e-7] * 4, sweeps=300, missing=missing
-    )
+    narrowed = joint_refit.Narrowed(experts.up, experts.down, kept)
+    down, _ = joint_refit.refit(experts, narrowed, damping=[1e-7] * 4, sweeps=300, missing=missing)
     # Eight channels of four experts are more than enough for what was made by such ones.
-    torch.testing.assert_close(answers(experts, experts.up, down), wanted, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(joint_refit.outputs(experts, experts.up, down), wanted, rtol=1e-2, atol=1e-2)
 
 
 def test_channels_are_fitted_to_the_original_after_a_drop(zoo: Zoo, text: Path, tmp_path: Path):

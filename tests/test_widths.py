@@ -26,7 +26,7 @@ from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.unit import Unit
 from moespresso.effect import price
-from moespresso.kernels import RoutedExperts, allocated
+from moespresso.kernels import RoutedExperts, allocation
 from moespresso.run import Recipe
 from moespresso.runtime.widths import Ragged
 from moespresso.statistics import Measurement, Removal, grid
@@ -269,7 +269,7 @@ def test_no_other_choice_loses_less(rows: list[list[float]], steps: int):
         for n, row in enumerate(rows)
     }
     goal = min(steps, 4 * len(rows)) * 8
-    found = allocated(curves, dict.fromkeys(curves, 32), dict.fromkeys(curves, 1), goal, 8)
+    found = allocation.allocate(curves, dict.fromkeys(curves, 32), dict.fromkeys(curves, 1), goal, 8)
     assert sum(found.values()) == goal
     best = {0: 0.0}
     for points in curves.values():
@@ -282,15 +282,15 @@ def test_no_other_choice_loses_less(rows: list[list[float]], steps: int):
 
 def test_a_curve_that_bends_upwards_is_taken_as_a_line():
     curves = {(0,): [(0, 0.0), (8, 10.0), (16, 10.0)], (1,): [(0, 0.0), (8, 6.0), (16, 14.0)]}
-    assert allocated(curves, {(0,): 16, (1,): 16}, {(0,): 1, (1,): 1}, 16, 8) == {(0,): 16, (1,): 0}
+    assert allocation.allocate(curves, {(0,): 16, (1,): 16}, {(0,): 1, (1,): 1}, 16, 8) == {(0,): 16, (1,): 0}
 
 
 def test_what_is_left_is_a_multiple_wherever_something_goes():
     curves = {(n,): [(0, 0.0), (44, 44.0 * (n + 1))] for n in range(2)}
     widths, ones = {(0,): 52, (1,): 48}, {(0,): 1, (1,): 1}
-    assert allocated(curves, widths, ones, 4, 16) == {(0,): 4, (1,): 0}
-    assert allocated(curves, widths, ones, 30, 16) == {(0,): 36, (1,): 0}
-    assert allocated(curves, widths, ones, 80, 16) == {
+    assert allocation.allocate(curves, widths, ones, 4, 16) == {(0,): 4, (1,): 0}
+    assert allocation.allocate(curves, widths, ones, 30, 16) == {(0,): 36, (1,): 0}
+    assert allocation.allocate(curves, widths, ones, 80, 16) == {
         (0,): 36,
         (1,): 32,
     }  # 16 channels each are the fewest that can stay
@@ -298,7 +298,7 @@ def test_what_is_left_is_a_multiple_wherever_something_goes():
 
 def test_layers_count_as_often_as_they_have_experts():
     curves = {(0,): [(0, 0.0), (8, 9.0)], (1,): [(0, 0.0), (8, 4.0)]}
-    assert allocated(curves, {(0,): 8, (1,): 8}, {(0,): 3, (1,): 1}, 24, 8) == {(0,): 8, (1,): 0}
+    assert allocation.allocate(curves, {(0,): 8, (1,): 8}, {(0,): 3, (1,): 1}, 24, 8) == {(0,): 8, (1,): 0}
 
 
 @given(st.integers(8, 20_000))

@@ -20,7 +20,7 @@ from moespresso.formats.codec import (
 from moespresso.formats.compressed_tensors import CompressedTensors
 from moespresso.formats.factors import Factors, Pair, product
 from moespresso.formats.gptq import GptqLayout
-from moespresso.formats.grids import Grid, chosen, loss, minmax, raised, searched, spanned, stored
+from moespresso.formats.grids import Grid, Search, chosen, loss, minmax, raised, searched, spanned, stored
 from moespresso.formats.integer import (
     SLAB,
     QuantizedWeights,
@@ -56,6 +56,7 @@ __all__ = [
     "Plain",
     "QuantizedWeights",
     "Scales",
+    "Search",
     "Shapes",
     "Slices",
     "based",

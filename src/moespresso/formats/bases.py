@@ -2,6 +2,8 @@
 
 The matrix is `weight_own` [out, r] times the sum of the bases `weight_bases` [m, r, in], each times its of the
 `weight_shares` float32 [m]. The first of a layer's experts stores the bases; all are decoded with them.
+
+Shapes: N matrices of `out` x `in`, m bases of rank r.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from moespresso.core.blueprint import TensorRef
@@ -17,12 +20,14 @@ from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.formats.codec import Codec, Parts, Shapes, codec
 
-# Own factors [N, out, r], shares [N, m] and the bases [m, r, in] of all.
-Mixture = tuple[Tensor, Tensor, Tensor]
+# Own factors, shares and the bases of all.
+Mixture = tuple[Float[Tensor, "N out r"], Float[Tensor, "N m"], Float[Tensor, "m r in"]]
 
 
-def based(own: Tensor, shares: Tensor, bases: Tensor) -> Tensor:
-    """What factors [N, out, r] with `shares` [N, m] of `bases` [N or 1, m, r, in] stand for, in their dtype."""
+def based(
+    own: Float[Tensor, "N out r"], shares: Float[Tensor, "N m"], bases: Float[Tensor, "#N m r in"]
+) -> Float[Tensor, "N out in"]:
+    """What factors with `shares` of `bases` (of each, or of all) stand for, in their dtype."""
     mixed = torch.einsum("nm,nmri->nri", shares, bases.float().expand(len(own), -1, -1, -1))
     return (own.float() @ mixed).to(own.dtype)
 

@@ -7,6 +7,8 @@ rows unequal, so that nothing here counts on rows. Where d is not zero, round(..
 The parts of a stack of N matrices out x in: `weight_values` [N, kept], row by row, in the weights' dtype;
 `weight_mask` uint8 [N, out, ceil(in / 8)], the first weight in the lowest bit, the bits past the row zero; `weight_shape`
 int64 [N, 2]. What stays comes back bit for bit, -0.0 and NaN too; what was dropped comes back as +0.0.
+
+Shapes: N matrices of `out` x `in`; `*cells` are any axes of groups.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -86,8 +89,10 @@ def kept_count(format: Format, out: int, width: int) -> int:
     return out * kept_in_row(format, width)
 
 
-def encode_sparse(weights: Tensor, mask: Tensor, format: Format) -> dict[str, Tensor]:
-    """Store the weights [N, out, in] where `mask`, a bool for each, is true: suffix -> tensor [N, ...]."""
+def encode_sparse(
+    weights: Float[Tensor, "N out in"], mask: Bool[Tensor, "N out in"], format: Format
+) -> dict[str, Shaped[Tensor, "N ..."]]:
+    """Store the weights where `mask` is true: suffix -> tensor."""
     count, out, width = weights.shape
     kept = kept_count(format, out, width)
     assert bool((_totals(mask) == kept).all()), f"each matrix keeps {kept} weights"
@@ -100,8 +105,10 @@ def encode_sparse(weights: Tensor, mask: Tensor, format: Format) -> dict[str, Te
     }
 
 
-def decode_sparse(parts: Mapping[str, Tensor], format: Format, shape: tuple[int, int]) -> Tensor:
-    """Undo `encode_sparse` for matrices of `shape` (out, in): the weights [N, out, in], zero where none is stored.
+def decode_sparse(
+    parts: Mapping[str, Tensor], format: Format, shape: tuple[int, int]
+) -> Float[Tensor, "N out in"]:
+    """Undo `encode_sparse` for matrices of `shape` (out, in): the weights, zero where none is stored.
 
     Raises `UserError` where a part is missing or is not what the format and the shape say, or where the mask and the
     values do not fit together.
@@ -115,8 +122,8 @@ def decode_sparse(parts: Mapping[str, Tensor], format: Format, shape: tuple[int,
     return dense.masked_scatter_(mask, values)
 
 
-def mask_of(weights: Tensor, format: Format) -> Tensor:
-    """The mask to store matrices [N, out, in] with, whose dropped weights are zeros of either sign.
+def mask_of(weights: Float[Tensor, "N out in"], format: Format) -> Bool[Tensor, "N out in"]:
+    """The mask to store matrices with, whose dropped weights are zeros of either sign.
 
     It has every weight that is not zero, and the first zeros of each group (each matrix, where there are no groups)
     that are needed to keep as many as the format says. Raises `UserError` where more are not zero than that.
@@ -138,7 +145,9 @@ def mask_of(weights: Tensor, format: Format) -> Tensor:
     return mask
 
 
-def _selected(weights: Tensor, mask: Tensor, total: int) -> Tensor:
+def _selected(
+    weights: Float[Tensor, "N out in"], mask: Bool[Tensor, "N out in"], total: int
+) -> Float[Tensor, " total"]:
     """The weights that `mask` marks, `total` in all, end to end: slabs go through them row by row.
 
     To select from all at once, torch would take two int64 for every weight; and to keep the pieces for `torch.cat`
@@ -153,19 +162,19 @@ def _selected(weights: Tensor, mask: Tensor, total: int) -> Tensor:
     return values
 
 
-def _lacking(marked: Tensor, kept: int, what: str) -> Tensor:
+def _lacking(marked: Int[Tensor, "*cells"], kept: int, what: str) -> Int[Tensor, "*cells"]:
     """How many weights are to be marked besides those that are; `UserError` where there are too many already."""
-    most = int(marked.max())
-    if most > kept:
+    highest = int(marked.max())
+    if highest > kept:
         raise UserError(
-            f"{most} weights of a {what} are not zero, of which the format keeps {kept}: "
+            f"{highest} weights of a {what} are not zero, of which the format keeps {kept}: "
             "prune to the density and group_size that it is stored with"
         )
     return kept - marked
 
 
-def _fill(cells: Tensor, lacking: Tensor) -> Tensor:
-    """Mark the first `lacking` [...] that are not marked of each of `cells` bool [..., n], in place.
+def _fill(cells: Bool[Tensor, "*cells n"], lacking: Int[Tensor, "*cells"]) -> Int[Tensor, "*cells"]:
+    """Mark the first `lacking` that are not marked of each of `cells`, in place.
 
     Returns how many are lacking still where a cell had too few.
     """
@@ -176,12 +185,12 @@ def _fill(cells: Tensor, lacking: Tensor) -> Tensor:
     return (lacking - place[..., -1]).clamp(min=0)
 
 
-def _totals(mask: Tensor) -> Tensor:
-    """How many weights of each matrix stay, int64 [N]. (To sum up a bool, torch would widen all of it to int64.)"""
+def _totals(mask: Bool[Tensor, "N out in"]) -> Int[Tensor, " N"]:
+    """How many weights of each matrix stay. (To sum up a bool, torch would widen all of it to int64.)"""
     return torch.stack([matrix.count_nonzero() for matrix in mask])
 
 
-def _is_even(mask: Tensor, format: Format) -> bool:
+def _is_even(mask: Bool[Tensor, "N out in"], format: Format) -> bool:
     """Whether every group keeps its share, where there are groups."""
     if not format.group_size:
         return True
@@ -190,7 +199,7 @@ def _is_even(mask: Tensor, format: Format) -> bool:
     return all(bool((each.sum(-1) == kept).all()) for each in groups)
 
 
-def _check_mask(mask: Tensor, packed: Tensor, format: Format) -> None:
+def _check_mask(mask: Bool[Tensor, "N out in"], packed: UInt8[Tensor, "N out bytes"], format: Format) -> None:
     """Raise `UserError` where the mask marks other weights than the values can be for."""
     out, width = mask.shape[1:]
     kept = kept_count(format, out, width)

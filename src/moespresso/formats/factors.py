@@ -1,6 +1,8 @@
 """Products of two matrices: `weight_left` [out, r] and `weight_right` [r, in], which only moespresso reads.
 
 The product is taken in float32 and brought to their dtype.
+
+Shapes: N matrices of `out` x `in`, r the rank.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
+from jaxtyping import Float
 from torch import Tensor
 
 from moespresso.core.blueprint import TensorRef
@@ -15,12 +18,12 @@ from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.formats.codec import Codec, Parts, Shapes, codec
 
-# Left [N, out, r] and right [N, r, in].
-Pair = tuple[Tensor, Tensor]
+# Left and right.
+Pair = tuple[Float[Tensor, "N out r"], Float[Tensor, "N r in"]]
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """What two factors [N, out, r] and [N, r, in] stand for, in their dtype."""
+def product(left: Float[Tensor, "N out r"], right: Float[Tensor, "N r in"]) -> Float[Tensor, "N out in"]:
+    """What two factors stand for, in their dtype."""
     return (left.float() @ right.float()).to(left.dtype)
 
 

@@ -11,70 +11,99 @@ to the dtype they are stored in before anything is measured with them, and are a
 
 A symmetric grid has one level more on one side. With `signed` scales that side is the one of the largest weight: where it
 is positive, the scale is negative (as in llama.cpp's Q4_0). Decoding is the same product, with up to a bit's worth less error.
+
+Shapes: N matrices of `out` x `in`, whose rows are G groups of g inputs; `*groups` are any leading axes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from moespresso.core.format import Format
 from moespresso.formats.integer import in_groups, levels, slabs
 
-Grid = tuple[Tensor, Tensor]
-"""Scale in the dtype it is stored in and zero as uint8, both [N, out, G]."""
+Grid = tuple[Float[Tensor, "*groups"], UInt8[Tensor, "*groups"]]
+"""Scale in the dtype it is stored in and zero, one of each per group."""
 
 
-def minmax(weights: Tensor, format: Format, dtype: torch.dtype, *, signed: bool = True) -> Grid:
-    """The finest grids of [N, out, in] on which no weight is farther than about half a step from a level."""
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How `searched` looks for grids: the power of the error, how many ranges it tries, down to which share of the whole one, and
+    whether scales of symmetric formats may be negative."""
+
+    power: float = 2.4
+    steps: int = 12
+    min_share: float = 0.5
+    signed: bool = True
+
+    @property
+    def shares(self) -> list[float]:
+        """The ranges it tries, as shares of the whole one, which is the first."""
+        return [1 - (1 - self.min_share) * step / self.steps for step in range(self.steps)]
+
+
+DEFAULT = Search()
+
+
+def minmax(
+    weights: Float[Tensor, "N out in"], format: Format, dtype: torch.dtype, *, signed: bool = True
+) -> Grid:
+    """The finest grids on which no weight is farther than about half a step from a level."""
     low, high = in_groups(weights, format).aminmax(dim=-1)
     return spanned(low.float(), high.float(), format, dtype, signed)
 
 
 def searched(
-    weights: Tensor,
+    weights: Float[Tensor, "N out in"],
     format: Format,
     dtype: torch.dtype,
-    *,
-    importance: Tensor | None = None,
-    power: float = 2.4,
-    steps: int = 12,
-    least: float = 0.5,
-    signed: bool = True,
+    importance: Float[Tensor, "N in"] | None = None,
+    search: Search = DEFAULT,
 ) -> Grid:
-    """The grids of least error for `weights` [N, out, in], inputs counting by `importance` [N, in], among `steps` ranges.
+    """The grids of least error for `weights`, inputs counting by `importance`, among the ranges of a `search`.
 
-    The ranges go from the whole one down to about `least` of it. The whole one is among them, so the error is never above
-    that of `minmax`.
+    The whole range is among them, so the error is never above that of `minmax`.
     """
     scale = weights.new_empty(in_groups(weights, format).shape[:-1], dtype=dtype)
     zero = torch.empty_like(scale, dtype=torch.uint8)
-    shares = [1 - (1 - least) * step / steps for step in range(steps)]
     for part in slabs(weights.shape):
         counts = None if importance is None else in_groups(importance[part[0], None].float(), format)
         grouped = in_groups(weights[part].float(), format)
         low, high = grouped.aminmax(dim=-1)
-        ranges = (spanned(low * share, high * share, format, dtype, signed) for share in shares)
-        scale[part], zero[part] = _best(grouped, ranges, format, power, counts)
+        ranges = (spanned(low * share, high * share, format, dtype, search.signed) for share in search.shares)
+        scale[part], zero[part] = _best(grouped, ranges, format, search.power, counts)
     return scale, zero
 
 
 def _best(
-    grouped: Tensor, grids: Iterator[Grid], format: Format, power: float, counts: Tensor | None
+    grouped: Float[Tensor, "*groups g"],
+    grids: Iterator[Grid],
+    format: Format,
+    power: float,
+    counts: Float[Tensor, "n 1 G g"] | None,
 ) -> Grid:
-    """For each group of [..., G, g], the one of several grids that has the least loss; the first of equals."""
+    """For each group, the one of several grids that has the least loss; the first of equals."""
     best = next(grids)
     lowest = loss(grouped, best, format, power, counts)
     for grid in grids:
-        found = loss(grouped, grid, format, power, counts)
-        best, lowest = chosen(found < lowest, grid, best), torch.minimum(found, lowest)
+        errors = loss(grouped, grid, format, power, counts)
+        best, lowest = chosen(errors < lowest, grid, best), torch.minimum(errors, lowest)
     return best
 
 
-def spanned(low: Tensor, high: Tensor, format: Format, dtype: torch.dtype, signed: bool = True) -> Grid:
-    """The finest grids that reach from `low` to `high` [...], and 0; half a step beyond the last level is within reach."""
+def spanned(
+    low: Float[Tensor, "*groups"],
+    high: Float[Tensor, "*groups"],
+    format: Format,
+    dtype: torch.dtype,
+    signed: bool = True,
+) -> Grid:
+    """The finest grids that reach from `low` to `high`, and 0; half a step beyond the last level is within reach."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     if format.symmetric:
         return _symmetric(-low, high, format, dtype, signed)
@@ -83,7 +112,13 @@ def spanned(low: Tensor, high: Tensor, format: Format, dtype: torch.dtype, signe
     return scale, zero.to(torch.uint8)
 
 
-def _symmetric(down: Tensor, up: Tensor, format: Format, dtype: torch.dtype, signed: bool) -> Grid:
+def _symmetric(
+    down: Float[Tensor, "*groups"],
+    up: Float[Tensor, "*groups"],
+    format: Format,
+    dtype: torch.dtype,
+    signed: bool,
+) -> Grid:
     """Grids that reach `down` and `up` from 0, where the level more lies below, or on the longer side if `signed`."""
     half = levels(format) // 2
     flip = (up > down) & signed
@@ -93,20 +128,26 @@ def _symmetric(down: Tensor, up: Tensor, format: Format, dtype: torch.dtype, sig
     return scale, torch.full_like(scale, half, dtype=torch.uint8)
 
 
-def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def stored(scale: Float[Tensor, "*groups"], dtype: torch.dtype) -> Float[Tensor, "*groups"]:
     """Scales as `dtype` holds them: finite, and 1 in place of 0, where every weight is (as good as) 0 anyway."""
-    most = torch.finfo(dtype).max
-    scale = scale.clamp(-most, most).to(dtype)
+    largest = torch.finfo(dtype).max
+    scale = scale.clamp(-largest, largest).to(dtype)
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def chosen(which: Tensor, grid: Grid, other: Grid) -> Grid:
+def chosen(which: Bool[Tensor, "*groups"], grid: Grid, other: Grid) -> Grid:
     """`grid` where `which`, `other` elsewhere."""
     return torch.where(which, grid[0], other[0]), torch.where(which, grid[1], other[1])
 
 
-def loss(grouped: Tensor, grid: Grid, format: Format, power: float, counts: Tensor | None = None) -> Tensor:
-    """Sums of |w - decoded|^power over the groups of `grouped` [..., G, g], weights counting by `counts`."""
+def loss(
+    grouped: Float[Tensor, "*groups g"],
+    grid: Grid,
+    format: Format,
+    power: float,
+    counts: Float[Tensor, "n 1 G g"] | None = None,
+) -> Float[Tensor, "*groups"]:
+    """Sums of |w - decoded|^power over each group, weights counting by `counts`."""
     step, zero = grid[0].unsqueeze(-1), grid[1].float().unsqueeze(-1)
     values = (grouped / step.float()).add_(zero).round_().clamp_(0, levels(format) - 1)
     decoded = values.sub_(zero).to(step.dtype).mul_(step)
@@ -114,6 +155,6 @@ def loss(grouped: Tensor, grid: Grid, format: Format, power: float, counts: Tens
     return (errors if counts is None else errors.mul_(counts)).sum(-1)
 
 
-def raised(sizes: Tensor, power: float) -> Tensor:
+def raised(sizes: Float[Tensor, "*shape"], power: float) -> Float[Tensor, "*shape"]:
     """`sizes` (0 or more) to a power, in place; by logarithms, which take a CPU a third of the time of `pow`."""
     return sizes.log2_().mul_(power).exp2_()

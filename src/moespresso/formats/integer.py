@@ -2,7 +2,9 @@
 
 Values are unsigned, 0 .. 2^bits - 1, in symmetric formats too: their zero is 2^(bits-1) everywhere and is not stored.
 Scales have the dtype that they are stored in, and decoding multiplies in that dtype, as the engines do; so what a
-method sees is what a user will load. Shapes: N matrices at once, out x in, G groups of g inputs (G = 1: per channel).
+method sees is what a user will load.
+
+Shapes: N matrices of `out` x `in`, whose rows are G groups of g inputs (G = 1: one scale per output channel).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from moespresso.core.format import Format
@@ -21,16 +24,16 @@ SLAB = 1 << 18
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedWeights:
-    """Encoded matrices: `values` uint8 [N, out, in], `scale` [N, out, G] as stored, `zero` uint8 [N, out, G].
+    """Encoded matrices: their values, and the scales, as stored, and zeros of their groups.
 
-    `groups` [N, in] says which group each input is in, where that is not counted off from the left (None: it is).
+    `groups` says which group each input is in, where that is not counted off from the left (None: it is).
     """
 
     format: Format
-    values: Tensor
-    scale: Tensor
-    zero: Tensor
-    groups: Tensor | None = None
+    values: UInt8[Tensor, "N out in"]
+    scale: Float[Tensor, "N out G"]
+    zero: UInt8[Tensor, "N out G"]
+    groups: Int[Tensor, "N in"] | None = None
 
     def cut(self, which: slice, rows: slice, columns: int) -> QuantizedWeights:
         """The codes of some matrices: some of their rows, and their first columns; groups must not be cut."""
@@ -45,13 +48,13 @@ def levels(format: Format) -> int:
     return 1 << format.bits
 
 
-def in_groups(weights: Tensor, format: Format) -> Tensor:
-    """[..., out, in] as [..., out, G, g] (a view)."""
+def in_groups(weights: Shaped[Tensor, "*rows in"], format: Format) -> Shaped[Tensor, "*rows G g"]:
+    """Rows as groups of inputs (a view)."""
     return weights.view(*weights.shape[:-1], -1, format.group_size or weights.shape[-1])
 
 
-def spread(grid: Tensor, width: int) -> Tensor:
-    """Scales or zeros [..., out, G] as one per weight [..., out, in]."""
+def spread(grid: Shaped[Tensor, "*rows G"], width: int) -> Shaped[Tensor, "*rows in"]:
+    """Scales or zeros as one per weight, of so many inputs."""
     return grid.repeat_interleave(width // grid.shape[-1], -1)
 
 
@@ -65,8 +68,13 @@ def slabs(shape: torch.Size) -> Iterator[tuple[slice, slice]]:
             yield slice(first, first + deep), slice(row, row + tall)
 
 
-def encode(weights: Tensor, scale: Tensor, zero: Tensor, format: Format) -> QuantizedWeights:
-    """Round `weights` [N, out, in] to the nearest value of the grid."""
+def encode(
+    weights: Float[Tensor, "N out in"],
+    scale: Float[Tensor, "N out G"],
+    zero: UInt8[Tensor, "N out G"],
+    format: Format,
+) -> QuantizedWeights:
+    """Round `weights` to the nearest value of the grid."""
     values = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
     for part in slabs(weights.shape):
         steps = in_groups(weights[part].float(), format) / scale[part].float().unsqueeze(-1)
@@ -75,8 +83,8 @@ def encode(weights: Tensor, scale: Tensor, zero: Tensor, format: Format) -> Quan
     return QuantizedWeights(format, values, scale, zero)
 
 
-def decode(codes: QuantizedWeights) -> Tensor:
-    """The weights [N, out, in] that the codes stand for, in the scales' dtype."""
+def decode(codes: QuantizedWeights) -> Float[Tensor, "N out in"]:
+    """The weights that the codes stand for, in the scales' dtype."""
     if codes.groups is not None:
         at = codes.groups.long().unsqueeze(-2).expand(codes.values.shape)
         loose = codes.values.to(torch.int16) - codes.zero.gather(-1, at)

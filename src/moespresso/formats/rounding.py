@@ -7,9 +7,11 @@ Codes of least squared error are too small: what is lost of a weight is uncorrel
 q points less far in the direction of w than w does. Each row's output shrinks a little, in every layer in the same
 direction, and that adds up where random errors cancel. `unbias` lengthens the scales of each row by
 
-    (w H w^T) / (w H q^T)        H = second moments of the inputs, or the identity
+    (w H w^T) / (w H q^T)        H = Hessian of the inputs, or the identity
 
 which costs some squared error in the layer, and saves more in the model's own output.
+
+Shapes: N matrices of `out` x `in`.
 """
 
 from __future__ import annotations
@@ -18,17 +20,18 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from moespresso.core.format import Format
-from moespresso.formats.grids import minmax, searched, stored
+from moespresso.formats.grids import Search, minmax, searched, stored
 from moespresso.formats.integer import QuantizedWeights, decode, encode, slabs
 
 Scales = Literal["searched", "minmax"]
 
 
 def round_nearest(
-    weights: Tensor,
+    weights: Float[Tensor, "N out in"],
     format: Format,
     dtype: torch.dtype,
     scales: Scales = "searched",
@@ -36,23 +39,27 @@ def round_nearest(
     unbiased: bool = True,
     signed: bool = True,
 ) -> QuantizedWeights:
-    """Codes of `weights` [N, out, in], with scales stored as `dtype` that were found as `scales` says."""
-    scale, zero = (searched if scales == "searched" else minmax)(weights, format, dtype, signed=signed)
+    """Codes of `weights`, with scales stored as `dtype` that were chosen as `scales` says."""
+    if scales == "searched":
+        scale, zero = searched(weights, format, dtype, search=Search(signed=signed))
+    else:
+        scale, zero = minmax(weights, format, dtype, signed=signed)
     codes = encode(weights, scale, zero, format)
     return unbias(weights, codes) if unbiased else codes
 
 
-def unbias(weights: Tensor, codes: QuantizedWeights, hessians: Tensor | None = None) -> QuantizedWeights:
-    """The same codes with each row's scales times (w H w^T) / (w H q^T), where that is between 1/2 and 2.
-
-    `weights` are [N, out, in], `hessians` [N, in, in].
-    """
+def unbias(
+    weights: Float[Tensor, "N out in"],
+    codes: QuantizedWeights,
+    hessians: Float[Tensor, "N in in"] | None = None,
+) -> QuantizedWeights:
+    """The same codes with each row's scales times (w H w^T) / (w H q^T), where that is between 1/2 and 2."""
     scale = torch.empty_like(codes.scale)
     for part in slabs(weights.shape):
-        own = weights[part].float()
-        seen = own if hessians is None else own @ hessians[part[0]]
-        here = QuantizedWeights(codes.format, codes.values[part], codes.scale[part], codes.zero[part])
-        factor = (seen * own).sum(-1, keepdim=True) / (seen * decode(here).float()).sum(-1, keepdim=True)
+        rows = weights[part].float()
+        toward = rows if hessians is None else rows @ hessians[part[0]]
+        slab = QuantizedWeights(codes.format, codes.values[part], codes.scale[part], codes.zero[part])
+        factor = (toward * rows).sum(-1, keepdim=True) / (toward * decode(slab).float()).sum(-1, keepdim=True)
         factor = torch.where((factor > 0.5) & (factor < 2), factor, torch.ones_like(factor))
-        scale[part] = stored(here.scale.float() * factor, scale.dtype)
+        scale[part] = stored(slab.scale.float() * factor, scale.dtype)
     return replace(codes, scale=scale)

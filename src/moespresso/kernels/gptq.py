@@ -9,48 +9,27 @@ written without inverses, as in QuIP (arXiv 2307.13304). Columns with the larges
 
 Sweeps of coordinate descent follow, each step of which lowers the error: with all else known, a group's scale becomes the
 one of least squares, and its columns are rounded once more, from w_j + sum_{i!=j} e_i H_ij / H_jj. Last, each row is freed
-of its shrinkage (`unbias`). All N matrices of a layer advance together. Tensors here lie column by column: [N, in, out].
+of its shrinkage (`unbias`). All N matrices of a layer advance together.
+
+Shapes: N matrices, O outputs, I inputs, G groups of inputs. Inside, matrices lie column by column: N x I x O.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from moespresso.core.format import Format
-from moespresso.formats import QuantizedWeights, levels, searched, unbias
-from moespresso.kernels.hessians import factored, ridged, usable
+from moespresso.formats import QuantizedWeights, Search, levels, searched, unbias
+from moespresso.kernels.conditioning import Warnings, add_ridge, damped_factors, finite_or_identity
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
-    """What had to be mended: relative damping that matrices took beyond what was asked, matrices with a Hessian that was
-    not finite (the identity stood in), inputs that never fired, and scales that were cut to the range of their dtype."""
-
-    damped: Mapping[int, float]
-    nonfinite: tuple[int, ...]
-    dead: int
-    clipped: int
-
-
-def solve(
-    weights: Tensor,
-    hessians: Tensor,
-    format: Format,
-    dtype: torch.dtype,
-    *,
-    damping: float = 0.03,
-    act_order: bool = True,
-    block: int = 128,
-    sweeps: int = 2,
-    unbiased: bool = True,
-    weighted: bool = True,
-    signed: bool = True,
-) -> tuple[QuantizedWeights, Trouble]:
-    """Codes of `weights` [N, out, in] under `hessians` [N, in, in] (means or sums), with scales stored as `dtype`.
+class Settings:
+    """How a GPTQ is solved.
 
     damping: share of the mean of each diagonal that is added to it.
     act_order: round columns with the largest second moments first.
@@ -59,62 +38,98 @@ def solve(
     unbiased: free each row of its shrinkage.
     weighted: search scales with errors weighted by the inputs' second moments.
     signed: let scales of symmetric formats be negative.
+    """
+
+    damping: float = 0.03
+    act_order: bool = True
+    block: int = 128
+    sweeps: int = 2
+    unbiased: bool = True
+    weighted: bool = True
+    signed: bool = True
+
+
+DEFAULT = Settings()
+
+
+def solve(
+    weights: Float[Tensor, "N O I"],
+    hessians: Float[Tensor, "N I I"],
+    format: Format,
+    dtype: torch.dtype,
+    settings: Settings = DEFAULT,
+) -> tuple[QuantizedWeights, Warnings]:
+    """Codes of `weights` under `hessians` (means or sums), with scales stored as `dtype`.
 
     Needs about the memory of three more `hessians` and four more `weights` in float32: give it fewer matrices at once where
     that is too much.
     """
     dead = int((hessians.diagonal(dim1=1, dim2=2) == 0).sum())
-    hessians, nonfinite = usable(hessians)
-    moments = hessians.diagonal(dim1=1, dim2=2)
-    importance = moments + damping * moments.mean(1, keepdim=True) if weighted else None
-    scale, zero = searched(weights, format, dtype, importance=importance, signed=signed)
+    hessians, nonfinite = finite_or_identity(hessians)
+    diagonal_NI = hessians.diagonal(dim1=1, dim2=2)
+    damped_NI = (
+        diagonal_NI + settings.damping * diagonal_NI.mean(1, keepdim=True) if settings.weighted else None
+    )
+    scale, zero = searched(weights, format, dtype, damped_NI, Search(signed=settings.signed))
     columns = _Columns.of(weights, scale, zero, format)
-    order = _order(hessians, act_order)
-    factors, ridge, raised = factored(_permuted(hessians, order), damping)
-    _pass(columns, factors, order, block)
-    hessians = ridged(hessians, ridge)
-    _descend(columns, hessians, block, sweeps)
+    order = _order(hessians, settings.act_order)
+    factors, ridge, raised = damped_factors(_permuted(hessians, order), settings.damping)
+    _pass(columns, factors, order, settings.block)
+    hessians = add_ridge(hessians, ridge)
+    _descend(columns, hessians, settings.block, settings.sweeps)
     codes = columns.codes()
-    if unbiased:
+    if settings.unbiased:
         codes = unbias(weights, codes, hessians)
     clipped = int((codes.scale.abs() == torch.finfo(dtype).max).sum())
-    return codes, Trouble(raised, tuple(nonfinite), dead, clipped)
+    return codes, Warnings(raised, tuple(nonfinite), dead, clipped)
 
 
 @dataclass(slots=True, eq=False)
 class _Columns:
-    """Weights, errors and values [N, in, out], grids [N, G, out], and the group [N, in] of each column."""
+    """Weights, errors and values, their grids, and the group of each column."""
 
     format: Format
-    weights: Tensor
-    error: Tensor
-    values: Tensor
-    scale: Tensor
-    zero: Tensor
-    group: Tensor
+    weights: Float[Tensor, "N I O"]
+    error: Float[Tensor, "N I O"]
+    values: UInt8[Tensor, "N I O"]
+    scale: Float[Tensor, "N G O"]
+    zero: UInt8[Tensor, "N G O"]
+    group: Int[Tensor, "N I"]
 
     @classmethod
-    def of(cls, weights: Tensor, scale: Tensor, zero: Tensor, format: Format) -> _Columns:
-        """`weights` [N, out, in] on grids [N, out, G], nothing rounded yet."""
+    def of(
+        cls,
+        weights: Float[Tensor, "N O I"],
+        scale: Float[Tensor, "N O G"],
+        zero: UInt8[Tensor, "N O G"],
+        format: Format,
+    ) -> _Columns:
+        """`weights` on grids, nothing rounded yet."""
         count, _, width = weights.shape
-        columns = weights.float().mT.contiguous()
-        values = torch.empty_like(columns, dtype=torch.uint8)
+        weights_NIO = weights.float().mT.contiguous()
+        values_NIO = torch.empty_like(weights_NIO, dtype=torch.uint8)
         group = torch.arange(width, device=weights.device) // (format.group_size or width)
-        scale, zero, group = scale.mT.contiguous(), zero.mT.contiguous(), group.expand(count, width)
-        return cls(format, columns, torch.zeros_like(columns), values, scale, zero, group)
+        scale_NGO, zero_NGO, group_NI = (
+            scale.mT.contiguous(),
+            zero.mT.contiguous(),
+            group.expand(count, width),
+        )
+        return cls(
+            format, weights_NIO, torch.zeros_like(weights_NIO), values_NIO, scale_NGO, zero_NGO, group_NI
+        )
 
-    def reordered(self, order: Tensor) -> _Columns:
-        """A copy whose columns stand in `order` [N, in]; the grids are shared."""
+    def reordered(self, order: Int[Tensor, "N I"]) -> _Columns:
+        """A copy whose columns stand in `order`; the grids are shared."""
         index = _wide(order, self.weights)
         weights, error, values = (each.gather(1, index) for each in (self.weights, self.error, self.values))
         group = self.group.gather(1, order)
         return _Columns(self.format, weights, error, values, self.scale, self.zero, group)
 
-    def round(self, column: int, wanted: Tensor) -> None:
-        """Give a column the values nearest to `wanted` [N, out]."""
-        place = torch.arange(len(wanted), device=wanted.device), self.group[:, column]
+    def round(self, column: int, target: Float[Tensor, "N O"]) -> None:
+        """Give a column the values nearest to `target`."""
+        place = torch.arange(len(target), device=target.device), self.group[:, column]
         scale, zero = self.scale[place], self.zero[place].float()
-        values = (wanted / scale.float()).add_(zero).round_().clamp_(0, levels(self.format) - 1)
+        values = (target / scale.float()).add_(zero).round_().clamp_(0, levels(self.format) - 1)
         self.values[:, column] = values
         self.error[:, column] = self.weights[:, column] - ((values - zero).to(scale.dtype) * scale).float()
 
@@ -124,42 +139,44 @@ class _Columns:
         return QuantizedWeights(self.format, values, scale, zero)
 
 
-def _order(hessians: Tensor, act_order: bool) -> Tensor:
-    """The order [N, in] in which columns are rounded."""
-    moments = hessians.diagonal(dim1=1, dim2=2)
-    return (moments if act_order else torch.zeros_like(moments)).argsort(dim=1, descending=True, stable=True)
+def _order(hessians: Float[Tensor, "N I I"], act_order: bool) -> Int[Tensor, "N I"]:
+    """The order in which columns are rounded."""
+    diagonal = hessians.diagonal(dim1=1, dim2=2)
+    return (diagonal if act_order else torch.zeros_like(diagonal)).argsort(
+        dim=1, descending=True, stable=True
+    )
 
 
-def _wide(order: Tensor, like: Tensor) -> Tensor:
-    """`order` [N, in] as an index for `like` [N, in, out]."""
+def _wide(order: Int[Tensor, "N I"], like: Shaped[Tensor, "N I X"]) -> Int[Tensor, "N I X"]:
+    """`order` as an index for columns `like` these."""
     return order.unsqueeze(-1).expand(like.shape)
 
 
-def _permuted(hessians: Tensor, order: Tensor) -> Tensor:
-    """Rows and columns of `hessians` [N, in, in] in `order`."""
+def _permuted(hessians: Float[Tensor, "N I I"], order: Int[Tensor, "N I"]) -> Float[Tensor, "N I I"]:
+    """Rows and columns of `hessians` in `order`."""
     rows = hessians.gather(1, _wide(order, hessians))
     return rows.gather(2, order.unsqueeze(1).expand(hessians.shape))
 
 
-def _feedback(matrix: Tensor) -> Tensor:
-    """[N, to, from]: what each column takes from the others' errors; rows over their diagonal, which becomes 0."""
+def _feedback(matrix: Float[Tensor, "N to source"]) -> Float[Tensor, "N to source"]:
+    """What each column takes from the others' errors: rows over their diagonal, which becomes 0."""
     feedback = matrix / matrix.diagonal(dim1=1, dim2=2).unsqueeze(-1)
     feedback.diagonal(dim1=1, dim2=2).zero_()
     return feedback
 
 
-def _pass(columns: _Columns, factors: Tensor, order: Tensor, block: int) -> None:
+def _pass(columns: _Columns, factors: Float[Tensor, "N I I"], order: Int[Tensor, "N I"], block: int) -> None:
     """GPTQ itself: round every column once, in `order`."""
     ordered, feedback = columns.reordered(order), _feedback(factors.mT)
     for start in range(0, order.shape[1], block):
-        here = slice(start, start + block)
-        target = torch.baddbmm(ordered.weights[:, here], feedback[:, here, :start], ordered.error[:, :start])
-        _round(ordered, target, feedback[:, here, here], start)
+        part = slice(start, start + block)
+        target = torch.baddbmm(ordered.weights[:, part], feedback[:, part, :start], ordered.error[:, :start])
+        _round(ordered, target, feedback[:, part, part], start)
     columns.values.scatter_(1, _wide(order, columns.values), ordered.values)
     columns.error.scatter_(1, _wide(order, columns.error), ordered.error)
 
 
-def _descend(columns: _Columns, hessians: Tensor, block: int, sweeps: int) -> None:
+def _descend(columns: _Columns, hessians: Float[Tensor, "N I I"], block: int, sweeps: int) -> None:
     """Fit each group's scale, then round its columns again; `sweeps` times over all groups.
 
     The pull H e of all errors on a group's columns is one product, which serves both.
@@ -168,46 +185,60 @@ def _descend(columns: _Columns, hessians: Tensor, block: int, sweeps: int) -> No
     size = width // groups
     for _ in range(sweeps):
         for number, first in enumerate(range(0, width, size)):
-            part = slice(first, first + size)
-            pull = hessians[:, part] @ columns.error
-            pull += _fit_scale(columns, hessians[:, part, part], pull, number, part)
+            group = slice(first, first + size)
+            pull = hessians[:, group] @ columns.error
+            pull += _fit_scale(columns, hessians[:, group, group], pull, number, group)
             for start in range(first, first + size, block):
-                _round_again(columns, hessians, pull, slice(start, min(start + block, first + size)), part)
+                part = slice(start, min(start + block, first + size))
+                _round_again(columns, hessians, pull, part, group)
 
 
-def _round_again(columns: _Columns, hessians: Tensor, pull: Tensor, here: slice, part: slice) -> None:
-    """Round the columns `here` of the group `part` once more, and tell the `pull` on those of the group behind them."""
-    error = columns.error[:, here]
-    local, before = hessians[:, here, here], error.clone()
-    mine = pull[:, here.start - part.start : here.stop - part.start]
+def _round_again(
+    columns: _Columns,
+    hessians: Float[Tensor, "N I I"],
+    pull: Float[Tensor, "N g O"],
+    part: slice,
+    group: slice,
+) -> None:
+    """Round the columns `part` of a `group` once more, and tell the `pull` on those of the group behind them."""
+    error = columns.error[:, part]
+    local, before = hessians[:, part, part], error.clone()
+    local_pull = pull[:, part.start - group.start : part.stop - group.start]
     diagonal = local.diagonal(dim1=1, dim2=2).unsqueeze(-1)
-    target = torch.baddbmm(mine, local, error, alpha=-1).div_(diagonal).add_(columns.weights[:, here])
-    _round(columns, target, _feedback(local), here.start)
-    if here.stop < part.stop:
-        behind = pull[:, here.stop - part.start :]
-        behind.baddbmm_(hessians[:, here.stop : part.stop, here], error - before)
+    target = torch.baddbmm(local_pull, local, error, alpha=-1).div_(diagonal).add_(columns.weights[:, part])
+    _round(columns, target, _feedback(local), part.start)
+    if part.stop < group.stop:
+        behind = pull[:, part.stop - group.start :]
+        behind.baddbmm_(hessians[:, part.stop : group.stop, part], error - before)
 
 
-def _round(columns: _Columns, target: Tensor, near: Tensor, start: int) -> None:
-    """Round columns from `start` on one by one, to their `target` [N, n, out] plus `near` [N, n, n] of their errors so far."""
+def _round(
+    columns: _Columns, target: Float[Tensor, "N n O"], feedback: Float[Tensor, "N n n"], start: int
+) -> None:
+    """Round columns from `start` on one by one, to their `target` plus `feedback` of their errors so far."""
     local = columns.error[:, start : start + target.shape[1]]
     for j in range(target.shape[1]):
-        wanted = torch.baddbmm(target[:, j : j + 1], near[:, j : j + 1], local)
-        columns.round(start + j, wanted.squeeze(1))
+        corrected = torch.baddbmm(target[:, j : j + 1], feedback[:, j : j + 1], local)
+        columns.round(start + j, corrected.squeeze(1))
 
 
-def _fit_scale(columns: _Columns, local: Tensor, pull: Tensor, number: int, part: slice) -> Tensor:
+def _fit_scale(
+    columns: _Columns, local: Float[Tensor, "N g g"], pull: Float[Tensor, "N g O"], number: int, group: slice
+) -> Float[Tensor, "N g O"]:
     """Move a group's scales to the least error that its values v allow, s + (v H e) / (v H v), v counted from zero; return
     what that adds to the `pull` H e on its columns.
 
     A scale that would change its sign, vanish or overflow stays.
     """
-    zero, old = columns.zero[:, number, None], columns.scale[:, number]
-    steps = columns.values[:, part].float() - zero.float()
-    response = local @ steps
-    fitted = (old.float() + (steps * pull).sum(1) / (steps * response).sum(1)).to(old.dtype)
-    new = torch.where((fitted / old > 0) & fitted.isfinite(), fitted, old)
-    columns.scale[:, number] = new
-    before = columns.error[:, part].clone()
-    columns.error[:, part] = columns.weights[:, part] - (steps.to(new.dtype) * new.unsqueeze(1)).float()
-    return local @ (columns.error[:, part] - before)
+    zero_N1O, old_NO = columns.zero[:, number, None], columns.scale[:, number]
+    steps_NgO = columns.values[:, group].float() - zero_N1O.float()
+    response_NgO = local @ steps_NgO
+    shift_NO = (steps_NgO * pull).sum(1) / (steps_NgO * response_NgO).sum(1)
+    fitted_NO = (old_NO.float() + shift_NO).to(old_NO.dtype)
+    new_NO = torch.where((fitted_NO / old_NO > 0) & fitted_NO.isfinite(), fitted_NO, old_NO)
+    columns.scale[:, number] = new_NO
+    before = columns.error[:, group].clone()
+    columns.error[:, group] = (
+        columns.weights[:, group] - (steps_NgO.to(new_NO.dtype) * new_NO.unsqueeze(1)).float()
+    )
+    return local @ (columns.error[:, group] - before)

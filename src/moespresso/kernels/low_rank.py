@@ -1,13 +1,15 @@
-"""Narrower matrices in closed form: low rank, fewer channels, and how much of which layer.
+"""Narrower matrices in closed form: low rank, ridge leverage, and how much of which layer.
 
-With C the second moments of a projection's inputs, W' in the place of W costs tr((W - W') C (W - W')^T) of output error:
+With C the Hessian of a projection's inputs, W' in the place of W costs tr((W - W') C (W - W')^T) of output error:
 
-    rank r     W' = U U^T W, with U the r leading eigenvectors of W C W^T (C^-1/2 is not needed)
-    channels   those of the highest ridge leverage [C (C + lambda I)^-1]_ii, and layers by entropy, both as in MoDeGPT
-               (arXiv 2408.09632); the refit of what stays is in `_channels.py`
+    rank r     W' = U U^T W, with U the r leading eigenvectors of W C W^T  (C^-1/2 is not needed)
+    neurons    those of the highest ridge leverage [C (C + lambda I)^-1]_ii, and layers by entropy, both as in MoDeGPT
+               (arXiv 2408.09632); the refit of what stays is in `neurons.py`
 
 Tensors come and go in float32; in between all is float64, about four times the size of what was given: give it fewer
 matrices at once where that is too much.
+
+Shapes: N matrices of `out` x `in`, r the rank, I neurons.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ import statistics
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from moespresso.kernels.hessians import factored, ridged, usable
+from moespresso.kernels.conditioning import add_ridge, damped_factors, finite_or_identity
 
 # Relative damping that only settles what the data leave open: of two answers alike on them, the one nearer to the weights.
 DAMPING = 1e-6
@@ -27,27 +30,32 @@ DAMPING = 1e-6
 CAP = 0.95
 
 
-def truncated(
-    weights: Tensor, moments: Tensor | None, rank: int, damping: float = DAMPING
-) -> tuple[Tensor, Tensor]:
-    """Factors [N, out, r] and [N, r, in] of the best `weights` [N, out, in] of a rank under `moments` [N or 1, in, in].
+def truncate(
+    weights: Float[Tensor, "N out in"],
+    hessians: Float[Tensor, "#N in in"] | None,
+    rank: int,
+    damping: float = DAMPING,
+) -> tuple[Float[Tensor, "N out r"], Float[Tensor, "N r in"]]:
+    """Two factors of the best approximation of `weights` of a rank under `hessians`.
 
     The left ones have orthonormal columns, the most important first: a lower rank is a prefix. No rank is above that of the
     full matrix, min(out, in).
     """
     frame, core = _framed(weights.double())
-    moved = core if moments is None else core @ _damped(moments, damping)
+    moved = core if hessians is None else core @ _damped(hessians, damping)
     left = _leading(moved @ core.mT, rank)
     return (frame @ left).float(), (left.mT @ core).float()
 
 
-def leverage(moments: Tensor, damping: float) -> Tensor:
-    """Ridge leverage [N, I] of every channel: near 1 where no others tell what it holds.
+def leverage(hessians: Float[Tensor, "N I I"], damping: float) -> Float[Tensor, "N I"]:
+    """Ridge leverage of every neuron: near 1 where no others tell what it holds.
 
-    The ridge is `damping` times the mean diagonal of each of `moments` [N, I, I]. Near 0 every channel that is no exact sum
-    of others scores 1; with a large one the order is that of the diagonal.
+    The ridge is `damping` times the mean diagonal of each Hessian. Near 0 every neuron that is no exact sum of others scores
+    1; with a large one the order is that of the diagonal. [C (C + ridge I)^-1]_ii = 1 - ridge [(C + ridge I)^-1]_ii.
     """
-    return _leverage(_sound(moments), damping)
+    factors, ridge, _ = damped_factors(_in_float64(hessians), damping)
+    inverse = torch.linalg.solve_triangular(factors, torch.eye(factors.shape[-1]).to(factors), upper=True)
+    return 1 - ridge[:, None] * inverse.square().sum(1)
 
 
 def entropy_allocation(
@@ -59,47 +67,34 @@ def entropy_allocation(
     the others in the same proportion, which is again the maximum. By default epsilon is the scores' standard deviation.
     """
     epsilon = epsilon or statistics.pstdev(importance) or 1.0
-    cap, left = max(CAP, ratio), ratio * len(importance)
+    cap, rest = max(CAP, ratio), ratio * len(importance)
     shares = [0.0] * len(importance)
     order = sorted(range(len(importance)), key=importance.__getitem__)
     for place, layer in enumerate(order):
         # The largest share comes first: once one is below the cap, all that follow are.
-        rest = sum(math.exp((importance[layer] - importance[other]) / epsilon) for other in order[place:])
-        shares[layer] = min(cap, left / rest)
-        left -= shares[layer]
+        weight = sum(math.exp((importance[layer] - importance[other]) / epsilon) for other in order[place:])
+        shares[layer] = min(cap, rest / weight)
+        rest -= shares[layer]
     return shares
 
 
-# Moments
+def _in_float64(hessians: Float[Tensor, "N in in"]) -> Float[Tensor, "N in in"]:
+    """`hessians` in float64, identity where nothing was seen."""
+    return finite_or_identity(hessians)[0].double()
 
 
-def _sound(moments: Tensor) -> Tensor:
-    """`moments` [N, in, in] in float64, identity where nothing was seen."""
-    return usable(moments)[0].double()
+def _damped(hessians: Float[Tensor, "N in in"], damping: float) -> Float[Tensor, "N in in"]:
+    hessians = _in_float64(hessians)
+    return add_ridge(hessians, damping * hessians.diagonal(dim1=1, dim2=2).mean(1))
 
 
-def _damped(moments: Tensor, damping: float) -> Tensor:
-    moments = _sound(moments)
-    return ridged(moments, damping * moments.diagonal(dim1=1, dim2=2).mean(1))
-
-
-def _leverage(moments: Tensor, damping: float) -> Tensor:
-    """[C (C + ridge I)^-1]_ii = 1 - ridge [(C + ridge I)^-1]_ii."""
-    factors, ridge, _ = factored(moments, damping)
-    inverse = torch.linalg.solve_triangular(factors, torch.eye(factors.shape[-1]).to(factors), upper=True)
-    return 1 - ridge[:, None] * inverse.square().sum(1)
-
-
-# Factors
-
-
-def _framed(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Q with orthonormal columns and T with W = Q T, T not taller than wide: what is decomposed has the smaller side."""
+def _framed(weights: Float[Tensor, "N out in"]) -> tuple[Float[Tensor, "... out s"], Float[Tensor, "N s in"]]:
+    """Q with orthonormal columns and T with W = Q T, T not taller than wide: what is decomposed has the smaller side s."""
     if weights.shape[1] > weights.shape[2]:
         return tuple(torch.linalg.qr(weights))
     return torch.eye(weights.shape[1]).to(weights), weights
 
 
-def _leading(gram: Tensor, rank: int) -> Tensor:
+def _leading(grams: Float[Tensor, "N s s"], rank: int) -> Float[Tensor, "N s r"]:
     """The first eigenvectors, as columns."""
-    return torch.linalg.eigh(gram).eigenvectors.flip(-1)[..., :rank]
+    return torch.linalg.eigh(grams).eigenvectors.flip(-1)[..., :rank]

@@ -170,19 +170,19 @@ def _is_that(given: Any, hidden: Tensor) -> bool:
     return given.shape[-1] == hidden.shape[-1] and torch.equal(given.reshape(hidden.shape).to(hidden), hidden)
 
 
-def narrowed(weights: Tensor, moments: Tensor, format: Format, dtype: torch.dtype) -> Grid:
+def narrowed(weights: Tensor, hessians: Tensor, format: Format, dtype: torch.dtype) -> Grid:
     """Grids of `weights` [N, out, in] on ranges that are narrowed until e H e^T of each group by itself is least: H is the
-    group's block of `moments` [N, in, in], e its error."""
-    found = [_narrowed(*one, format, dtype) for one in zip(weights.split(1), moments, strict=True)]
+    group's block of `hessians` [N, in, in], e its error."""
+    found = [_narrowed(*one, format, dtype) for one in zip(weights.split(1), hessians, strict=True)]
     return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
 
 
-def _narrowed(weights: Tensor, moment: Tensor, format: Format, dtype: torch.dtype) -> Grid:
+def _narrowed(weights: Tensor, hessian: Tensor, format: Format, dtype: torch.dtype) -> Grid:
     """`narrowed` for one matrix [1, out, in]."""
     grouped = in_groups(weights, format)
     size = grouped.shape[-1]
-    blocks = torch.stack([moment[at : at + size, at : at + size] for at in range(0, len(moment), size)])
-    blocks = blocks + _RIDGE * moment.diagonal().mean() * torch.eye(size, device=moment.device)
+    blocks = torch.stack([hessian[at : at + size, at : at + size] for at in range(0, len(hessian), size)])
+    blocks = blocks + _RIDGE * hessian.diagonal().mean() * torch.eye(size, device=hessian.device)
     low, high = grouped.aminmax(dim=-1)
     best, lowest = spanned(low, high, format, dtype), torch.full_like(low, torch.inf)
     for step in range(_RANGES):

@@ -19,7 +19,7 @@ from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.formats import QuantizedWeights, decode, kept_in_row
-from moespresso.kernels import RoutedExperts, kept
+from moespresso.kernels import RoutedExperts, masks
 from moespresso.methods._matrices import OnMatrices
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText, joined, patched
 
@@ -144,7 +144,7 @@ class PruningOnText(Pruning, OnText):
         """What is known of the inputs of `some` experts' gate and up, or with their weights `up` [N, R, H] of down's."""
         raise NotImplementedError
 
-    def of_moment(self, moment: Tensor) -> Tensor:
+    def of_hessian(self, hessian: Tensor) -> Tensor:
         """The same [1, ...] of one matrix, from the mean of x x^T [in, in]."""
         raise NotImplementedError
 
@@ -158,16 +158,16 @@ class PruningOnText(Pruning, OnText):
     def unseen(self, weights: Tensor, format: Format, dtype: torch.dtype) -> Tensor | QuantizedWeights:
         """The same for matrices that were given nothing: the smallest weights go."""
         _ = dtype
-        return weights.masked_fill(~kept(weights.abs(), format), 0.0)
+        return weights.masked_fill(~masks.keep_largest(weights.abs(), format), 0.0)
 
     def solve(self, context: LayerContext) -> LayerResult:
         """What is left of one layer."""
         result = LayerResult()
         if context.experts is not None:
             self._experts(context, context.experts, result)
-        for name, (weight, moment) in context.linears.items():
+        for name, (weight, hessian) in context.linears.items():
             found, warnings = self.left(
-                weight[None], self.of_moment(moment), context.formats[name], context.dtypes[name]
+                weight[None], self.of_hessian(hessian), context.formats[name], context.dtypes[name]
             )
             if isinstance(found, QuantizedWeights):
                 result.numbers[name] = found

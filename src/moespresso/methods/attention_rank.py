@@ -27,7 +27,7 @@ from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.effect import is_matrix, remains
 from moespresso.formats import codec_of, pack
-from moespresso.kernels import entropy_allocation, query_key, value_output
+from moespresso.kernels import attention_rank, low_rank
 from moespresso.methods._matrices import Words
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText
 
@@ -204,7 +204,7 @@ class AttentionRank(OnText):
     def _by_entropy(self, parts: list[_Part], stats: Stats) -> dict[tuple[int, str], tuple[_Part, int]]:
         layers = sorted({part.layer.index for part in parts})
         turned = [1 - stats.at(Unit(layer), "cosine") for layer in layers]
-        shares = dict(zip(layers, entropy_allocation(turned, self.ratio), strict=True))
+        shares = dict(zip(layers, low_rank.entropy_allocation(turned, self.ratio), strict=True))
         return {(part.layer.index, part.side): (part, part.kept(shares[part.layer.index])) for part in parts}
 
     def _treatments(self, kept: Mapping[Any, tuple[_Part, int]]) -> dict[Unit, Treatment]:
@@ -268,8 +268,8 @@ class AttentionRank(OnText):
         """Zeros where dims of queries and keys go."""
         heads = context.heads
         assert heads is not None
-        queries, keys, moments = _with_biases(context, q, k)
-        kept = query_key(queries, keys, moments, keep, heads.count, heads.units)
+        queries, keys, hessian = _with_biases(context, q, k)
+        kept = attention_rank.select_query_key(queries, keys, hessian, keep, heads.count, heads.units)
         for name, rows, owners in ((q, queries, heads.count), (k, keys, heads.kv_count)):
             stay = kept.repeat_interleave(owners // heads.kv_count, 0).flatten()
             _put(context, name, rows.masked_fill(~stay[:, None], 0), result)
@@ -278,8 +278,8 @@ class AttentionRank(OnText):
         """Each head's values and outputs in a basis whose first dims hold the most, zeros where the others were."""
         heads, output = context.heads, context.linears[o][0].float()
         assert heads is not None
-        rows, moments = _with_biases(context, v)
-        narrow = value_output(rows, output, moments, keep, heads.count, heads.kv_count, self.damping)
+        rows, hessian = _with_biases(context, v)
+        narrow = attention_rank.decompose_value_output(rows, output, hessian, keep, heads.count, self.damping)
         values = torch.zeros_like(rows).unflatten(0, (heads.kv_count, -1))
         values[:, :keep] = narrow[0].unflatten(0, (heads.kv_count, -1))
         _put(context, v, values.flatten(0, 1), result)
@@ -332,18 +332,18 @@ def _bias(context: LayerContext, name: str) -> Tensor | None:
 
 
 def _with_biases(context: LayerContext, *names: str) -> tuple[Tensor, ...]:
-    """Matrices that read the same, and the second moments of that; with biases as columns of one more input that is always 1."""
+    """Matrices that read the same, and the Hessian of that; with biases as columns of one more input that is always 1."""
     weights = [context.linears[name][0].float() for name in names]
     biases = [_bias(context, name) for name in names]
-    moments, mean = context.linears[names[0]][1], context.means[names[0]][:, None]
+    hessian, mean = context.linears[names[0]][1], context.means[names[0]][:, None]
     if all(bias is None for bias in biases):
-        return *weights, moments
+        return *weights, hessian
     columns = [
         weight.new_zeros(len(weight)) if bias is None else bias.float()
         for weight, bias in zip(weights, biases, strict=True)
     ]
     wide = [torch.cat([weight, bias[:, None]], 1) for weight, bias in zip(weights, columns, strict=True)]
-    rows = torch.cat([moments, mean], 1), torch.cat([mean.T, mean.new_ones(1, 1)], 1)
+    rows = torch.cat([hessian, mean], 1), torch.cat([mean.T, mean.new_ones(1, 1)], 1)
     return *wide, torch.cat(rows)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from moespresso.core.errors import UserError
 from moespresso.core.registry import method
 from moespresso.formats import searched
-from moespresso.kernels import Learned, Offsets, RoutedExperts, half_quadratic, routed_sum, slopes
+from moespresso.kernels import RoutedExperts, autoround, hqq
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText, patched
 from moespresso.methods._quantization import Quantization
 
@@ -74,9 +74,9 @@ class AutoRound(Quantization, OnText):
         _help_empty(context, experts, result)
         return result
 
-    def _start(self, context: LayerContext, name: str) -> Learned:
+    def _start(self, context: LayerContext, name: str) -> autoround.LearnedRounding:
         weights, format = getattr(context.experts, name).float(), context.formats[name]
-        return Learned(weights, searched(weights, format, context.dtypes[name]), format)
+        return autoround.LearnedRounding(weights, searched(weights, format, context.dtypes[name]), format)
 
 
 def _help_empty(context: LayerContext, experts: RoutedExperts, result: LayerResult) -> None:
@@ -84,7 +84,7 @@ def _help_empty(context: LayerContext, experts: RoutedExperts, result: LayerResu
     empty = (experts.tokens == 0).nonzero().flatten().tolist()
     for name in ("up", "down") if empty else ():
         weights = getattr(experts, name)[empty].float()
-        helped = half_quadratic(weights, context.formats[name], context.dtypes[name])
+        helped = hqq.quantize(weights, context.formats[name], context.dtypes[name])
         result.numbers[name] = patched(result.numbers[name], empty, helped)
     result.remedies |= dict.fromkeys(empty, "hqq")
 
@@ -92,7 +92,13 @@ def _help_empty(context: LayerContext, experts: RoutedExperts, result: LayerResu
 class _Descent:
     """Learns the rounding of one layer's experts, and leaves the best that it has seen."""
 
-    def __init__(self, step: AutoRound, experts: RoutedExperts, up: Learned, down: Learned) -> None:
+    def __init__(
+        self,
+        step: AutoRound,
+        experts: RoutedExperts,
+        up: autoround.LearnedRounding,
+        down: autoround.LearnedRounding,
+    ) -> None:
         self._step, self._experts, self._up, self._down = step, experts, up, down
         self._order = torch.randperm(len(experts.hidden), generator=torch.Generator().manual_seed(0))
         self._order = self._order.to(experts.hidden.device)
@@ -101,7 +107,7 @@ class _Descent:
         # What the experts answer as they are: as much memory as what they are given.
         self._answers = torch.empty(experts.hidden.shape, device=experts.hidden.device)
         for tokens in self._order.split(step.batch):
-            self._answers[tokens] = routed_sum(experts, *whole, tokens)
+            self._answers[tokens] = autoround.routed_sum(experts, *whole, tokens)
 
     def run(self) -> None:
         """All steps."""
@@ -121,7 +127,7 @@ class _Descent:
         up, down = self._up.decoded().unbind(), self._down.decoded().unbind()
         total = 0.0
         for tokens in self._judged:
-            error = routed_sum(self._experts, up, down, tokens) - self._answers[tokens]
+            error = autoround.routed_sum(self._experts, up, down, tokens) - self._answers[tokens]
             total += float(error.square().sum(dtype=torch.float64))
         return total
 
@@ -132,10 +138,10 @@ class _Descent:
         for tokens in self._judged:
             wanted = self._answers[tokens]
             own = own + wanted.square().sum(0)
-            found = found + (wanted * routed_sum(self._experts, up, down, tokens)).sum(0)
+            found = found + (wanted * autoround.routed_sum(self._experts, up, down, tokens)).sum(0)
         return own / found
 
-    def _kept(self) -> tuple[Offsets, Offsets]:
+    def _kept(self) -> tuple[autoround.Offsets, autoround.Offsets]:
         return self._up.offsets.copy(), self._down.offsets.copy()
 
     def _batch(self, number: int) -> Tensor:
@@ -146,7 +152,7 @@ class _Descent:
 
     def _move(self, tokens: Tensor, share: float) -> None:
         with torch.enable_grad():
-            up, down = slopes(
+            up, down = autoround.gradients(
                 self._experts, self._up.decoded(), self._down.decoded(), tokens, self._answers[tokens]
             )
         self._up.step(up, self._step.rate * share, self._step.range_rate * share)

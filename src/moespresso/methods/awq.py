@@ -2,7 +2,7 @@
 
     W x  =  (W diag(s)) (x / s),     s = (rms of x)^alpha,     alpha of least  sum_e p_e tr((W_e - Q_e) H_e (W_e - Q_e)^T)
 
-with Q = round(W s) / s, H_e the second moments of the tokens that the router sends to expert e and p_e the sum of their
+with Q = round(W s) / s, H_e the Hessian of the tokens that the router sends to expert e and p_e the sum of their
 squared gates (arXiv 2306.00978). 1/s goes where it costs nothing: all experts of a layer, its router and its shared
 experts read one norm, so they share one s and the norm's weight is divided by it. Between up and down every expert has
 factors and an alpha of its own: up / t, down t. Where a layer lets no factor through (`_awq.py`), it goes without.
@@ -25,7 +25,7 @@ from moespresso.core.registry import method
 from moespresso.core.unit import Unit
 from moespresso.effect import REFIT
 from moespresso.formats import QuantizedWeights, decode, encode, searched, unbias
-from moespresso.kernels import RoutedExperts, usable
+from moespresso.kernels import RoutedExperts, conditioning
 from moespresso.methods._awq import Entrance, UnknownEntrance, find_entrance, is_product, narrowed
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText, joined
 from moespresso.methods._quantization import Quantization
@@ -109,8 +109,10 @@ class Awq(Quantization, OnText):
     ) -> tuple[QuantizedWeights, QuantizedWeights]:
         """Codes of gate and up, and of down, of `some` experts."""
         up, down = (matrix[some.start : some.stop].float() for matrix in (experts.up, experts.down))
-        given, _ = usable(experts.moments_in(some))
-        heard, _ = usable(experts.moments_inner(some, experts.up[some.start : some.stop], by_gate=True))
+        given, _ = conditioning.finite_or_identity(experts.hessians_in(some))
+        heard, _ = conditioning.finite_or_identity(
+            experts.hessians_inner(some, experts.up[some.start : some.stop], by_gate=True)
+        )
         if product:
             own = self._own(down, heard, context.formats["down"], context.dtypes["down"])
             down, heard = spread(down, heard, own)
@@ -140,36 +142,36 @@ class Awq(Quantization, OnText):
         total = torch.zeros(len(factors), dtype=torch.float64)
         for some in experts.groups():
             weights = experts.up[some.start : some.stop].float()
-            moments, _ = usable(experts.moments_in(some))
+            hessians, _ = conditioning.finite_or_identity(experts.hessians_in(some))
             shares = torch.stack([experts.rows(expert)[1].float().square().sum() for expert in some])
             for number, factor in enumerate(factors):
-                found = self._error(weights, moments, factor, context.formats["up"], context.dtypes["up"])
+                found = self._error(weights, hessians, factor, context.formats["up"], context.dtypes["up"])
                 total[number] += (found * shares).sum(dtype=torch.float64).cpu()
         return total
 
-    def _own(self, weights: Tensor, moments: Tensor, format: Format, dtype: torch.dtype) -> Tensor:
+    def _own(self, weights: Tensor, hessians: Tensor, format: Format, dtype: torch.dtype) -> Tensor:
         """The factors [N, I] of least error of what each down projection [N, H, I] is given, 1 where that is nothing."""
-        scales = candidates(moments.diagonal(dim1=1, dim2=2), self.alphas())
-        errors = torch.stack([self._error(weights, moments, scale, format, dtype) for scale in scales])
+        scales = candidates(hessians.diagonal(dim1=1, dim2=2), self.alphas())
+        errors = torch.stack([self._error(weights, hessians, scale, format, dtype) for scale in scales])
         return torch.stack([scales[best][number] for number, best in enumerate(errors.argmin(0).tolist())])
 
     def _error(
-        self, weights: Tensor, moments: Tensor, factors: Tensor, format: Format, dtype: torch.dtype
+        self, weights: Tensor, hessians: Tensor, factors: Tensor, format: Format, dtype: torch.dtype
     ) -> Tensor:
         """tr((W - Q) H (W - Q)^T) [N] for Q = round(W s) / s."""
-        codes = self._rounded(*spread(weights, moments, factors), format, dtype)
+        codes = self._rounded(*spread(weights, hessians, factors), format, dtype)
         errors = decode(codes).float() / factors.unsqueeze(-2) - weights
-        return ((errors @ moments) * errors).sum((1, 2))
+        return ((errors @ hessians) * errors).sum((1, 2))
 
     def _rounded(
-        self, weights: Tensor, moments: Tensor, format: Format, dtype: torch.dtype
+        self, weights: Tensor, hessians: Tensor, format: Format, dtype: torch.dtype
     ) -> QuantizedWeights:
-        grid = narrowed(weights, moments, format, dtype) if self.clip else searched(weights, format, dtype)
+        grid = narrowed(weights, hessians, format, dtype) if self.clip else searched(weights, format, dtype)
         return encode(weights, *grid, format)
 
-    def _last(self, context: LayerContext, name: str, weights: Tensor, moments: Tensor) -> QuantizedWeights:
-        codes = self._rounded(weights, moments, context.formats[name], context.dtypes[name])
-        return unbias(weights, codes, moments) if self.unbiased else codes
+    def _last(self, context: LayerContext, name: str, weights: Tensor, hessians: Tensor) -> QuantizedWeights:
+        codes = self._rounded(weights, hessians, context.formats[name], context.dtypes[name])
+        return unbias(weights, codes, hessians) if self.unbiased else codes
 
     def alphas(self) -> list[float]:
         """The exponents that are tried, 0 first."""
@@ -181,10 +183,10 @@ def _is_beside(entry: Entry) -> bool:
     return entry.in_graph and entry.branch == "mlp" and entry.unit.part not in ("experts", "other")
 
 
-def spread(weights: Tensor, moments: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [N, out, in] times `factors` [in] or [N, in], and second moments [N, in, in] of inputs divided by them."""
+def spread(weights: Tensor, hessians: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [N, out, in] times `factors` [in] or [N, in], and Hessians [N, in, in] of inputs divided by them."""
     column = factors.unsqueeze(-2)
-    return weights * column, moments / column / column.mT
+    return weights * column, hessians / column / column.mT
 
 
 def candidates(squares: Tensor, alphas: list[float]) -> list[Tensor]:

@@ -2,11 +2,11 @@
 
     minimise  sum over an expert's tokens of g^2 |W a - W' a_K|^2       g = the gate, a = its channels, K = those that stay
 
-Rows of gate and up and columns of down go together, so the result is an ordinary, narrower model. `score=surgeon` (default) picks and refits at once, by what is lost after the others have made
+Rows of gate and up and columns of down go together, so the result is an ordinary, narrower model. `score=obs` (Optimal Brain Surgeon, the default) picks and refits at once, by what is lost after the others have made
 up for it. Other scores rank once: HEAPr's E[a_k^2] w_k G w_k, with G the mean square of the loss's gradient (arXiv 2509.22299,
 one backward pass), MoDeGPT's leverage (arXiv 2408.09632), CAMERA's energy (arXiv 2508.02322), Wanda's, and that of the weights
 alone. `refit=expert` solves the formula for each expert, in closed form; `refit=layer` for all experts of the layer together,
-so that they also make up for one another (`_channels.py`, `_joint.py`). Layers are pruned one after the other, each on what the
+so that they also make up for one another (`kernels/neurons.py`, `kernels/joint_refit.py`). Layers are pruned one after the other, each on what the
 pruned ones before let through. `scope=global` takes channels from those layers that lose the least by it, `per_expert=true`
 from those experts.
 """
@@ -28,26 +28,7 @@ from moespresso.core.registry import method
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.effect import remains
-from moespresso.kernels import (
-    Key,
-    Points,
-    activity,
-    allocated,
-    ascending,
-    energy,
-    last,
-    leverage,
-    peaked,
-    refitted,
-    refitted_layer,
-    removed,
-    ridged,
-    rows_of,
-    size,
-    taken,
-    thin,
-    usable,
-)
+from moespresso.kernels import allocation, conditioning, joint_refit, low_rank, neurons, obs
 from moespresso.methods._counts import need_experts
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText
 from moespresso.statistics import grid
@@ -63,7 +44,7 @@ class ChannelPrune(OnText):
 
     ratio: share of every expert's channels that goes.
     width: channels that stay, instead of a ratio.
-    score: `surgeon` (least loss after refitting), `heapr` (by gradients of the model's loss), `leverage` (what others cannot tell),
+    score: `obs` (Optimal Brain Surgeon: least loss after refitting), `heapr` (by gradients of the model's loss), `leverage` (what others cannot tell),
         `camera`, `wanda`, `magnitude`, or `random`.
     scope: `layer` takes as much from every layer, `global` where it costs least (layers then differ: --target plugin).
     per_expert: every expert has a width of its own, so that channels go where they cost least (--target plugin).
@@ -81,7 +62,7 @@ class ChannelPrune(OnText):
 
     ratio: float | None = None
     width: int | None = None
-    score: Literal["surgeon", "heapr", "leverage", "camera", "wanda", "magnitude", "random"] = "surgeon"
+    score: Literal["obs", "heapr", "leverage", "camera", "wanda", "magnitude", "random"] = "obs"
     scope: Literal["layer", "global"] = "layer"
     per_expert: bool = False
     least: int = _LEAST
@@ -255,12 +236,12 @@ class ChannelPrune(OnText):
     def _allocated(self, stats: Stats, blueprint: Blueprint) -> Decision:
         """Widths of all layers or experts: again and again channels go where the next ones cost least."""
         layers = {layer.index: layer for layer in blueprint.moe_layers}
-        curves: dict[Key, Points] = {
+        curves: dict[allocation.Key, allocation.Points] = {
             (at, expert): self._curve(stats, layer, expert)
             for at, layer in layers.items()
             for expert in range(layer.experts)
         }
-        counts: dict[Key, int] = dict.fromkeys(curves, 1)
+        counts: dict[allocation.Key, int] = dict.fromkeys(curves, 1)
         if not self.per_expert:
             curves = {
                 (at,): _summed([curves[at, expert] for expert in range(layer.experts)])
@@ -268,14 +249,14 @@ class ChannelPrune(OnText):
             }
             counts = {(at,): layer.experts for at, layer in layers.items()}
         before = {key: _widths(layers[key[0]])[key[1] if self.per_expert else 0] for key in curves}
-        gone: dict[Key, int] = {}
+        gone: dict[allocation.Key, int] = {}
         asked = 0
         for part in [list(layers)] if self.scope == "global" else [[at] for at in layers]:
             widths = [width for at in part for width in _widths(layers[at])]
             goal = round(sum(max(0, width - self._wanted(width)) for width in widths))
             asked += goal
             some = {key: curve for key, curve in curves.items() if key[0] in part}
-            gone |= allocated(some, before, counts, goal, self.multiple)
+            gone |= allocation.allocate(some, before, counts, goal, self.multiple)
         left = {key: before[key] - count for key, count in gone.items()}
         narrowed = {key[0] for key, count in gone.items() if count}
         notes = (
@@ -296,7 +277,7 @@ class ChannelPrune(OnText):
         made = {_unit(key): Treatment(channels=width) for key, width in left.items() if key[0] in narrowed}
         return Decision(made, tuple(notes))
 
-    def _curve(self, stats: Stats, layer: LayerSpec, expert: int) -> Points:
+    def _curve(self, stats: Stats, layer: LayerSpec, expert: int) -> allocation.Points:
         """How many channels of an expert may go, and what is lost without them."""
         losses, width = stats.series(Unit(layer.index, "experts", expert), self._loss), _widths(layer)[expert]
         measured = [kept for kept in grid(layer.width) if self.least <= kept < width]
@@ -339,17 +320,18 @@ class ChannelPrune(OnText):
         )
         down = experts.down.new_zeros(*experts.down.shape[:2], max(keep), dtype=torch.float32)
         for some in experts.groups():
-            for expert, (here, new) in zip(some, self._group(context, some, result), strict=True):
-                kept.append(here)
-                rows = rows_of(experts.up[expert], here, experts.down.shape[2])
-                up[expert].unflatten(0, (len(rows), -1))[:, : len(here)] = rows
-                down[expert, :, : len(here)] = new
+            for expert, (own, new) in zip(some, self._group(context, some, result), strict=True):
+                kept.append(own)
+                rows = neurons.select_rows(experts.up[expert], own, experts.down.shape[2])
+                up[expert].unflatten(0, (len(rows), -1))[:, : len(own)] = rows
+                down[expert, :, : len(own)] = new
         if self.refit == "layer":
             shares = self._shares(context, range(experts.count)).tolist()
-            down, raised = refitted_layer(
-                experts, up, down, kept, damping=shares, sweeps=self.sweeps, missing=context.missing
+            narrowed = joint_refit.Narrowed(up, down, kept)
+            down, raised = joint_refit.refit_layer(
+                experts, narrowed, damping=shares, sweeps=self.sweeps, missing=context.missing
             )
-            result.warnings += thin(context.layer, raised)
+            result.warnings += joint_refit.damping_warnings(context.layer, raised)
         result.weights = {"up": up, "down": down}
         return result
 
@@ -360,31 +342,30 @@ class ChannelPrune(OnText):
         assert keep is not None
         up, down = experts.up[some.start : some.stop], experts.down[some.start : some.stop]
         counts, widths = experts.tokens[some.start : some.stop], keep[some.start : some.stop]
-        moments, _ = usable(experts.moments_inner(some, up, by_gate=True))
-        shares = self._shares(context, some)
-        moments = ridged(moments, (shares - self.damping) * moments.diagonal(dim1=1, dim2=2).mean(1))
-        if self.score == "surgeon":
-            order, raised = removed(down, moments, min(widths), self.damping)
+        hessians, _ = conditioning.finite_or_identity(experts.hessians_inner(some, up, by_gate=True))
+        ridge = (self._shares(context, some) - self.damping) * hessians.diagonal(dim1=1, dim2=2).mean(1)
+        hessians = conditioning.add_ridge(hessians, ridge)
+        if self.score == "obs":
+            order, raised = obs.removal_order(down, hessians, min(widths), self.damping)
         else:
-            order, raised = ascending(self._scores(context, some, moments)), {}
+            order, raised = neurons.rank_ascending(self._scores(context, some, hessians)), {}
         empty = (counts == 0).nonzero().flatten().tolist()
         result.remedies |= {some[at]: "magnitude" for at in empty}
         if empty:
-            # Without a token all moments are zero: the weights alone speak.
-            order[empty] = ascending(size(up[empty], down[empty]))
+            # Without a token the Hessian is zero: the weights alone speak.
+            order[empty] = neurons.rank_ascending(neurons.weight_norms(up[empty], down[empty]))
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for width in set(widths):
             same = [at for at, each in enumerate(widths) if each == width]
-            kept = last(order[same], width)
-            new, more = taken(down[same].float(), kept, 2), {}
-            if self.refit == "expert" or (self.refit == "layer" and self.score == "surgeon"):
-                new, more = refitted(down[same], moments[same], kept, self.damping)
-            raised |= {same[at]: ridge for at, ridge in more.items()}
-            for at, here, each in zip(same, kept, new, strict=True):
-                found[at] = here, down[at].float()[:, here] if at in empty else each
-        result.warnings += thin(
-            context.layer, {some[at]: ridge for at, ridge in raised.items() if at not in empty}
-        )
+            kept = neurons.keep_last(order[same], width)
+            new, more = neurons.select(down[same].float(), kept, 2), {}
+            if self.refit == "expert" or (self.refit == "layer" and self.score == "obs"):
+                new, more = neurons.refit(down[same], hessians[same], kept, self.damping)
+            raised |= {same[at]: share for at, share in more.items()}
+            for at, own, each in zip(same, kept, new, strict=True):
+                found[at] = own, down[at].float()[:, own] if at in empty else each
+        few = {some[at]: share for at, share in raised.items() if at not in empty}
+        result.warnings += joint_refit.damping_warnings(context.layer, few)
         return [found[at] for at in range(len(some))]
 
     def _shares(self, context: LayerContext, some: range) -> Tensor:
@@ -419,31 +400,31 @@ class ChannelPrune(OnText):
         if self.score == "heapr" and getattr(context.experts.module, "has_post_expert_norm", False):
             raise UserError(
                 f"channel_prune: the experts of L{context.layer} end with a norm, for which heapr's formula does not hold: use "
-                "score=surgeon"
+                "score=obs"
             )
 
-    def _scores(self, context: LayerContext, some: range, moments: Tensor) -> Tensor:
+    def _scores(self, context: LayerContext, some: range, hessians: Tensor) -> Tensor:
         """Importance of every channel [N, I]."""
         experts = context.experts
         assert experts is not None
         up, down = experts.up[some.start : some.stop], experts.down[some.start : some.stop]
-        squares = moments.diagonal(dim1=1, dim2=2)
+        squares = hessians.diagonal(dim1=1, dim2=2)
         if self.score == "magnitude":
-            return size(up, down)
+            return neurons.weight_norms(up, down)
         if self.score == "heapr":
             assert context.curvature is not None
             return experts.squares_inner(some, up, by_gate=False) * context.curvature[some.start : some.stop]
         if self.score == "leverage":
-            return leverage(moments, self.damping)
+            return low_rank.leverage(hessians, self.damping)
         if self.score == "wanda":
             plain = experts.squares_inner(some, up, by_gate=False)
-            return activity(down, plain)
+            return neurons.wanda(down, plain)
         if self.score == "random":
             generator = torch.Generator().manual_seed(some.start)
             return torch.rand(squares.shape, generator=generator).to(squares.device)
         if not self.alpha:
-            return energy(down, squares)
-        return peaked(down, *experts.sums_and_peaks(some, up), self.alpha)
+            return neurons.energy(down, squares)
+        return neurons.camera_energy(down, *experts.sums_and_maxima(some, up), self.alpha)
 
 
 def _widths(layer: LayerSpec) -> tuple[int, ...]:
@@ -451,10 +432,10 @@ def _widths(layer: LayerSpec) -> tuple[int, ...]:
     return layer.widths or (layer.width,) * layer.experts
 
 
-def _unit(key: Key) -> Unit:
+def _unit(key: allocation.Key) -> Unit:
     return Unit(key[0], "experts", key[1] if len(key) > 1 else None)
 
 
-def _summed(curves: list[Points]) -> Points:
+def _summed(curves: list[allocation.Points]) -> allocation.Points:
     """The curve of a layer whose experts all become equally narrow, each having been as wide."""
     return [(points[0][0], sum(loss for _, loss in points)) for points in zip(*curves, strict=True)]

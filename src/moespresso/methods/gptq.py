@@ -2,8 +2,8 @@
 
     minimise  sum over tokens of c^2 |(W - Q) x|^2     over the tokens that the router really sends to an expert
 
-with c = 1, or for down c = the gate, with which its output is multiplied; gate and up share one second moment. All experts of
-a layer are solved at once (`_gptq.py`; arXiv 2210.17323). Experts that no token reaches are rounded by HQQ, those with
+with c = 1, or for down c = the gate, with which its output is multiplied; gate and up share one Hessian. All experts of
+a layer are solved at once (`kernels/gptq.py`; arXiv 2210.17323). Experts that no token reaches are rounded by HQQ, those with
 few may be drawn towards the mean over all tokens. Down is solved on what the rounded gate and up really hand on, and later
 layers on what the rounded ones before let through.
 """
@@ -22,8 +22,7 @@ from moespresso.core.format import Format
 from moespresso.core.method import Sight
 from moespresso.core.registry import method
 from moespresso.formats import QuantizedWeights, decode
-from moespresso.kernels import RoutedExperts, Trouble, half_quadratic, shrunk
-from moespresso.kernels.gptq import solve
+from moespresso.kernels import RoutedExperts, conditioning, gptq, hqq
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText, joined, patched
 from moespresso.methods._quantization import Quantization
 
@@ -36,13 +35,13 @@ _PRUNED = 0.1
 class Gptq(Quantization, OnText):
     """Settings of one GPTQ.
 
-    damping: share of the mean diagonal added to every second moment; raised tenfold where that does not do.
+    damping: share of the mean diagonal added to every Hessian; raised tenfold where that does not do.
     act_order: round the inputs that carry most first.
     sweeps: rounds of coordinate descent on scales and codes that follow; 0 for the published algorithm.
     unbiased: lengthen the scales of each row by what rounding took from its output.
     weighted: search scales with errors weighted by what the inputs carry.
     weighting: `gate2` weights what reaches down by the square of its gate, `none` does not.
-    shrink: tokens' worth of the mean over all tokens that every expert's second moment is mixed with.
+    shrink: tokens' worth of the mean over all tokens that every expert's Hessian is mixed with.
     calibrate_all_experts: show every expert every token, whatever the router says.
     sequential: later layers see what the rounded ones before let through.
     """
@@ -76,9 +75,9 @@ class Gptq(Quantization, OnText):
         result = LayerResult()
         if context.experts is not None:
             self._experts(context, context.experts, result)
-        for name, (weight, moment) in context.linears.items():
+        for name, (weight, hessian) in context.linears.items():
             codes, warnings = self.solved(
-                weight[None], moment[None], context.formats[name], context.dtypes[name]
+                weight[None], hessian[None], context.formats[name], context.dtypes[name]
             )
             result.numbers[name] = codes
             result.warnings += _told(warnings, lambda _, name=name: f"L{context.layer}.{name}")
@@ -88,21 +87,17 @@ class Gptq(Quantization, OnText):
     def _experts(self, context: LayerContext, experts: RoutedExperts, result: LayerResult) -> None:
         ups: list[QuantizedWeights] = []
         downs: list[QuantizedWeights] = []
-        pooled = experts.pooled() if self.shrink else None
+        pooled = experts.pooled_hessian() if self.shrink else None
         for some in experts.groups():
             empty = [expert for expert in some if not len(experts.rows(expert)[0])]
-            moments = experts.moments_in(some)
+            hessians = experts.hessians_in(some)
             if pooled is not None:
-                moments = shrunk(moments, experts.tokens[some.start : some.stop], pooled, self.shrink)
-            weights = experts.up[some.start : some.stop].float()
-            up = self._rounded(
-                context, "up", weights, moments, some, [] if pooled is not None else empty, result
-            )
-            moments = experts.moments_inner(
-                some, decode(up).to(weights.dtype), by_gate=self.weighting == "gate2"
-            )
-            weights = experts.down[some.start : some.stop].float()
-            down = self._rounded(context, "down", weights, moments, some, empty, result)
+                tokens = experts.tokens[some.start : some.stop]
+                hessians = conditioning.shrink(hessians, tokens, pooled, self.shrink)
+            up = self._rounded(context, "up", some, hessians, [] if pooled is not None else empty, result)
+            rounded = decode(up).to(torch.float32)
+            hessians = experts.hessians_inner(some, rounded, by_gate=self.weighting == "gate2")
+            down = self._rounded(context, "down", some, hessians, empty, result)
             ups.append(up)
             downs.append(down)
             result.remedies |= dict.fromkeys(empty, "hqq")
@@ -112,30 +107,30 @@ class Gptq(Quantization, OnText):
         self,
         context: LayerContext,
         matrix: str,
-        weights: Tensor,
-        moments: Tensor,
         some: range,
+        hessians: Tensor,
         empty: list[int],
         result: LayerResult,
     ) -> QuantizedWeights:
-        """Codes of one projection of `some` experts [N, out, in]; `empty` ones without any token's help."""
+        """Codes of one projection of `some` experts; `empty` ones without any token's help."""
         format, dtype = context.formats[matrix], context.dtypes[matrix]
-        codes, warnings = self.solved(weights, moments, format, dtype)
+        weights = getattr(context.experts, matrix)[some.start : some.stop].float()
+        codes, warnings = self.solved(weights, hessians, format, dtype)
         result.warnings += _told(warnings, lambda number: f"L{context.layer}.E{some[number]}.{matrix}")
         result.warnings += _refilled(
             weights, codes, f"L{context.layer}.E{some[0]}.{matrix} and those beside it"
         )
         places = [expert - some.start for expert in empty]
-        return patched(codes, places, half_quadratic(weights[places], format, dtype)) if places else codes
+        return patched(codes, places, hqq.quantize(weights[places], format, dtype)) if places else codes
 
     def solved(
-        self, weights: Tensor, moments: Tensor, format: Format, dtype: torch.dtype
-    ) -> tuple[QuantizedWeights, Trouble]:
-        """Codes of `weights` [N, out, in] under the second moments [N, in, in] of their inputs, and what went wrong."""
-        return solve(
-            weights, moments, format, dtype, damping=self.damping, act_order=self.act_order, sweeps=self.sweeps,
-            unbiased=self.unbiased, weighted=self.weighted,
-        )  # fmt: skip
+        self, weights: Tensor, hessians: Tensor, format: Format, dtype: torch.dtype
+    ) -> tuple[QuantizedWeights, conditioning.Warnings]:
+        """Codes of `weights` [N, out, in] under the Hessians [N, in, in] of their inputs, and what went wrong."""
+        settings = gptq.Settings(
+            self.damping, self.act_order, sweeps=self.sweeps, unbiased=self.unbiased, weighted=self.weighted
+        )
+        return gptq.solve(weights, hessians, format, dtype, settings)
 
 
 def _refilled(weights: Tensor, codes: QuantizedWeights, name: str) -> list[str]:
@@ -154,7 +149,7 @@ def _refilled(weights: Tensor, codes: QuantizedWeights, name: str) -> list[str]:
     )
 
 
-def _told(warnings: Trouble, name: Callable[[int], str]) -> list[str]:
+def _told(warnings: conditioning.Warnings, name: Callable[[int], str]) -> list[str]:
     """What went wrong with matrices, called by their numbers, in sentences."""
     lines = [f"{name(number)}: its second moment was not positive, damping raised to {damping:g}"
              for number, damping in sorted(warnings.damped.items())]  # fmt: skip

@@ -1,7 +1,7 @@
 """Half-quadratic quantization (HQQ): grids of least sum |error|^p with p = 0.7, without any text.
 
 Few large errors weigh little under such a norm, so the grid follows the bulk of the weights. The kernel and its formula
-are in `_hqq.py`; the published one also lets zeros be fractions, which no integer format stores.
+are in `kernels/hqq.py`; the published one also lets zeros be fractions, which no integer format stores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moespresso.core.format import Format
 from moespresso.core.method import Quantizes
 from moespresso.core.registry import method
 from moespresso.formats import QuantizedWeights
-from moespresso.kernels import half_quadratic
+from moespresso.kernels import hqq
 from moespresso.methods._quantization import Quantization
 
 
@@ -44,4 +44,4 @@ class Hqq(Quantization, Quantizes):
 
     def quantize(self, weights: Tensor, format: Format, dtype: torch.dtype) -> QuantizedWeights:
         """Codes of `weights` [N, out, in], with scales stored as `dtype`."""
-        return half_quadratic(weights, format, dtype, p=self.p, iterations=self.iterations)
+        return hqq.quantize(weights, format, dtype, hqq.Settings(p=self.p, iterations=self.iterations))

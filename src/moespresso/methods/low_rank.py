@@ -4,7 +4,7 @@
 
 Experts are nearly of full rank, so this is a mark for others more than a way to go. With `shared_basis` gate and up become
 L_e (sum over m of alpha_em R_m), the second factors mixed of a few that all experts of a layer share (MoBE, arXiv 2508.05257;
-`_bases.py`), which lets them be of far higher rank for the same bytes. The factors are what is stored; loading multiplies them
+`kernels/shared_bases.py`), which lets them be of far higher rank for the same bytes. The factors are what is stored; loading multiplies them
 (moespresso.load). Down is solved on what the products of gate and up really hand on.
 """
 
@@ -26,7 +26,7 @@ from moespresso.core.method import Sight
 from moespresso.core.registry import method
 from moespresso.effect import is_matrix
 from moespresso.formats import based, product
-from moespresso.kernels import RoutedExperts, damped, refitted_layer, shared_bases, thin, truncated, whole
+from moespresso.kernels import RoutedExperts, joint_refit, low_rank, shared_bases
 from moespresso.methods._counts import refuse_widths
 from moespresso.methods._matrices import EXPERTS, OnMatrices
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText
@@ -149,8 +149,8 @@ class LowRank(OnMatrices, OnText):
         if context.experts is not None:
             fit = self._together if self._shares_bases else self._apart
             fit(context, context.experts, result)
-        for name, (weight, moment) in context.linears.items():
-            factors = self._factors(weight[None].float(), moment[None], context, name)
+        for name, (weight, hessian) in context.linears.items():
+            factors = self._factors(weight[None].float(), hessian[None], context, name)
             result.numbers[name], result.weights[name] = factors, product(*factors)[0]
         return result
 
@@ -160,12 +160,12 @@ class LowRank(OnMatrices, OnText):
         halves = _halves(experts)
         found: dict[str, list[Factors]] = {name: [] for name in (*halves, "down")}
         for some in experts.groups():
-            here, moments = slice(some.start, some.stop), experts.moments_in(some)
-            for name, weights in zip(halves, experts.up[here].chunk(len(halves), dim=1), strict=True):
-                found[name].append(self._factors(weights.float(), moments, context, "up"))
+            part, hessians = slice(some.start, some.stop), experts.hessians_in(some)
+            for name, weights in zip(halves, experts.up[part].chunk(len(halves), dim=1), strict=True):
+                found[name].append(self._factors(weights.float(), hessians, context, "up"))
             up = torch.cat([product(*found[name][-1]) for name in halves], dim=1).to(experts.up.dtype)
-            moments = experts.moments_inner(some, up, by_gate=False)
-            found["down"].append(self._factors(experts.down[here].float(), moments, context, "down"))
+            hessians = experts.hessians_inner(some, up, by_gate=False)
+            found["down"].append(self._factors(experts.down[part].float(), hessians, context, "down"))
             empty = [expert for expert in some if not len(experts.rows(expert)[0])]
             result.remedies |= dict.fromkeys(empty, "their weights alone")
         for name, parts in found.items():
@@ -176,9 +176,9 @@ class LowRank(OnMatrices, OnText):
         result.weights["up"] = torch.cat([product(*result.numbers[name]) for name in halves], dim=1)
         result.weights["down"] = product(*result.numbers["down"])
 
-    def _factors(self, weights: Tensor, moments: Tensor, context: LayerContext, name: str) -> Factors:
+    def _factors(self, weights: Tensor, hessians: Tensor, context: LayerContext, name: str) -> Factors:
         """Factors [N, out, r] and [N, r, in] as they are stored."""
-        left, right = truncated(weights, moments, context.formats[name].rank, self._damping)
+        left, right = low_rank.truncate(weights, hessians, context.formats[name].rank, self._damping)
         return left.to(context.dtypes[name]), right.to(context.dtypes[name])
 
     # All experts of a layer together
@@ -187,12 +187,11 @@ class LowRank(OnMatrices, OnText):
         halves, format, dtype = _halves(experts), context.formats["up"], context.dtypes["up"]
         if not format.bases:
             raise UserError(f"low_rank: the plan gives gate and up of L{context.layer} no bases to share")
-        moments, made = experts.pooled(), list[Tensor]()
+        hessian, made = experts.pooled_hessian(), list[Tensor]()
         importance = self._importance(experts).chunk(len(halves), dim=1)
         for name, weights, rows in zip(halves, experts.up.chunk(len(halves), dim=1), importance, strict=True):
-            own, bases, shares = shared_bases(
-                weights, moments, format.rank, format.bases, damping=self._damping, importance=rows
-            )
+            settings = shared_bases.Settings(damping=self._damping)
+            own, bases, shares = shared_bases.fit(weights, hessian, format.rank, format.bases, rows, settings)
             mixture = own.to(dtype), shares, bases.to(dtype)
             result.numbers[name] = mixture
             made.append(based(mixture[0], mixture[1], mixture[2].unsqueeze(0)))
@@ -202,19 +201,21 @@ class LowRank(OnMatrices, OnText):
                 )
         up = torch.cat(made, dim=1)
         widths = context.channels or (experts.down.shape[2],) * experts.count
-        down, raised = refitted_layer(
-            experts, up.to(experts.up.dtype), experts.down, whole(experts, widths), damping=damped(experts, widths, _REFIT),
-            sweeps=_SWEEPS, missing=context.missing,
-        )  # fmt: skip
+        every = joint_refit.all_neurons(experts, widths)
+        narrowed = joint_refit.Narrowed(up.to(experts.up.dtype), experts.down, every)
+        dampings = joint_refit.damping_by_expert(experts, widths, _REFIT)
+        down, raised = joint_refit.refit_layer(
+            experts, narrowed, damping=dampings, sweeps=_SWEEPS, missing=context.missing
+        )
         result.weights = {"up": up, "down": down}
         silent = (experts.tokens == 0).nonzero().flatten().tolist()
         result.remedies |= dict.fromkeys(silent, "what the others were given, and no refit")
-        result.warnings += thin(context.layer, raised)
+        result.warnings += joint_refit.damping_warnings(context.layer, raised)
 
     def _importance(self, experts: RoutedExperts) -> Tensor:
         """What an error in each row counts [E, R]: the root of how much the answer moves with it, between all alike and what
         this text makes of them. Experts without a token count as others do on average."""
-        squares = experts.steepness(range(experts.count), experts.up)
+        squares = experts.squared_slopes(range(experts.count), experts.up)
         halves = squares.shape[1] // experts.down.shape[2]
         found = (squares * experts.column_squares.repeat(1, halves)).sqrt().sqrt()
         seen = experts.tokens > 0

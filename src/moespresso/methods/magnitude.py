@@ -14,7 +14,7 @@ from torch import Tensor
 from moespresso.core.format import Format
 from moespresso.core.method import Prunes
 from moespresso.core.registry import method
-from moespresso.kernels import kept
+from moespresso.kernels import masks
 from moespresso.methods._pruning import Pruning
 
 
@@ -32,4 +32,4 @@ class Magnitude(Pruning, Prunes):
 
     def prune(self, weights: Tensor, format: Format) -> Tensor:
         """`weights` [N, out, in] with zeros for those that go."""
-        return weights.masked_fill(~kept(weights.float().abs(), format, whole=True), 0.0)
+        return weights.masked_fill(~masks.keep_largest(weights.float().abs(), format, whole=True), 0.0)

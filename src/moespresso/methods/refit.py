@@ -1,6 +1,6 @@
 """Refit: what earlier steps of a recipe took away, the experts that are left make up for together.
 
-    W = argmin  sum over tokens |y - sum_j g_j W_j a_j|^2  +  sum_j lambda_j |W_j - W0_j|^2        (`_joint.py`)
+    W = argmin  sum over tokens |y - sum_j g_j W_j a_j|^2  +  sum_j lambda_j |W_j - W0_j|^2        (`kernels/joint_refit.py`)
 
 y is what the routed part would have to add for the layer to answer as the original layer does on the same input: with all experts
 and the original's routing, with attention or shared experts that have gone since. The sum runs over the experts j that a token goes
@@ -22,7 +22,7 @@ from moespresso.core.registry import method
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.effect import remains
-from moespresso.kernels import TO_ORIGINAL, made_up, thin
+from moespresso.kernels import joint_refit
 from moespresso.methods._counts import need_experts
 from moespresso.methods._on_text import LayerContext, LayerResult, OnText
 
@@ -41,7 +41,7 @@ class Refit(OnText):
     kind: ClassVar[str] = "refit"
     able: ClassVar[tuple[str, ...]] = ("experts",)
 
-    damping: float = TO_ORIGINAL
+    damping: float = joint_refit.MISSING_DAMPING
     sweeps: int = 2
     sequential: bool = True
 
@@ -93,9 +93,11 @@ class Refit(OnText):
                 "it is added"
             )
             return result
-        down, raised = made_up(experts, context.missing, widths, damping=self.damping, sweeps=self.sweeps)
+        down, raised = joint_refit.refit_missing(
+            experts, context.missing, widths, damping=self.damping, sweeps=self.sweeps
+        )
         result.weights["down"] = down
-        result.warnings += thin(context.layer, raised)
+        result.warnings += joint_refit.damping_warnings(context.layer, raised)
         return result
 
 

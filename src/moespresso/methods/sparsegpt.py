@@ -2,8 +2,8 @@
 
     minimise  sum over tokens of |(W - Q) x|^2     Q = W with a share of zeros
 
-An approximate Optimal Brain Surgeon for whole layers (arXiv 2301.00774), with second moments of the tokens that the router sends
-to each expert; all experts of a layer are solved at once (`_sparsegpt.py`). With `bits` what stays is rounded in the same
+An approximate Optimal Brain Surgeon for whole layers (arXiv 2301.00774), with Hessians of the tokens that the router sends
+to each expert; all experts of a layer are solved at once (`kernels/sparsegpt.py`). With `bits` what stays is rounded in the same
 pass, so that each of the two makes up for the other. Down is solved on what the pruned gate and up really hand on.
 """
 
@@ -21,7 +21,7 @@ from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.core.registry import method
 from moespresso.formats import QuantizedWeights, check_pattern
-from moespresso.kernels import RoutedExperts, half_quadratic, solve
+from moespresso.kernels import RoutedExperts, hqq, sparsegpt
 from moespresso.methods._pruning import PruningOnText
 
 
@@ -30,7 +30,7 @@ from moespresso.methods._pruning import PruningOnText
 class SparseGpt(PruningOnText):
     """Settings of one SparseGPT.
 
-    damping: share of the mean diagonal added to every second moment; raised tenfold where that does not do.
+    damping: share of the mean diagonal added to every Hessian; raised tenfold where that does not do.
     block: columns whose weights compete, where there is no pattern.
     weighting: `gate2` weights what reaches an expert's down by the square of its gate, `none` does not.
     bits: round what stays to 2, 3, 4 or 8 bits in the same pass; 0 for not at all.
@@ -82,22 +82,21 @@ class SparseGpt(PruningOnText):
         return [self] if self.bits else PruningOnText.amounts(self, blueprint)
 
     def seen(self, experts: RoutedExperts, some: range, up: Tensor | None) -> Tensor:
-        """Second moments of the inputs [N, in, in]."""
+        """Hessians of the inputs [N, in, in]."""
         if up is None:
-            return experts.moments_in(some)
-        return experts.moments_inner(some, up, by_gate=self.weighting == "gate2")
+            return experts.hessians_in(some)
+        return experts.hessians_inner(some, up, by_gate=self.weighting == "gate2")
 
-    def of_moment(self, moment: Tensor) -> Tensor:
+    def of_hessian(self, hessian: Tensor) -> Tensor:
         """The same of one matrix."""
-        return moment[None]
+        return hessian[None]
 
     def left(
         self, weights: Tensor, seen: Tensor, format: Format, dtype: torch.dtype, halves: int = 1
     ) -> tuple[Tensor | QuantizedWeights, list[tuple[int, str]]]:
         """`weights` [N, out, in] with zeros for those that go, or their codes."""
-        code = format if self.bits else None
-        new, _, codes, warnings = solve(weights, seen, self.sparsity.pattern, damping=self.damping, block=self.block,
-                                       code=code, dtype=dtype, halves=halves)  # fmt: skip
+        settings = sparsegpt.Settings(self.damping, self.block, format if self.bits else None, dtype, halves)
+        new, _, codes, warnings = sparsegpt.solve(weights, seen, self.sparsity.pattern, settings)
         told = [(number, f"its second moment was not positive, damping raised to {damping:g}")
                 for number, damping in sorted(warnings.damped.items())]  # fmt: skip
         told += [
@@ -110,7 +109,7 @@ class SparseGpt(PruningOnText):
         """The same for matrices that were given nothing."""
         new = PruningOnText.unseen(self, weights, self.sparsity.pattern, dtype)
         assert isinstance(new, Tensor)
-        return half_quadratic(new, format, dtype, unbiased=False) if self.bits else new
+        return hqq.quantize(new, format, dtype, hqq.Settings(unbiased=False)) if self.bits else new
 
     def form(self, chosen: list[Entry]) -> Callable[[Entry, int | None], Format]:
         """Pruned in its pattern, and rounded where bits are asked for."""

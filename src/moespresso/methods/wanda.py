@@ -17,7 +17,7 @@ from torch import Tensor
 from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.core.registry import method
-from moespresso.kernels import RoutedExperts, kept, kept_by_share
+from moespresso.kernels import RoutedExperts, masks
 from moespresso.methods._pruning import PruningOnText
 
 
@@ -48,9 +48,9 @@ class Wanda(PruningOnText):
             return experts.squares_in(some, by_gate=self.gate)
         return experts.squares_inner(some, up, by_gate=self.gate)
 
-    def of_moment(self, moment: Tensor) -> Tensor:
+    def of_hessian(self, hessian: Tensor) -> Tensor:
         """The same of one matrix."""
-        return moment.diagonal()[None]
+        return hessian.diagonal()[None]
 
     def left(
         self, weights: Tensor, seen: Tensor, format: Format, dtype: torch.dtype, halves: int = 1
@@ -59,8 +59,8 @@ class Wanda(PruningOnText):
         _ = dtype
         scores = weights.abs() * seen.sqrt().unsqueeze(1)
         if self.variant:
-            apart = [kept_by_share(half, format) for half in scores.chunk(halves, dim=1)]
+            apart = [masks.keep_equal_shares(half, format) for half in scores.chunk(halves, dim=1)]
             mask = torch.cat(apart, dim=1)
         else:
-            mask = kept(scores, format)
+            mask = masks.keep_largest(scores, format)
         return weights.masked_fill(~mask, 0.0), []

@@ -56,7 +56,7 @@ class ChannelSums(LayerSums):
     def add(self, call: Call) -> None:
         """Take in one batch."""
         experts = RoutedExperts.of(self._layer.experts, [fed_of(call)])
-        sums, _ = experts.sums_and_peaks(range(experts.count), experts.up)
+        sums, _ = experts.sums_and_maxima(range(experts.count), experts.up)
         sums = sums * experts.column_squares
         self._sums = sums if self._sums is None else self._sums + sums
         self._stream += energy_of(call)

@@ -1,6 +1,6 @@
 """What a layer would lose if its experts were narrower and the channels that stay made up for the others, for every width at once.
 
-    removal@W    the error that is left with W channels, over the energy of the stream behind the layer (`kernels.removal`)
+    removal@W    the error that is left with W channels, over the energy of the stream behind the layer (`kernels.obs`)
 
 An expert adds g D a to the residual stream, g the gate, a what its channels hold, D its down projection. Channels go in turns,
 each time those whose loss the others can best make up for. It is measured at the same widths as `channels`.
@@ -15,7 +15,7 @@ from torch import Tensor
 from moespresso.core.layer import Call, Fed, Layer
 from moespresso.core.stats import indexed
 from moespresso.core.unit import Unit
-from moespresso.kernels import RoutedExperts, removal, ridged, usable
+from moespresso.kernels import RoutedExperts, conditioning, obs
 from moespresso.statistics.base import LayerSums, Measurement, OfExperts, Rows
 from moespresso.statistics.channels import energy_of, fed_of, grid
 from moespresso.statistics.registry import statistic
@@ -78,10 +78,12 @@ class RemovalSums(LayerSums):
 def _losses(experts: RoutedExperts, some: range, portions: list[int]) -> Tensor:
     """What `some` experts lose [N, turns], summed over their tokens."""
     part = slice(some.start, some.stop)
-    moments, _ = usable(experts.moments_inner(some, experts.up[part], by_gate=True))
+    hessians, _ = conditioning.finite_or_identity(
+        experts.hessians_inner(some, experts.up[part], by_gate=True)
+    )
     tokens = experts.tokens[part].clamp(min=1).float()
-    shares = DAMPING * (moments.shape[1] / tokens).clamp(min=1)
-    moments = ridged(moments, (shares - DAMPING) * moments.diagonal(dim1=1, dim2=2).mean(1))
-    _, losses, _ = removal(experts.down[part], moments, DAMPING, portions)
+    shares = DAMPING * (hessians.shape[1] / tokens).clamp(min=1)
+    ridge = (shares - DAMPING) * hessians.diagonal(dim1=1, dim2=2).mean(1)
+    _, losses, _ = obs.remove(experts.down[part], conditioning.add_ridge(hessians, ridge), DAMPING, portions)
     weight = [experts.rows(expert)[1].float().square().sum() for expert in some]
     return losses.double() * losses.new_tensor(weight).double()[:, None]

@@ -1,7 +1,9 @@
-"""How many channels stay where, when not everything becomes equally narrow.
+"""How many neurons stay where, when not everything becomes equally narrow.
 
 What narrower experts would lose is known for some widths; between them it is taken as a line, and of all those lines the
-lowest that nowhere bend upwards, so that taking always where the next channels cost least is the best for every total.
+lowest that nowhere bend upwards, so that taking always where the next neurons cost least is the best for every total.
+
+No tensors here: curves are points (neurons removed, loss), by layer or by expert.
 """
 
 from __future__ import annotations
@@ -13,42 +15,42 @@ from itertools import pairwise
 
 # A layer, or one of its experts.
 Key = tuple[int, ...]
-# Channels that go, ascending from 0, and what is lost without them.
+# Neurons that are removed, ascending from 0, and what is lost without them.
 Points = list[tuple[int, float]]
 
 
-def allocated(
+def allocate(
     curves: Mapping[Key, Points],
     widths: Mapping[Key, int],
     counts: Mapping[Key, int],
-    goal: int,
+    total: int,
     multiple: int,
 ) -> dict[Key, int]:
-    """Channels that go of each, so that `goal` go in all, the least is lost, and what is left of `widths` where some go are
+    """Neurons to remove of each, so that `total` go in all, the least is lost, and what is left of `widths` where some go are
     multiples of `multiple`.
 
-    `counts` says of how many experts each of `curves` is the sum. Steps are whole, so more than `goal` may go.
+    `counts` says of how many experts each of `curves` is the sum. Steps are whole, so more than `total` may go.
     """
     slopes = {key: _slopes(points) for key, points in curves.items()}
-    gone = dict.fromkeys(curves, 0)
+    removed = dict.fromkeys(curves, 0)
 
     def step(key: Key) -> int:
-        return (widths[key] - gone[key]) % multiple or multiple
+        return (widths[key] - removed[key]) % multiple or multiple
 
     def priced(keys: Iterable[Key]) -> list[tuple[float, Key]]:
-        able = (key for key in keys if slopes[key] and gone[key] + step(key) <= slopes[key][-1][0])
-        return [(_price(slopes[key], gone[key], counts[key]), key) for key in able]
+        able = (key for key in keys if slopes[key] and removed[key] + step(key) <= slopes[key][-1][0])
+        return [(_price(slopes[key], removed[key], counts[key]), key) for key in able]
 
     queue = priced(curves)
     heapify(queue)
-    while queue and goal > 0:
+    while queue and total > 0:
         _, key = heappop(queue)
         more = step(key)
-        goal -= more * counts[key]
-        gone[key] += more
-        for next_one in priced([key]):
-            heappush(queue, next_one)
-    return gone
+        total -= more * counts[key]
+        removed[key] += more
+        for again in priced([key]):
+            heappush(queue, again)
+    return removed
 
 
 def _slopes(points: Points) -> list[tuple[int, float]]:
@@ -65,6 +67,6 @@ def _slope(start: tuple[int, float], end: tuple[int, float]) -> float:
     return (end[1] - start[1]) / (end[0] - start[0])
 
 
-def _price(slopes: list[tuple[int, float]], gone: int, count: int) -> float:
-    """What the next channel of one expert costs when so many have gone."""
-    return slopes[bisect_right(slopes, gone, key=lambda line: line[0])][1] / count
+def _price(slopes: list[tuple[int, float]], removed: int, count: int) -> float:
+    """What the next neuron of one expert costs when so many have gone."""
+    return slopes[bisect_right(slopes, removed, key=lambda line: line[0])][1] / count
