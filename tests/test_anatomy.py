@@ -16,18 +16,18 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import families
 import test_more_families as more
-from moespresso.runtime.anatomy import Anatomy, Branch, NotResidual, find_anatomy
+from moespresso.runtime.anatomy import Anatomy, BranchParts, NotResidual, find_anatomy
 from moespresso.runtime.parts import NoNorm, Silent, SilentMixer
 
 
 def attention(body: str = "self_attn", pre: str | None = "input_layernorm", post: str | None = None,
-              times: float = 1.0, answers: int | None = 2, **beside: int | None) -> Branch:  # fmt: skip
-    return Branch(body, pre, post, times, answers, tuple(beside.items()))
+              times: float = 1.0, answers: int | None = 2, **beside: int | None) -> BranchParts:  # fmt: skip
+    return BranchParts(body, pre, post, times, answers, tuple(beside.items()))
 
 
 def mlp(body: str = "mlp", pre: str | None = "post_attention_layernorm", post: str | None = None,
-        times: float = 1.0, answers: int | None = None, **beside: int | None) -> Branch:  # fmt: skip
-    return Branch(body, pre, post, times, answers, tuple(beside.items()))
+        times: float = 1.0, answers: int | None = None, **beside: int | None) -> BranchParts:  # fmt: skip
+    return BranchParts(body, pre, post, times, answers, tuple(beside.items()))
 
 
 PLAIN = Anatomy(attention(), mlp())
@@ -143,8 +143,8 @@ def test_branches_are_read_from_any_forward_that_is_a_sum() -> None:
             return hidden_states + self.scale * self.mlp(self.norm2(hidden_states)), None
 
     found = find_anatomy(Layer())
-    assert found.attention == Branch("self_attn", None, "norm1", 0.25, 3)
-    assert found.mlp == Branch("mlp", "norm2", None, 0.25, None)
+    assert found.attention == BranchParts("self_attn", None, "norm1", 0.25, 3)
+    assert found.mlp == BranchParts("mlp", "norm2", None, 0.25, None)
 
 
 def test_a_bare_mask_is_enough_to_be_a_mixer_and_no_branch_is_an_anatomy_too() -> None:
@@ -156,7 +156,7 @@ def test_a_bare_mask_is_enough_to_be_a_mixer_and_no_branch_is_an_anatomy_too() -
         def forward(self, x: Tensor) -> Tensor:
             return x
 
-    assert find_anatomy(Mixing()) == Anatomy(Branch("other", "norm1", None, 1.0, None), None)
+    assert find_anatomy(Mixing()) == Anatomy(BranchParts("other", "norm1", None, 1.0, None), None)
     assert find_anatomy(Nothing()) == Anatomy(None, None)
 
 

@@ -378,3 +378,15 @@ def test_functions_take_few_arguments():
 def test_the_ground_floor_stays_small():
     core = (path for path in MODULES if path.parent.name == "core")
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in core) < 1500
+
+
+@every_module
+def test_docstrings_stay_within_110_columns(path: Path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    wide: list[int] = []
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Module | ast.ClassDef | Function) and ast.get_docstring(node) is not None:
+            story = node.body[0]
+            wide += [number for number in range(story.lineno, (story.end_lineno or 0) + 1)
+                     if len(lines[number - 1]) > 110]  # fmt: skip
+    assert wide == []

@@ -1,8 +1,9 @@
 """Press a Mixture-of-Experts language model into a smaller cup.
 
-`moespresso.press(model, out=..., steps=[...])` takes a Hugging Face checkpoint, trims it one layer at a time and writes
-a folder that stock engines load; the other verbs (`inspect`, `measure`, `plan`, `build`, `verify`, `evaluate`,
-`export`, `methods`, `demo`) are functions of the same names. See docs/architecture.md for the rooms behind this door.
+`moespresso.press(model, out=..., steps=[...])` takes a Hugging Face checkpoint, trims it one layer at a time
+and writes a folder that stock engines load; the other verbs (`inspect`, `measure`, `plan`, `build`, `verify`,
+`evaluate`, `export`, `methods`, `demo`) are functions of the same names. See docs/architecture.md for the
+rooms behind this door.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ watch()
 class _Door(ModuleType):
     """Opens `moespresso.api` (and with it torch) only when a verb is used.
 
-    Some verbs share their name with a room (`moespresso.quality`). Importing the room would put the module in the
-    verb's place, so verbs are properties of the package's class, which win over whatever the import machinery sets.
+    Some verbs share their name with a room (`moespresso.quality`). Importing the room would put the module in
+    the verb's place, so verbs are properties of the package's class, which win over whatever the import
+    machinery sets.
     """
 
 

@@ -1,8 +1,9 @@
-"""How transformers is taught about layers that differ, and to save what it decoded, without being imported for it.
+"""How transformers is taught about layers that differ, and to save what it decoded, without being imported
+for it.
 
-`import moespresso` stays light: `watch` puts a finder in front of the import system that waits for the one module that
-is changed, lets the real finders find it, and calls `install` right after it has run. Whoever imported transformers
-first gets `install` at once.
+`import moespresso` stays light: `watch` puts a finder in front of the import system that waits for the one
+module that is changed, lets the real finders find it, and calls `install` right after it has run. Whoever
+imported transformers first gets `install` at once.
 """
 
 from __future__ import annotations

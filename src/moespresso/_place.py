@@ -1,8 +1,9 @@
 """A place as a person types it: what a shell would have made of it, done where no shell was.
 
-A shell opens `~`, takes quotes away and cuts what surrounds a word; a recipe, Python, `--text=~/x` and a quoted
-option know no shell. So every door reads paths through `typed`, once, and what lies behind it sees plain paths.
-Nothing is looked up on disk here: what is written so is meant so (`./~name` is a file of that name).
+A shell opens `~`, takes quotes away and cuts what surrounds a word; a recipe, Python, `--text=~/x` and a
+quoted option know no shell. So every door reads paths through `typed`, once, and what lies behind it sees
+plain paths. Nothing is looked up on disk here: what is written so is meant so (`./~name` is a file of that
+name).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ QUOTES = ("'", '"')
 def typed(text: str | os.PathLike[str], what: str = "the path") -> str:
     """Return a path as it is meant: `~`, `~user`, `$HOME`, `file://`, quotes and blanks around it are opened.
 
-    Anything else comes back to the letter. Raises `UserError` for nothing, for a user who is not there and for what no
-    file system can hold.
+    Anything else comes back to the letter. Raises `UserError` for nothing, for a user who is not there and
+    for what no file system can hold.
     """
     said = text.strip() if isinstance(text, str) else os.fspath(text)
     if len(said) > 1 and said[0] in QUOTES and said[0] == said[-1]:

@@ -1,10 +1,11 @@
 """The command line: one verb per arrow of the design, and `press`, which does them all.
 
-A verb has its options from `options`, calls the function of the same name in `api` with a `Recipe` (what is asked for)
-and a `Runtime` (how it is carried out), and shows the result as `show` says, which knows the exit codes too.
+A verb has its options from `options`, calls the function of the same name in `api` with a `Recipe` (what is
+asked for) and a `Runtime` (how it is carried out), and shows the result as `show` says, which knows the exit
+codes too.
 
-Torch and transformers take seconds to import, so nothing here imports them before a verb needs them: `--help` and
-a misspelt option answer at once.
+Torch and transformers take seconds to import, so nothing here imports them before a verb needs them: `--help`
+and a misspelt option answer at once.
 """
 
 from __future__ import annotations

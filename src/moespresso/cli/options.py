@@ -1,8 +1,9 @@
 """The options of the command line, each declared once, and what becomes of them.
 
-Three groups: WHAT to do, on which TEXT, and HOW. `@takes(...)` puts options on a verb, which never sees them as
-parameters of its own: they wait in typer's context, from which `recipe_of` makes the `Recipe` (what is asked for) and
-`runtime_of` the `Runtime` (how it is carried out). A verb's own parameters, such as its MODEL, stand in its signature.
+Three groups: WHAT to do, on which TEXT, and HOW. `@takes(...)` puts options on a verb, which never sees them
+as parameters of its own: they wait in typer's context, from which `recipe_of` makes the `Recipe` (what is
+asked for) and `runtime_of` the `Runtime` (how it is carried out). A verb's own parameters, such as its MODEL,
+stand in its signature.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def takes(*options: Declared) -> Callable[[Callable[..., None]], Callable[..., N
 
 
 def recipe_of(options: Mapping[str, Any]) -> Recipe:
-    """What is asked for: the recipe that was given, and the options that are followed instead of its fields."""
+    """What is asked for: the recipe that was given, and the options that are followed instead of its
+    fields."""
     from moespresso.run import Recipe
 
     recipe = Recipe.load(Path(options["recipe"])) if options.get("recipe") else Recipe()

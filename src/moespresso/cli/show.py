@@ -1,8 +1,8 @@
 """How a verb is carried out on the command line, what it shows, and how a fault leaves.
 
-Standard output holds the result and nothing else, a page for people or with `--json` one JSON object; progress, people's
-words and what libraries print go to standard error. Exit codes: 0 done, 1 our fault (traceback), 2 the user's mistake
-(one sentence), 3 a check failed, 130 interrupted.
+Standard output holds the result and nothing else, a page for people or with `--json` one JSON object;
+progress, people's words and what libraries print go to standard error. Exit codes: 0 done, 1 our fault
+(traceback), 2 the user's mistake (one sentence), 3 a check failed, 130 interrupted.
 """
 
 from __future__ import annotations

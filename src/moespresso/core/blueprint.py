@@ -25,8 +25,9 @@ BRANCHES: tuple[Branch, ...] = ("attention", "mlp")
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """How a matrix is stored as several tensors: the `parts` by suffix, as a codec lays them out (`formats.pack`) or as they
-    lie in files. Of matrices that have `shared` parts in common only one `leads`, and stores those.
+    """How a matrix is stored as several tensors: the `parts` by suffix, as a codec lays them out
+    (`formats.pack`) or as they lie in files. Of matrices that have `shared` parts in common only one `leads`,
+    and stores those.
     """
 
     format: Format
@@ -40,8 +41,9 @@ class Packed:
 class TensorRef:
     """A tensor before it is read: where its bytes lie (`offset` counts from the start of `file`).
 
-    Without a `file` it is stored nowhere and reads as zeros; what is read is multiplied by `factor`. A `packed` matrix
-    keeps the name, shape and dtype of what it decodes to, so that whoever does not write it need not know.
+    Without a `file` it is stored nowhere and reads as zeros; what is read is multiplied by `factor`. A
+    `packed` matrix keeps the name, shape and dtype of what it decodes to, so that whoever does not write it
+    need not know.
     """
 
     name: str
@@ -65,7 +67,8 @@ class TensorRef:
         return int(self.numel * DTYPE_BYTES[self.dtype])
 
     def stored(self) -> Mapping[str, TensorRef]:
-        """The tensors that a packed matrix is stored as, by suffix: all that it is decoded from, but what another stores."""
+        """The tensors that a packed matrix is stored as, by suffix: all that it is decoded from, but what
+        another stores."""
         assert self.packed is not None
         lent = frozenset[str]() if self.packed.leads else self.packed.shared
         return {suffix: part for suffix, part in self.packed.parts.items() if suffix not in lent}
@@ -75,13 +78,13 @@ class TensorRef:
 class Entry:
     """One stored tensor and what it is.
 
-    `expert_axis` is the axis that counts experts in a tensor shared by all of them (router rows, stacked experts);
-    None for a tensor that belongs to one expert (`unit.expert`) or to none. `in_graph` is False for tensors the
-    model's class does not know (multi-token prediction layers, for example). `branch` is the residual branch of the
-    layer that goes with the tensor, norms included; `out_axis` the axis of its output, for what a branch ends with, and
-    `multiplier` what the layer multiplies that with.
-    `channel_axis` runs along the intermediate channels of an expert, counted from the last axis; gate and up may be
-    `joined` there, one behind the other or interleaved.
+    `expert_axis` is the axis that counts experts in a tensor shared by all of them (router rows, stacked
+    experts); None for a tensor that belongs to one expert (`unit.expert`) or to none. `in_graph` is False for
+    tensors the model's class does not know (multi-token prediction layers, for example). `branch` is the
+    residual branch of the layer that goes with the tensor, norms included; `out_axis` the axis of its output,
+    for what a branch ends with, and `multiplier` what the layer multiplies that with. `channel_axis` runs
+    along the intermediate channels of an expert, counted from the last axis; gate and up may be `joined`
+    there, one behind the other or interleaved.
     """
 
     ref: TensorRef
@@ -99,9 +102,9 @@ class Entry:
 class Heads:
     """The heads of an attention with a matrix each for queries, keys, values and outputs.
 
-    `count` query heads read `kv_count` key and value heads; `qk_dim` and `v_dim` are the dims of one query and one value.
-    `units` are the dims of a query that a rotary embedding turns together. `no_qk` and `no_vo` say why dims of queries and
-    keys, or of values and outputs, cannot go, where that is so.
+    `count` query heads read `kv_count` key and value heads; `qk_dim` and `v_dim` are the dims of one query
+    and one value. `units` are the dims of a query that a rotary embedding turns together. `no_qk` and `no_vo`
+    say why dims of queries and keys, or of values and outputs, cannot go, where that is so.
     """
 
     count: int = 0
@@ -118,11 +121,12 @@ class LayerSpec:
     """One decoder layer.
 
     `mixer` is `attention` or the name of what mixes tokens instead; `experts` the routed experts (0: dense);
-    `groups` the router's groups (1: none); `floor` the fewest experts its router can work with; `width` the intermediate width of one expert (or of the dense MLP);
-    `qk_width` and `v_width` the summed widths of all query and value heads; `kv_width` the cached elements a token.
-    `bodies` names the module of each residual branch that the layer has; `skipped` counts experts that the router may
-    select but that are gone; `widths` are those of the single experts where they differ (`width` is that of the widest);
-    `heads` are those of its attention (None: it has none).
+    `groups` the router's groups (1: none); `floor` the fewest experts its router can work with; `width` the
+    intermediate width of one expert (or of the dense MLP); `qk_width` and `v_width` the summed widths of all
+    query and value heads; `kv_width` the cached elements a token. `bodies` names the module of each residual
+    branch that the layer has; `skipped` counts experts that the router may select but that are gone; `widths`
+    are those of the single experts where they differ (`width` is that of the widest); `heads` are those of
+    its attention (None: it has none).
     """
 
     index: int
@@ -157,10 +161,10 @@ class LayerSpec:
 class Blueprint:
     """What the model is. `digest` identifies the checkpoint's content (see `checkpoint.index`).
 
-    `tied`: one matrix is embedding and head; with `both_stored` the config says so too, but the files hold each.
-    `layers_name` is where its class keeps the decoder layers; `indivisible` says why single branches of them cannot
-    go, where that is so; `period` is the number of blocks after which the pattern of layers repeats, where the config
-    can say it in no other way (1: it can say any).
+    `tied`: one matrix is embedding and head; with `both_stored` the config says so too, but the files hold
+    each. `layers_name` is where its class keeps the decoder layers; `indivisible` says why single branches of
+    them cannot go, where that is so; `period` is the number of blocks after which the pattern of layers
+    repeats, where the config can say it in no other way (1: it can say any).
     """
 
     family: str
@@ -210,7 +214,8 @@ class Blueprint:
         return tuple(entry for entry in self.entries if not entry.in_graph)
 
     def bytes_by_part(self) -> dict[str, int]:
-        """Tensor bytes of experts, shared experts, attention, embedding (with the head) and everything else."""
+        """Tensor bytes of experts, shared experts, attention, embedding (with the head) and everything
+        else."""
         names = {"experts": "experts", "shared": "shared", "attention": "attention", "embedding": "embedding",
                  "head": "embedding"}  # fmt: skip
         sums: dict[str, int] = dict.fromkeys(("experts", "shared", "attention", "embedding", "other"), 0)

@@ -11,8 +11,8 @@ class Cost:
 
     `bytes` is the sum of tensor bytes (equal to the sum over the headers of what is written); `params` counts
     stored weights; `active_params` those one token passes through; `flops` are those of a forward over 2,048
-    tokens (two per weight and token, and full, unmasked attention products); `kv_bytes_per_token` is the 16-bit
-    key-value cache; `peak_load_bytes` the bytes of the largest decoder layer.
+    tokens (two per weight and token, and full, unmasked attention products); `kv_bytes_per_token` is the
+    16-bit key-value cache; `peak_load_bytes` the bytes of the largest decoder layer.
     """
 
     bytes: int

@@ -40,7 +40,8 @@ class CheckFailed(MoespressoError):
 
 
 def text_missing(who: str, more: str = "") -> UserError:
-    """The refusal of what `who` asks for without the text that it is found on; `more` is said behind the cure."""
+    """The refusal of what `who` asks for without the text that it is found on; `more` is said behind the
+    cure."""
     return UserError(f"{who} real text: give --text FILE or --dataset NAME{more}")
 
 
@@ -54,7 +55,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def reason(error: BaseException, longest: int = 300) -> str:
-    """What another library's error says, to stand inside one sentence of ours: one line, no full stop, not too long."""
+    """What another library's error says, to stand inside one sentence of ours: one line, no full stop, not
+    too long."""
     said = (
         re.sub(r"[.!?]\s+(?=[A-Z])", "; ", " ".join(str(error).split())).rstrip(".") or type(error).__name__
     )

@@ -1,7 +1,7 @@
 """Which numbers stand for a matrix: how many bits, how many weights share a scale, how many of them stay.
 
-A `Format` is data. Which tensors those numbers are packed into, and everything that depends on that, is a codec's
-(`moespresso.formats`).
+A `Format` is data. Which tensors those numbers are packed into, and everything that depends on that, is a
+codec's (`moespresso.formats`).
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ DTYPE_BYTES: dict[str, float] = {
 class Format:
     """A storage format; the default is the dtype the source has.
 
-    `group_size` counts weights that share one scale (0: one per output channel). `density` is the share of weights that
-    stay when others are pruned: `sparse` stores those with a mask, `source` stores zeros between them; there
-    `group_size` m > 0 means n:m, density x m of every m neighbouring inputs. `factors` stores two matrices of `rank`
-    whose product it is; `bases` one of them, and the shares of so many `bases` that are mixed to the other, which all
-    experts of a layer share; `rows` and `columns` store so many (`rank`) of those of a matrix that is zero elsewhere.
-    `ordered`: which group an input is in is stored (act-order), and not counted off; sources may have it, plans never give it.
+    `group_size` counts weights that share one scale (0: one per output channel). `density` is the share of
+    weights that stay when others are pruned: `sparse` stores those with a mask, `source` stores zeros between
+    them; there `group_size` m > 0 means n:m, density x m of every m neighbouring inputs. `factors` stores two
+    matrices of `rank` whose product it is; `bases` one of them, and the shares of so many `bases` that are
+    mixed to the other, which all experts of a layer share; `rows` and `columns` store so many (`rank`) of
+    those of a matrix that is zero elsewhere. `ordered`: which group an input is in is stored (act-order), and
+    not counted off; sources may have it, plans never give it.
     """
 
     kind: str = "source"

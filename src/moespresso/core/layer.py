@@ -1,8 +1,8 @@
 """What a visitor of the loop is handed: one loaded layer, and what flows through it.
 
-`Layer` is a decoder layer with its weights in memory. Iterating `Taps` runs the layer over the calibration batches,
-one `Call` each; a MoE layer's call carries `Routed`: what its router said and what its experts answered.
-A visitor may return `LayerWeights`: new values for the layer's parameters.
+`Layer` is a decoder layer with its weights in memory. Iterating `Taps` runs the layer over the calibration
+batches, one `Call` each; a MoE layer's call carries `Routed`: what its router said and what its experts
+answered. A visitor may return `LayerWeights`: new values for the layer's parameters.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ LayerWeights = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """One batch through a MoE block. T tokens (batch and length flattened), k experts each, E experts, width H.
+    """One batch through a MoE block. T tokens (batch and length flattened), k experts each, E experts, width
+    H.
 
     `logits` [T, E] before softmax or sigmoid; `index` [T, k]; `weights` [T, k], the gate really used;
-    `outputs` [T, k, H], what each selected expert returned, unweighted; `router_args`, what the router was called with.
+    `outputs` [T, k, H], what each selected expert returned, unweighted; `router_args`, what the router was
+    called with.
     """
 
     hidden: Tensor
@@ -40,8 +42,8 @@ class Routed:
 class Call:
     """One batch through a layer: `input` and `output` [B, L, H], `valid` [B, L] (False: padding).
 
-    `middle` is the residual stream before the feed-forward part, `fed` what that is given behind its norm, `answer`
-    what it answers; None where the layer has no such part, or is not a plain sum of branches.
+    `middle` is the residual stream before the feed-forward part, `fed` what that is given behind its norm,
+    `answer` what it answers; None where the layer has no such part, or is not a plain sum of branches.
     """
 
     input: Tensor
@@ -59,7 +61,8 @@ class Layer:
 
     `scores` turns router logits into routing scores (softmax, or sigmoid where the family's router uses it);
     `residual_multiplier` is what the block's output is multiplied with before it joins the residual stream;
-    `anatomy` names the modules of its branches (`runtime.anatomy.Anatomy`; None where they cannot be told apart).
+    `anatomy` names the modules of its branches (`runtime.anatomy.Anatomy`; None where they cannot be told
+    apart).
     """
 
     spec: LayerSpec
@@ -77,8 +80,8 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Fed:
-    """What reaches the routed experts of a layer, T tokens that are no padding: `hidden` [T, H], `index` [T, k], and
-    `weights` [T, k], the gate."""
+    """What reaches the routed experts of a layer, T tokens that are no padding: `hidden` [T, H], `index`
+    [T, k], and `weights` [T, k], the gate."""
 
     hidden: Tensor
     index: Tensor
@@ -88,12 +91,12 @@ class Fed:
 class Taps(Protocol):
     """The calibration batches, run through the layer as they are asked for (once each).
 
-    `fed` runs them as far as the experts, which stay silent, and hands what every module named in `watched` is given to its
-    function (tokens [T, in], padding left out).
+    `fed` runs them as far as the experts, which stay silent, and hands what every module named in `watched`
+    is given to its function (tokens [T, in], padding left out).
 
-    A visitor may take the batches through the layer itself: `inputs` are their hidden states [B, L, H], `valid` their
-    masks, `branch` runs one branch of the layer by itself on any hidden states of a batch, `through` runs every batch through
-    another layer in its place, and `put` says what goes on.
+    A visitor may take the batches through the layer itself: `inputs` are their hidden states [B, L, H],
+    `valid` their masks, `branch` runs one branch of the layer by itself on any hidden states of a batch,
+    `through` runs every batch through another layer in its place, and `put` says what goes on.
     """
 
     def __iter__(self) -> Iterator[Call]: ...

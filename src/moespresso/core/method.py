@@ -10,8 +10,9 @@ Step
     └── Refits       all of a layer, on the text that reaches it
 ```
 
-A method is a frozen dataclass of settings that extends one role: its fields are the schema of the step, and every other member
-has its default here. The conductor asks for the role, never for a member that may not be there.
+A method is a frozen dataclass of settings that extends one role: its fields are the schema of the step, and
+every other member has its default here. The conductor asks for the role, never for a member that may not be
+there.
 """
 
 from __future__ import annotations

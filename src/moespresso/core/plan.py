@@ -1,9 +1,9 @@
 """The decision, as plain data that a person can read, edit, diff, cost without a GPU and share.
 
-A `Plan` is an ordered list of `Stage`s; a stage gives some units a `Treatment` by one method with its settings.
-Units are numbered as in the source checkpoint in every stage, so `L3.E17` is the same expert all the way down;
-what is kept after all stages is the intersection of what each keeps. `moespresso.effect.rewrite` says what a plan
-does to each tensor; an empty plan is the identity.
+A `Plan` is an ordered list of `Stage`s; a stage gives some units a `Treatment` by one method with its
+settings. Units are numbered as in the source checkpoint in every stage, so `L3.E17` is the same expert all
+the way down; what is kept after all stages is the intersection of what each keeps.
+`moespresso.effect.rewrite` says what a plan does to each tensor; an empty plan is the identity.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from moespresso.core.unit import Unit
 class Treatment:
     """What happens to one unit. Default: nothing.
 
-    `keep` holds kept expert numbers (ascending) of a layer's experts. `drop` lets a whole block (`L3`) go, or its
-    attention (`L3.attention`) or feed-forward part (`L3.experts`, `L3.dense`), norm included. `scale` multiplies the layer's
-    routed part (folded into the down projections). An expert that merges `into` another has a `share` of the average, and so
-    has that one itself.
-    `repair` says what stands in for what goes, or how members of a merge are put in line (see `moespresso.effect.cuts`).
-    `channels`, `format` are for slimming; `channels` counts those that each expert of the layer keeps (`L3.experts`), or
-    one of them (`L3.E5`); which ones is found on text or weights, like all fitted values.
+    `keep` holds kept expert numbers (ascending) of a layer's experts. `drop` lets a whole block (`L3`) go, or
+    its attention (`L3.attention`) or feed-forward part (`L3.experts`, `L3.dense`), norm included. `scale`
+    multiplies the layer's routed part (folded into the down projections). An expert that merges `into`
+    another has a `share` of the average, and so has that one itself. `repair` says what stands in for what
+    goes, or how members of a merge are put in line (see `moespresso.effect.cuts`). `channels`, `format` are
+    for slimming; `channels` counts those that each expert of the layer keeps (`L3.experts`), or one of them
+    (`L3.E5`); which ones is found on text or weights, like all fitted values.
     """
 
     keep: tuple[int, ...] | None = None
@@ -55,7 +55,8 @@ class Treatment:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Treatment:
-        """Read what `as_dict` wrote; raises `ValueError` for anything else, since plans are edited by hand."""
+        """Read what `as_dict` wrote; raises `ValueError` for anything else, since plans are edited by
+        hand."""
         names = [f.name for f in fields(cls)]
         strangers = [name for name in data if name not in names]
         if strangers:
@@ -136,13 +137,15 @@ class Stage:
 
     @property
     def on_text(self) -> bool:
-        """Whether its step treats whole layers on the text that reaches them; raises `UserError` as `step` does."""
+        """Whether its step treats whole layers on the text that reaches them; raises `UserError` as `step`
+        does."""
         return isinstance(self.step, Refits)
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What a method decides about the model it is shown: treatments, and what a reader wants to know of the reasons.
+    """What a method decides about the model it is shown: treatments, and what a reader wants to know of the
+    reasons.
 
     `scores` per expert (higher is more needed), `protected` units that were kept whatever their score.
     """
@@ -164,7 +167,8 @@ class Plan:
     seed: int = 0
 
     def kept_experts(self, layer: int, experts: int) -> tuple[int, ...]:
-        """Source numbers of the experts of `layer` that survive all stages (a layer that goes as a whole aside)."""
+        """Source numbers of the experts of `layer` that survive all stages (a layer that goes as a whole
+        aside)."""
         kept = set(range(experts))
         for treatment in self._on_experts(layer):
             if treatment.keep is not None:

@@ -1,8 +1,9 @@
 """Methods register themselves by being settings classes with a `kind`.
 
-A method is one file: a frozen dataclass of typed settings and one call. The class is the schema: `parse_step` reads
-`expert_drop:keep=6,score=reap` (or a mapping from a recipe) into it, checks names and types, and answers a misspelt
-word with the one that was meant. `use: my_pkg.my_method` imports a user's own file, which registers the same way.
+A method is one file: a frozen dataclass of typed settings and one call. The class is the schema: `parse_step`
+reads `expert_drop:keep=6,score=reap` (or a mapping from a recipe) into it, checks names and types, and
+answers a misspelt word with the one that was meant. `use: my_pkg.my_method` imports a user's own file, which
+registers the same way.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ T = TypeVar("T", bound=Step)
 
 @dataclass(frozen=True, slots=True)
 class OneOf:
-    """Beside the type of a setting (`Annotated[str, OneOf(scores)]`): it is one of some names, to which others may add theirs."""
+    """Beside the type of a setting (`Annotated[str, OneOf(scores)]`): it is one of some names, to which
+    others may add theirs."""
 
     names: Callable[[], Iterable[str]]
 
@@ -43,7 +45,8 @@ def check_one_of(place: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def method(cls: type[T]) -> type[T]:
-    """Register a frozen settings class under its `kind`; raises `UserError` where it leaves out what its role asks for."""
+    """Register a frozen settings class under its `kind`; raises `UserError` where it leaves out what its
+    role asks for."""
     if lacking := sorted(cls.__abstractmethods__):
         raise UserError(
             f"{cls.kind}: {cls.__name__} does not say {' and '.join(lacking)}, which its role asks for: add them"

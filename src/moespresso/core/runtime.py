@@ -18,9 +18,9 @@ SILENT = Silent()
 class Runtime:
     """The conditions of one run.
 
-    `device` is a torch device or `auto`; `dtype` one of `DTYPES` (`auto`: the checkpoint's own); `max_memory` in
-    bytes (None: as much as there is). `resume` takes up an unfinished run in the same folder; `allow_nonfinite`
-    counts a NaN or infinity in the weights as warnings instead of refusing it.
+    `device` is a torch device or `auto`; `dtype` one of `DTYPES` (`auto`: the checkpoint's own); `max_memory`
+    in bytes (None: as much as there is). `resume` takes up an unfinished run in the same folder;
+    `allow_nonfinite` counts a NaN or infinity in the weights as warnings instead of refusing it.
     """
 
     device: str = "auto"

@@ -1,9 +1,9 @@
 """What was measured on real text, and what went wrong.
 
-`values[unit][name]` are plain numbers, so a stats file is JSON that can be cached, shared and reused for other
-ratios. `key` is the digest of model, data and needs: two equal keys mean the same measurement. Where there are several values
-of a kind (one for each width, or for each other expert), their number is part of the name: how it is written, only `indexed`
-and `split_index` know.
+`values[unit][name]` are plain numbers, so a stats file is JSON that can be cached, shared and reused for
+other ratios. `key` is the digest of model, data and needs: two equal keys mean the same measurement. Where
+there are several values of a kind (one for each width, or for each other expert), their number is part of the
+name: how it is written, only `indexed` and `split_index` know.
 """
 
 from __future__ import annotations
@@ -42,14 +42,16 @@ class Stats:
     needs: tuple[str, ...] = ()
 
     def of(self, layer: int, experts: int, name: str) -> list[float]:
-        """The value `name` of every expert of a layer, in order; raises `UserError` when it was not measured."""
+        """The value `name` of every expert of a layer, in order; raises `UserError` when it was not
+        measured."""
         try:
             return [self.values[Unit(layer, "experts", expert)][name] for expert in range(experts)]
         except KeyError as missing:
             raise _not_measured(Unit(layer, "experts"), name) from missing
 
     def layer(self, layer: int, name: str) -> float:
-        """The value `name` of the layer's experts taken together; raises `UserError` when it was not measured."""
+        """The value `name` of the layer's experts taken together; raises `UserError` when it was not
+        measured."""
         return self.at(Unit(layer, "experts"), name)
 
     def at(self, unit: Unit, name: str) -> float:
@@ -85,7 +87,8 @@ class Stats:
 
     @classmethod
     def _read(cls, body: Mapping[str, Any]) -> Stats:
-        """What `to_json` wrote; raises `ValueError` for anything else. A value may be NaN: so may a measurement."""
+        """What `to_json` wrote; raises `ValueError` for anything else. A value may be NaN: so may a
+        measurement."""
         rows = given(body, "values", dict[str, Any])
         values = {unit: {name: float(given(rows[text], name, float)) for name in given(rows, text, dict[str, Any])}
                   for text, unit in units_of(rows).items()}  # fmt: skip
@@ -119,7 +122,8 @@ def stats_key(*parts: str) -> str:
 
 
 def read_object(text: str) -> dict[str, Any]:
-    """The JSON object that `text` holds; raises `ValueError` for anything else, or where a name stands twice."""
+    """The JSON object that `text` holds; raises `ValueError` for anything else, or where a name stands
+    twice."""
     body = json.loads(text, object_pairs_hook=_once)
     if not isinstance(body, dict):
         raise ValueError(f"{short(body)} is not an object")
@@ -169,7 +173,8 @@ def at_least(least: int, value: int, place: str) -> int:
 
 
 def units_of(names: Iterable[str]) -> dict[str, Unit]:
-    """The unit behind every name; raises `ValueError` where two names mean the same unit, as L1 and L01 do."""
+    """The unit behind every name; raises `ValueError` where two names mean the same unit, as L1 and L01
+    do."""
     found = {name: Unit.parse(name) for name in names}
     if len(set(found.values())) < len(found):
         raise ValueError(f"two of {short(list(found))} are the same unit")

@@ -1,8 +1,8 @@
 """The address of anything that can be dropped, merged, shrunk or rounded.
 
 `L12.E37.down` is the down projection of expert 37 in layer 12; `L12.router`, `L3.attention` and plain `L3`
-are addresses too. Every log line, plan row and plot axis prints units this way, and `Unit.parse` reads them back.
-Layers and experts are counted as in the source checkpoint, whatever has been dropped since.
+are addresses too. Every log line, plan row and plot axis prints units this way, and `Unit.parse` reads them
+back. Layers and experts are counted as in the source checkpoint, whatever has been dropped since.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 be done."""
 
 from moespresso.effect.check import check_plan, validated
-from moespresso.effect.cuts import Cut, Fits, cuts, found_key, is_left, is_part, key, needs_fit
+from moespresso.effect.cuts import Cut, Fits, cuts, fitted_key, is_left, is_part, key, needs_fit
 from moespresso.effect.piece import Encoding, Fold, Member, Piece, laid_out, stored
 from moespresso.effect.remains import SILENT_KV, Remains, dropped_units, merged_into, pressed_layers, remains
 from moespresso.effect.rewrite import biased_stubs, folds_into, pieces, pressed_blueprint, price
@@ -37,9 +37,9 @@ __all__ = [
     "cuts",
     "dropped_units",
     "fits_on_text",
+    "fitted_key",
     "folds_into",
     "format_of",
-    "found_key",
     "is_left",
     "is_matrix",
     "is_part",

@@ -59,7 +59,7 @@ def is_part(name: str) -> bool:
     return any(suffix in codec.parts and suffix not in codec.shared for codec in codecs())
 
 
-def found_key(stage: int, name: str, suffix: str) -> str:
+def fitted_key(stage: int, name: str, suffix: str) -> str:
     """The name of a tensor that slimming found for the source's tensor `name`."""
     return f"{stage}/{name}/{suffix}"
 

@@ -21,7 +21,7 @@ from moespresso.core.cost import Cost
 from moespresso.core.format import Format
 from moespresso.core.plan import Plan, Treatment
 from moespresso.core.unit import Unit
-from moespresso.effect.cuts import Fits, Repair, cuts, found_key, key
+from moespresso.effect.cuts import Fits, Repair, cuts, fitted_key, key
 from moespresso.effect.piece import Encoding, Fold, Member, Piece, Pruned, led
 from moespresso.effect.remains import pressed_layers, remains
 from moespresso.effect.slim import format_of, narrowed, replaces, scale_dtypes
@@ -141,7 +141,7 @@ class _Rewriter:
         """With what a stage found to stand in the place of the whole tensor. Before it has found anything
         every tensor of such a part may be replaced; afterwards those are that it found."""
         for number, stage in reversed([*enumerate(self._plan.stages)]):
-            values = self._fits.get(found_key(number, entry.ref.name, "dense"))
+            values = self._fits.get(fitted_key(number, entry.ref.name, "dense"))
             if values is not None or (replaces(entry, stage) and number not in self._fitted_stages):
                 return self._with_refit(piece, entry, number, values)
             if number in self._fitted_stages:  # on text, and it found nothing for this one
@@ -215,7 +215,7 @@ class _Rewriter:
         names = {
             suffix: key(number, layer, suffix)
             if suffix in codec.shared
-            else found_key(number, entry.ref.name, suffix)
+            else fitted_key(number, entry.ref.name, suffix)
             for suffix in codec.parts
         }
         return {suffix: self._fits[name] for suffix, name in names.items() if name in self._fits}

@@ -1,6 +1,8 @@
-"""The nearest plan that a target can load, for a refusal to name: steps in words, tried on shapes before they are said.
+"""The nearest plan that a target can load, for a refusal to name: steps in words, tried on shapes before they
+are said.
 
-A cure that the next refusal takes back is none, so where more than one could be meant the first is named that holds.
+A cure that the next refusal takes back is none, so where more than one could be meant the first is named that
+holds.
 """
 
 from __future__ import annotations
@@ -73,7 +75,8 @@ def _holds(words: str, view: View, load: Load) -> bool:
 
 
 def repaired_otherwise(view: View, load: Load) -> str | None:
-    """The repair that stands in for a bias on this model, under any name that its family has; None where the part cannot go."""
+    """The repair that stands in for a bias on this model, under any name that its family has; None where
+    the part cannot go."""
     stages = tuple(_mapped(stage) for stage in view.plan.stages)
     for form in (view, *equivalent_views(view)):
         with suppress(UserError):

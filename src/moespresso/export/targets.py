@@ -1,4 +1,5 @@
-"""The engines a result can be meant for, and what a plan may do for each (checked; see docs/architecture.md)."""
+"""The engines a result can be meant for, and what a plan may do for each (checked; see
+docs/architecture.md)."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from moespresso.model import is_unequal, skipping
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One engine. `plugin`: it loads with moespresso imported, so that layers may differ in any way. `stubs`: families
-    in which it was seen to load layers whose mixture is a dense part of zeros (None: all that can say so). `packed`: it
-    reads packed integers."""
+    """One engine. `plugin`: it loads with moespresso imported, so that layers may differ in any way.
+    `stubs`: families in which it was seen to load layers whose mixture is a dense part of zeros (None: all
+    that can say so). `packed`: it reads packed integers."""
 
     name: str
     plugin: bool = False
@@ -50,8 +51,8 @@ def find_target(name: str) -> Target:
 
 
 def formed(name: str, view: View) -> View:
-    """The view in the form that the target loads; raises `UserError` when it cannot load what the plan makes, naming the
-    nearest plan that it can."""
+    """The view in the form that the target loads; raises `UserError` when it cannot load what the plan
+    makes, naming the nearest plan that it can."""
     target = find_target(name)
     made = replace(view, stock=False) if target.plugin else _stock(target, view)
     if not target.plugin:
@@ -80,7 +81,8 @@ def _stock(target: Target, view: View) -> View:
 
 
 def _check_formats(target: Target, view: View) -> None:
-    """Stock loaders take one symmetric format for all experts, and compute wrong numbers without a word from others."""
+    """Stock loaders take one symmetric format for all experts, and compute wrong numbers without a word
+    from others."""
     if not view.formats:
         return
     there = {codec_in(piece.ref) for piece in view.pieces if piece.ref.packed is not None}
@@ -188,8 +190,8 @@ def _check_widths(target: Target, view: View) -> None:
 
 
 def check_even(view: View, layout: str) -> None:
-    """Raise `UserError` where experts of a layer differ in width, or a router is packed, which no engine of another layout than
-    ours can load."""
+    """Raise `UserError` where experts of a layer differ in width, or a router is packed, which no engine
+    of another layout than ours can load."""
     if codec_named(layout).one_format and view.packed_alone:
         raise UserError(
             f"routers are packed here ({_some(view.packed_alone)}), for which engines that read {layout} have no place: export it as "
@@ -213,7 +215,8 @@ def _moe_layers(view: View) -> list[LayerSpec]:
 
 
 def _stubbed(target: Target, view: View) -> View:
-    """The stock form: what lost its feed-forward part has a dense one of zeros, where the family can say so."""
+    """The stock form: what lost its feed-forward part has a dense one of zeros, where the family can say
+    so."""
     if not view.stubs:
         return view
     names = [f"L{view.remains.layers[position]}" for position in view.stubs]
@@ -238,8 +241,8 @@ def _beyond(target: Target, what: str, instead: str) -> UserError:
 
 
 def _blocks(view: View, count: int) -> str:
-    """The step that drops about as many whole blocks as `count` of which single parts cannot go: whole patterns, where the
-    config can only repeat one."""
+    """The step that drops about as many whole blocks as `count` of which single parts cannot go: whole
+    patterns, where the config can only repeat one."""
     there, every = len(view.source.layers), view.source.period
     whole = min(range(every, there, every), key=lambda drop: abs(drop - count), default=0)
     if not whole:

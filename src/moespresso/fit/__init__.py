@@ -2,20 +2,20 @@
 
 from moespresso.fit.job import Clock, Job
 from moespresso.fit.keep import Fitted
-from moespresso.fit.layerwise import found
+from moespresso.fit.layerwise import fit_stage
 from moespresso.fit.measured import all_needs, measure, see_text
 from moespresso.fit.repairs import unrepaired
 from moespresso.fit.searching import Judge
-from moespresso.fit.step import Found, run_step
+from moespresso.fit.step import StepResult, run_step
 
 __all__ = [
     "Clock",
     "Fitted",
-    "Found",
     "Job",
     "Judge",
+    "StepResult",
     "all_needs",
-    "found",
+    "fit_stage",
     "measure",
     "run_step",
     "see_text",

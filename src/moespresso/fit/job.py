@@ -33,8 +33,8 @@ class Clock:
 
 @dataclass(frozen=True)
 class Job:
-    """The original as a `view`, the text it is seen on (None: none was given), and the folder that keeps what is found, under
-    the conditions of a run."""
+    """The original as a `view`, the text it is seen on (None: none was given), and the folder that keeps
+    what is found, under the conditions of a run."""
 
     view: View
     work: Path

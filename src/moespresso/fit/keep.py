@@ -18,7 +18,7 @@ from torch import Tensor
 from moespresso.checkpoint import TORCH_DTYPES, as_bytes, header, write_file
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.layer import Layer
-from moespresso.effect import Piece, found_key, key, narrowed
+from moespresso.effect import Piece, fitted_key, key, narrowed
 from moespresso.fit.treated import Treated
 from moespresso.formats import codec_of
 from moespresso.methods import LayerContext, LayerResult
@@ -28,7 +28,8 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 @dataclass
 class Fitted:
-    """Fitted tensors by name, what went wrong, and by layer how many tokens reached each expert and which were helped."""
+    """Fitted tensors by name, what went wrong, and by layer how many tokens reached each expert and which
+    were helped."""
 
     fits: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     warnings: list[str] = field(default_factory=list[str])
@@ -42,13 +43,13 @@ def kept(treated: Treated, pieces: list[Piece], result: LayerResult, layer: Laye
         unit, parts = piece.source.unit, _parts(treated, piece, result, layer)
         shared = codec_of(treated.format(piece)).shared
         for suffix, tensor in parts.items():
-            own = found_key(treated.number, piece.source.ref.name, suffix)
+            own = fitted_key(treated.number, piece.source.ref.name, suffix)
             fits[key(treated.number, replace(unit, expert=None), suffix) if suffix in shared else own] = (
                 tensor
             )
     for name, tensor in result.replaced.items():
         ref = treated.named[layer.spec.index, name].source.ref
-        fits[found_key(treated.number, ref.name, "dense")] = tensor
+        fits[fitted_key(treated.number, ref.name, "dense")] = tensor
     return fits
 
 
@@ -82,7 +83,8 @@ def _parts(treated: Treated, piece: Piece, result: LayerResult, layer: Layer) ->
 
 
 def _place(matrix: str, result: LayerResult, layer: Layer) -> tuple[str, int]:
-    """What an answer holds a stored matrix of experts in, and from which row on: gate and up may be solved as one."""
+    """What an answer holds a stored matrix of experts in, and from which row on: gate and up may be solved
+    as one."""
     if matrix == "down" or ("gate" in result.numbers and matrix != "gate_up"):
         return matrix, 0
     both = matrix == "up" and getattr(layer.experts, "has_gate", True)

@@ -1,7 +1,8 @@
-"""What a step that fits on text finds: one layer after the other, each on what the fitted ones before let through.
+"""What a step that fits on text finds: one layer after the other, each on what the fitted ones before let
+through.
 
-A layer is loaded as the stages before leave it; its batches run as far as the experts; the step is shown it (`show`) and
-answers; the answer is kept in a file (`keep`), put in place (`place`), and the batches go on.
+A layer is loaded as the stages before leave it; its batches run as far as the experts; the step is shown it
+(`show`) and answers; the answer is kept in a file (`keep`), put in place (`place`), and the batches go on.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from moespresso.stream import SweepOptions, SweepState, gradient_moments, sweep
 _VERSION = "1"
 
 
-def found(job: Job, view: View, plan: Plan) -> Fitted:
+def fit_stage(job: Job, view: View, plan: Plan) -> Fitted:
     """Whatever the last stage of `plan` needs beside the decision, `view` being the model before it."""
     if not fits_on_text(plan.stages[-1]):
         return Fitted(fit(job, view, plan))
@@ -73,8 +74,8 @@ def slim(job: Job, view: View, plan: Plan) -> Fitted:
 
 
 def _curvature(job: Job, meta: MetaModel, file: Path) -> dict[int, Tensor]:
-    """By layer, how sharply the model's loss bends along every channel's output [E, I]; kept in `file` for a run that is killed
-    later."""
+    """By layer, how sharply the model's loss bends along every channel's output [E, I]; kept in `file` for
+    a run that is killed later."""
     if not file.is_file():
         batches, watch = job.text(), job.watch("")
         moments = gradient_moments(meta, batches.ids, batches.mask, file.parent, watch)

@@ -34,8 +34,9 @@ def see_text(steps: Sequence[Step]) -> bool:
 def measured(
     job: Job, step: Step, now: View, shared: Sequence[Step], given: Stats | None
 ) -> tuple[Decision, Stats]:
-    """What a step decides by what is measured: on the model as it is now, or (`rescore: false`) on the original. What the
-    `shared` steps need of the original too is measured with it; `given` stats are of the original."""
+    """What a step decides by what is measured: on the model as it is now, or (`rescore: false`) on the
+    original. What the `shared` steps need of the original too is measured with it; `given` stats are of
+    the original."""
     seen = now if step.rescore and now.plan.stages else job.view
     with job.clock.phase("measure"):
         asking = shared if seen is job.view else [step]
@@ -45,7 +46,8 @@ def measured(
 
 
 def measure(job: Job, steps: Sequence[Step], view: View) -> Stats:
-    """Measure what the steps need on a view; a finished measurement is taken up, an unfinished one continued."""
+    """Measure what the steps need on a view; a finished measurement is taken up, an unfinished one
+    continued."""
     needs = all_needs(steps)
     text = needs_text(needs)
     batches = job.text() if text else None

@@ -1,4 +1,5 @@
-"""Units and treatments of the model as it is now, in the numbers of the source, which plans have in every stage."""
+"""Units and treatments of the model as it is now, in the numbers of the source, which plans have in every
+stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a step on text answers for a layer, put in the place of the layer's parameters, so that batches go on through it."""
+"""What a step on text answers for a layer, put in the place of the layer's parameters, so that batches go
+on through it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """What a stage of a plan needs beside the decision: values found on real text or weights, kept in one file.
 
-`fit` runs the model as the stages before leave it, finds what stands in for what goes (`measure.folds`), the mean
-answers of dropped experts (`measure.means`) and the order of neurons that are averaged (`measure.align`), and keeps the
-result in the work folder: the same plan, text and checkpoint give the same values, and a run that was stopped takes
-them up again.
+`fit` runs the model as the stages before leave it, finds what stands in for what goes (`measure.folds`), the
+mean answers of dropped experts (`measure.means`) and the order of neurons that are averaged
+(`measure.align`), and keeps the result in the work folder: the same plan, text and checkpoint give the same
+values, and a run that was stopped takes them up again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _FIT_VERSION = "2"
 
 
 def fit(job: Job, view: View, plan: Plan) -> dict[str, Tensor]:
-    """Everything that the last stage of `plan` needs, `view` being the model before it; {} where it needs nothing."""
+    """Everything that the last stage of `plan` needs, `view` being the model before it; {} where it needs
+    nothing."""
     needs = needs_fit(plan, len(plan.stages) - 1)
     if not needs:
         return {}

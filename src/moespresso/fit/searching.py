@@ -1,7 +1,8 @@
 """Candidates compared by the whole model: plans in, mean token KL to the original out, many at once.
 
-A plan may change experts, widths, bits and branches of any layer. Each layer is loaded once a round, and once more in every
-form that some candidate gives it; candidates that are still the same model run once (`stream.variants`).
+A plan may change experts, widths, bits and branches of any layer. Each layer is loaded once a round, and once
+more in every form that some candidate gives it; candidates that are still the same model run once
+(`stream.variants`).
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ def _memory(job: Job, source: MetaModel) -> int:
 
 
 def _variant(plan: Plan, now: View, forms: dict[Hashable, Plan]) -> Variant:
-    """What a plan does to the model as it is now, layer by layer; what has other weights then is added to `forms`."""
+    """What a plan does to the model as it is now, layer by layer; what has other weights then is added to
+    `forms`."""
     cut: set[tuple[int, Branch]] = set()
     changed: dict[int, list[Stage]] = {}
     for stage in plan.stages[len(now.plan.stages) :]:

@@ -1,7 +1,8 @@
 """Decide layer by layer, each one on the stream as the layers before it were already changed.
 
-Scores are usually taken on one model for all layers. A step that is `sequential` instead sees, at every layer, what
-really arrives there: the layer is measured, decided on, loaded again as it will be, and the batches go on through that.
+Scores are usually taken on one model for all layers. A step that is `sequential` instead sees, at every
+layer, what really arrives there: the layer is measured, decided on, loaded again as it will be, and the
+batches go on through that.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""What a step on text is shown of a layer: weights as they are stored, tokens, second moments, and what else it asks for.
+"""What a step on text is shown of a layer: weights as they are stored, tokens, second moments, and what else
+it asks for.
 
-Batches run in the precision of the run, but the weights that a step is shown are the stored ones, to the last bit: what it leaves
-alone, or rounds, must not have been rounded before. Where that precision does not hold them (experts in float32, a run in
-bfloat16) the experts of the layer are loaded once more, as they are stored.
+Batches run in the precision of the run, but the weights that a step is shown are the stored ones, to the last
+bit: what it leaves alone, or rounds, must not have been rounded before. Where that precision does not hold
+them (experts in float32, a run in bfloat16) the experts of the layer are loaded once more, as they are
+stored.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from moespresso.model import MetaModel
 
 @dataclass(frozen=True)
 class Showing:
-    """Shows the layers of a model: of `treated`, read by `tensors`; `original` and `curvature` by layer where a step asks for them."""
+    """Shows the layers of a model: of `treated`, read by `tensors`; `original` and `curvature` by layer
+    where a step asks for them."""
 
     treated: Treated
     tensors: Tensors
@@ -40,7 +43,8 @@ class Showing:
 
     @contextmanager
     def stored(self, layer: Layer, pieces: list[Piece]) -> Iterator[Layer]:
-        """The layer with its experts in a precision that holds them as they are stored: itself, if it does."""
+        """The layer with its experts in a precision that holds them as they are stored: itself, if it
+        does."""
         meta = self.treated.meta_model
         kinds = {TORCH_DTYPES[piece.ref.dtype] for piece in pieces if piece.unit.part == "experts"}
         if reduce(torch.promote_types, kinds, meta.dtype) == meta.dtype:
@@ -114,7 +118,8 @@ class Showing:
         return {unit.layer for stage in self.treated.view.plan.stages for unit in stage.treatments}
 
     def _missing(self, layer: Layer, taps: Taps) -> Tensor | None:
-        """What the layer's answer to every token that is no padding lacks of the original layer's on the same input."""
+        """What the layer's answer to every token that is no padding lacks of the original layer's on the
+        same input."""
         source = self.treated.view.remains.layers[layer.spec.index]
         mlp = layer.anatomy and layer.anatomy.mlp
         if self.original is None or source not in self._changed or mlp is None or mlp.post is not None:

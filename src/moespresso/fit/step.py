@@ -1,4 +1,5 @@
-"""One step of a recipe, from the model as it is to what becomes of it: decided by its role, added to the plan, fitted."""
+"""One step of a recipe, from the model as it is to what becomes of it: decided by its role, added to the
+plan, fitted."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from moespresso.core.unit import Unit
 from moespresso.effect import validated
 from moespresso.fit.job import Job
 from moespresso.fit.keep import Fitted
-from moespresso.fit.layerwise import found
+from moespresso.fit.layerwise import fit_stage
 from moespresso.fit.measured import measured
 from moespresso.fit.numbers import in_source, numbered
 from moespresso.fit.repairs import unrepaired
@@ -22,9 +23,9 @@ from moespresso.fit.sequential import decide_in_sequence
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a step comes to: the plan with its stage, what that was fitted, the stats it stands on; and in the source's numbers
-    what a reader wants to know of the choice."""
+class StepResult:
+    """What a step comes to: the plan with its stage, what that was fitted, the stats it stands on; and in
+    the source's numbers what a reader wants to know of the choice."""
 
     plan: Plan
     fitted: Fitted
@@ -37,7 +38,7 @@ class Found:
 
 def run_step(
     job: Job, step: Step, now: View, shared: Sequence[Step] = (), given: Stats | None = None
-) -> Found:
+) -> StepResult:
     """Do one step on the model `now`; `shared` steps and `given` stats as in `measured`."""
     step.check(now.blueprint)
     decision, stats, warnings = _decided(job, step, now, shared or [step], given)
@@ -47,8 +48,8 @@ def run_step(
     )
     plan = validated(replace(now.plan, stages=(*now.plan.stages, stage)), now.source)
     with job.clock.phase("fit"):
-        slimmed = found(job, now, plan)
-    return Found(
+        slimmed = fit_stage(job, now, plan)
+    return StepResult(
         plan,
         slimmed,
         stats,
@@ -62,7 +63,8 @@ def run_step(
 def _decided(
     job: Job, step: Step, now: View, shared: Sequence[Step], given: Stats | None
 ) -> tuple[Decision, Stats | None, list[str]]:
-    """What a step decides, by its role; the stats it went by, and what went wrong while it was measured otherwise."""
+    """What a step decides, by its role; the stats it went by, and what went wrong while it was measured
+    otherwise."""
     match step:
         case Searches(searches=True):
             with job.clock.phase("search"):

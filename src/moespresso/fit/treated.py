@@ -75,7 +75,8 @@ class Treated:
         return TORCH_DTYPES[experts or piece.ref.dtype]
 
     def projection(self, piece: Piece, layer: Layer) -> str:
-        """What a step knows a matrix by: `up` (gate and up of all experts) or `down`, or the name of its module in the layer."""
+        """What a step knows a matrix by: `up` (gate and up of all experts) or `down`, or the name of its
+        module in the layer."""
         if piece.unit.part == "experts":
             return "down" if (piece.unit.matrix or "").startswith("down") else "up"
         return self.module(piece, layer)

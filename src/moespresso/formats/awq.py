@@ -1,4 +1,5 @@
-"""Packed integers in the layout of AWQ (the "gemm" order): transposed, packed along the outputs, interleaved; zeros likewise.
+"""Packed integers in the layout of AWQ (the "gemm" order): transposed, packed along the outputs, interleaved;
+zeros likewise.
 
 Scales are float16; inputs are grouped as they come.
 """

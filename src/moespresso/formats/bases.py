@@ -1,7 +1,8 @@
-"""Products whose second factor is a mixture of bases that the experts of a layer share; only moespresso reads them.
+"""Products whose second factor is a mixture of bases that the experts of a layer share; only moespresso reads
+them.
 
-The matrix is `weight_own` [out, r] times the sum of the bases `weight_bases` [m, r, in], each times its of the
-`weight_shares` float32 [m]. The first of a layer's experts stores the bases; all are decoded with them.
+The matrix is `weight_own` [out, r] times the sum of the bases `weight_bases` [m, r, in], each times its of
+the `weight_shares` float32 [m]. The first of a layer's experts stores the bases; all are decoded with them.
 
 Shapes: N matrices of `out` x `in`, m bases of rank r.
 """

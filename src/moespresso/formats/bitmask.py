@@ -1,12 +1,14 @@
 """Pruned matrices: one bit per weight says which weights stay, and the values of those follow end to end.
 
-A `Format("sparse", density=d, group_size=m)` fixes how many stay. With m, round(d x m) of every m neighbouring inputs
-of a row (n:m). Without, round(d x in) times the rows, of the matrix as a whole: a threshold over a matrix leaves its
-rows unequal, so that nothing here counts on rows. Where d is not zero, round(..) is at least one.
+A `Format("sparse", density=d, group_size=m)` fixes how many stay. With m, round(d x m) of every m
+neighbouring inputs of a row (n:m). Without, round(d x in) times the rows, of the matrix as a whole: a
+threshold over a matrix leaves its rows unequal, so that nothing here counts on rows. Where d is not zero,
+round(..) is at least one.
 
 The parts of a stack of N matrices out x in: `weight_values` [N, kept], row by row, in the weights' dtype;
-`weight_mask` uint8 [N, out, ceil(in / 8)], the first weight in the lowest bit, the bits past the row zero; `weight_shape`
-int64 [N, 2]. What stays comes back bit for bit, -0.0 and NaN too; what was dropped comes back as +0.0.
+`weight_mask` uint8 [N, out, ceil(in / 8)], the first weight in the lowest bit, the bits past the row zero;
+`weight_shape` int64 [N, 2]. What stays comes back bit for bit, -0.0 and NaN too; what was dropped comes back
+as +0.0.
 
 Shapes: N matrices of `out` x `in`; `*cells` are any axes of groups.
 """
@@ -110,8 +112,8 @@ def decode_sparse(
 ) -> Float[Tensor, "N out in"]:
     """Undo `encode_sparse` for matrices of `shape` (out, in): the weights, zero where none is stored.
 
-    Raises `UserError` where a part is missing or is not what the format and the shape say, or where the mask and the
-    values do not fit together.
+    Raises `UserError` where a part is missing or is not what the format and the shape say, or where the mask
+    and the values do not fit together.
     """
     codec_named("bitmask").check_parts(parts, format, shape)
     values, packed = parts["weight_values"], parts["weight_mask"]
@@ -125,8 +127,9 @@ def decode_sparse(
 def mask_of(weights: Float[Tensor, "N out in"], format: Format) -> Bool[Tensor, "N out in"]:
     """The mask to store matrices with, whose dropped weights are zeros of either sign.
 
-    It has every weight that is not zero, and the first zeros of each group (each matrix, where there are no groups)
-    that are needed to keep as many as the format says. Raises `UserError` where more are not zero than that.
+    It has every weight that is not zero, and the first zeros of each group (each matrix, where there are no
+    groups) that are needed to keep as many as the format says. Raises `UserError` where more are not zero
+    than that.
     """
     _, out, width = weights.shape
     size, kept = format.group_size, kept_count(format, out, width)
@@ -150,8 +153,8 @@ def _selected(
 ) -> Float[Tensor, " total"]:
     """The weights that `mask` marks, `total` in all, end to end: slabs go through them row by row.
 
-    To select from all at once, torch would take two int64 for every weight; and to keep the pieces for `torch.cat`
-    would leave such holes between them that the process grows nearly as much.
+    To select from all at once, torch would take two int64 for every weight; and to keep the pieces for
+    `torch.cat` would leave such holes between them that the process grows nearly as much.
     """
     values = weights.new_empty(total)
     start = 0
@@ -163,7 +166,8 @@ def _selected(
 
 
 def _lacking(marked: Int[Tensor, "*cells"], kept: int, what: str) -> Int[Tensor, "*cells"]:
-    """How many weights are to be marked besides those that are; `UserError` where there are too many already."""
+    """How many weights are to be marked besides those that are; `UserError` where there are too many
+    already."""
     highest = int(marked.max())
     if highest > kept:
         raise UserError(

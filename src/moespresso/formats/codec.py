@@ -1,9 +1,10 @@
 """How matrices lie in a file: one codec for each layout, and all that anybody needs to know of it.
 
-A `Format` says which numbers stand for a matrix; a codec says which tensors those are stored as (its parts), turns weights
-into them and back, and answers what differs from layout to layout: what it can hold, what a stock engine makes of it, what
-may be done to it afterwards, and how the config and people name it. So nobody else asks what kind a format is of, and a
-new number format is one file: a class under `@codec`, here or in a package of the user's own.
+A `Format` says which numbers stand for a matrix; a codec says which tensors those are stored as (its parts),
+turns weights into them and back, and answers what differs from layout to layout: what it can hold, what a
+stock engine makes of it, what may be done to it afterwards, and how the config and people name it. So nobody
+else asks what kind a format is of, and a new number format is one file: a class under `@codec`, here or in a
+package of the user's own.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ _NAMES = FLOATS | {torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8", to
 class Codec(ABC):
     """One layout of packed matrices. Matrices are [N, out, in], or `shape` (out, in) of one.
 
-    `parts` are all tensors that it may store, by the suffix that stands in the place of `weight`; the first is in every
-    matrix, and `scaled` the one that a factor is multiplied into, whose dtype is the matrix's. Of `shared` parts the experts
-    of a layer store one; `small` ones say how others are read.
+    `parts` are all tensors that it may store, by the suffix that stands in the place of `weight`; the first
+    is in every matrix, and `scaled` the one that a factor is multiplied into, whose dtype is the matrix's. Of
+    `shared` parts the experts of a layer store one; `small` ones say how others are read.
     """
 
     layout: ClassVar[str]
@@ -77,24 +78,28 @@ class Codec(ABC):
 
     @abstractmethod
     def check(self, format: Format, shape: tuple[int, ...], name: str, beside: Iterable[int] = ()) -> None:
-        """Raise `UserError` where matrix `name` of `shape` cannot be stored so; the cure is one that matrices `beside` it, of
-        so many inputs, can take too."""
+        """Raise `UserError` where matrix `name` of `shape` cannot be stored so; the cure is one that
+        matrices `beside` it, of so many inputs, can take too."""
 
     @abstractmethod
     def encode(self, numbers: Any, format: Format) -> dict[str, Tensor]:
-        """The parts of matrices that are given as what a step finds: weights, or the numbers that this codec stores."""
+        """The parts of matrices that are given as what a step finds: weights, or the numbers that this
+        codec stores."""
 
     @abstractmethod
     def decode(self, parts: Parts, format: Format, shape: tuple[int, int]) -> Tensor:
-        """The weights that parts stand for, in the dtype of what is scaled; raises `UserError` where they do not fit."""
+        """The weights that parts stand for, in the dtype of what is scaled; raises `UserError` where they
+        do not fit."""
 
     @abstractmethod
     def size(
         self, parts: Mapping[str, TensorRef], format: Format, read: Callable[[TensorRef], list[int]]
     ) -> tuple[int, int]:
-        """Outputs and inputs of a stored matrix, from the shapes of its parts; `read` reads one of whole numbers.
+        """Outputs and inputs of a stored matrix, from the shapes of its parts; `read` reads one of whole
+        numbers.
 
-        Raises `UserError` where they contradict one another, `KeyError` or `ValueError` where one is missing or none.
+        Raises `UserError` where they contradict one another, `KeyError` or `ValueError` where one is missing
+        or none.
         """
 
     @abstractmethod
@@ -110,7 +115,8 @@ class Codec(ABC):
         _ = parts, format, shape
 
     def nearest(self, weights: Tensor, format: Format, dtype: torch.dtype) -> Any:
-        """What stands for weights that changed after they were packed; None where they are stored plainly from then on."""
+        """What stands for weights that changed after they were packed; None where they are stored plainly
+        from then on."""
         _ = weights, format, dtype
 
     @property
@@ -136,7 +142,8 @@ class Codec(ABC):
         return {**parts, self.scaled: times(parts[self.scaled], factor)}
 
     def obstacle(self, format: Format) -> Obstacle:
-        """Why stock transformers does not read such a matrix; nothing where it does, or leaves that to another engine."""
+        """Why stock transformers does not read such a matrix; nothing where it does, or leaves that to
+        another engine."""
         _ = format
         return "own" if self.own else ""
 
@@ -159,11 +166,13 @@ class Codec(ABC):
         return {"type": format.kind} | {name: getattr(format, name) for name in self.settings}
 
     def section(self, format: Format, packed: Collection[str], plain: list[str]) -> dict[str, Any]:
-        """The whole section of the config, where it says `one_format` for all `packed` modules, and which others stay `plain`."""
+        """The whole section of the config, where it says `one_format` for all `packed` modules, and which
+        others stay `plain`."""
         raise NotImplementedError
 
     def read_section(self, said: Mapping[str, Any]) -> Format | None:
-        """The one format that such a section says; None where another room reads it (`checkpoint.section`: GPTQ's and AWQ's).
+        """The one format that such a section says; None where another room reads it (`checkpoint.section`:
+        GPTQ's and AWQ's).
 
         Raises `UserError` for what it does not understand: a key that is passed over is gone from the result.
         """

@@ -1,10 +1,10 @@
 """Packed integers as compressed-tensors stores them (`pack-quantized`): rows of values end to end.
 
-Its library counts values from -2^(bits-1) and adds that offset when it packs, so the stored bits are the unsigned values of
-`QuantizedWeights`. Zeros exist in asymmetric formats only, packed along the outputs. Scales keep their dtype. Formats that are
-`ordered` store the group of every input (`weight_g_idx`; an entry of -1 says that groups are counted off after all).
-(Versions before 0.18 put ten 3-bit values into a word and never went over its border: they cannot read what is written here
-in 3 bits. 2, 4 and 8 bits are the same.)
+Its library counts values from -2^(bits-1) and adds that offset when it packs, so the stored bits are the
+unsigned values of `QuantizedWeights`. Zeros exist in asymmetric formats only, packed along the outputs.
+Scales keep their dtype. Formats that are `ordered` store the group of every input (`weight_g_idx`; an entry
+of -1 says that groups are counted off after all). (Versions before 0.18 put ten 3-bit values into a word and
+never went over its border: they cannot read what is written here in 3 bits. 2, 4 and 8 bits are the same.)
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class CompressedTensors(IntegerLayout):
     def size(
         self, parts: Mapping[str, TensorRef], format: Format, read: Callable[[TensorRef], list[int]]
     ) -> tuple[int, int]:
-        """By its groups; with one scale a channel its last word may be padded, so only its stored shape says it."""
+        """By its groups; with one scale a channel its last word may be padded, so only its stored shape
+        says it."""
         (out, groups), (_, words) = parts["weight_scale"].shape, parts["weight_packed"].shape
         if format.group_size:
             return out, groups * format.group_size

@@ -1,7 +1,7 @@
 """Packed integers in the layout of GPTQ (the first version of the format, which all its readers know).
 
-The matrix lies transposed, packed along the inputs; zeros are always stored, less one, packed along the outputs; `g_idx`
-names the group of every input. Scales are float16.
+The matrix lies transposed, packed along the inputs; zeros are always stored, less one, packed along the
+outputs; `g_idx` names the group of every input. Scales are float16.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class GptqLayout(IntegerLayout):
         return out, words * WORD_BITS // format.bits
 
     def pack(self, codes: QuantizedWeights) -> dict[str, Tensor]:
-        """The parts of codes; raises `UserError` for a zero of 0, and for scales that float16 does not hold."""
+        """The parts of codes; raises `UserError` for a zero of 0, and for scales that float16 does not
+        hold."""
         bits = codes.format.bits
         if bool((codes.zero == 0).any()):
             # Less one it would be -1: some readers wrap it around, some do not, and some spoil its neighbours.

@@ -1,16 +1,18 @@
 """Where the levels of a grid lie: one scale and one zero per row and group of inputs.
 
-`minmax` takes the finest grid that reaches every weight. `searched` shrinks that range step by step and keeps, for each
-row and group, the one of least
+`minmax` takes the finest grid that reaches every weight. `searched` shrinks that range step by step and
+keeps, for each row and group, the one of least
 
     sum_i  m_i |w_i - decoded_i|^power
 
-with m the importance of the inputs: few large weights are cut so that all others are rounded more finely. A power over 2
-(2.4 in the code of the GPTQ paper, arXiv 2210.17323) keeps the largest weights from being cut too far. Scales are rounded
-to the dtype they are stored in before anything is measured with them, and are always finite and never 0.
+with m the importance of the inputs: few large weights are cut so that all others are rounded more finely. A
+power over 2 (2.4 in the code of the GPTQ paper, arXiv 2210.17323) keeps the largest weights from being cut
+too far. Scales are rounded to the dtype they are stored in before anything is measured with them, and are
+always finite and never 0.
 
-A symmetric grid has one level more on one side. With `signed` scales that side is the one of the largest weight: where it
-is positive, the scale is negative (as in llama.cpp's Q4_0). Decoding is the same product, with up to a bit's worth less error.
+A symmetric grid has one level more on one side. With `signed` scales that side is the one of the largest
+weight: where it is positive, the scale is negative (as in llama.cpp's Q4_0). Decoding is the same product,
+with up to a bit's worth less error.
 
 Shapes: N matrices of `out` x `in`, whose rows are G groups of g inputs; `*groups` are any leading axes.
 """
@@ -33,8 +35,8 @@ Grid = tuple[Float[Tensor, "*groups"], UInt8[Tensor, "*groups"]]
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """How `searched` looks for grids: the power of the error, how many ranges it tries, down to which share of the whole one, and
-    whether scales of symmetric formats may be negative."""
+    """How `searched` looks for grids: the power of the error, how many ranges it tries, down to which
+    share of the whole one, and whether scales of symmetric formats may be negative."""
 
     power: float = 2.4
     steps: int = 12
@@ -65,7 +67,8 @@ def searched(
     importance: Float[Tensor, "N in"] | None = None,
     search: Search = DEFAULT,
 ) -> Grid:
-    """The grids of least error for `weights`, inputs counting by `importance`, among the ranges of a `search`.
+    """The grids of least error for `weights`, inputs counting by `importance`, among the ranges of a
+    `search`.
 
     The whole range is among them, so the error is never above that of `minmax`.
     """
@@ -103,7 +106,8 @@ def spanned(
     dtype: torch.dtype,
     signed: bool = True,
 ) -> Grid:
-    """The finest grids that reach from `low` to `high`, and 0; half a step beyond the last level is within reach."""
+    """The finest grids that reach from `low` to `high`, and 0; half a step beyond the last level is within
+    reach."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     if format.symmetric:
         return _symmetric(-low, high, format, dtype, signed)
@@ -119,7 +123,8 @@ def _symmetric(
     dtype: torch.dtype,
     signed: bool,
 ) -> Grid:
-    """Grids that reach `down` and `up` from 0, where the level more lies below, or on the longer side if `signed`."""
+    """Grids that reach `down` and `up` from 0, where the level more lies below, or on the longer side if
+    `signed`."""
     half = levels(format) // 2
     flip = (up > down) & signed
     longer, shorter = torch.where(flip, up, down), torch.where(flip, down, up)
@@ -129,7 +134,8 @@ def _symmetric(
 
 
 def stored(scale: Float[Tensor, "*groups"], dtype: torch.dtype) -> Float[Tensor, "*groups"]:
-    """Scales as `dtype` holds them: finite, and 1 in place of 0, where every weight is (as good as) 0 anyway."""
+    """Scales as `dtype` holds them: finite, and 1 in place of 0, where every weight is (as good as) 0
+    anyway."""
     largest = torch.finfo(dtype).max
     scale = scale.clamp(-largest, largest).to(dtype)
     return torch.where(scale == 0, torch.ones_like(scale), scale)
@@ -156,5 +162,6 @@ def loss(
 
 
 def raised(sizes: Float[Tensor, "*shape"], power: float) -> Float[Tensor, "*shape"]:
-    """`sizes` (0 or more) to a power, in place; by logarithms, which take a CPU a third of the time of `pow`."""
+    """`sizes` (0 or more) to a power, in place; by logarithms, which take a CPU a third of the time of
+    `pow`."""
     return sizes.log2_().mul_(power).exp2_()

@@ -1,8 +1,9 @@
-"""Integers on a grid: weight = (value - zero) * scale, with one scale and one zero per group of neighbouring inputs.
+"""Integers on a grid: weight = (value - zero) * scale, with one scale and one zero per group of neighbouring
+inputs.
 
-Values are unsigned, 0 .. 2^bits - 1, in symmetric formats too: their zero is 2^(bits-1) everywhere and is not stored.
-Scales have the dtype that they are stored in, and decoding multiplies in that dtype, as the engines do; so what a
-method sees is what a user will load.
+Values are unsigned, 0 .. 2^bits - 1, in symmetric formats too: their zero is 2^(bits-1) everywhere and is not
+stored. Scales have the dtype that they are stored in, and decoding multiplies in that dtype, as the engines
+do; so what a method sees is what a user will load.
 
 Shapes: N matrices of `out` x `in`, whose rows are G groups of g inputs (G = 1: one scale per output channel).
 """
@@ -59,7 +60,8 @@ def spread(grid: Shaped[Tensor, "*rows G"], width: int) -> Shaped[Tensor, "*rows
 
 
 def slabs(shape: torch.Size) -> Iterator[tuple[slice, slice]]:
-    """Cut [N, out, in] into parts of about `SLAB` weights at most: whole rows, and whole matrices where they are small."""
+    """Cut [N, out, in] into parts of about `SLAB` weights at most: whole rows, and whole matrices where
+    they are small."""
     count, rows, width = shape
     tall = min(rows, max(1, SLAB // width))
     deep = max(1, SLAB // (tall * width))

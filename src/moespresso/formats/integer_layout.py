@@ -1,8 +1,9 @@
-"""What the three layouts of packed integers share: values, scales and zeros by group, and the order of inputs.
+"""What the three layouts of packed integers share: values, scales and zeros by group, and the order of
+inputs.
 
-They store the same numbers (`QuantizedWeights`) in different tensors; each is a file of its own: `compressed_tensors`, `gptq`
-and `awq`. Scales that a layout rounds make the stored matrix differ from `decode(codes)`: give such codes the layout's dtype
-from the start, and what was measured is what is loaded.
+They store the same numbers (`QuantizedWeights`) in different tensors; each is a file of its own:
+`compressed_tensors`, `gptq` and `awq`. Scales that a layout rounds make the stored matrix differ from
+`decode(codes)`: give such codes the layout's dtype from the start, and what was measured is what is loaded.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ class IntegerLayout(Codec):
         return f"{format.bits} bits"
 
     def rescale(self, parts: Parts, factor: float) -> dict[str, Tensor]:
-        """The parts with scales times a factor; raises `UserError` where one leaves the range of its dtype."""
+        """The parts with scales times a factor; raises `UserError` where one leaves the range of its
+        dtype."""
         scaled = super().rescale(parts, factor)
         after = scaled[self.scaled]
         if not bool(((after != 0) & after.isfinite()).all()):
@@ -112,7 +114,8 @@ class IntegerLayout(Codec):
 
 
 def words_of(count: int, bits: int) -> int:
-    """Words of 32 bits that `count` values fill when they are laid end to end, across the borders of words."""
+    """Words of 32 bits that `count` values fill when they are laid end to end, across the borders of
+    words."""
     return -(-count * bits // WORD_BITS)
 
 
@@ -122,14 +125,15 @@ def counted_off(format: Format, width: int) -> Tensor:
 
 
 def stored_order(codes: QuantizedWeights) -> Tensor:
-    """The group of every input of every matrix, int32 [N, in]: counted off too where values were rounded anew."""
+    """The group of every input of every matrix, int32 [N, in]: counted off too where values were rounded
+    anew."""
     count, _, width = codes.values.shape
     return counted_off(codes.format, width).repeat(count, 1) if codes.groups is None else codes.groups.int()
 
 
 def order_of(stored: Tensor | None, format: Format) -> Tensor | None:
-    """The stored group of every input [N, in]; None where groups are counted off. Raises `UserError` where that contradicts
-    the format."""
+    """The stored group of every input [N, in]; None where groups are counted off. Raises `UserError` where
+    that contradicts the format."""
     if stored is None:
         return None
     counted = counted_off(format, stored.shape[-1]).expand_as(stored)
@@ -147,8 +151,8 @@ def order_of(stored: Tensor | None, format: Format) -> Tensor | None:
 
 
 def zeros_as_said(zero: Tensor, format: Format, said: str, cure: str) -> Tensor:
-    """The zeros; raises `UserError` where they are not in the middle though the format is said to be symmetric: some engines
-    then read them, and some do not."""
+    """The zeros; raises `UserError` where they are not in the middle though the format is said to be
+    symmetric: some engines then read them, and some do not."""
     if format.symmetric and not bool((zero == levels(format) // 2).all()):
         raise UserError(
             f"qzeros hold other zeros than the middle, but {said}, so engines do not agree on its values: set {cure} in its "

@@ -1,11 +1,13 @@
 """Small values in 32-bit words: the two orders that stored integer matrices know.
 
-*End to end* (compressed-tensors, GPTQ): value j takes the bits from j x bits on, counted from the lowest bit of the
-first word, and goes over the border of a word where 3 bits meet one. *Interleaved* (AWQ): a word holds eight 4-bit
-values of neighbouring outputs, the even ones before the odd ones, which is the order its kernels split them in.
+*End to end* (compressed-tensors, GPTQ): value j takes the bits from j x bits on, counted from the lowest bit
+of the first word, and goes over the border of a word where 3 bits meet one. *Interleaved* (AWQ): a word holds
+eight 4-bit values of neighbouring outputs, the even ones before the odd ones, which is the order its kernels
+split them in.
 
-Both are done on bytes, of which a 32-bit word is four, the lowest first: no value is widened to 32 bits, so a whole
-layer of experts takes little more memory than its values. Values must be below 2^bits; nothing here checks them.
+Both are done on bytes, of which a 32-bit word is four, the lowest first: no value is widened to 32 bits, so a
+whole layer of experts takes little more memory than its values. Values must be below 2^bits; nothing here
+checks them.
 
 Shapes: n values, in so many words; `*rows` are any leading axes, `out` outputs, `blocks` of eight outputs.
 """

@@ -9,8 +9,8 @@ from moespresso.core.format import Format
 
 
 def check_group(width: int, format: Format, what: str, beside: Iterable[int] = ()) -> None:
-    """Raise `UserError` where `format` cannot cut `width` inputs of `what` into whole groups; the cure is one that takes the
-    widths of the matrices `beside` it too, which have the same setting."""
+    """Raise `UserError` where `format` cannot cut `width` inputs of `what` into whole groups; the cure is
+    one that takes the widths of the matrices `beside` it too, which have the same setting."""
     size = format.group_size
     if size and width % size:
         fitting = _dividing((128, 64, 32, 16, 8), (width, *beside))
@@ -24,8 +24,8 @@ def _dividing(sizes: Iterable[int], widths: Collection[int]) -> list[int]:
 
 
 def check_pattern(width: int, format: Format, what: str, beside: Iterable[int] = ()) -> None:
-    """Raise `UserError` where `format` cannot prune `width` inputs of `what`: a share that is none, groups that do not fit; the
-    cure fits the widths of the matrices `beside` it too."""
+    """Raise `UserError` where `format` cannot prune `width` inputs of `what`: a share that is none, groups
+    that do not fit; the cure fits the widths of the matrices `beside` it too."""
     size = format.group_size
     if not 0 < format.density <= 1:
         raise UserError(f"{what}: a density of {format.density:g} is no share between 0 and 1")
@@ -37,8 +37,8 @@ def check_pattern(width: int, format: Format, what: str, beside: Iterable[int] =
 
 
 def kept_in_row(format: Format, width: int) -> int:
-    """Number of weights that stay in a row of `width` inputs where every row keeps the same number; raises `UserError`
-    where the row is not whole groups."""
+    """Number of weights that stay in a row of `width` inputs where every row keeps the same number; raises
+    `UserError` where the row is not whole groups."""
     size = format.group_size
     if not size:
         return staying(width, format)

@@ -1,11 +1,12 @@
 """Round to nearest: every weight goes to the closest level of its grid, whatever the inputs are.
 
-The plainest way to quantize, and the mark that others must beat. It needs no text, so it also serves experts that no
-token reached.
+The plainest way to quantize, and the mark that others must beat. It needs no text, so it also serves experts
+that no token reached.
 
-Codes of least squared error are too small: what is lost of a weight is uncorrelated with its code, not with the weight, so
-q points less far in the direction of w than w does. Each row's output shrinks a little, in every layer in the same
-direction, and that adds up where random errors cancel. `unbias` lengthens the scales of each row by
+Codes of least squared error are too small: what is lost of a weight is uncorrelated with its code, not with
+the weight, so q points less far in the direction of w than w does. Each row's output shrinks a little, in
+every layer in the same direction, and that adds up where random errors cancel. `unbias` lengthens the scales
+of each row by
 
     (w H w^T) / (w H q^T)        H = Hessian of the inputs, or the identity
 

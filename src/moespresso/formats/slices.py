@@ -1,7 +1,7 @@
 """Matrices of which whole rows or columns went; only moespresso reads them.
 
-`weight_kept` [n, in] (`rows`) or [out, n] (`columns`) stand at the ascending places `weight_index` int32 [n] of a matrix of
-`weight_shape` that is zero elsewhere.
+`weight_kept` [n, in] (`rows`) or [out, n] (`columns`) stand at the ascending places `weight_index` int32 [n]
+of a matrix of `weight_shape` that is zero elsewhere.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Slices(Codec):
             raise UserError(f"{name} of {out} x {width} has no {format.rank} {format.kind} to keep")
 
     def encode(self, numbers: Tensor, format: Format) -> dict[str, Tensor]:
-        """Those rows or columns of weights that are not all zero, and the first others where these are fewer than the format
-        says."""
+        """Those rows or columns of weights that are not all zero, and the first others where these are
+        fewer than the format says."""
         weights, axis = numbers, _axis(format)
         alive = (weights != 0).any(3 - axis)
         most = int(alive.sum(1).max())
@@ -66,7 +66,8 @@ class Slices(Codec):
         }
 
     def decode(self, parts: Parts, format: Format, shape: tuple[int, int]) -> Tensor:
-        """The matrices [N, out, in], zero where nothing is stored; raises `UserError` where the parts do not fit."""
+        """The matrices [N, out, in], zero where nothing is stored; raises `UserError` where the parts do
+        not fit."""
         kept, index, stated = (parts.get(name) for name in self.parts)
         axis, size = _axis(format), list(shape)
         size[axis - 1] = format.rank
@@ -94,7 +95,8 @@ class Slices(Codec):
     def size(
         self, parts: Mapping[str, TensorRef], format: Format, read: Callable[[TensorRef], list[int]]
     ) -> tuple[int, int]:
-        """As its stored shape says, which is no less than what is kept on one side, and the same on the other."""
+        """As its stored shape says, which is no less than what is kept on one side, and the same on the
+        other."""
         kept, axis = parts["weight_kept"], _axis(format)
         _, _ = kept.shape
         if "weight_shape" not in parts:

@@ -1,4 +1,5 @@
-"""Matrices as they are: in the dtype that the source has, with zeros where weights or whole rows were pruned."""
+"""Matrices as they are: in the dtype that the source has, with zeros where weights or whole rows were
+pruned."""
 
 from __future__ import annotations
 

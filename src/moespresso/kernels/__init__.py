@@ -1,7 +1,8 @@
-"""Pure functions on tensors: the mathematics of the methods, batched over experts. Sees no file, no model and no plan.
+"""Pure functions on tensors: the mathematics of the methods, batched over experts. Sees no file, no model and
+no plan.
 
-One file for each piece of mathematics, imported as a whole: `from moespresso.kernels import gptq`, then `gptq.solve(...)`.
-Each file opens with its formula and with a legend of the shapes in its signatures.
+One file for each piece of mathematics, imported as a whole: `from moespresso.kernels import gptq`, then
+`gptq.solve(...)`. Each file opens with its formula and with a legend of the shapes in its signatures.
 """
 
 from moespresso.kernels import (

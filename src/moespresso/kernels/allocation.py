@@ -1,7 +1,8 @@
 """How many neurons stay where, when not everything becomes equally narrow.
 
-What narrower experts would lose is known for some widths; between them it is taken as a line, and of all those lines the
-lowest that nowhere bend upwards, so that taking always where the next neurons cost least is the best for every total.
+What narrower experts would lose is known for some widths; between them it is taken as a line, and of all
+those lines the lowest that nowhere bend upwards, so that taking always where the next neurons cost least is
+the best for every total.
 
 No tensors here: curves are points (neurons removed, loss), by layer or by expert.
 """
@@ -26,10 +27,11 @@ def allocate(
     total: int,
     multiple: int,
 ) -> dict[Key, int]:
-    """Neurons to remove of each, so that `total` go in all, the least is lost, and what is left of `widths` where some go are
-    multiples of `multiple`.
+    """Neurons to remove of each, so that `total` go in all, the least is lost, and what is left of `widths`
+    where some go are multiples of `multiple`.
 
-    `counts` says of how many experts each of `curves` is the sum. Steps are whole, so more than `total` may go.
+    `counts` says of how many experts each of `curves` is the sum. Steps are whole, so more than `total` may
+    go.
     """
     slopes = {key: _slopes(points) for key, points in curves.items()}
     removed = dict.fromkeys(curves, 0)

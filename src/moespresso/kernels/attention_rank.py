@@ -1,15 +1,19 @@
-"""Narrower attention heads in closed form, after MoDeGPT (arXiv 2408.09632): fewer query and key dims, fewer values.
+"""Narrower attention heads in closed form, after MoDeGPT (arXiv 2408.09632): fewer query and key dims, fewer
+values.
 
 With C the Hessian of the layer's inputs, the mean of x x^T:
 
-    queries, keys     keep the dims i of highest |C_Q^(1/2) e_i| |C_K^(1/2) e_i|, with C_Q = W_q C W_q^T  (column-row)
+    queries, keys     keep the dims i of highest |C_Q^(1/2) e_i| |C_K^(1/2) e_i|, with C_Q = W_q C W_q^T
+                      (column-row)
     values, outputs   the r directions that hold most of W_o W_v C^(1/2), of each head's two matrices as one
 
-Heads that share a key share its dims, and so with values: their output blocks are decomposed on top of each other. A bias
-is the column of one more input that is always 1. Dims that a rotary embedding turns together stay together, in their places,
-so that they keep their frequencies and scores their scale. Norms on queries or keys are not handled here.
+Heads that share a key share its dims, and so with values: their output blocks are decomposed on top of each
+other. A bias is the column of one more input that is always 1. Dims that a rotary embedding turns together
+stay together, in their places, so that they keep their frequencies and scores their scale. Norms on queries
+or keys are not handled here.
 
-Shapes: `hidden` inputs, Hq query heads and Hkv heads of keys and values, d dims each, r of which are kept; Hqd = Hq x d rows.
+Shapes: `hidden` inputs, Hq query heads and Hkv heads of keys and values, d dims each, r of which are kept;
+    Hqd = Hq x d rows.
 """
 
 from __future__ import annotations
@@ -33,8 +37,8 @@ def select_query_key(
 ) -> Bool[Tensor, "Hkv d"]:
     """Which dims of each key head stay, `keep` in each row, of so many query `heads`.
 
-    `units` are the dims that stay or go together; those stay whose dims score most in the mean, and smaller ones where a
-    larger one does not fit any more.
+    `units` are the dims that stay or go together; those stay whose dims score most in the mean, and smaller
+    ones where a larger one does not fit any more.
     """
     width = sum(map(len, units))
     kv_heads = len(k) // width
@@ -58,10 +62,11 @@ def decompose_value_output(
     heads: int,
     damping: float = DAMPING,
 ) -> tuple[Float[Tensor, "Hkvr hidden"], Float[Tensor, "out Hqr"]]:
-    """`v` and `o` with `rank` dims for each of so many query `heads` and their values, the most important first.
+    """`v` and `o` with `rank` dims for each of so many query `heads` and their values, the most important
+    first.
 
-    Each value head V and the output blocks of its group, O [group out, d] = Q T, become U^T T V and Q U, where U U^T T V
-    is the best of its rank for T V.
+    Each value head V and the output blocks of its group, O [group out, d] = Q T, become U^T T V and Q U,
+    where U U^T T V is the best of its rank for T V.
     """
     kv_heads = len(v) // (o.shape[1] // heads)
     blocks = o.double().unflatten(1, (kv_heads, heads // kv_heads, -1)).permute(1, 2, 0, 3)

@@ -1,15 +1,16 @@
 """Rounding that is learned: by how much each weight is pushed up or down before it goes to the nearest level.
 
-    decoded = s (clip(round(W / s + V) + z) - z),     V in [-1/2, 1/2],     s, z from the range [a low, b high]
+    decoded = s (clip(round(W / s + V) + z) - z),     V in [-1/2, 1/2],     s, z from the range [a low, b
+                                                      high]
 
-Rounding has no slope, so it is passed through as if it were none (straight-through; SignRound, arXiv 2309.05516). With D the
-gradient of the loss in the decoded weights, and `inside` where nothing was clipped, that leaves for V: D s inside; for s:
-D (steps - inside W / s), summed over the group; for z: D s (inside - 1). (Scales of symmetric grids may be negative.) Only
-signs are followed, all parameters by the same amount. Gradients are written out by hand: autograd would keep half a dozen
-copies of every matrix.
+Rounding has no slope, so it is passed through as if it were none (straight-through; SignRound, arXiv
+2309.05516). With D the gradient of the loss in the decoded weights, and `inside` where nothing was clipped,
+that leaves for V: D s inside; for s: D (steps - inside W / s), summed over the group; for z: D s (inside -
+1). (Scales of symmetric grids may be negative.) Only signs are followed, all parameters by the same amount.
+Gradients are written out by hand: autograd would keep half a dozen copies of every matrix.
 
-Shapes: N matrices of `out` x `in`, whose rows are G groups of g inputs; E experts with R rows of gate and up, I neurons and H
-hidden values; T tokens, k experts each, of which B are looked at.
+Shapes: N matrices of `out` x `in`, whose rows are G groups of g inputs; E experts with R rows of gate and up,
+    I neurons and H hidden values; T tokens, k experts each, of which B are looked at.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ MIN_RANGE, MAX_RANGE = 0.5, 1.5
 
 @dataclass(slots=True, eq=False)
 class Offsets:
-    """What is learned: `push` V, and `low` and `high`, the shares a and b of the range. (Symmetric grids know `high` only.)"""
+    """What is learned: `push` V, and `low` and `high`, the shares a and b of the range. (Symmetric grids
+    know `high` only.)"""
 
     push: Float[Tensor, "N out G g"]
     low: Float[Tensor, "N out G"]
@@ -76,7 +78,8 @@ class LearnedRounding:
         self._length = self._length * factors[:, None]
 
     def step(self, gradient: Float[Tensor, "N out in"], push: float, span: float) -> None:
-        """Follow the signs of the gradient of the loss in the decoded weights: V by `push`, ranges by `span`."""
+        """Follow the signs of the gradient of the loss in the decoded weights: V by `push`, ranges by
+        `span`."""
         gradient_NOGg = in_groups(gradient, self._format)
         scale, zero = self._grid()
         steps_NOGg, inside_NOGg = self._rounded(scale, zero)

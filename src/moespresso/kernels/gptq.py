@@ -1,15 +1,17 @@
-"""GPTQ: weights are rounded one column after another, and what is still to come makes up for the errors so far.
+"""GPTQ: weights are rounded one column after another, and what is still to come makes up for the errors so
+    far.
 
 For a row w that becomes q, with e = w - q and H = R R^T (R upper triangular), the output error is
 
     e H e^T  =  sum_j R_jj^2 (e_j + sum_{i<j} e_i R_ij / R_jj)^2
 
-so column j is best rounded from w_j + sum_{i<j} e_i R_ij / R_jj. This is the published algorithm (arXiv 2210.17323)
-written without inverses, as in QuIP (arXiv 2307.13304). Columns with the largest H_jj go first (act order).
+so column j is best rounded from w_j + sum_{i<j} e_i R_ij / R_jj. This is the published algorithm (arXiv
+2210.17323) written without inverses, as in QuIP (arXiv 2307.13304). Columns with the largest H_jj go first
+(act order).
 
-Sweeps of coordinate descent follow, each step of which lowers the error: with all else known, a group's scale becomes the
-one of least squares, and its columns are rounded once more, from w_j + sum_{i!=j} e_i H_ij / H_jj. Last, each row is freed
-of its shrinkage (`unbias`). All N matrices of a layer advance together.
+Sweeps of coordinate descent follow, each step of which lowers the error: with all else known, a group's scale
+becomes the one of least squares, and its columns are rounded once more, from w_j + sum_{i!=j} e_i H_ij /
+H_jj. Last, each row is freed of its shrinkage (`unbias`). All N matrices of a layer advance together.
 
 Shapes: N matrices, O outputs, I inputs, G groups of inputs. Inside, matrices lie column by column: N x I x O.
 """
@@ -61,8 +63,8 @@ def solve(
 ) -> tuple[QuantizedWeights, Warnings]:
     """Codes of `weights` under `hessians` (means or sums), with scales stored as `dtype`.
 
-    Needs about the memory of three more `hessians` and four more `weights` in float32: give it fewer matrices at once where
-    that is too much.
+    Needs about the memory of three more `hessians` and four more `weights` in float32: give it fewer matrices
+    at once where that is too much.
     """
     dead = int((hessians.diagonal(dim1=1, dim2=2) == 0).sum())
     hessians, nonfinite = finite_or_identity(hessians)
@@ -200,7 +202,8 @@ def _round_again(
     part: slice,
     group: slice,
 ) -> None:
-    """Round the columns `part` of a `group` once more, and tell the `pull` on those of the group behind them."""
+    """Round the columns `part` of a `group` once more, and tell the `pull` on those of the group behind
+    them."""
     error = columns.error[:, part]
     local, before = hessians[:, part, part], error.clone()
     local_pull = pull[:, part.start - group.start : part.stop - group.start]
@@ -225,8 +228,8 @@ def _round(
 def _fit_scale(
     columns: _Columns, local: Float[Tensor, "N g g"], pull: Float[Tensor, "N g O"], number: int, group: slice
 ) -> Float[Tensor, "N g O"]:
-    """Move a group's scales to the least error that its values v allow, s + (v H e) / (v H v), v counted from zero; return
-    what that adds to the `pull` H e on its columns.
+    """Move a group's scales to the least error that its values v allow, s + (v H e) / (v H v), v counted from
+    zero; return what that adds to the `pull` H e on its columns.
 
     A scale that would change its sign, vanish or overflow stays.
     """

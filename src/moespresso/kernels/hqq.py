@@ -1,13 +1,13 @@
 """Half-Quadratic Quantization: grids of least |w - decoded|^p, p < 1, without any text.
 
-With such a p few large errors weigh little, and most weights are met well. The problem is split in two that have closed
-solutions, which take turns (Badri and Shaji 2023, mobiusml.github.io/hqq_blog):
+With such a p few large errors weigh little, and most weights are met well. The problem is split in two that
+have closed solutions, which take turns (Badri and Shaji 2023, mobiusml.github.io/hqq_blog):
 
     e     <-  shrink_p(w - decoded, beta)       what is given up: sign(x) max(|x| - |x|^(p-1) / beta, 0)
     grid  <-  the best for w - e                zero = mean(value - (w - e) / scale), and beta grows by kappa
 
-Our grids have whole zeros, so zero is rounded and the scale is fitted as well (alone, in symmetric formats). Errors are
-measured in steps of the grid, so that beta means the same for weights of any size.
+Our grids have whole zeros, so zero is rounded and the scale is fitted as well (alone, in symmetric formats).
+Errors are measured in steps of the grid, so that beta means the same for weights of any size.
 
 Shapes: N matrices of `out` x `in`, whose rows are G groups of g inputs; M groups of a slab that still move.
 """
@@ -38,8 +38,9 @@ from moespresso.formats import (
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The norm `p`; how strictly errors are given up, `beta`, and by how much that grows in a turn, `kappa`; turns at most; whether
-    rows are freed of their shrinkage at last, and whether scales of symmetric formats may be negative."""
+    """The norm `p`; how strictly errors are given up, `beta`, and by how much that grows in a turn,
+    `kappa`; turns at most; whether rows are freed of their shrinkage at last, and whether scales of
+    symmetric formats may be negative."""
 
     p: float = 0.7
     beta: float = 10.0
@@ -62,7 +63,8 @@ def quantize(
 ) -> QuantizedWeights:
     """Codes of `weights` with scales stored as `dtype`.
 
-    Before they are `unbiased`, the sum of |w - decoded|^p of no group is above that of rounding with `minmax`.
+    Before they are `unbiased`, the sum of |w - decoded|^p of no group is above that of rounding with
+    `minmax`.
     """
     scale, zero = minmax(weights, format, dtype, signed=settings.signed)
     for part in slabs(weights.shape):

@@ -2,12 +2,14 @@
 
     minimise  sum over tokens |y - sum_j g_j W_j a_j|^2  +  sum_j lambda_j |W_j - W0_j|^2
 
-with y the output of the routed part as it was, or is to be, and j the experts that a token now goes to: what one expert can no
-longer say, the others that see the same token may. The normal equations of a whole layer are too large to hold (experts x
-neurons, squared), so experts take turns: each is solved exactly against what the others leave over. Every turn lowers the
-same sum, and features are computed anew in each, so memory holds one expert's and one vector a token.
+with y the output of the routed part as it was, or is to be, and j the experts that a token now goes to: what
+one expert can no longer say, the others that see the same token may. The normal equations of a whole layer
+are too large to hold (experts x neurons, squared), so experts take turns: each is solved exactly against what
+the others leave over. Every turn lowers the same sum, and features are computed anew in each, so memory holds
+one expert's and one vector a token.
 
-Shapes: E experts, T tokens, n tokens of one expert, H hidden values, I neurons, K of them kept at most, R rows of gate and up.
+Shapes: E experts, T tokens, n tokens of one expert, H hidden values, I neurons, K of them kept at most, R
+    rows of gate and up.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ MISSING_DAMPING = 0.3
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Narrowed:
-    """The same experts with some of their neurons: the matrices, and which of the original neurons each has `kept`.
+    """The same experts with some of their neurons: the matrices, and which of the original neurons each has
+    `kept`.
 
     Where an expert has fewer neurons than others, the rest of its matrices is zero and stays so.
     """
@@ -46,8 +49,9 @@ def refit(
     sweeps: int,
     missing: Float[Tensor, "T H"] | None = None,
 ) -> tuple[Float[Tensor, "E H K"], dict[int, float]]:
-    """Down projections that start from those of `narrowed` and are drawn to the original columns, with every expert's own
-    `damping`; and that of experts for which it had to be raised. `missing` is what `experts` themselves lack of the target."""
+    """Down projections that start from those of `narrowed` and are drawn to the original columns, with
+    every expert's own `damping`; and that of experts for which it had to be raised. `missing` is what
+    `experts` themselves lack of the target."""
     narrow = replace(experts, up=narrowed.up, down=narrowed.down)
     down_EHK, raised = narrowed.down.float().clone(), {}
     rest_TH = outputs(experts, experts.up, experts.down) - outputs(narrow, narrowed.up, narrowed.down)
@@ -88,7 +92,8 @@ def refit_layer(
     sweeps: int,
     missing: Float[Tensor, "T H"] | None,
 ) -> tuple[Float[Tensor, "E H K"], dict[int, float]]:
-    """`refit` to the outputs of `experts`; then, where these lacked something of the original, to the original's output."""
+    """`refit` to the outputs of `experts`; then, where these lacked something of the original, to the
+    original's output."""
     down, raised = refit(experts, narrowed, damping=damping, sweeps=sweeps)
     if missing is None:
         return down, raised
@@ -105,7 +110,8 @@ def all_neurons(experts: RoutedExperts, widths: Sequence[int]) -> list[Int[Tenso
 
 
 def damping_by_expert(experts: RoutedExperts, widths: Sequence[int], damping: float) -> list[float]:
-    """The damping of each expert: as many times `damping` as it has neurons for each of its tokens, where those are more."""
+    """The damping of each expert: as many times `damping` as it has neurons for each of its tokens, where
+    those are more."""
     tokens = experts.tokens.clamp(min=1).float()
     return (damping * (tokens.new_tensor(widths) / tokens).clamp(min=1)).tolist()
 
@@ -141,7 +147,8 @@ def outputs(
 def _step(
     features: Float[Tensor, "n K"], rest: Float[Tensor, "n H"], away: Float[Tensor, "H K"], damping: float
 ) -> tuple[Float[Tensor, "H K"], float | None]:
-    """The change of one expert's matrix that is best for the `rest` of the output, with itself `away` from its anchor."""
+    """The change of one expert's matrix that is best for the `rest` of the output, with itself `away` from
+    its anchor."""
     hessian_1KK, _ = finite_or_identity((features.T @ features)[None])
     upper_1KK, ridge, raised = damped_factors(hessian_1KK.flip(1, 2), damping)
     pull_KH = features.T @ rest - ridge * away.T

@@ -1,13 +1,15 @@
 """Narrower matrices in closed form: low rank, ridge leverage, and how much of which layer.
 
-With C the Hessian of a projection's inputs, W' in the place of W costs tr((W - W') C (W - W')^T) of output error:
+With C the Hessian of a projection's inputs, W' in the place of W costs tr((W - W') C (W - W')^T) of output
+error:
 
     rank r     W' = U U^T W, with U the r leading eigenvectors of W C W^T  (C^-1/2 is not needed)
-    neurons    those of the highest ridge leverage [C (C + lambda I)^-1]_ii, and layers by entropy, both as in MoDeGPT
+    neurons    those of the highest ridge leverage [C (C + lambda I)^-1]_ii, and layers by entropy, both as in
+               MoDeGPT
                (arXiv 2408.09632); the refit of what stays is in `neurons.py`
 
-Tensors come and go in float32; in between all is float64, about four times the size of what was given: give it fewer
-matrices at once where that is too much.
+Tensors come and go in float32; in between all is float64, about four times the size of what was given: give
+it fewer matrices at once where that is too much.
 
 Shapes: N matrices of `out` x `in`, r the rank, I neurons.
 """
@@ -38,8 +40,8 @@ def truncate(
 ) -> tuple[Float[Tensor, "N out r"], Float[Tensor, "N r in"]]:
     """Two factors of the best approximation of `weights` of a rank under `hessians`.
 
-    The left ones have orthonormal columns, the most important first: a lower rank is a prefix. No rank is above that of the
-    full matrix, min(out, in).
+    The left ones have orthonormal columns, the most important first: a lower rank is a prefix. No rank is
+    above that of the full matrix, min(out, in).
     """
     frame, core = _framed(weights.double())
     moved = core if hessians is None else core @ _damped(hessians, damping)
@@ -50,8 +52,9 @@ def truncate(
 def leverage(hessians: Float[Tensor, "N I I"], damping: float) -> Float[Tensor, "N I"]:
     """Ridge leverage of every neuron: near 1 where no others tell what it holds.
 
-    The ridge is `damping` times the mean diagonal of each Hessian. Near 0 every neuron that is no exact sum of others scores
-    1; with a large one the order is that of the diagonal. [C (C + ridge I)^-1]_ii = 1 - ridge [(C + ridge I)^-1]_ii.
+    The ridge is `damping` times the mean diagonal of each Hessian. Near 0 every neuron that is no exact sum
+    of others scores 1; with a large one the order is that of the diagonal. [C (C + ridge I)^-1]_ii = 1 -
+    ridge [(C + ridge I)^-1]_ii.
     """
     factors, ridge, _ = damped_factors(_in_float64(hessians), damping)
     inverse = torch.linalg.solve_triangular(factors, torch.eye(factors.shape[-1]).to(factors), upper=True)
@@ -61,10 +64,12 @@ def leverage(hessians: Float[Tensor, "N I I"], damping: float) -> Float[Tensor, 
 def entropy_allocation(
     importance: Sequence[float], ratio: float, epsilon: float | None = None
 ) -> list[float]:
-    """The share to remove of each layer: phi of mean `ratio` that maximises sum_l s_l (1 - phi_l) + epsilon H(phi).
+    """The share to remove of each layer: phi of mean `ratio` that maximises sum_l s_l (1 - phi_l) + epsilon
+    H(phi).
 
-    It is in proportion to exp(-s_l / epsilon) and at most CAP (or `ratio`, where that is more); what the cap cuts off goes to
-    the others in the same proportion, which is again the maximum. By default epsilon is the scores' standard deviation.
+    It is in proportion to exp(-s_l / epsilon) and at most CAP (or `ratio`, where that is more); what the cap
+    cuts off goes to the others in the same proportion, which is again the maximum. By default epsilon is the
+    scores' standard deviation.
     """
     epsilon = epsilon or statistics.pstdev(importance) or 1.0
     cap, rest = max(CAP, ratio), ratio * len(importance)
@@ -89,7 +94,8 @@ def _damped(hessians: Float[Tensor, "N in in"], damping: float) -> Float[Tensor,
 
 
 def _framed(weights: Float[Tensor, "N out in"]) -> tuple[Float[Tensor, "... out s"], Float[Tensor, "N s in"]]:
-    """Q with orthonormal columns and T with W = Q T, T not taller than wide: what is decomposed has the smaller side s."""
+    """Q with orthonormal columns and T with W = Q T, T not taller than wide: what is decomposed has the
+    smaller side s."""
     if weights.shape[1] > weights.shape[2]:
         return tuple(torch.linalg.qr(weights))
     return torch.eye(weights.shape[1]).to(weights), weights

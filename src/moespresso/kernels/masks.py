@@ -1,14 +1,17 @@
 """Which weights stay when others are set to zero: those with the largest scores, in exact numbers.
 
-What competes with what is the format's matter. In an n:m pattern the m neighbouring inputs of a row do; else a row does
-(Wanda compares within each output, arXiv 2306.11695), or the whole matrix. Of equal scores the first input's goes first.
+What competes with what is the format's matter. In an n:m pattern the m neighbouring inputs of a row do; else
+a row does (Wanda compares within each output, arXiv 2306.11695), or the whole matrix. Of equal scores the
+first input's goes first.
 
-Wanda's variant gives rows different numbers. With a row's scores s_1 <= s_2 <= .. in rising order, it drops those with
+Wanda's variant gives rows different numbers. With a row's scores s_1 <= s_2 <= .. in rising order, it drops
+those with
 
     (s_1 + .. + s_i) / (s_1 + .. + s_in)  <=  alpha
 
-so that every row gives up the same share of its sum. Its code finds alpha by bisection until the number dropped is about
-right; as that number only grows with alpha, the exact one is reached by dropping the smallest shares of the matrix.
+so that every row gives up the same share of its sum. Its code finds alpha by bisection until the number
+dropped is about right; as that number only grows with alpha, the exact one is reached by dropping the
+smallest shares of the matrix.
 
 Shapes: N matrices of `out` x `in`; `rows` of n that compete.
 """
@@ -62,7 +65,8 @@ def largest(scores: Float[Tensor, "rows n"], count: int) -> Bool[Tensor, "rows n
 
 
 def _largest(scores: Float[Tensor, "rows n"], count: int) -> Bool[Tensor, "rows n"]:
-    """`largest` of one slab: all above the last that stays, and of its equals the first that there is room for."""
+    """`largest` of one slab: all above the last that stays, and of its equals the first that there is room
+    for."""
     scores = scores.masked_fill(scores.isnan(), -torch.inf)
     border = scores.kthvalue(scores.shape[1] - count + 1, dim=1, keepdim=True).values
     above, equal = scores > border, scores == border
@@ -71,7 +75,8 @@ def _largest(scores: Float[Tensor, "rows n"], count: int) -> Bool[Tensor, "rows 
 
 
 def _shares(scores: Float[Tensor, "... in"]) -> Float[Tensor, "... in"]:
-    """The share of its row's sum that is given up when a score and all below it are; the last of equals first.
+    """The share of its row's sum that is given up when a score and all below it are; the last of equals
+    first.
 
     A row of zeros has NaN everywhere, which counts as lowest: dropping it costs nothing.
     """

@@ -1,12 +1,13 @@
 """Which intermediate neurons of experts stay, and how the others' work is taken over.
 
-An expert answers g W a, with a [I] the activations of its neurons for a token and g the gate. With C = sum g^2 a a^T over its
-tokens, leaving out the neurons R costs the least, |W_R a_R|^2 and all that the neurons K that stay cannot make up for, when
+An expert answers g W a, with a [I] the activations of its neurons for a token and g the gate. With C = sum
+g^2 a a^T over its tokens, leaving out the neurons R costs the least, |W_R a_R|^2 and all that the neurons K
+that stay cannot make up for, when
 
     W'_K  =  W_K + W_R C_RK (C_KK + lambda I)^-1
 
-(the least squares of MoDeGPT, arXiv 2408.09632, drawn towards W instead of towards zero: nothing gone, nothing changed). Scores
-here rank neurons once; `obs.py` chooses and refits at once.
+(the least squares of MoDeGPT, arXiv 2408.09632, drawn towards W instead of towards zero: nothing gone,
+nothing changed). Scores here rank neurons once; `obs.py` chooses and refits at once.
 
 Shapes: N experts of a group, H hidden values, I neurons, K of them kept, R rows of gate and up (I or 2 I).
 """
@@ -33,7 +34,8 @@ def camera_energy(
 
 
 def wanda(down: Float[Tensor, "N H I"], squares: Float[Tensor, "N I"]) -> Float[Tensor, "N I"]:
-    """Wanda's metric (arXiv 2306.11695) for a whole column: sum_i |W_ik| |a_k|, with `squares` the means of a_k^2."""
+    """Wanda's metric (arXiv 2306.11695) for a whole column: sum_i |W_ik| |a_k|, with `squares` the means
+    of a_k^2."""
     return down.float().abs().sum(1) * squares.sqrt()
 
 
@@ -65,14 +67,16 @@ def select(tensor: Shaped[Tensor, "N ..."], kept: Int[Tensor, "N K"], dim: int) 
 def select_rows(
     up: Shaped[Tensor, "R H"], kept: Int[Tensor, " K"], width: int
 ) -> Shaped[Tensor, "parts K H"]:
-    """The rows of one expert's `up` that lead to the neurons `kept` of `width`: of gate and up, or of up alone."""
+    """The rows of one expert's `up` that lead to the neurons `kept` of `width`: of gate and up, or of up
+    alone."""
     return up.unflatten(0, (-1, width))[:, kept]
 
 
 def refit(
     down: Float[Tensor, "N H I"], hessians: Float[Tensor, "N I I"], kept: Int[Tensor, "N K"], damping: float
 ) -> tuple[Float[Tensor, "N H K"], dict[int, float]]:
-    """`down` on the neurons `kept` alone, by the Hessians C; and whose damping had to be raised (see `damped_factors`)."""
+    """`down` on the neurons `kept` alone, by the Hessians C; and whose damping had to be raised (see
+    `damped_factors`)."""
     down = down.float()
     removed = _others(kept, down.shape[2])
     rows = select(hessians, kept, 1)

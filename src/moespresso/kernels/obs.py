@@ -1,12 +1,14 @@
-"""In which order the neurons of an expert can be spared, and what is lost on the way: Optimal Brain Surgeon for whole columns.
+"""In which order the neurons of an expert can be spared, and what is lost on the way: Optimal Brain Surgeon
+for whole columns.
 
-An expert answers g W a, with a [I] the activations of its neurons for a token and g the gate. With C the mean of g^2 a a^T, the
-neurons R of W that cost the least are those whose loss, after all others K have made up for it as well as they can, is smallest:
+An expert answers g W a, with a [I] the activations of its neurons for a token and g the gate. With C the mean
+of g^2 a a^T, the neurons R of W that cost the least are those whose loss, after all others K have made up for
+it as well as they can, is smallest:
 
     tr(W_R [(C + lambda I)^-1]_RR^-1 W_R^T)
 
-which for a single one is sum_i W_ik^2 / [(C + lambda I)^-1]_kk. A few go at a time, the others take over, and so on: the
-losses add up, so one walk from the full width says what every narrower one would lose.
+which for a single one is sum_i W_ik^2 / [(C + lambda I)^-1]_kk. A few go at a time, the others take over, and
+so on: the losses add up, so one walk from the full width says what every narrower one would lose.
 
 Shapes: N experts of a group, H hidden values, I neurons, m of them removed in a turn.
 """
@@ -38,8 +40,8 @@ def removal_order(
 def remove(
     down: Float[Tensor, "N H I"], hessians: Float[Tensor, "N I I"], damping: float, counts: Sequence[int]
 ) -> tuple[Int[Tensor, "N I"], Float[Tensor, "N turns"], dict[int, float]]:
-    """The neurons of `down` in the order in which they go, those that stay at the end; what is lost by the end of each turn,
-    which takes so many of them as `counts` says; and whose damping was raised."""
+    """The neurons of `down` in the order in which they go, those that stay at the end; what is lost by the
+    end of each turn, which takes so many of them as `counts` says; and whose damping was raised."""
     weights_NHI, (count, _, width) = down.float().clone(), down.shape
     upper, _, raised = damped_factors(hessians.flip(1, 2), damping)
     inverse_NII = torch.cholesky_inverse(upper.flip(1, 2))
@@ -66,8 +68,8 @@ def portions(total: int, turns: int) -> list[int]:
 def _take_over(
     weights: Float[Tensor, "N H I"], inverse: Float[Tensor, "N I I"], removed: Int[Tensor, "N m"]
 ) -> Float[Tensor, " N"]:
-    """Set the neurons `removed` to zero and let the others make up for it, in place; the inverse becomes that of the others.
-    What that costs."""
+    """Set the neurons `removed` to zero and let the others make up for it, in place; the inverse becomes
+    that of the others. What that costs."""
     rows_NmI, columns_NHm = select(inverse, removed, 1), select(weights, removed, 2)
     solved = torch.linalg.solve(select(rows_NmI, removed, 2), torch.cat([rows_NmI, columns_NHm.mT], 2))
     gain_NmI, price_NmH = solved.split([rows_NmI.shape[2], weights.shape[1]], 2)

@@ -1,15 +1,16 @@
 """The routed experts of one layer as matrices, with the tokens that reach each of them.
 
-Hessians are means over what an expert is really given: H = sum c^2 x x^T / sum c^2, with c = 1, or the gate for what
-reaches the down projection, since its output is multiplied with that. All are computed from the tokens on demand, for as
-many experts at once as the caller's memory allows; nothing is kept.
+Hessians are means over what an expert is really given: H = sum c^2 x x^T / sum c^2, with c = 1, or the gate
+for what reaches the down projection, since its output is multiplied with that. All are computed from the
+tokens on demand, for as many experts at once as the caller's memory allows; nothing is kept.
 
-An expert is computed in the precision of the tokens it is given, whatever that of its weights: the products of a run in 16
-bits stay in 16 bits, and who asks in float32 is answered in float32. Squares, products and sums of what comes out are float32:
-float16 ends at 65504, and a few hundred squared are beyond it.
+An expert is computed in the precision of the tokens it is given, whatever that of its weights: the products
+of a run in 16 bits stay in 16 bits, and who asks in float32 is answered in float32. Squares, products and
+sums of what comes out are float32: float16 ends at 65504, and a few hundred squared are beyond it.
 
-Shapes: E experts, N of them in a group; T tokens, k experts for each, n tokens of one expert; H hidden values, I neurons, R rows
-of gate and up (2 I with the gate in the first half, or I without one); W values of what an expert is given.
+Shapes: E experts, N of them in a group; T tokens, k experts for each, n tokens of one expert; H hidden
+    values, I neurons, R rows of gate and up (2 I with the gate in the first half, or I without one); W values
+    of what an expert is given.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ HESSIAN_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class RoutedExperts:
-    """The experts' matrices `up` (gate and up) and `down`; the tokens `hidden`, in the compute precision, of which each goes to
-    the experts `index` by `weights` (float32).
+    """The experts' matrices `up` (gate and up) and `down`; the tokens `hidden`, in the compute precision, of
+    which each goes to the experts `index` by `weights` (float32).
 
-    `module` is the experts' own, for its activation. With `everyone` every expert counts as given every token.
+    `module` is the experts' own, for its activation. With `everyone` every expert counts as given every
+    token.
     """
 
     up: Float[Tensor, "E R H"]
@@ -69,8 +71,8 @@ class RoutedExperts:
 
     @cached_property
     def column_squares(self) -> Float[Tensor, "E I"]:
-        """The squared lengths of the columns of all down projections: expert by expert, since a layer in 16 bits is not to be
-        held in float32."""
+        """The squared lengths of the columns of all down projections: expert by expert, since a layer in
+        16 bits is not to be held in float32."""
         return torch.cat([each.float().square().sum(1) for each in self.down.split(1)])
 
     @cached_property
@@ -96,7 +98,8 @@ class RoutedExperts:
     def inner(
         self, expert: int, hidden: Float[Tensor, "n H"], up: Float[Tensor, "R H"]
     ) -> Float[Tensor, "n I"]:
-        """What the down projection of an expert is given for tokens, with `up` as its weights; in the precision of the tokens."""
+        """What the down projection of an expert is given for tokens, with `up` as its weights; in the
+        precision of the tokens."""
         return self._within(self._act(self._mixed(hidden, up)))
 
     def _mixed(self, hidden: Float[Tensor, "n H"], up: Float[Tensor, "R H"]) -> Float[Tensor, "n R"]:
@@ -121,14 +124,15 @@ class RoutedExperts:
     def hessians_inner(
         self, experts: range, up: Float[Tensor, "N R H"], *, by_gate: bool
     ) -> Float[Tensor, "N I I"]:
-        """Mean a a^T of what the down projections of `experts` are given with `up` as their weights, weighted by the square of
-        the gate with `by_gate`."""
+        """Mean a a^T of what the down projections of `experts` are given with `up` as their weights,
+        weighted by the square of the gate with `by_gate`."""
         return torch.stack(
             [_hessian(inner, gates if by_gate else None) for inner, gates in self._inner(experts, up)]
         )
 
     def squares_in(self, experts: range, *, by_gate: bool) -> Float[Tensor, "N H"]:
-        """Means of the squares of what each of `experts` is given: the diagonals of `hessians_in`; or weighted by the gate."""
+        """Means of the squares of what each of `experts` is given: the diagonals of `hessians_in`; or
+        weighted by the gate."""
         rows = [self.rows(expert) for expert in experts]
         return torch.stack(
             [_squares(self.hidden[tokens], gates if by_gate else None) for tokens, gates in rows]
@@ -137,7 +141,8 @@ class RoutedExperts:
     def squares_inner(
         self, experts: range, up: Float[Tensor, "N R H"], *, by_gate: bool
     ) -> Float[Tensor, "N I"]:
-        """Means of the squares of what the down projections of `experts` are given: the diagonals of `hessians_inner`."""
+        """Means of the squares of what the down projections of `experts` are given: the diagonals of
+        `hessians_inner`."""
         return torch.stack(
             [_squares(inner, gates if by_gate else None) for inner, gates in self._inner(experts, up)]
         )
@@ -163,8 +168,8 @@ class RoutedExperts:
             yield self.inner(expert, self.hidden[tokens], weights), gates
 
     def squared_slopes(self, experts: range, up: Float[Tensor, "N R H"]) -> Float[Tensor, "N R"]:
-        """How sharply the outputs move with each row of `up`: means over all tokens of the square of the gate times the
-        derivative of the neuron that the row leads into."""
+        """How sharply the outputs move with each row of `up`: means over all tokens of the square of the
+        gate times the derivative of the neuron that the row leads into."""
         means: list[Tensor] = []
         for weights, expert in zip(up, experts, strict=True):
             tokens, gates = self.rows(expert)

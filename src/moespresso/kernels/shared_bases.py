@@ -1,11 +1,13 @@
 """Bases that the experts of a layer share: W_e ~ A_e sum_m alpha_em B_m (MoBE, arXiv 2508.05257).
 
-    minimise  sum_e  tr(D_e (W_e - A_e B(alpha_e)) C (W_e - A_e B(alpha_e))^T D_e)     B(alpha_e) = sum_m alpha_em B_m
+    minimise  sum_e  tr(D_e (W_e - A_e B(alpha_e)) C (W_e - A_e B(alpha_e))^T D_e)     B(alpha_e) = sum_m
+              alpha_em B_m
 
-with C the Hessian of what the experts are given and D_e the importance of an expert's rows (both may be unknown: 1). A round
-takes one step along each alpha, a few steps of conjugate gradients towards the best bases (their normal equations have m r
-unknowns a column: too many to hold), and then the best A. Such rounds creep, so the next does not start from the last but from
-a little farther the same way (Nesterov's, arXiv 1810.05846), and where that led uphill, from the best once more.
+with C the Hessian of what the experts are given and D_e the importance of an expert's rows (both may be
+unknown: 1). A round takes one step along each alpha, a few steps of conjugate gradients towards the best
+bases (their normal equations have m r unknowns a column: too many to hold), and then the best A. Such rounds
+creep, so the next does not start from the last but from a little farther the same way (Nesterov's, arXiv
+1810.05846), and where that led uphill, from the best once more.
 
 Everything is float32 but the equations of each A, a few experts at a time.
 
@@ -37,7 +39,8 @@ BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Rounds at most, the seed of the bases, and relative damping, which only settles what the data leave open (as in `low_rank`)."""
+    """Rounds at most, the seed of the bases, and relative damping, which only settles what the data leave
+    open (as in `low_rank`)."""
 
     rounds: int = 60
     seed: int = 0
@@ -59,9 +62,10 @@ def fit(
 ) -> Fit:
     """Factors A, `count` bases B and shares alpha with W_e ~ A_e sum_m alpha_em B_m.
 
-    `hessian` is that of all experts' inputs, `importance` multiplies what a row is off by. The first of the bases is the best
-    single one, the others start at random and unused; all have a mean square of one. The result is never worse (under the damped
-    Hessian) than after fewer rounds: what did not come out, or is no number, is left.
+    `hessian` is that of all experts' inputs, `importance` multiplies what a row is off by. The first of the
+    bases is the best single one, the others start at random and unused; all have a mean square of one. The
+    result is never worse (under the damped Hessian) than after fewer rounds: what did not come out, or is no
+    number, is left.
     """
     rows = torch.ones_like(weights[..., 0]) if importance is None else importance
     # Where no row moves anything, all are alike.
@@ -130,7 +134,8 @@ def _onto(
 
 
 def _single(target: Float[Tensor, "E O I"], rank: int) -> tuple[Float[Tensor, "E O r"], Float[Tensor, "r I"]]:
-    """The one basis that is best for all experts, and their factors of about unit size; both have what matters most first."""
+    """The one basis that is best for all experts, and their factors of about unit size; both have what
+    matters most first."""
     gram_II = sum(each.mT @ each for some in _runs(target) for each in target[some].double())
     values, vectors = torch.linalg.eigh(gram_II)
     values_r, vectors_Ir = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
@@ -189,7 +194,8 @@ def _nearer_shares(
     gram: Float[Tensor, "n r r"],
     pull: Float[Tensor, "n r I"],
 ) -> Float[Tensor, "n m"]:
-    """`shares` one step on, as far as it goes downhill: `squares` are B_m B_m^T, `gram` is A_e^T A_e, `pull` A_e^T W_e."""
+    """`shares` one step on, as far as it goes downhill: `squares` are B_m B_m^T, `gram` is A_e^T A_e,
+    `pull` A_e^T W_e."""
     slope_nm = torch.einsum("mri,eri->em", bases, pull - gram @ _mixed(shares, bases))
     along_nm = slope_nm / torch.einsum("ers,mrs->em", gram, squares).clamp(min=_tiny(gram))
     moved_nrI = _mixed(along_nm, bases)
@@ -203,8 +209,8 @@ def _best_left(
     bases: Float[Tensor, "m r I"],
     shares: Float[Tensor, "E m"],
 ) -> tuple[Float[Tensor, "E O r"], float]:
-    """The best A for each expert's mixed basis, and what is then off, squared and summed. What the equations leave open stays
-    as in `left`."""
+    """The best A for each expert's mixed basis, and what is then off, squared and summed. What the
+    equations leave open stays as in `left`."""
     best_EOr, loss = torch.empty_like(left), 0.0
     for some in _runs(target):
         target_nOI, mixed_nrI = target[some].double(), _mixed(shares[some], bases).double()

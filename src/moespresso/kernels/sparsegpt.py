@@ -1,19 +1,22 @@
-"""SparseGPT: weights are set to zero one column after another, and what is still to come makes up for the errors so far.
+"""SparseGPT: weights are set to zero one column after another, and what is still to come makes up for the
+    errors so far.
 
 As in `gptq.py` (read its story first), with e = w - q and H = R R^T (R upper triangular) the output error is
 
     e H e^T  =  sum_j R_jj^2 (e_j + sum_{i<j} e_i R_ij / R_jj)^2
 
-so what stays of column j becomes w_j + sum_{i<j} e_i R_ij / R_jj and costs nothing, and what is pruned costs R_jj^2
-times the square of that. This is the published algorithm (arXiv 2301.00774) without inverses: its U with H^-1 = U^T U
-is R^-1, and its score (v_c / U_cc)^2 is v_c^2 R_cc^2. There v are the weights after all corrections so far, the least
-squares optimum of the columns still to come; those of a span b are w + f R_bb^-1 with f_j = sum_{i<b} e_i R_ij.
+so what stays of column j becomes w_j + sum_{i<j} e_i R_ij / R_jj and costs nothing, and what is pruned costs
+R_jj^2 times the square of that. This is the published algorithm (arXiv 2301.00774) without inverses: its U
+with H^-1 = U^T U is R^-1, and its score (v_c / U_cc)^2 is v_c^2 R_cc^2. There v are the weights after all
+corrections so far, the least squares optimum of the columns still to come; those of a span b are w + f
+R_bb^-1 with f_j = sum_{i<b} e_i R_ij.
 
-A mask is chosen for a span of columns at once: the m of a pattern in each row, or a block of all rows. Where what stays
-is rounded too, that happens on the way, so that the same columns make up for both. All N matrices of a layer advance
-together.
+A mask is chosen for a span of columns at once: the m of a pattern in each row, or a block of all rows. Where
+what stays is rounded too, that happens on the way, so that the same columns make up for both. All N matrices
+of a layer advance together.
 
-Shapes: N matrices, O outputs, I inputs, G groups of inputs, n columns of a span. Inside, matrices lie column by column: N x I x O.
+Shapes: N matrices, O outputs, I inputs, G groups of inputs, n columns of a span. Inside, matrices lie column
+    by column: N x I x O.
 """
 
 from __future__ import annotations
@@ -35,9 +38,11 @@ class Settings:
     """How a SparseGPT is solved.
 
     damping: share of the mean of each diagonal that is added to it.
-    block: columns whose errors reach the columns behind them in one product, and whose weights compete where the format
-        has no pattern: each block then keeps its part of the density, and the matrix exactly as many as `masks.keep_largest`.
-    code: round what stays to this integer grid on the way. The codes then decode to the weights that are returned.
+    block: columns whose errors reach the columns behind them in one product, and whose weights compete where
+        the format has no pattern: each block then keeps its part of the density, and the matrix exactly as
+        many as `masks.keep_largest`.
+    code: round what stays to this integer grid on the way. The codes then decode to the weights that are
+        returned.
     dtype: of the scales of `code`.
     halves: matrices that lie one below the other in each of the weights (gate and up), which do not compete.
     """
@@ -58,10 +63,11 @@ def solve(
     format: Format,
     settings: Settings = DEFAULT,
 ) -> tuple[Float[Tensor, "N O I"], Bool[Tensor, "N O I"], QuantizedWeights | None, Warnings]:
-    """Prune `weights` under `hessians` (means or sums): weights in float32, which of them stayed, and their codes.
+    """Prune `weights` under `hessians` (means or sums): weights in float32, which of them stayed, and their
+    codes.
 
-    Needs about the memory of four more `hessians` and four more `weights` in float32: give it fewer matrices at once
-    where that is too much.
+    Needs about the memory of four more `hessians` and four more `weights` in float32: give it fewer matrices
+    at once where that is too much.
     """
     dead = int((hessians.diagonal(dim1=1, dim2=2) == 0).sum())
     hessians, nonfinite = finite_or_identity(hessians)
@@ -108,7 +114,8 @@ class _Grid:
     def round(
         self, column: int, target: Float[Tensor, "N O"], stays: Bool[Tensor, "N O"]
     ) -> Float[Tensor, "N O"]:
-        """Give a column the values nearest to `target`, and the pruned the one that means 0; return weights."""
+        """Give a column the values nearest to `target`, and the pruned the one that means 0; return
+        weights."""
         group = column // (self.format.group_size or self.values.shape[1])
         scale, zero = self.scale[:, group], self.zero[:, group].float()
         values = (target / scale.float()).add_(zero).round_().clamp_(0, levels(self.format) - 1)
@@ -123,8 +130,8 @@ class _Grid:
 
 @dataclass(slots=True, eq=False)
 class _Columns:
-    """Weights, which become the new ones as they are settled, errors and mask; R_ij / R_jj as `feedback` to column j from
-    column i, 0 on the diagonal; and R_jj^2 as `pivots`."""
+    """Weights, which become the new ones as they are settled, errors and mask; R_ij / R_jj as `feedback`
+    to column j from column i, 0 on the diagonal; and R_jj^2 as `pivots`."""
 
     weights: Float[Tensor, "N I O"]
     error: Float[Tensor, "N I O"]
@@ -153,7 +160,8 @@ class _Columns:
         return torch.baddbmm(target, self.feedback[:, to, source], self.error[:, source])
 
     def scores(self, part: slice, target: Float[Tensor, "N n O"]) -> Float[Tensor, "N n O"]:
-        """What pruning would cost each weight of the columns `part`: v^2 R_jj^2, v corrected for errors before `part`."""
+        """What pruning would cost each weight of the columns `part`: v^2 R_jj^2, v corrected for errors
+        before `part`."""
         moved, local = target - self.weights[:, part], self.feedback[:, part, part]
         moved = torch.linalg.solve_triangular(local, moved, upper=False, unitriangular=True)
         return moved.add_(self.weights[:, part]).square_().mul_(self.pivots[:, part].unsqueeze(-1))

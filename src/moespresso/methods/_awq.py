@@ -1,12 +1,14 @@
 """Where factors can be moved without any effect: from a norm into all that reads it, and from up into down.
 
-    readers (x n)  =  (readers diag(n / n')) (x n')          down (act(g) * u)  =  (down diag(t)) (act(g) * u / t)
+    readers (x n)  =  (readers diag(n / n')) (x n')          down (act(g) * u)  =  (down diag(t)) (act(g) * u
+                   / t)
 
-Nothing is known of families by name. The feed-forward part is run on a few random tokens with its experts silent; whatever
-is given the very tensor that the part was given, and has a matrix as wide, is taken for a reader. Then all of them are
-scaled by random powers of two, which floating point does exactly (in float32, that is: float16 rounds what is below 6e-5): where the scaled part does not say exactly the same, it
-reads its input in some other way, and `UnknownEntrance` says so. The same trial tells a norm that multiplies by its weight from one
-that multiplies by 1 + w, and a plain product of gate and up from one that is cut off.
+Nothing is known of families by name. The feed-forward part is run on a few random tokens with its experts
+silent; whatever is given the very tensor that the part was given, and has a matrix as wide, is taken for a
+reader. Then all of them are scaled by random powers of two, which floating point does exactly (in float32,
+that is: float16 rounds what is below 6e-5): where the scaled part does not say exactly the same, it reads its
+input in some other way, and `UnknownEntrance` says so. The same trial tells a norm that multiplies by its
+weight from one that multiplies by 1 + w, and a plain product of gate and up from one that is cut off.
 
 `narrowed` is the search for ranges that goes with it: the one of least output error, group by group.
 """
@@ -25,7 +27,7 @@ from torch.func import functional_call
 from moespresso.core.format import Format
 from moespresso.formats import Grid, chosen, decode, encode, in_groups, spanned
 from moespresso.model import observing
-from moespresso.runtime import Branch, NotResidual, find_anatomy
+from moespresso.runtime import BranchParts, NotResidual, find_anatomy
 
 _TOKENS = 16
 # Larger than any bound at which a family cuts off what goes through its experts.
@@ -41,15 +43,16 @@ class UnknownEntrance(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Entrance:
-    """What stands before the experts of a layer: the parameter of the `norm`, [H], and those of all other `readers` of its
-    output, [*, H], by their names in the layer."""
+    """What stands before the experts of a layer: the parameter of the `norm`, [H], and those of all other
+    `readers` of its output, [*, H], by their names in the layer."""
 
     norm: str
     readers: tuple[str, ...]
 
 
 def find_entrance(layer: nn.Module, experts: Any) -> Entrance:
-    """The norm before `experts` and all that reads its output beside them; raises `UnknownEntrance` where that cannot be told."""
+    """The norm before `experts` and all that reads its output beside them; raises `UnknownEntrance` where
+    that cannot be told."""
     try:
         branch = find_anatomy(layer).mlp
     except NotResidual as error:
@@ -65,7 +68,8 @@ def find_entrance(layer: nn.Module, experts: Any) -> Entrance:
 
 
 def is_product(experts: Any, width: int) -> bool:
-    """Whether what reaches down, `width` wide, is the answer to the gate times up, each in its half, and nothing else."""
+    """Whether what reaches down, `width` wide, is the answer to the gate times up, each in its half, and
+    nothing else."""
     if not experts.has_gate or experts.has_bias:
         return False
     like = experts.down_proj[:0].float()
@@ -84,7 +88,7 @@ def _multiplies(norm: nn.Module, name: str) -> bool:
     return torch.equal(scaled, plain * factors)
 
 
-def _readers(layer: nn.Module, branch: Branch, experts: Any, norm: Tensor) -> tuple[str, ...]:
+def _readers(layer: nn.Module, branch: BranchParts, experts: Any, norm: Tensor) -> tuple[str, ...]:
     bodies = [branch.body, *(name for name, _ in branch.beside)]
     norm = norm.float()
     hidden, factors = _random(1, _TOKENS, len(norm), like=norm), _powers(len(norm), norm)
@@ -171,8 +175,8 @@ def _is_that(given: Any, hidden: Tensor) -> bool:
 
 
 def narrowed(weights: Tensor, hessians: Tensor, format: Format, dtype: torch.dtype) -> Grid:
-    """Grids of `weights` [N, out, in] on ranges that are narrowed until e H e^T of each group by itself is least: H is the
-    group's block of `hessians` [N, in, in], e its error."""
+    """Grids of `weights` [N, out, in] on ranges that are narrowed until e H e^T of each group by itself is
+    least: H is the group's block of `hessians` [N, in, in], e its error."""
     found = [_narrowed(*one, format, dtype) for one in zip(weights.split(1), hessians, strict=True)]
     return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
 

@@ -13,10 +13,11 @@ from moespresso.effect import Remains, is_stack
 
 
 def keep_count(settings: Any, layer: LayerSpec, *, even: bool = True) -> int:
-    """Experts to keep in `layer` by `keep` or `ratio` (a quarter goes when neither is said), a multiple of its groups.
+    """Experts to keep in `layer` by `keep` or `ratio` (a quarter goes when neither is said), a multiple of
+    its groups.
 
-    Raises `UserError` for more than there are, for fewer than the router works with, and, where all layers are to be
-    `even`, for what does not divide into its groups.
+    Raises `UserError` for more than there are, for fewer than the router works with, and, where all layers
+    are to be `even`, for what does not divide into its groups.
     """
     if settings.keep is not None:
         wanted = settings.keep
@@ -39,7 +40,8 @@ def keep_count(settings: Any, layer: LayerSpec, *, even: bool = True) -> int:
 def outlined(
     settings: Any, source: Blueprint, left: Remains, *, repair: str | None = None
 ) -> dict[Unit, Treatment]:
-    """Treatments of the right size, before anything is measured: the lowest numbers of every group are kept."""
+    """Treatments of the right size, before anything is measured: the lowest numbers of every group are
+    kept."""
     treatments: dict[Unit, Treatment] = {}
     for layer in source.moe_layers:
         if layer.index not in left.experts:
@@ -55,7 +57,8 @@ def outlined(
 
 
 def refuse_skipped(kind: str, blueprint: Blueprint) -> None:
-    """Raise `UserError` where experts are gone behind a router that still selects them: numbers have parted there."""
+    """Raise `UserError` where experts are gone behind a router that still selects them: numbers have
+    parted there."""
     for layer in blueprint.moe_layers:
         if layer.skipped:
             raise UserError(
@@ -67,7 +70,8 @@ def refuse_skipped(kind: str, blueprint: Blueprint) -> None:
 def refuse_widths(
     kind: str, blueprint: Blueprint, cure: str = "do this step before the one with per_expert=true"
 ) -> None:
-    """Raise `UserError` where experts of a layer differ in width, for a step that makes one of several or treats all alike."""
+    """Raise `UserError` where experts of a layer differ in width, for a step that makes one of several or
+    treats all alike."""
     for layer in blueprint.moe_layers:
         if layer.widths:
             raise UserError(
@@ -77,8 +81,8 @@ def refuse_widths(
 
 
 def need_experts(kind: str, blueprint: Blueprint, *, alone: bool = False) -> None:
-    """Raise `UserError` where there are no routed experts, or none whose matrices are stored as they are in memory (`alone`: by
-    themselves), for a step that changes these."""
+    """Raise `UserError` where there are no routed experts, or none whose matrices are stored as they are
+    in memory (`alone`: by themselves), for a step that changes these."""
     if not blueprint.moe_layers:
         raise UserError(f"{kind}: {blueprint.place} has no routed experts to treat: it is a dense model")
     for entry in blueprint.entries:

@@ -1,9 +1,10 @@
-"""What Layer Drop and Block Drop share: candidates, the order of similarity, and the greedy search on true KL.
+"""What Layer Drop and Block Drop share: candidates, the order of similarity, and the greedy search on true
+KL.
 
-A candidate is what goes together: one branch of a layer, a block, or a run of blocks.
-`greedy` removes one candidate after the other, each time the one whose loss the whole model feels least, and then
-goes once through its choice: would another candidate in the place of one of them be better still? The judge answers
-for all candidates of a round at once, with one pass over the layers (`stream.sweep_variants`).
+A candidate is what goes together: one branch of a layer, a block, or a run of blocks. `greedy` removes one
+candidate after the other, each time the one whose loss the whole model feels least, and then goes once
+through its choice: would another candidate in the place of one of them be better still? The judge answers for
+all candidates of a round at once, with one pass over the layers (`stream.sweep_variants`).
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from moespresso.core.plan import Treatment
 from moespresso.core.unit import Unit
 from moespresso.model import quirks
 
-Repair = Literal["none", "bias", "scale", "linear"]
+RepairChoice = Literal["none", "bias", "scale", "linear"]
 T = TypeVar("T", bound=Hashable)
 
 
-def treatment(repair: Repair) -> Treatment:
+def treatment(repair: RepairChoice) -> Treatment:
     """The treatment of what goes."""
     return Treatment(drop=True, repair=None if repair == "none" else repair)
 
@@ -66,7 +67,8 @@ def _depth(key: object) -> int:
 def greedy(
     candidates: Mapping[Unit, Candidate], count: int, judge: Losses
 ) -> tuple[dict[Unit, float], list[str]]:
-    """The `count` candidates to remove, each with the KL after its removal, in order; and what the swaps did."""
+    """The `count` candidates to remove, each with the KL after its removal, in order; and what the swaps
+    did."""
     chosen: dict[Unit, float] = {}
     while len(chosen) < count:
         rest = [unit for unit in candidates if unit not in chosen]

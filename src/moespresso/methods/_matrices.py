@@ -1,7 +1,8 @@
-"""What all steps share that treat single matrices: which parts of a model they take, and which they leave alone.
+"""What all steps share that treat single matrices: which parts of a model they take, and which they leave
+alone.
 
-Routed experts are taken by default; routers, norms and embeddings never are. A step says with which format each matrix is
-left; on text, it also answers for the layers it is shown (`_on_text.py`).
+Routed experts are taken by default; routers, norms and embeddings never are. A step says with which format
+each matrix is left; on text, it also answers for the layers it is shown (`_on_text.py`).
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class OnMatrices(Treats):
     """Settings of every step that treats single matrices.
 
     parts: what is treated, joined by +: experts, shared, attention, dense, head.
-    exclude: parts or projections of layers to leave alone, joined by + (patterns on addresses: L0.*, L3.experts.down).
+    exclude: parts or projections of layers to leave alone, joined by + (patterns on addresses: L0.*,
+        L3.experts.down).
     """
 
     kind: ClassVar[str] = ""
@@ -90,7 +92,8 @@ class OnMatrices(Treats):
 
     @property
     def instead_of_stacks(self) -> str:
-        """What to do where a layer has one tensor of all experts; nothing where that can be treated, since it stays plain."""
+        """What to do where a layer has one tensor of all experts; nothing where that can be treated, since
+        it stays plain."""
         return _OTHERWISE
 
     def check(self, blueprint: Blueprint) -> None:
@@ -123,8 +126,8 @@ class OnMatrices(Treats):
             self._check_whole(chosen, blueprint)
 
     def _instead(self, fused: Entry, blueprint: Blueprint) -> str:
-        """What this step can do on a model that has its experts of a layer in one tensor: as another of its forms, or to
-        attention where it takes that, with settings that hold there."""
+        """What this step can do on a model that has its experts of a layer in one tensor: as another of
+        its forms, or to attention where it takes that, with settings that hold there."""
         if is_stack(fused) and self.instead_of_stacks != _OTHERWISE:
             return self.instead_of_stacks
         grouped = "group_size" in {each.name for each in fields(self)}
@@ -140,7 +143,8 @@ class OnMatrices(Treats):
         return _OTHERWISE
 
     def _check_exclude(self, blueprint: Blueprint) -> None:
-        """Every pattern must leave something alone: a misspelt one would otherwise round it without a word."""
+        """Every pattern must leave something alone: a misspelt one would otherwise round it without a
+        word."""
         addresses = {
             address
             for entry in blueprint.entries
@@ -155,7 +159,8 @@ class OnMatrices(Treats):
                 )
 
     def _check_whole(self, chosen: Sequence[Entry], blueprint: Blueprint) -> None:
-        """On text the projections of an expert are solved one after the other, so all of a layer are rounded or none."""
+        """On text the projections of an expert are solved one after the other, so all of a layer are
+        rounded or none."""
         there = [
             entry for entry in blueprint.entries if entry.unit.part == "experts" and self._is_able(entry)
         ]
@@ -215,7 +220,8 @@ class OnMatrices(Treats):
     def _formats(
         self, blueprint: Blueprint, positions: Mapping[int, int] | None = None
     ) -> Iterator[tuple[Entry, Format]]:
-        """Every matrix to treat with its format; `positions` are the layers' numbers where they differ from the blueprint's."""
+        """Every matrix to treat with its format; `positions` are the layers' numbers where they differ
+        from the blueprint's."""
         # Other mixers (Mamba, linear attention) read their weights in their own ways.
         others = {layer.index for layer in blueprint.layers if layer.mixer != "attention"}
         chosen = [

@@ -1,7 +1,8 @@
 """What a step that rounds on text is shown of a layer, and what it answers.
 
-`LayerContext.experts` are the routed experts with their tokens (`measure.routed`), `linears` single matrices with the second
-moments of their inputs. The answer is codes by name, tensors that are replaced as a whole, and what went wrong.
+`LayerContext.experts` are the routed experts with their tokens (`measure.routed`), `linears` single matrices
+with the second moments of their inputs. The answer is codes by name, tensors that are replaced as a whole,
+and what went wrong.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from moespresso.kernels import RoutedExperts
 
 @dataclass(frozen=True, slots=True)
 class LayerContext:
-    """One layer: `formats` of `up` and `down` of its experts and of every linear; `dtypes` that their scales (or what is left
-    of them) are stored in; `channels` that each of its experts keeps, where some go or they differ; `curvature` [E, I] of the model's loss along the
-    output of every channel, for steps that go by gradients (`statistics.GradientMoments`); `missing` [T, H], what the layer's answer to
-    each token that reaches its experts lacks of the original layer's, where that may be something.
+    """One layer: `formats` of `up` and `down` of its experts and of every linear; `dtypes` that their scales
+    (or what is left of them) are stored in; `channels` that each of its experts keeps, where some go or they
+    differ; `curvature` [E, I] of the model's loss along the output of every channel, for steps that go by
+    gradients (`statistics.GradientMoments`); `missing` [T, H], what the layer's answer to each token that
+    reaches its experts lacks of the original layer's, where that may be something.
 
-    `linears` maps a module's name to its weight [out, in] and the mean of x x^T [in, in] of its inputs, `means` to the mean of
-    x [in]. `module` is the layer itself, `layer` its number, `heads` those of its attention. `stored` gives its parameters as they
-    are stored: those of `module` may be in the precision of the run.
+    `linears` maps a module's name to its weight [out, in] and the mean of x x^T [in, in] of its inputs,
+    `means` to the mean of x [in]. `module` is the layer itself, `layer` its number, `heads` those of its
+    attention. `stored` gives its parameters as they are stored: those of `module` may be in the precision of
+    the run.
     """
 
     layer: int
@@ -54,10 +57,11 @@ class LayerContext:
 class LayerResult:
     """What a step found, of all experts in order or of a linear by its module's name.
 
-    `numbers` are what the codec of a matrix's format stores: of `up` (gate and up, one above the other) and `down`, or of `gate`,
-    `up` and `down` apart; of a linear as a stack of one. `weights` are the matrices that stay plain, or what those come to:
-    `up` [E, R, H], `down` [E, H, I], a linear [out, in]. `replaced` are tensors by their name in the layer; `warnings` stands in
-    sentences, `remedies` by expert for those that could not be treated as the others.
+    `numbers` are what the codec of a matrix's format stores: of `up` (gate and up, one above the other) and
+    `down`, or of `gate`, `up` and `down` apart; of a linear as a stack of one. `weights` are the matrices
+    that stay plain, or what those come to: `up` [E, R, H], `down` [E, H, I], a linear [out, in]. `replaced`
+    are tensors by their name in the layer; `warnings` stands in sentences, `remedies` by expert for those
+    that could not be treated as the others.
     """
 
     numbers: dict[str, Any] = field(default_factory=dict[str, Any])

@@ -1,8 +1,9 @@
 """What all steps that prune single weights share: how many go, in which pattern, and where.
 
-`sparsity` is the share that goes (0.5), or n:m (2:4): n of every m neighbouring inputs stay. Routed experts alone are
-pruned by default; shared experts, which see every token, lose far more quality than they weigh (arXiv 2406.02500, table 8).
-Pruned weights are zeros in ordinary files: neither these nor any engine get smaller or faster by that.
+`sparsity` is the share that goes (0.5), or n:m (2:4): n of every m neighbouring inputs stay. Routed experts
+alone are pruned by default; shared experts, which see every token, lose far more quality than they weigh
+(arXiv 2406.02500, table 8). Pruned weights are zeros in ordinary files: neither these nor any engine get
+smaller or faster by that.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class Pruning(OnMatrices):
     """Settings of every step that prunes weights.
 
     sparsity: share of the weights that goes, or N:M (of every M neighbouring inputs N stay).
-    pack: store what stays with a mask, in fewer bytes that only moespresso reads (moespresso.load; --target plugin).
+    pack: store what stays with a mask, in fewer bytes that only moespresso reads (moespresso.load; --target
+        plugin).
     """
 
     verb: ClassVar[tuple[str, str]] = ("prune", "pruned")
@@ -93,7 +95,8 @@ class Pruning(OnMatrices):
         return "say pack=false" if self.pack else ""
 
     def amounts(self, blueprint: Blueprint) -> list[Any]:
-        """This step with every share, least first (for a byte budget); none without `pack`: zeros weigh what weights weigh."""
+        """This step with every share, least first (for a byte budget); none without `pack`: zeros weigh
+        what weights weigh."""
         if self.pack and not self.sparsity.pattern.group_size:
             return [replace(self, sparsity=Sparsity(share / 100)) for share in range(100)]
         why = (
@@ -141,7 +144,8 @@ class PruningOnText(Pruning, OnText):
     sequential: bool = True
 
     def seen(self, experts: RoutedExperts, some: range, up: Tensor | None) -> Tensor:
-        """What is known of the inputs of `some` experts' gate and up, or with their weights `up` [N, R, H] of down's."""
+        """What is known of the inputs of `some` experts' gate and up, or with their weights `up` [N, R, H]
+        of down's."""
         raise NotImplementedError
 
     def of_hessian(self, hessian: Tensor) -> Tensor:
@@ -151,8 +155,8 @@ class PruningOnText(Pruning, OnText):
     def left(
         self, weights: Tensor, seen: Tensor, format: Format, dtype: torch.dtype, halves: int = 1
     ) -> tuple[Tensor | QuantizedWeights, list[tuple[int, str]]]:
-        """What is left of `weights` [N, out, in], and what went wrong with which of them. Each holds so many `halves`, one
-        below the other, that are pruned alike."""
+        """What is left of `weights` [N, out, in], and what went wrong with which of them. Each holds so
+        many `halves`, one below the other, that are pruned alike."""
         raise NotImplementedError
 
     def unseen(self, weights: Tensor, format: Format, dtype: torch.dtype) -> Tensor | QuantizedWeights:

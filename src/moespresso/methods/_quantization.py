@@ -1,7 +1,7 @@
 """What all steps that round weights share: how many bits where, and what of a layer they are shown.
 
-Bits are one number, or differ by projection and part (`gate_up:3+down:4+attention:8`) and by layer (`layers=0:8+31:8`).
-Routed experts alone are rounded by default; routers, norms and embeddings never are.
+Bits are one number, or differ by projection and part (`gate_up:3+down:4+attention:8`) and by layer
+(`layers=0:8+31:8`). Routed experts alone are rounded by default; routers, norms and embeddings never are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ GROUPS = (128, 64, 32)
 
 
 class _Table(str):
-    """A table written as `KEY:VALUE+KEY:VALUE`; text, a number or a mapping makes one, and it is read at once.
+    """A table written as `KEY:VALUE+KEY:VALUE`; text, a number or a mapping makes one, and it is read at
+    once.
 
     `written` says how, for the manual.
     """
@@ -93,7 +94,8 @@ class Quantization(OnMatrices):
     """Settings of every step that rounds weights.
 
     bits: 2, 3, 4 or 8; or by projection and part, such as gate_up:3+down:4.
-    group_size: inputs that share a scale; 0 for one scale per output channel (default: 128, or 64 or 32 where that is needed).
+    group_size: inputs that share a scale; 0 for one scale per output channel (default: 128, or 64 or 32 where
+        that is needed).
     symmetric: a fixed zero in the middle; stock engines load experts in this form only.
     layers: bits of single layers instead, such as 0:8+28-31:4.
     """

@@ -1,9 +1,10 @@
 """Scores of routed experts: how much a model needs each, one function a score.
 
-A score is a function under `@score`: its name is what `expert_drop:score=` says, the first line of its docstring its formula,
-and the statistics that it needs stand in the decorator. Whether it must see text is what those say. It answers with a number
-for every expert of a layer, higher for those that are needed more; what is no number counts as least. A user's own file may
-register one, with a statistic of its own (docs/extending.md).
+A score is a function under `@score`: its name is what `expert_drop:score=` says, the first line of its
+docstring its formula, and the statistics that it needs stand in the decorator. Whether it must see text is
+what those say. It answers with a number for every expert of a layer, higher for those that are needed more;
+what is no number counts as least. A user's own file may register one, with a statistic of its own
+(docs/extending.md).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def _by_rank(stats: Stats, layer: LayerSpec, count: int) -> frozenset[int] | Non
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One score: its function `of` a layer, the statistics that it `needs`, and which experts are `best` by it."""
+    """One score: its function `of` a layer, the statistics that it `needs`, and which experts are `best`
+    by it."""
 
     name: str
     formula: str

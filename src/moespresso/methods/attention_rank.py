@@ -1,12 +1,16 @@
-"""Lower rank within attention heads: fewer dims of queries and keys, fewer of values, after MoDeGPT (arXiv 2408.09632).
+"""Lower rank within attention heads: fewer dims of queries and keys, fewer of values, after MoDeGPT (arXiv
+2408.09632).
 
-    queries, keys     dims stay by |C_Q^(1/2) e_i| |C_K^(1/2) e_i|, with C_Q = W_q C W_q^T, C the moments of the inputs
+    queries, keys     dims stay by |C_Q^(1/2) e_i| |C_K^(1/2) e_i|, with C_Q = W_q C W_q^T, C the moments of
+                      the inputs
     values, outputs   W_o W_v of each head becomes the best of a lower rank under C
-    entropy           layers lose phi = L * ratio * softmax(-s / eps) of it, s = 1 - cosine of a block's input and output
+    entropy           layers lose phi = L * ratio * softmax(-s / eps) of it, s = 1 - cosine of a block's input
+                      and output
 
-Heads that share a key or value keep the same dims, and dims that a rotary embedding turns together stay together. What goes is
-zero in memory, in a model of its stock shape: scores change only by what went, and no engine gets faster. On disk only the rows
-and columns that stay are stored. A norm on queries or keys sees all dims, so these stay whole there.
+Heads that share a key or value keep the same dims, and dims that a rotary embedding turns together stay
+together. What goes is zero in memory, in a model of its stock shape: scores change only by what went, and no
+engine gets faster. On disk only the rows and columns that stay are stored. A norm on queries or keys sees all
+dims, so these stay whole there.
 """
 
 from __future__ import annotations
@@ -157,7 +161,8 @@ class AttentionRank(OnText):
             _check_stored(part, blueprint)
 
     def amounts(self, blueprint: Blueprint) -> list[Any]:
-        """This step with every ratio, least first (for a byte budget); none without `pack`: zeros weigh what weights weigh."""
+        """This step with every ratio, least first (for a byte budget); none without `pack`: zeros weigh
+        what weights weigh."""
         if not self.pack:
             raise UserError(
                 "attention_rank:pack=false leaves zeros, which take as many bytes: use pack=true for --size"
@@ -165,7 +170,8 @@ class AttentionRank(OnText):
         return [replace(self, ratio=share / 100) for share in range(1, 100)]
 
     def outline(self, source: Blueprint, before: Plan) -> Stage:
-        """A stage of the right size, before anything is measured (by entropy: of the size that even shares have)."""
+        """A stage of the right size, before anything is measured (by entropy: of the size that even shares
+        have)."""
         left = remains(before, source)
         layers = [
             layer
@@ -275,7 +281,8 @@ class AttentionRank(OnText):
             _put(context, name, rows.masked_fill(~stay[:, None], 0), result)
 
     def _values(self, context: LayerContext, v: str, o: str, keep: int, result: LayerResult) -> None:
-        """Each head's values and outputs in a basis whose first dims hold the most, zeros where the others were."""
+        """Each head's values and outputs in a basis whose first dims hold the most, zeros where the others
+        were."""
         heads, output = context.heads, context.linears[o][0].float()
         assert heads is not None
         rows, hessian = _with_biases(context, v)
@@ -332,7 +339,8 @@ def _bias(context: LayerContext, name: str) -> Tensor | None:
 
 
 def _with_biases(context: LayerContext, *names: str) -> tuple[Tensor, ...]:
-    """Matrices that read the same, and the Hessian of that; with biases as columns of one more input that is always 1."""
+    """Matrices that read the same, and the Hessian of that; with biases as columns of one more input that
+    is always 1."""
     weights = [context.linears[name][0].float() for name in names]
     biases = [_bias(context, name) for name in names]
     hessian, mean = context.linears[names[0]][1], context.means[names[0]][:, None]

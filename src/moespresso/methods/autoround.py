@@ -1,13 +1,15 @@
 """AutoRound made for experts: how each weight is rounded is learned, for all experts of a layer at once.
 
-    minimise  mean over tokens of |sum_e g_e (E_e(x) - Ê_e(x))|^2     over V in [-1/2, 1/2] and ranges, by signed descent
+    minimise  mean over tokens of |sum_e g_e (E_e(x) - Ê_e(x))|^2     over V in [-1/2, 1/2] and ranges, by
+              signed descent
 
-with the routing as it is. Nearest rounding takes every error for itself; here errors of one expert make up for each other,
-gate, up and down for each other, and the experts that share a token too (SignRound, arXiv 2309.05516). The descent starts
-from the searched grid and follows the signs of the slopes by ever smaller steps; what was best on one fixed sample of the
-tokens is kept, so that sample's error is never above the start's. An answer of least error is too short, though, and that
-adds up from layer to layer: at last the scales of down are lengthened until sum y ŷ = sum y^2 in every channel of the sum
-over experts. Experts that no token reaches are rounded by HQQ.
+with the routing as it is. Nearest rounding takes every error for itself; here errors of one expert make up
+for each other, gate, up and down for each other, and the experts that share a token too (SignRound, arXiv
+2309.05516). The descent starts from the searched grid and follows the signs of the slopes by ever smaller
+steps; what was best on one fixed sample of the tokens is kept, so that sample's error is never above the
+start's. An answer of least error is too short, though, and that adds up from layer to layer: at last the
+scales of down are lengthened until sum y ŷ = sum y^2 in every channel of the sum over experts. Experts that
+no token reaches are rounded by HQQ.
 """
 
 from __future__ import annotations
@@ -132,7 +134,8 @@ class _Descent:
         return total
 
     def shrinkage(self) -> Tensor:
-        """What each channel [H] of the answer must be multiplied with so that sum y ŷ = sum y^2 over the sample."""
+        """What each channel [H] of the answer must be multiplied with so that sum y ŷ = sum y^2 over the
+        sample."""
         up, down = self._up.decoded().unbind(), self._down.decoded().unbind()
         own = found = torch.zeros(len(down[0]), device=self._order.device)
         for tokens in self._judged:

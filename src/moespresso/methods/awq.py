@@ -1,11 +1,14 @@
-"""AWQ made for experts: inputs that carry much are made larger before rounding, so that they are rounded more finely.
+"""AWQ made for experts: inputs that carry much are made larger before rounding, so that they are rounded more
+finely.
 
-    W x  =  (W diag(s)) (x / s),     s = (rms of x)^alpha,     alpha of least  sum_e p_e tr((W_e - Q_e) H_e (W_e - Q_e)^T)
+    W x  =  (W diag(s)) (x / s),     s = (rms of x)^alpha,     alpha of least  sum_e p_e tr((W_e - Q_e) H_e
+         (W_e - Q_e)^T)
 
-with Q = round(W s) / s, H_e the Hessian of the tokens that the router sends to expert e and p_e the sum of their
-squared gates (arXiv 2306.00978). 1/s goes where it costs nothing: all experts of a layer, its router and its shared
-experts read one norm, so they share one s and the norm's weight is divided by it. Between up and down every expert has
-factors and an alpha of its own: up / t, down t. Where a layer lets no factor through (`_awq.py`), it goes without.
+with Q = round(W s) / s, H_e the Hessian of the tokens that the router sends to expert e and p_e the sum of
+their squared gates (arXiv 2306.00978). 1/s goes where it costs nothing: all experts of a layer, its router
+and its shared experts read one norm, so they share one s and the norm's weight is divided by it. Between up
+and down every expert has factors and an alpha of its own: up / t, down t. Where a layer lets no factor
+through (`_awq.py`), it goes without.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ class Awq(Quantization, OnText):
     """Settings of one AWQ.
 
     grid: alphas tried beside 0, up to 1.
-    inputs: scale what all experts of a layer are given; changes the norm, router and shared experts of the layer too.
+    inputs: scale what all experts of a layer are given; changes the norm, router and shared experts of the
+        layer too.
     inner: scale what the down projection of each expert is given.
     clip: narrow each group's range to where the output error is least, rather than the weights' own.
     unbiased: lengthen the scales of each row by what rounding took from its output.
@@ -138,7 +142,8 @@ class Awq(Quantization, OnText):
         return factors[best] if best else None
 
     def _errors(self, context: LayerContext, experts: RoutedExperts, factors: list[Tensor]) -> Tensor:
-        """The error [A] of gate and up of all experts under each of the factors, experts counting by their squared gates."""
+        """The error [A] of gate and up of all experts under each of the factors, experts counting by their
+        squared gates."""
         total = torch.zeros(len(factors), dtype=torch.float64)
         for some in experts.groups():
             weights = experts.up[some.start : some.stop].float()
@@ -150,7 +155,8 @@ class Awq(Quantization, OnText):
         return total
 
     def _own(self, weights: Tensor, hessians: Tensor, format: Format, dtype: torch.dtype) -> Tensor:
-        """The factors [N, I] of least error of what each down projection [N, H, I] is given, 1 where that is nothing."""
+        """The factors [N, I] of least error of what each down projection [N, H, I] is given, 1 where that
+        is nothing."""
         scales = candidates(hessians.diagonal(dim1=1, dim2=2), self.alphas())
         errors = torch.stack([self._error(weights, hessians, scale, format, dtype) for scale in scales])
         return torch.stack([scales[best][number] for number, best in enumerate(errors.argmin(0).tolist())])
@@ -179,12 +185,14 @@ class Awq(Quantization, OnText):
 
 
 def _is_beside(entry: Entry) -> bool:
-    """Whether a tensor belongs to a feed-forward part and to none of its experts: its norm, or what may read that."""
+    """Whether a tensor belongs to a feed-forward part and to none of its experts: its norm, or what may
+    read that."""
     return entry.in_graph and entry.branch == "mlp" and entry.unit.part not in ("experts", "other")
 
 
 def spread(weights: Tensor, hessians: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [N, out, in] times `factors` [in] or [N, in], and Hessians [N, in, in] of inputs divided by them."""
+    """Weights [N, out, in] times `factors` [in] or [N, in], and Hessians [N, in, in] of inputs divided by
+    them."""
     column = factors.unsqueeze(-2)
     return weights * column, hessians / column / column.mT
 
@@ -198,7 +206,8 @@ def candidates(squares: Tensor, alphas: list[float]) -> list[Tensor]:
 
 
 def divided(norm: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """A norm's weight [H] over `scale`, with few enough digits for any dtype, and the factors that this really is.
+    """A norm's weight [H] over `scale`, with few enough digits for any dtype, and the factors that this
+    really is.
 
     Eight digits after all: bfloat16 has no more, and every wider dtype holds those numbers too.
     """

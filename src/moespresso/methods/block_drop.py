@@ -1,7 +1,9 @@
 """Block Drop: remove whole decoder blocks, attention and feed-forward part; the rest is numbered anew.
 
-    cosine  mean cos(input, output) of a block, highest go; with `contiguous`, of the run that goes, across exactly its
-            blocks: cos(h_i, h_{i+n})                                                             arXiv 2406.02500
+    cosine  mean cos(input, output) of a block, highest go; with `contiguous`, of the run that goes, across
+            exactly its
+            blocks: cos(h_i, h_{i+n})                                                             arXiv
+              2406.02500
     kl      true mean token KL of the whole model, greedily with swaps; of every run with `contiguous`
 
 The key-value cache shrinks with the blocks. What goes may be `repair`ed as in Layer Drop.
@@ -21,7 +23,7 @@ from moespresso.core.stats import Stats, indexed
 from moespresso.core.unit import Unit
 from moespresso.effect import remains
 from moespresso.methods._depth import (
-    Repair,
+    RepairChoice,
     check_comparable,
     greedy,
     most_similar,
@@ -46,7 +48,7 @@ class BlockDrop(Searches):
     drop: int = 1
     score: Literal["cosine", "kl"] = "cosine"
     contiguous: bool = False
-    repair: Repair = "none"
+    repair: RepairChoice = "none"
     rows: int = 16
     rescore: bool = True
 
@@ -86,7 +88,8 @@ class BlockDrop(Searches):
         self._check_period(blueprint)
 
     def _check_period(self, blueprint: Blueprint) -> None:
-        """Where layers differ in a pattern that the config can only repeat, whole patterns in a row can go."""
+        """Where layers differ in a pattern that the config can only repeat, whole patterns in a row can
+        go."""
         every, there = blueprint.period, len(blueprint.layers)
         if every == 1 or (self.contiguous and self.drop % every == 0):
             return

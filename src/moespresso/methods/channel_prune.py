@@ -1,14 +1,17 @@
 """Channel pruning: intermediate channels of experts go, and what stays is refitted to answer as before.
 
-    minimise  sum over an expert's tokens of g^2 |W a - W' a_K|^2       g = the gate, a = its channels, K = those that stay
+    minimise  sum over an expert's tokens of g^2 |W a - W' a_K|^2       g = the gate, a = its channels, K =
+              those that stay
 
-Rows of gate and up and columns of down go together, so the result is an ordinary, narrower model. `score=obs` (Optimal Brain Surgeon, the default) picks and refits at once, by what is lost after the others have made
-up for it. Other scores rank once: HEAPr's E[a_k^2] w_k G w_k, with G the mean square of the loss's gradient (arXiv 2509.22299,
-one backward pass), MoDeGPT's leverage (arXiv 2408.09632), CAMERA's energy (arXiv 2508.02322), Wanda's, and that of the weights
-alone. `refit=expert` solves the formula for each expert, in closed form; `refit=layer` for all experts of the layer together,
-so that they also make up for one another (`kernels/neurons.py`, `kernels/joint_refit.py`). Layers are pruned one after the other, each on what the
-pruned ones before let through. `scope=global` takes channels from those layers that lose the least by it, `per_expert=true`
-from those experts.
+Rows of gate and up and columns of down go together, so the result is an ordinary, narrower model. `score=obs`
+(Optimal Brain Surgeon, the default) picks and refits at once, by what is lost after the others have made up
+for it. Other scores rank once: HEAPr's E[a_k^2] w_k G w_k, with G the mean square of the loss's gradient
+(arXiv 2509.22299, one backward pass), MoDeGPT's leverage (arXiv 2408.09632), CAMERA's energy (arXiv
+2508.02322), Wanda's, and that of the weights alone. `refit=expert` solves the formula for each expert, in
+closed form; `refit=layer` for all experts of the layer together, so that they also make up for one another
+(`kernels/neurons.py`, `kernels/joint_refit.py`). Layers are pruned one after the other, each on what the
+pruned ones before let through. `scope=global` takes channels from those layers that lose the least by it,
+`per_expert=true` from those experts.
 """
 
 from __future__ import annotations
@@ -44,13 +47,16 @@ class ChannelPrune(OnText):
 
     ratio: share of every expert's channels that goes.
     width: channels that stay, instead of a ratio.
-    score: `obs` (Optimal Brain Surgeon: least loss after refitting), `heapr` (by gradients of the model's loss), `leverage` (what others cannot tell),
-        `camera`, `wanda`, `magnitude`, or `random`.
-    scope: `layer` takes as much from every layer, `global` where it costs least (layers then differ: --target plugin).
-    per_expert: every expert has a width of its own, so that channels go where they cost least (--target plugin).
+    score: `obs` (Optimal Brain Surgeon: least loss after refitting), `heapr` (by gradients of the model's
+        loss), `leverage` (what others cannot tell), `camera`, `wanda`, `magnitude`, or `random`.
+    scope: `layer` takes as much from every layer, `global` where it costs least (layers then differ: --target
+        plugin).
+    per_expert: every expert has a width of its own, so that channels go where they cost least (--target
+        plugin).
     least: the fewest channels that any expert keeps where they differ, however little the text uses it.
     refit: `expert` (each by itself), `layer` (all experts of a layer together), or `none`.
-    multiple: a ratio's width is rounded up to a multiple of this; engines run multiples of 8, some faster those of 128.
+    multiple: a ratio's width is rounded up to a multiple of this; engines run multiples of 8, some faster
+        those of 128.
     damping: share of the mean second moment that is added to every one in a refit.
     alpha: weight of a channel's highest value in camera's score.
     sweeps: rounds over all experts in refit=layer.
@@ -138,7 +144,8 @@ class ChannelPrune(OnText):
 
     @property
     def _loss(self) -> str:
-        """The measure of what narrower experts lose: with what the others make up for, where these are asked to."""
+        """The measure of what narrower experts lose: with what the others make up for, where these are
+        asked to."""
         return (
             "channels"
             if self.refit == "none" or self.score in ("camera", "wanda", "magnitude", "random")
@@ -187,7 +194,8 @@ class ChannelPrune(OnText):
         return self.width if self.width is not None else before * (1 - (self.ratio or 0))
 
     def amounts(self, blueprint: Blueprint) -> list[Any]:
-        """This step with every width, widest first (for a byte budget); with every ratio where layers differ already."""
+        """This step with every width, widest first (for a byte budget); with every ratio where layers
+        differ already."""
         widths = {layer.width for layer in blueprint.moe_layers} or {1}
         most, least = max(widths), self.least if self.uneven else 1
         step = -(-most // (256 * self.multiple)) * self.multiple
@@ -211,8 +219,8 @@ class ChannelPrune(OnText):
         return Stage(self.describe(), made)
 
     def uneven_outline(self, source: Blueprint, before: Plan) -> Stage:
-        """A stage of widths that an uneven one may come to, for steps after it to be tried on: experts, or layers, with one
-        multiple of channels less beside whole ones."""
+        """A stage of widths that an uneven one may come to, for steps after it to be tried on: experts, or
+        layers, with one multiple of channels less beside whole ones."""
         left = remains(before, source)
         specs = {layer.index: layer for layer in source.moe_layers}
         made: dict[Unit, Treatment] = {}
@@ -369,8 +377,8 @@ class ChannelPrune(OnText):
         return [found[at] for at in range(len(some))]
 
     def _shares(self, context: LayerContext, some: range) -> Tensor:
-        """Damping of `some` experts [N]: as many times what was asked for as an expert keeps channels for each of its tokens,
-        where those are more."""
+        """Damping of `some` experts [N]: as many times what was asked for as an expert keeps channels for
+        each of its tokens, where those are more."""
         assert context.experts is not None
         assert context.channels is not None
         tokens = context.experts.tokens[some.start : some.stop].clamp(min=1).float()

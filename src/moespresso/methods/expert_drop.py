@@ -1,6 +1,7 @@
 """Expert Drop: remove the routed experts a model needs least, and the router rows that lead to them.
 
-Scores, one value per expert j over its routed tokens X_j of N (gate weight g really used, routing score s, answer f):
+Scores, one value per expert j over its routed tokens X_j of N (gate weight g really used, routing score s,
+answer f):
 
     routing          mean over all tokens of s_j                     arXiv 2406.02500 (its Mixtral code)
     routing_topk     the same, counting s_j only where j is selected  (its DeepSeek code)
@@ -13,10 +14,11 @@ Scores, one value per expert j over its routed tokens X_j of N (gate weight g re
     reconstruction   least error of the re-routed output              arXiv 2402.14800
     random           seeded; the control every score must beat
 
-An expert that no token reached scores lowest, but for `routing`, which counts it like any other. Super experts (an answer with a value above both the 99.5th percentile
-of all experts' largest and a tenth of the global largest, first three quarters of the layers; arXiv 2507.23279; and, so that a model
-of few experts does not always have one, ten times the median) are kept unless told otherwise. No layer goes under what its router needs, and group-limited routers lose the same number in
-every group.
+An expert that no token reached scores lowest, but for `routing`, which counts it like any other. Super
+experts (an answer with a value above both the 99.5th percentile of all experts' largest and a tenth of the
+global largest, first three quarters of the layers; arXiv 2507.23279; and, so that a model of few experts does
+not always have one, ten times the median) are kept unless told otherwise. No layer goes under what its router
+needs, and group-limited routers lose the same number in every group.
 """
 
 from __future__ import annotations
@@ -51,11 +53,12 @@ class ExpertDrop(Selects):
     score: how experts are ranked (see the module's docstring).
     gates: the weight that `reap` uses: `model`, the gate really used, or `softmax`, the routing score.
     scope: `layer` removes the same number everywhere; `global` ranks over the whole model (unequal layers).
-    router: `rows` deletes the dropped experts' router rows; `preserve` keeps them and skips their terms (plugin target).
-    replace: `novice` leaves a dropped expert's mean answer in its place, behind a whole router (MoNE, arXiv 2507.00390;
-        plugin target).
-    renormalise: `model` leaves gates as the router makes them; `compensate` scales the routed part by the mean kept
-        routing mass where the router does not renormalise.
+    router: `rows` deletes the dropped experts' router rows; `preserve` keeps them and skips their terms
+        (plugin target).
+    replace: `novice` leaves a dropped expert's mean answer in its place, behind a whole router (MoNE, arXiv
+        2507.00390; plugin target).
+    renormalise: `model` leaves gates as the router makes them; `compensate` scales the routed part by the
+        mean kept routing mass where the router does not renormalise.
     protect_super: never drop super experts (found on text: aimer and random do not know them).
     reverse: drop the best instead, as a control.
     rescore: measure on the model as the earlier steps leave it.
@@ -130,12 +133,14 @@ class ExpertDrop(Selects):
 
     @property
     def _knows_supers(self) -> bool:
-        """Whether super experts are looked for: they show on text, which a score of weights alone does not see."""
+        """Whether super experts are looked for: they show on text, which a score of weights alone does not
+        see."""
         return self.protect_super and self._score.sees_text
 
     @property
     def _repair(self) -> str | None:
-        """What stands in for dropped experts: their mean answer, nothing behind a whole router, or the next best."""
+        """What stands in for dropped experts: their mean answer, nothing behind a whole router, or the
+        next best."""
         if self.replace == "novice":
             return "novice"
         return "skip" if self.router == "preserve" else None
@@ -165,7 +170,8 @@ class ExpertDrop(Selects):
         ]
 
     def outline(self, source: Blueprint, before: Plan) -> Stage:
-        """A stage of the right size, before anything is measured: the lowest numbers of every group are kept."""
+        """A stage of the right size, before anything is measured: the lowest numbers of every group are
+        kept."""
         return Stage(self.describe(), outlined(self, source, remains(before, source), repair=self._repair))
 
     def decide(self, stats: Stats, blueprint: Blueprint) -> Decision:
@@ -274,7 +280,8 @@ class ExpertDrop(Selects):
 
 
 def expert_scores(settings: ExpertDrop, stats: Stats, layer: LayerSpec) -> list[float]:
-    """How much each expert of `layer` is needed, by the settings' score; higher is more, not a number is least."""
+    """How much each expert of `layer` is needed, by the settings' score; higher is more, not a number is
+    least."""
     found = scores()[settings.score].of(stats, layer, settings)
     return [-math.inf if math.isnan(score) else score for score in found]
 
@@ -295,8 +302,9 @@ def super_experts(stats: Stats, blueprint: Blueprint) -> frozenset[Unit]:
 
 
 def kept_mass(stats: Stats, layer: LayerSpec, kept: Sequence[int]) -> float:
-    """Mean softmax mass on the kept experts: the factor that undoes the swelling of gates when the softmax has fewer
-    terms. 1 where gates do not swell: sigmoid routers, and those that renormalise over the selected experts."""
+    """Mean softmax mass on the kept experts: the factor that undoes the swelling of gates when the softmax
+    has fewer terms. 1 where gates do not swell: sigmoid routers, and those that renormalise over the
+    selected experts."""
     if not stats.layer(layer.index, "softmax_gates"):
         return 1.0
     scores = stats.of(layer.index, layer.experts, "score")

@@ -1,16 +1,23 @@
-"""Expert merging: groups of experts become one by a weighted average, so that fewer remain and none is thrown away.
+"""Expert merging: groups of experts become one by a weighted average, so that fewer remain and none is thrown
+away.
 
-    hc_smoe  average-linkage clustering of the experts' mean outputs over all tokens, averaged by how often each is
-             selected; the most selected one of a cluster gives the router's row                    arXiv 2410.08589
-    m_smoe   the most selected experts lead, each other one joins the leader whose router logits are most like its own;
-             neurons are put in line with the leader's first, averaged by selections                arXiv 2310.01334
+    hc_smoe  average-linkage clustering of the experts' mean outputs over all tokens, averaged by how often
+             each is
+             selected; the most selected one of a cluster gives the router's row                    arXiv
+               2410.08589
+    m_smoe   the most selected experts lead, each other one joins the leader whose router logits are most like
+             its own;
+             neurons are put in line with the leader's first, averaged by selections                arXiv
+               2310.01334
     ream     the experts with the highest REAP saliency lead; from the most salient leader on, each fills its
-             group of at most `group`, itself included, with the most similar others (half the cosine of gated outputs, mapped to [0, 1], half that of the
-             routing profiles): most leaders stay alone; neurons put in line, averaged by saliency   arXiv 2604.04356
+             group of at most `group`, itself included, with the most similar others (half the cosine of gated
+             outputs, mapped to [0, 1], half that of the
+             routing profiles): most leaders stay alone; neurons put in line, averaged by saliency   arXiv
+               2604.04356
 
-Putting in line: neurons of an expert are permuted (which changes nothing it computes) so that their weights match the
-leader's best, by a linear assignment. The result is an ordinary checkpoint: rows of the router that led to a member go,
-or are averaged like the members with `router=mean`.
+Putting in line: neurons of an expert are permuted (which changes nothing it computes) so that their weights
+match the leader's best, by a linear assignment. The result is an ordinary checkpoint: rows of the router that
+led to a member go, or are averaged like the members with `router=mean`.
 """
 
 from __future__ import annotations
@@ -48,8 +55,8 @@ class ExpertMerge(Selects):
     router: `leader` keeps the router's row of each group's leader, `mean` averages the rows of its members.
     align: put neurons in line before they are averaged (default: as the method does).
     group: the most experts in one group, its leader included (method=ream).
-    sequential: decide on each layer on the text as the layers before it, already merged, let it through (as published for
-        ream; such a measurement starts afresh when it is interrupted).
+    sequential: decide on each layer on the text as the layers before it, already merged, let it through (as
+        published for ream; such a measurement starts afresh when it is interrupted).
     rescore: measure on the model as the earlier steps leave it.
     """
 
@@ -97,7 +104,8 @@ class ExpertMerge(Selects):
         ]
 
     def outline(self, source: Blueprint, before: Plan) -> Stage:
-        """A stage of the right size, before anything is measured: the lowest numbers of every group are kept."""
+        """A stage of the right size, before anything is measured: the lowest numbers of every group are
+        kept."""
         return Stage(self.describe(), outlined(self, source, remains(before, source)))
 
     def decide(self, stats: Stats, blueprint: Blueprint) -> Decision:

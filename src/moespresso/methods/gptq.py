@@ -1,11 +1,13 @@
-"""GPTQ made for experts: columns are rounded one by one, and those still to come make up for the errors so far.
+"""GPTQ made for experts: columns are rounded one by one, and those still to come make up for the errors so
+far.
 
-    minimise  sum over tokens of c^2 |(W - Q) x|^2     over the tokens that the router really sends to an expert
+    minimise  sum over tokens of c^2 |(W - Q) x|^2     over the tokens that the router really sends to an
+              expert
 
-with c = 1, or for down c = the gate, with which its output is multiplied; gate and up share one Hessian. All experts of
-a layer are solved at once (`kernels/gptq.py`; arXiv 2210.17323). Experts that no token reaches are rounded by HQQ, those with
-few may be drawn towards the mean over all tokens. Down is solved on what the rounded gate and up really hand on, and later
-layers on what the rounded ones before let through.
+with c = 1, or for down c = the gate, with which its output is multiplied; gate and up share one Hessian. All
+experts of a layer are solved at once (`kernels/gptq.py`; arXiv 2210.17323). Experts that no token reaches are
+rounded by HQQ, those with few may be drawn towards the mean over all tokens. Down is solved on what the
+rounded gate and up really hand on, and later layers on what the rounded ones before let through.
 """
 
 from __future__ import annotations
@@ -126,7 +128,8 @@ class Gptq(Quantization, OnText):
     def solved(
         self, weights: Tensor, hessians: Tensor, format: Format, dtype: torch.dtype
     ) -> tuple[QuantizedWeights, conditioning.Warnings]:
-        """Codes of `weights` [N, out, in] under the Hessians [N, in, in] of their inputs, and what went wrong."""
+        """Codes of `weights` [N, out, in] under the Hessians [N, in, in] of their inputs, and what went
+        wrong."""
         settings = gptq.Settings(
             self.damping, self.act_order, sweeps=self.sweeps, unbiased=self.unbiased, weighted=self.weighted
         )

@@ -1,7 +1,8 @@
 """Half-quadratic quantization (HQQ): grids of least sum |error|^p with p = 0.7, without any text.
 
-Few large errors weigh little under such a norm, so the grid follows the bulk of the weights. The kernel and its formula
-are in `kernels/hqq.py`; the published one also lets zeros be fractions, which no integer format stores.
+Few large errors weigh little under such a norm, so the grid follows the bulk of the weights. The kernel and
+its formula are in `kernels/hqq.py`; the published one also lets zeros be fractions, which no integer format
+stores.
 """
 
 from __future__ import annotations

@@ -1,16 +1,19 @@
 """Layer Drop: remove whole MoE sublayers with their norms and keep the attention, or the other way round.
 
-What a residual branch adds is small where the stream leaves it as it came. With x' the stream before the norm:
+What a residual branch adds is small where the stream leaves it as it came. With x' the stream before the
+norm:
 
-    cosine      mean cos(x', x' + MoE(Norm(x')))       S^NM of arXiv 2406.02500: the branch with its norm; highest go
+    cosine      mean cos(x', x' + MoE(Norm(x')))       S^NM of arXiv 2406.02500: the branch with its norm;
+                highest go
     cosine_moe  mean cos(Norm(x'), MoE(Norm(x')))      its S^M: the MoE alone; to show why that fails
-    kl          true mean token KL of the whole model, greedily, all candidates scored again after each removal, and
+    kl          true mean token KL of the whole model, greedily, all candidates scored again after each
+                removal, and
                 one pass of swaps
 
-In a model without experts the dense feed-forward parts go; beside experts they are never touched. What goes may be
-`repair`ed without a new weight: the output of the branch before it is mapped so that the stream comes closest to what
-it was in the mean square, by a full matrix (ReplaceMe, arXiv 2505.02819) or its diagonal. A `bias` is the mean of what
-was added; most families have no place for it, and the plugin target makes one.
+In a model without experts the dense feed-forward parts go; beside experts they are never touched. What goes
+may be `repair`ed without a new weight: the output of the branch before it is mapped so that the stream comes
+closest to what it was in the mean square, by a full matrix (ReplaceMe, arXiv 2505.02819) or its diagonal. A
+`bias` is the mean of what was added; most families have no place for it, and the plugin target makes one.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from moespresso.core.registry import method
 from moespresso.core.stats import Stats
 from moespresso.effect import is_left, remains
 from moespresso.methods._depth import (
-    Repair,
+    RepairChoice,
     check_comparable,
     check_divisible,
     greedy,
@@ -52,7 +55,7 @@ class LayerDrop(Searches):
     drop: int = 1
     part: Literal["moe", "attention"] = "moe"
     score: Literal["cosine", "cosine_moe", "kl"] = "cosine"
-    repair: Repair = "none"
+    repair: RepairChoice = "none"
     rows: int = 16
     rescore: bool = True
 
@@ -125,7 +128,8 @@ class LayerDrop(Searches):
         return "attention" if self.part == "attention" else "mlp"
 
     def _candidates(self, blueprint: Blueprint) -> list[LayerSpec]:
-        """Layers that have the part; dense ones do not count beside mixtures, nor other mixers beside attention."""
+        """Layers that have the part; dense ones do not count beside mixtures, nor other mixers beside
+        attention."""
         there = [layer for layer in blueprint.layers if self._branch in layer.bodies]
         if self.part == "attention":
             return [layer for layer in there if layer.mixer == "attention"]

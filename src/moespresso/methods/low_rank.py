@@ -2,10 +2,11 @@
 
     minimise  sum over tokens of |(W - L R) x|^2     L [out, r], R [r, in]
 
-Experts are nearly of full rank, so this is a mark for others more than a way to go. With `shared_basis` gate and up become
-L_e (sum over m of alpha_em R_m), the second factors mixed of a few that all experts of a layer share (MoBE, arXiv 2508.05257;
-`kernels/shared_bases.py`), which lets them be of far higher rank for the same bytes. The factors are what is stored; loading multiplies them
-(moespresso.load). Down is solved on what the products of gate and up really hand on.
+Experts are nearly of full rank, so this is a mark for others more than a way to go. With `shared_basis` gate
+and up become L_e (sum over m of alpha_em R_m), the second factors mixed of a few that all experts of a layer
+share (MoBE, arXiv 2508.05257; `kernels/shared_bases.py`), which lets them be of far higher rank for the same
+bytes. The factors are what is stored; loading multiplies them (moespresso.load). Down is solved on what the
+products of gate and up really hand on.
 """
 
 from __future__ import annotations
@@ -49,12 +50,15 @@ _REFIT, _SWEEPS = 0.003, 2
 class LowRank(OnMatrices, OnText):
     """Settings of one decomposition.
 
-    ratio: share of the bytes that goes: of every matrix, or with `shared_basis` of the experts of every layer, out of gate and up. (Of
-        what they take as plain matrices, should they be stored as less.)
-    method: `svd` (each matrix by itself), `shared_basis` (gate and up of a layer's experts together; down is refitted), or `modegpt`
-        (short for two steps: channel_prune:score=leverage,refit=expert and attention_rank, each with this ratio).
-    bases: how many the experts of a layer share; a quarter as many as there are experts, but 3 or more, when it is not said.
-    damping: share of the mean diagonal added to every second moment (0.01, or 1 with `shared_basis`, when it is not said).
+    ratio: share of the bytes that goes: of every matrix, or with `shared_basis` of the experts of every
+        layer, out of gate and up. (Of what they take as plain matrices, should they be stored as less.)
+    method: `svd` (each matrix by itself), `shared_basis` (gate and up of a layer's experts together; down is
+        refitted), or `modegpt` (short for two steps: channel_prune:score=leverage,refit=expert and
+        attention_rank, each with this ratio).
+    bases: how many the experts of a layer share; a quarter as many as there are experts, but 3 or more, when
+        it is not said.
+    damping: share of the mean diagonal added to every second moment (0.01, or 1 with `shared_basis`, when it
+        is not said).
     sequential: later layers see what the products before let through.
     """
 
@@ -213,8 +217,8 @@ class LowRank(OnMatrices, OnText):
         result.warnings += joint_refit.damping_warnings(context.layer, raised)
 
     def _importance(self, experts: RoutedExperts) -> Tensor:
-        """What an error in each row counts [E, R]: the root of how much the answer moves with it, between all alike and what
-        this text makes of them. Experts without a token count as others do on average."""
+        """What an error in each row counts [E, R]: the root of how much the answer moves with it, between
+        all alike and what this text makes of them. Experts without a token count as others do on average."""
         squares = experts.squared_slopes(range(experts.count), experts.up)
         halves = squares.shape[1] // experts.down.shape[2]
         found = (squares * experts.column_squares.repeat(1, halves)).sqrt().sqrt()
@@ -285,8 +289,9 @@ class LowRank(OnMatrices, OnText):
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """The matrices that share bases, one of each expert of a layer, which has so many `halves` of that kind (gate and up); how
-    many bases are `wanted` (None: as many as usual); and the bytes of all experts `of_layer`, down included, as plain matrices."""
+    """The matrices that share bases, one of each expert of a layer, which has so many `halves` of that
+    kind (gate and up); how many bases are `wanted` (None: as many as usual); and the bytes of all experts
+    `of_layer`, down included, as plain matrices."""
 
     entries: tuple[Entry, ...]
     halves: int

@@ -1,7 +1,7 @@
 """Magnitude pruning: the smallest weights of every matrix go, whatever they are given.
 
-The oldest way (Han et al., arXiv 1506.02626) and the mark that others must beat. It needs no text. With a plain share all
-weights of a matrix compete, in a pattern those of a group.
+The oldest way (Han et al., arXiv 1506.02626) and the mark that others must beat. It needs no text. With a
+plain share all weights of a matrix compete, in a pattern those of a group.
 """
 
 from __future__ import annotations

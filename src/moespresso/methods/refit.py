@@ -1,11 +1,13 @@
 """Refit: what earlier steps of a recipe took away, the experts that are left make up for together.
 
-    W = argmin  sum over tokens |y - sum_j g_j W_j a_j|^2  +  sum_j lambda_j |W_j - W0_j|^2        (`kernels/joint_refit.py`)
+    W = argmin  sum over tokens |y - sum_j g_j W_j a_j|^2  +  sum_j lambda_j |W_j - W0_j|^2
+                (`kernels/joint_refit.py`)
 
-y is what the routed part would have to add for the layer to answer as the original layer does on the same input: with all experts
-and the original's routing, with attention or shared experts that have gone since. The sum runs over the experts j that a token goes
-to now. Only down projections change, so the result is as large and loads as before. Layers are refitted one after the other,
-each on what the ones before let through. After steps that round weights it would undo them: put it before.
+y is what the routed part would have to add for the layer to answer as the original layer does on the same
+input: with all experts and the original's routing, with attention or shared experts that have gone since. The
+sum runs over the experts j that a token goes to now. Only down projections change, so the result is as large
+and loads as before. Layers are refitted one after the other, each on what the ones before let through. After
+steps that round weights it would undo them: put it before.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ from moespresso.methods._on_text import LayerContext, LayerResult, OnText
 class Refit(OnText):
     """Settings of one refit.
 
-    damping: share of an expert's mean second moment that is added to every one; more for experts with few tokens. What is missing is
-        mostly noise to them, so it is large.
+    damping: share of an expert's mean second moment that is added to every one; more for experts with few
+        tokens. What is missing is mostly noise to them, so it is large.
     sweeps: rounds over all experts.
     sequential: later layers see what the refitted ones before let through.
     """

@@ -1,9 +1,10 @@
 """Round to nearest: every weight goes to the nearest level of its group's grid, without any text.
 
-    q = round(w / s) + z,     w' = (q - z) s,     s from the extremes of the group, or of the least sum |w - w'|^2.4
+    q = round(w / s) + z,     w' = (q - z) s,     s from the extremes of the group, or of the least sum |w -
+                              w'|^2.4
 
-The plainest way to round, and the mark that the others are measured by. Each row's scales are then lengthened by what
-rounding took from its output (`formats/rounding.py`).
+The plainest way to round, and the mark that the others are measured by. Each row's scales are then lengthened
+by what rounding took from its output (`formats/rounding.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from moespresso.methods._quantization import Quantization
 class Rtn(Quantization, Quantizes):
     """Settings of one rounding to nearest.
 
-    scales: `searched` shrinks each group's range to where the rounding error is least, `minmax` takes it as it is.
+    scales: `searched` shrinks each group's range to where the rounding error is least, `minmax` takes it as
+        it is.
     unbiased: lengthen the scales of each row by what rounding took from its output.
     """
 

@@ -2,9 +2,10 @@
 
     minimise  sum over tokens of |(W - Q) x|^2     Q = W with a share of zeros
 
-An approximate Optimal Brain Surgeon for whole layers (arXiv 2301.00774), with Hessians of the tokens that the router sends
-to each expert; all experts of a layer are solved at once (`kernels/sparsegpt.py`). With `bits` what stays is rounded in the same
-pass, so that each of the two makes up for the other. Down is solved on what the pruned gate and up really hand on.
+An approximate Optimal Brain Surgeon for whole layers (arXiv 2301.00774), with Hessians of the tokens that the
+router sends to each expert; all experts of a layer are solved at once (`kernels/sparsegpt.py`). With `bits`
+what stays is rounded in the same pass, so that each of the two makes up for the other. Down is solved on what
+the pruned gate and up really hand on.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class SparseGpt(PruningOnText):
 
     @property
     def instead_of_stacks(self) -> str:
-        """What to do where a layer has one tensor of all experts, which cannot be packed as integers either."""
+        """What to do where a layer has one tensor of all experts, which cannot be packed as integers
+        either."""
         return "say bits=0" if self.bits else "say pack=false" if self.pack else ""
 
     def check(self, blueprint: Blueprint) -> None:
@@ -78,7 +80,8 @@ class SparseGpt(PruningOnText):
             check_pattern(width, self.sparsity.pattern, name, widths)
 
     def amounts(self, blueprint: Blueprint) -> list[Any]:
-        """This step with every share (for a byte budget); with bits, which weigh the same whatever is zero, it has one size."""
+        """This step with every share (for a byte budget); with bits, which weigh the same whatever is
+        zero, it has one size."""
         return [self] if self.bits else PruningOnText.amounts(self, blueprint)
 
     def seen(self, experts: RoutedExperts, some: range, up: Tensor | None) -> Tensor:

@@ -2,8 +2,9 @@
 
     score_ij  =  |W_ij| |x_j|        x_j = what input j is, over all tokens (arXiv 2306.11695)
 
-Made for experts: |x_j| is taken over the tokens that the router sends to an expert, with `gate` weighted by how much the
-token asks of it (MoE-Pruner, arXiv 2410.12013). Down is scored on what the pruned gate and up really hand on.
+Made for experts: |x_j| is taken over the tokens that the router sends to an expert, with `gate` weighted by
+how much the token asks of it (MoE-Pruner, arXiv 2410.12013). Down is scored on what the pruned gate and up
+really hand on.
 """
 
 from __future__ import annotations

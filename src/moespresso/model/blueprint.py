@@ -42,8 +42,7 @@ from moespresso.model.meta_model import (
     scores_groups_by_two,
 )
 from moespresso.model.names import Names
-from moespresso.runtime import MIXERS, Anatomy, NotResidual, Silent, SilentMixer, find_anatomy
-from moespresso.runtime import Branch as BranchParts
+from moespresso.runtime import MIXERS, Anatomy, BranchParts, NotResidual, Silent, SilentMixer, find_anatomy
 
 _EXPERT = re.compile(r"experts\.(\d+)\.")
 

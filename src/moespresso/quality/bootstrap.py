@@ -1,4 +1,5 @@
-"""Confidence by resampling sequences: tokens within one sequence are not independent, sequences nearly are."""
+"""Confidence by resampling sequences: tokens within one sequence are not independent, sequences nearly
+are."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ _RESAMPLES = 2000
 
 
 def mean_interval(sums: Tensor, counts: Tensor, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of all tokens and its 95% interval (percentile bootstrap), from sums and token counts [N] per sequence.
+    """Mean of all tokens and its 95% interval (percentile bootstrap), from sums and token counts [N] per
+    sequence.
 
     One sequence gives an interval of no width: nothing is known about the spread.
     """

@@ -25,8 +25,8 @@ _LARGEST_EXPONENT = 709.0
 
 @dataclass(frozen=True)
 class Scored:
-    """Per sequence [N]: summed negative log-likelihood of the next tokens and how many; and against an original the
-    summed KL, agreements of the most likely token, and how many positions were compared."""
+    """Per sequence [N]: summed negative log-likelihood of the next tokens and how many; and against an
+    original the summed KL, agreements of the most likely token, and how many positions were compared."""
 
     nll: Tensor
     predicted: Tensor
@@ -70,7 +70,8 @@ def _exp(value: float) -> float:
 
 @torch.inference_mode()
 def score_tokens(models: Sequence[MetaModel], hidden: Sequence[Tensor], batches: Batches) -> Scored:
-    """Compute heads chunk by chunk from last hidden states [N, L, H] of one model, or of the pressed and the original."""
+    """Compute heads chunk by chunk from last hidden states [N, L, H] of one model, or of the pressed and
+    the original."""
     sequences, length = batches.ids.shape
     sums = {name: torch.zeros(sequences, dtype=torch.float64)
             for name in ("nll", "predicted", "kl", "agreed", "compared", "original_nll")}  # fmt: skip
@@ -96,9 +97,9 @@ def token_kl(
 ) -> list[float]:
     """Mean token KL(original || candidate) of every candidate.
 
-    Last hidden states: of the original [N, L, H], with `mask` [N, L]; of the candidates in batches of the same rows
-    [B, L, H], so that they need not be put together. `models` are the candidates' model and the original: heads and all
-    that lies outside the layers.
+    Last hidden states: of the original [N, L, H], with `mask` [N, L]; of the candidates in batches of the
+    same rows [B, L, H], so that they need not be put together. `models` are the candidates' model and the
+    original: heads and all that lies outside the layers.
     """
     sums = torch.zeros(len(candidates), dtype=torch.float64)
     sizes = [len(batch) for batch in candidates[0]]

@@ -18,7 +18,7 @@ from moespresso.core.method import Step
 from moespresso.core.plan import Plan
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
-from moespresso.fit import Fitted, Found, Job, found, run_step, unrepaired
+from moespresso.fit import Fitted, Job, StepResult, fit_stage, run_step, unrepaired
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Decided:
     more_warnings: list[str] = field(default_factory=list[str])
     coverage: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
 
-    def take(self, result: Found) -> None:
+    def take(self, result: StepResult) -> None:
         """Take up what a step came to."""
         self.plan = result.plan
         if result.stats is not None and result.stats not in self.stats:
@@ -78,6 +78,6 @@ def fit_again(job: Job, plan: Plan) -> Decided:
         before = replace(job.view, plan=replace(plan, stages=plan.stages[:stage]), fits=dict(done.fits))
         so_far = replace(plan, stages=plan.stages[: stage + 1])
         with job.clock.phase("fit"):
-            done.add(found(job, before, so_far))
+            done.add(fit_stage(job, before, so_far))
         done.notes += unrepaired(so_far, before)
     return done

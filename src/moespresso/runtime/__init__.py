@@ -6,7 +6,7 @@ is imported from its own module: `anatomy` (what a decoder layer adds to the res
 (`install`, and what `per_layer_config` may say).
 """
 
-from moespresso.runtime.anatomy import MIXERS, Anatomy, Branch, NotResidual, find_anatomy
+from moespresso.runtime.anatomy import MIXERS, Anatomy, BranchParts, NotResidual, find_anatomy
 from moespresso.runtime.guard import OWN_WIDTHS, guarded, stock, zero_means_nothing
 from moespresso.runtime.parts import NoNorm, Silent, SilentMixer, hidden_of
 from moespresso.runtime.widths import stacked, widened
@@ -15,7 +15,7 @@ __all__ = [
     "MIXERS",
     "OWN_WIDTHS",
     "Anatomy",
-    "Branch",
+    "BranchParts",
     "NoNorm",
     "NotResidual",
     "Silent",

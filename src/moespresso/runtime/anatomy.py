@@ -37,7 +37,7 @@ class NotResidual(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Branch:
+class BranchParts:
     """One branch: the layer adds `multiplier * post(body(pre(x)))` to x. Names are those of its children.
 
     `answers` is the form of the body's answer: None for a bare tensor, else the length of a tuple that starts
@@ -57,8 +57,8 @@ class Branch:
 class Anatomy:
     """The branch that mixes tokens and the feed-forward branch; None where the layer has no such branch."""
 
-    attention: Branch | None
-    mlp: Branch | None
+    attention: BranchParts | None
+    mlp: BranchParts | None
 
 
 def find_anatomy(layer: nn.Module) -> Anatomy:
@@ -120,7 +120,7 @@ def _source(probe: _Probe, bodies: tuple[str, ...]) -> tuple[str | None, Sum]:
     return only, probe.input_of(only)
 
 
-def _branch(probe: _Probe, terms: list[_Term]) -> Branch:
+def _branch(probe: _Probe, terms: list[_Term]) -> BranchParts:
     """One branch from all summands that were computed from the same state of the residual stream."""
     bodies = [body for term in terms for body in term.bodies]
     names = " and ".join(bodies)
@@ -131,7 +131,7 @@ def _branch(probe: _Probe, terms: list[_Term]) -> Branch:
     if len(terms) > 1 and any(term.post for term in terms):
         raise NotResidual(f"{names} are normed apart")
     (body, answers), *beside = [(body, probe.children[body].answers) for body in bodies]
-    return Branch(body, terms[0].pre, terms[0].post, terms[0].multiplier, answers, tuple(beside))
+    return BranchParts(body, terms[0].pre, terms[0].post, terms[0].multiplier, answers, tuple(beside))
 
 
 # Running the probe

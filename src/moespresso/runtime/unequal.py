@@ -31,7 +31,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from moespresso.core.errors import UserError
-from moespresso.runtime.anatomy import Branch, NotResidual, find_anatomy
+from moespresso.runtime.anatomy import BranchParts, NotResidual, find_anatomy
 from moespresso.runtime.guard import COUNT_KEYS, OWN_WIDTHS, reads_the_key, zero_means_nothing
 from moespresso.runtime.guard import install as install_guard
 from moespresso.runtime.losses import balance_by_count
@@ -184,7 +184,7 @@ def _change_layer(layer: nn.Module, index: int, change: Change, config: PreTrain
     # Read before anything is changed.
     anatomy = find_anatomy(layer) if change.silent else None
     for kind, leaves_bias in change.silent.items():
-        branch: Branch | None = getattr(anatomy, kind)
+        branch: BranchParts | None = getattr(anatomy, kind)
         if branch is None:
             raise UserError(f"it has no {kind}")
         _silence(
@@ -205,7 +205,7 @@ def _change_layer(layer: nn.Module, index: int, change: Change, config: PreTrain
         thin_out(experts, change.gone)
 
 
-def _silence(layer: nn.Module, branch: Branch, width: int | None, index: int | None) -> None:
+def _silence(layer: nn.Module, branch: BranchParts, width: int | None, index: int | None) -> None:
     """Put what adds nothing, or a bias of `width`, in a branch's place; `index` is the layer's number if it
     mixes."""
     stub = Silent(branch.answers) if index is None else SilentMixer(branch.answers, index)

@@ -1,7 +1,8 @@
 """Running statistics that never keep activations: one class, one file each, registered by name.
 
-`Measurer` is the visitor of a measuring sweep: it shows every layer's batches to the statistics that are asked for, and can
-be saved and recalled between layers. `Folds`, `MeanAnswers` and `GradientMoments` are visitors of their own, for what is fitted.
+`Measurer` is the visitor of a measuring sweep: it shows every layer's batches to the statistics that are
+asked for, and can be saved and recalled between layers. `Folds`, `MeanAnswers` and `GradientMoments` are
+visitors of their own, for what is fitted.
 """
 
 # isort: off

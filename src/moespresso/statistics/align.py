@@ -1,8 +1,9 @@
 """Neurons of an expert in the order in which they match another expert's best.
 
-Permuting the intermediate channels of an expert changes nothing it computes. Before two experts are averaged, the
-channels of one are matched with those of the other, so that the weights that lead in and out agree most (a linear
-assignment, as M-SMoE does it): order[c] is the channel that comes to stand where the leader has channel c.
+Permuting the intermediate channels of an expert changes nothing it computes. Before two experts are averaged,
+the channels of one are matched with those of the other, so that the weights that lead in and out agree most
+(a linear assignment, as M-SMoE does it): order[c] is the channel that comes to stand where the leader has
+channel c.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 
 
 def channel_order(experts: Any, expert: int, leader: int) -> Tensor:
-    """The order [I] of `expert`'s channels that matches `leader`'s, from a layer's stack of experts in memory."""
+    """The order [I] of `expert`'s channels that matches `leader`'s, from a layer's stack of experts in
+    memory."""
     match = _channels(experts, leader) @ _channels(experts, expert).T
     _, order = linear_sum_assignment(match.numpy(), maximize=True)
     return torch.from_numpy(order)

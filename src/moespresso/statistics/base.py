@@ -1,9 +1,10 @@
 """What a statistic is: one class, one file, registered by `@statistic` (`registry.py`).
 
-A statistic is a frozen description: the name that steps ask for it by, the names of its values, and what it sees. One that sees
-text (`OfText`) begins anew at every layer: it answers with the sums of that layer (`LayerSums`), which take in one batch
-after the other and then say their values. What it needs from one layer to the next, it leaves in `Measurement.held`. One that
-sees weights alone (`OfWeights`) goes through the checkpoint by itself. Activations are not kept beyond the layer.
+A statistic is a frozen description: the name that steps ask for it by, the names of its values, and what it
+sees. One that sees text (`OfText`) begins anew at every layer: it answers with the sums of that layer
+(`LayerSums`), which take in one batch after the other and then say their values. What it needs from one layer
+to the next, it leaves in `Measurement.held`. One that sees weights alone (`OfWeights`) goes through the
+checkpoint by itself. Activations are not kept beyond the layer.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ Rows = dict[Unit, dict[str, float]]
 
 @dataclass(frozen=True)
 class Statistic(ABC):
-    """What can be measured. `measures` are the names of its values, without their indices; one that is not `resumable` holds
-    something from layer to layer that is not kept on disk, so a measurement with it starts afresh."""
+    """What can be measured. `measures` are the names of its values, without their indices; one that is not
+    `resumable` holds something from layer to layer that is not kept on disk, so a measurement with it
+    starts afresh."""
 
     name: ClassVar[str]
     measures: ClassVar[tuple[str, ...]]
@@ -40,9 +42,11 @@ class Statistic(ABC):
 
     @classmethod
     def restrict(cls, row: Mapping[str, float], kept: Sequence[int]) -> dict[str, float]:
-        """What its values of one unit still say when only the experts `kept` of the layer are left, by their new numbers.
+        """What its values of one unit still say when only the experts `kept` of the layer are left, by their
+        new numbers.
 
-        Values with an index speak of sets of experts, of widths or of runs of blocks, which are others by then.
+        Values with an index speak of sets of experts, of widths or of runs of blocks, which are others by
+        then.
         """
         _ = kept
         return {name: value for name, value in row.items() if split_index(name)[1] is None}
@@ -50,7 +54,8 @@ class Statistic(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One measurement under way, on so many tokens; `held` is what statistics hold from one layer to the next."""
+    """One measurement under way, on so many tokens; `held` is what statistics hold from one layer to the
+    next."""
 
     num_tokens: int
     held: dict[Statistic, Any] = field(default_factory=dict[Statistic, Any])

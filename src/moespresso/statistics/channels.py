@@ -1,9 +1,10 @@
 """What a layer would lose if its experts were narrower, for every width at once.
 
-A channel of an expert adds g a_k w_k to the residual stream, g the gate, a_k what it holds, w_k its column of down. What goes,
-over the energy of the stream behind the layer, so that layers can be compared:
+A channel of an expert adds g a_k w_k to the residual stream, g the gate, a_k what it holds, w_k its column of
+down. What goes, over the energy of the stream behind the layer, so that layers can be compared:
 
-    channels@W   the energy of its channels but the W strongest, sum_k |w_k|^2 sum_t (g a_k)^2 (CAMERA, arXiv 2508.02322)
+    channels@W   the energy of its channels but the W strongest, sum_k |w_k|^2 sum_t (g a_k)^2 (CAMERA, arXiv
+                 2508.02322)
 
 It is measured at some widths (`grid`); between them the loss can be taken as a line.
 """

@@ -1,18 +1,19 @@
 """What stands in for branches that go: fitted on the model as it is being rebuilt, layer by layer.
 
-The stream h runs through the layers as the plan leaves them. Behind the last branch before a cut it is h + M, and the
-branches that go, run once more on it, say what it ought to become: Y. With a column for each token the smallest squared
-error has
+The stream h runs through the layers as the plan leaves them. Behind the last branch before a cut it is h + M,
+and the branches that go, run once more on it, say what it ought to become: Y. With a column for each token
+the smallest squared error has
 
     linear  T = I + (Y - h - M) M^T (M M^T + a I)^-1  h + T M     ReplaceMe, arXiv 2505.02819
     scale   t_c = <(Y - h)_c, M_c> / <M_c, M_c>       h + t M     its diagonal
     bias    b = mean(Y - h - M)                       h + M + b
 
-where a, which falls with the length of the text, pulls T towards the identity, which is what stands there without a repair:
-a direction that the text hardly shows stays as it is. (Published is a pull towards nothing, which takes it away.) `scale`
-and `bias` have a number for each channel, which some hundred tokens settle, and are not pulled. The stream goes on
-repaired, so that what comes later is fitted to what it will really see. T goes into the branch's output weights, no
-tensor is added. Held meanwhile: h, M and Y, three times the hidden states of the text.
+where a, which falls with the length of the text, pulls T towards the identity, which is what stands there
+without a repair: a direction that the text hardly shows stays as it is. (Published is a pull towards nothing,
+which takes it away.) `scale` and `bias` have a number for each channel, which some hundred tokens settle, and
+are not pulled. The stream goes on repaired, so that what comes later is fitted to what it will really see. T
+goes into the branch's output weights, no tensor is added. Held meanwhile: h, M and Y, three times the hidden
+states of the text.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ _TINY = torch.finfo(torch.float64).tiny
 
 @dataclass(slots=True)
 class _Open:
-    """A cut that is being passed: per batch the stream before the last branch, what that added, what ought to come."""
+    """A cut that is being passed: per batch the stream before the last branch, what that added, what ought
+    to come."""
 
     cut: Cut
     before: list[Tensor]
@@ -49,7 +51,8 @@ class Folds:
     """Visits the layers of a sweep; `values` holds what was fitted, by the first branch of each cut."""
 
     def __init__(self, cuts: Sequence[Cut], plain: Sequence[At] = ()) -> None:
-        """`cuts` are those to fit, numbered as the sweep's layers; `plain` branches go without anything in return."""
+        """`cuts` are those to fit, numbered as the sweep's layers; `plain` branches go without anything in
+        return."""
         self._starts: Mapping[At, Cut] = {cut.before: cut for cut in cuts if cut.before is not None}
         self._first: Mapping[At, Cut] = {cut.branches[0]: cut for cut in cuts if cut.before is None}
         self._gone = {at for cut in cuts for at in cut.branches} | set(plain)

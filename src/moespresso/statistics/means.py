@@ -1,4 +1,5 @@
-"""Mean answer of every expert over the tokens that are routed to it: what a novice says in its place (MoNE)."""
+"""Mean answer of every expert over the tokens that are routed to it: what a novice says in its place
+(MoNE)."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from moespresso.core.layer import Layer, Taps, valid_tokens
 
 
 class MeanAnswers:
-    """Visits the layers of a sweep; `values[layer]` [E, H] in float32, zeros for an expert that no token reached."""
+    """Visits the layers of a sweep; `values[layer]` [E, H] in float32, zeros for an expert that no token
+    reached."""
 
     def __init__(self, layers: set[int]) -> None:
         self._layers = layers

@@ -1,4 +1,5 @@
-"""The visitor of a measuring sweep: at every layer all statistics that were asked for see the same batches, once each."""
+"""The visitor of a measuring sweep: at every layer all statistics that were asked for see the same
+batches, once each."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from moespresso.statistics.registry import statistics_of
 
 
 class Measurer:
-    """Visits the layers of a sweep and keeps `values[unit][name]` and `warnings`; statistics of weights alone are not its matter."""
+    """Visits the layers of a sweep and keeps `values[unit][name]` and `warnings`; statistics of weights
+    alone are not its matter."""
 
     def __init__(self, needs: Iterable[str], num_tokens: int) -> None:
         self._statistics = [each for each in statistics_of(needs) if isinstance(each, OfText)]

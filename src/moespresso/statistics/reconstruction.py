@@ -1,9 +1,10 @@
 """Which experts a layer can lose with the least change of its output, with the true re-routing.
 
-After a drop the router picks the next-best experts, so what counts is ||F(X; C) - F(X)|| with the router cut to C
-(NAEE, arXiv 2402.14800). Every expert's answer to a sample of tokens is computed once; each candidate set then costs
-one router call and a weighted sum, both in float32 (`_only`). Sets of one size are all tried when they are few (`EXHAUSTIVE`), else experts are
-removed greedily, one (per router group) at a time, which gives a nested order for every ratio.
+After a drop the router picks the next-best experts, so what counts is ||F(X; C) - F(X)|| with the router cut
+to C (NAEE, arXiv 2402.14800). Every expert's answer to a sample of tokens is computed once; each candidate
+set then costs one router call and a weighted sum, both in float32 (`_only`). Sets of one size are all tried
+when they are few (`EXHAUSTIVE`), else experts are removed greedily, one (per router group) at a time, which
+gives a nested order for every ratio.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ class ReconstructionSample(LayerSums):
 
 
 def search(layer: Layer, sample: Sample) -> dict[str, list[float]]:
-    """Per expert: `reconstruction` (position in the greedy order of removal, last removed highest) and, indexed by K, 1 in the
-    best set of K and 0 outside, for every K whose sets were all tried."""
+    """Per expert: `reconstruction` (position in the greedy order of removal, last removed highest) and,
+    indexed by K, 1 in the best set of K and 0 outside, for every K whose sets were all tried."""
     problem = _Problem(layer, sample)
     spec = layer.spec
     values = {"reconstruction": _greedy(problem, spec.experts, spec.groups, spec.floor)}
@@ -103,11 +104,12 @@ class _Problem:
 def _only(
     router: nn.Module, kept: tuple[int, ...], experts: int, hidden: Tensor, extra: tuple[Tensor, ...]
 ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-    """Make the router blind to all but `kept`, by a constant input feature whose weight is -1e30 for the others and,
-    where selection adds a bias to the scores, a bias of -inf. Exact: what is not picked has no share in any sum.
+    """Make the router blind to all but `kept`, by a constant input feature whose weight is -1e30 for the
+    others and, where selection adds a bias to the scores, a bias of -inf. Exact: what is not picked has no
+    share in any sum.
 
-    It is asked in float32, whatever the model is computed in: float16 ends long before -1e30, and nothing nearer is sure to be below
-    what a router says. It is small, and so is the sample.
+    It is asked in float32, whatever the model is computed in: float16 ends long before -1e30, and nothing
+    nearer is sure to be below what a router says. It is small, and so is the sample.
     """
     gone = torch.ones(experts, dtype=torch.bool, device=hidden.device)
     gone[list(kept)] = False
@@ -154,7 +156,8 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _greedy(problem: _Problem, experts: int, groups: int, floor: int) -> list[float]:
-    """Remove the least missed expert (of every group) until the floor; return each expert's rank, last removed highest."""
+    """Remove the least missed expert (of every group) until the floor; return each expert's rank, last
+    removed highest."""
     kept, rank = set(range(experts)), [math.inf] * experts
     size, removed = experts // groups, 0
     while len(kept) - groups >= floor:

@@ -1,7 +1,8 @@
-"""Statistics by name. Steps ask by name (`Step.needs`), stats files keep the names, and here a name becomes a `Statistic`.
+"""Statistics by name. Steps ask by name (`Step.needs`), stats files keep the names, and here a name becomes a
+`Statistic`.
 
-Nobody else knows which statistics there are: what needs text, what of a row holds when experts are gone, and in which order
-the values stand in it (that of registration) is asked here.
+Nobody else knows which statistics there are: what needs text, what of a row holds when experts are gone, and
+in which order the values stand in it (that of registration) is asked here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ T = TypeVar("T", bound=Statistic)
 
 
 def statistic(cls: type[T]) -> type[T]:
-    """Register a statistic under its name. One that has a field (a number) is asked for with an index, such as `run@4`."""
+    """Register a statistic under its name. One that has a field (a number) is asked for with an index,
+    such as `run@4`."""
     known = _STATISTICS.setdefault(cls.name, cls)
     assert known.__qualname__ == cls.__qualname__, f"two statistics named {cls.name}"
     _STATISTICS[cls.name] = cls
@@ -27,7 +29,8 @@ def statistic(cls: type[T]) -> type[T]:
 
 
 def statistics_of(needs: Iterable[str]) -> list[Statistic]:
-    """The statistics asked for by name, in the order in which rows hold their values; raises `UserError` for an unknown name."""
+    """The statistics asked for by name, in the order in which rows hold their values; raises `UserError`
+    for an unknown name."""
     order = list(_STATISTICS)
     return sorted(
         map(_named, set(needs)), key=lambda each: (order.index(each.name), split_index(each.need)[1] or 0)
@@ -40,7 +43,8 @@ def needs_text(needs: Iterable[str]) -> bool:
 
 
 def restricted(row: Mapping[str, float], kept: Sequence[int]) -> dict[str, float]:
-    """What a unit's values still say when only the experts `kept` of its layer are left, by their new numbers."""
+    """What a unit's values still say when only the experts `kept` of its layer are left, by their new
+    numbers."""
     valid: dict[str, float] = {}
     for cls in _STATISTICS.values():
         values = {name: value for name, value in row.items() if split_index(name)[0] in cls.measures}

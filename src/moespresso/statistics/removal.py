@@ -1,9 +1,12 @@
-"""What a layer would lose if its experts were narrower and the channels that stay made up for the others, for every width at once.
+"""What a layer would lose if its experts were narrower and the channels that stay made up for the others, for
+every width at once.
 
-    removal@W    the error that is left with W channels, over the energy of the stream behind the layer (`kernels.obs`)
+    removal@W    the error that is left with W channels, over the energy of the stream behind the layer
+                 (`kernels.obs`)
 
-An expert adds g D a to the residual stream, g the gate, a what its channels hold, D its down projection. Channels go in turns,
-each time those whose loss the others can best make up for. It is measured at the same widths as `channels`.
+An expert adds g D a to the residual stream, g the gate, a what its channels hold, D its down projection.
+Channels go in turns, each time those whose loss the others can best make up for. It is measured at the same
+widths as `channels`.
 """
 
 from __future__ import annotations
@@ -41,8 +44,8 @@ class Removal(OfExperts):
 
 
 class RemovalSums(LayerSums):
-    """Holds what reaches the experts of one MoE layer (the first tokens, where there are many), and then takes channels out
-    of them one after another."""
+    """Holds what reaches the experts of one MoE layer (the first tokens, where there are many), and then
+    takes channels out of them one after another."""
 
     def __init__(self, layer: Layer) -> None:
         self._layer = layer

@@ -1,9 +1,9 @@
 """Running sums over the tokens of a layer, from which the whole family of expert scores follows.
 
-One pass gathers, for every expert j with its routed tokens X_j, gate weight g, answer f_j and routing score s (softmax
-or sigmoid of the router's logits): counts, sums of s, of g, of ||f_j||, ||f_j||^2, g ||f_j||, s ||f_j||, and of
-c_t g ||f_j|| with c_t = 1 - cos(residual stream before, after the routed experts). Nothing per token is kept.
-Sums are float64; padding is left out of all of them.
+One pass gathers, for every expert j with its routed tokens X_j, gate weight g, answer f_j and routing score s
+(softmax or sigmoid of the router's logits): counts, sums of s, of g, of ||f_j||, ||f_j||^2, g ||f_j||, s
+||f_j||, and of c_t g ||f_j|| with c_t = 1 - cos(residual stream before, after the routed experts). Nothing
+per token is kept. Sums are float64; padding is left out of all of them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ SUMS = (
 @statistic
 @dataclass(frozen=True)
 class Routing(OfExperts):
-    """Sums per expert and, of a layer's experts together, its `tokens` and whether its gates are plain shares of one softmax."""
+    """Sums per expert and, of a layer's experts together, its `tokens` and whether its gates are plain
+    shares of one softmax."""
 
     name = "routing"
     measures = (*SUMS, "largest", "softmax_gates")
@@ -93,8 +94,9 @@ class RoutingSums(LayerSums):
         self._largest.scatter_reduce_(0, index.reshape(-1).cpu(), peaks, "amax")
 
     def values(self) -> Rows:
-        """Every sum that is defined per expert, and `largest`, the largest absolute value an expert ever answered; of the
-        layer its tokens, and whether its gates are plain shares of one softmax (1) or not (0)."""
+        """Every sum that is defined per expert, and `largest`, the largest absolute value an expert ever
+        answered; of the layer its tokens, and whether its gates are plain shares of one softmax (1) or not
+        (0)."""
         index = self._layer.spec.index
         columns = {
             name: sums.tolist()
@@ -125,8 +127,9 @@ class RoutingSums(LayerSums):
             yield f"L{layer}: {self._nonfinite} answers of experts were not finite"
 
     def _softmax_gates(self, layer: Layer) -> bool:
-        """Gates are routing scores times one factor, the same for every expert on this text and for a token without
-        any preference. (A router that renormalises over the selected experts can look so on text where it is sure.)"""
+        """Gates are routing scores times one factor, the same for every expert on this text and for a
+        token without any preference. (A router that renormalises over the selected experts can look so on
+        text where it is sure.)"""
         reached = self._sums["score_selected"] > 0
         if layer.sigmoid_router or not bool(reached.any()):
             return False

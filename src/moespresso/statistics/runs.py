@@ -1,9 +1,10 @@
 """How much exactly N blocks in a row turn the residual stream.
 
-    run@N       cos(h_i, h_{i+N}) across N blocks, from block i                                     arXiv 2406.02500
+    run@N       cos(h_i, h_{i+N}) across N blocks, from block i                                     arXiv
+                2406.02500
 
-the mean over a sample of tokens, in float64. The sample is held at the last N boundaries between layers, so that any N fits
-into a bound; a killed measurement starts afresh.
+the mean over a sample of tokens, in float64. The sample is held at the last N boundaries between layers, so
+that any N fits into a bound; a killed measurement starts afresh.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Runs(OfText):
 
 
 class RunSums(LayerSums):
-    """Gathers a sample of tokens before and after one layer; `inputs` are those of the layers before it, which its own join."""
+    """Gathers a sample of tokens before and after one layer; `inputs` are those of the layers before it,
+    which its own join."""
 
     def __init__(self, run: Runs, layer: int, inputs: deque[Tensor], num_tokens: int) -> None:
         self._run, self._layer, self._inputs, self._num_tokens = run, layer, inputs, num_tokens

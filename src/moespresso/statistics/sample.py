@@ -1,10 +1,10 @@
 """A sample of the tokens that reach a layer's experts, and what every expert answers to it.
 
-Some questions need experts on tokens that the router did not send them: what would the others say? All answers to all
-tokens would not fit, so evenly spaced tokens are taken, as many as a bound allows.
+Some questions need experts on tokens that the router did not send them: what would the others say? All
+answers to all tokens would not fit, so evenly spaced tokens are taken, as many as a bound allows.
 
-Nothing keeps these answers within what float16 holds, as training does with those that the router asks for: they are computed in
-float32, one expert at a time.
+Nothing keeps these answers within what float16 holds, as training does with those that the router asks for:
+they are computed in float32, one expert at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ MOST_TOKENS, ANSWER_BYTES = 1024, 256 << 20
 
 
 class Sample:
-    """Takes its share of every batch; then `hidden` [n, H] is what experts see, `asked` and `extra` what routers see."""
+    """Takes its share of every batch; then `hidden` [n, H] is what experts see, `asked` and `extra` what
+    routers see."""
 
     def __init__(self, experts: int, hidden: int, total: int) -> None:
         self._wanted = max(16, min(MOST_TOKENS, ANSWER_BYTES // (4 * experts * hidden)))

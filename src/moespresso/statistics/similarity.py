@@ -1,11 +1,12 @@
 """How much a layer turns the residual stream: mean cosines between what goes in and what comes out.
 
-Per layer, over all tokens that are not padding, in float64 (the differences between layers are smaller than what
-bfloat16 can tell apart near one):
+Per layer, over all tokens that are not padding, in float64 (the differences between layers are smaller than
+what bfloat16 can tell apart near one):
 
     cosine      of a block: cos(x, y); of its attention: cos(x, x'); of its feed-forward part with its norm:
                 cos(x', y)                                                S^NM of arXiv 2406.02500
-    cosine_moe  of the feed-forward part alone: cos(Norm(x'), MoE(Norm(x')))                            its S^M
+    cosine_moe  of the feed-forward part alone: cos(Norm(x'), MoE(Norm(x')))                            its
+                S^M
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the weights alone tell about an expert: no text, one pass over the shards.
 
-AIMER (arXiv 2603.18492) scores an expert by mean|W| / rms(W) over gate, up and down projections together; the sums
-of |W| and W^2 per expert are gathered tensor by tensor.
+AIMER (arXiv 2603.18492) scores an expert by mean|W| / rms(W) over gate, up and down projections together; the
+sums of |W| and W^2 per expert are gathered tensor by tensor.
 """
 
 from __future__ import annotations

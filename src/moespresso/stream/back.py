@@ -1,17 +1,20 @@
 """The loop once more, last layer to first: what the loss asks of the experts' answers.
 
-Forward, what each batch brings to a layer is written to a file, and what else the layer was called with is kept by reference.
-From the head comes the gradient of the loss with respect to the last layer's output; then, layer by layer, every batch runs
-through the layer again, this time remembered by autograd, and the gradient goes from its output to its input:
+Forward, what each batch brings to a layer is written to a file, and what else the layer was called with is
+kept by reference. From the head comes the gradient of the loss with respect to the last layer's output; then,
+layer by layer, every batch runs through the layer again, this time remembered by autograd, and the gradient
+goes from its output to its input:
 
     dL/dx_l  =  (d layer_l(x_l) / dx_l)^T  dL/dx_(l+1)
 
-It passes the routed experts on its way, where the visitor sees it. Held are one layer, the graph of one batch and, on the way
-forth, what the embedding answered; on the disk, hidden states once for every layer. No weight gets a gradient. L is the sum over
-all predicted tokens, not their mean, so that gradients do not shrink with the length of the text (see `statistics.gradient_moments`).
+It passes the routed experts on its way, where the visitor sees it. Held are one layer, the graph of one batch
+and, on the way forth, what the embedding answered; on the disk, hidden states once for every layer. No weight
+gets a gradient. L is the sum over all predicted tokens, not their mean, so that gradients do not shrink with
+the length of the text (see `statistics.gradient_moments`).
 
-Gradients have the precision of the layers. float16 knows nothing below 6e-8 and little below 6e-5, so there each batch's is
-multiplied with a power of two before every layer, which brings its largest value to about 1; what is shown is freed of it again.
+Gradients have the precision of the layers. float16 knows nothing below 6e-8 and little below 6e-5, so there
+each batch's is multiplied with a power of two before every layer, which brings its largest value to about 1;
+what is shown is freed of it again.
 """
 
 from __future__ import annotations
@@ -50,11 +53,13 @@ def sweep_back(
     work: Path,
     watch: Watch = UNWATCHED,
 ) -> float:
-    """Mean cross-entropy of the next tokens of `ids` [N, L] (int64; `mask` False on padding), with its gradients on the way.
+    """Mean cross-entropy of the next tokens of `ids` [N, L] (int64; `mask` False on padding), with its
+    gradients on the way.
 
-    `visit(layer, batches)` sees each loaded layer that has experts, last to first; each of its `batches` is run as it is asked
-    for. Their `grad` is that of the summed, not of the mean cross-entropy. Hidden states wait in files in the folder `work`.
-    Raises `UserError` for families whose layers hand on more than hidden states, and when the disk is full.
+    `visit(layer, batches)` sees each loaded layer that has experts, last to first; each of its `batches` is
+    run as it is asked for. Their `grad` is that of the summed, not of the mean cross-entropy. Hidden states
+    wait in files in the folder `work`. Raises `UserError` for families whose layers hand on more than hidden
+    states, and when the disk is full.
     """
     if meta.config.model_type in quirks.HANDS_ON:
         raise _no_way_back(meta)
@@ -81,8 +86,8 @@ def sweep_back(
 def gradient_moments(
     meta: MetaModel, ids: Tensor, mask: Tensor, work: Path, watch: Watch = UNWATCHED
 ) -> dict[int, Tensor]:
-    """Second moments of the loss's gradient along every column of the experts' down projections: [E, I] for each layer that has
-    experts (see `statistics.gradient_moments`)."""
+    """Second moments of the loss's gradient along every column of the experts' down projections: [E, I]
+    for each layer that has experts (see `statistics.gradient_moments`)."""
     moments = GradientMoments()
     sweep_back(meta, ids, mask, moments, work=work, watch=watch)
     return moments.values
@@ -94,7 +99,8 @@ def gradient_moments(
 def _forth(
     meta: MetaModel, paused: list[PausedBatch], masks: Sequence[Tensor], shelf: _Shelf, watch: Watch
 ) -> tuple[list[list[PausedBatch]], list[Tensor]]:
-    """Take all batches through the layers: how each paused before each layer, and what the last layer answers."""
+    """Take all batches through the layers: how each paused before each layer, and what the last layer
+    answers."""
     hidden = [shelf.put(0, number, batch.hidden) for number, batch in enumerate(paused)]
     stops: list[list[PausedBatch]] = []
     for index in range(len(meta.layers)):
@@ -118,7 +124,8 @@ def _go_on(meta: MetaModel, batch: PausedBatch, output: Tensor) -> None:
 
 
 def _answer(meta: MetaModel, layer: nn.Module, stop: PausedBatch) -> Tensor:
-    """The layer's output, unless the layer also leaves something for later ones where they look for it (keys and values)."""
+    """The layer's output, unless the layer also leaves something for later ones where they look for it
+    (keys and values)."""
     boxes = [value for value in stop.kwargs.values() if isinstance(value, MutableMapping)]
     before = [len(box) for box in boxes]
     output = stop.run(layer, stop.hidden.to(meta.device))
@@ -144,8 +151,8 @@ def _head(
     ids: Sequence[Tensor],
     masks: Sequence[Tensor],
 ) -> tuple[float, list[int]]:
-    """The mean loss from what the last layer answers; puts the summed loss's gradient in its place, and says by which power of two
-    each batch's is multiplied."""
+    """The mean loss from what the last layer answers; puts the summed loss's gradient in its place, and
+    says by which power of two each batch's is multiplied."""
     total, predicted, powers = 0.0, 0, list[int]()
     with meta.outer():
         meta.model.requires_grad_(False)
@@ -165,8 +172,8 @@ def _head(
 
 
 def _loss(meta: MetaModel, hidden: Tensor, ids: Tensor, at: Tensor) -> tuple[float, Tensor]:
-    """Summed cross-entropy of the tokens behind the positions `at` [n, 2], and its gradient with respect to the last hidden
-    states [B, L, H]; never the logits of all of them."""
+    """Summed cross-entropy of the tokens behind the positions `at` [n, 2], and its gradient with respect
+    to the last hidden states [B, L, H]; never the logits of all of them."""
     total, gradient = 0.0, torch.zeros_like(hidden)
     rows = max(1, _LOGITS // meta.config.get_text_config().vocab_size)
     for chunk in at.to(hidden.device).split(rows):
@@ -181,7 +188,8 @@ def _loss(meta: MetaModel, hidden: Tensor, ids: Tensor, at: Tensor) -> tuple[flo
 
 
 def _centred(gradient: Tensor) -> tuple[Tensor, int]:
-    """A gradient times the power of two that suits its precision, and the power; raises `UserError` where it is beyond that."""
+    """A gradient times the power of two that suits its precision, and the power; raises `UserError` where
+    it is beyond that."""
     if gradient.dtype is not torch.float16:  # the others reach as far as float32
         return gradient, 0
     largest = float(gradient.abs().max())
@@ -201,8 +209,8 @@ def _back(
     powers: list[int],
     device: torch.device,
 ) -> Iterator[FedGradient]:
-    """What reaches the experts of the layer, with its gradient, batch by batch; takes each of `gradients`, which are multiplied
-    by `powers` of two, from the layer's output to its input."""
+    """What reaches the experts of the layer, with its gradient, batch by batch; takes each of `gradients`,
+    which are multiplied by `powers` of two, from the layer's output to its input."""
     layer.module.requires_grad_(False)
     for number, (stop, valid, gradient) in enumerate(zip(stops, masks, gradients, strict=True)):
         seen: list[FedGradient] = []
@@ -227,8 +235,9 @@ def _through_layer(
 def _observed(
     experts: nn.Module | None, valid: Tensor, seen: list[FedGradient], scale: float
 ) -> Generator[None]:
-    """While the layer runs once on a batch with the mask `valid` [B, L]: as soon as the gradient with respect to the experts'
-    answer is known, it is added to `seen` in float32, times `scale`, with their inputs."""
+    """While the layer runs once on a batch with the mask `valid` [B, L]: as soon as the gradient with
+    respect to the experts' answer is known, it is added to `seen` in float32, times `scale`, with their
+    inputs."""
     if experts is None:
         yield
         return
@@ -246,8 +255,8 @@ def _observed(
 
 
 def _weighted_sum(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """What `model.experts.experts_forward` answers. That writes each expert's answers in place, and autograd would copy those
-    of all experts once for each of them."""
+    """What `model.experts.experts_forward` answers. That writes each expert's answers in place, and
+    autograd would copy those of all experts once for each of them."""
     slots = index.reshape(-1)
     counts = torch.bincount(slots, minlength=experts.num_experts)[: experts.num_experts].tolist()
     order = slots.argsort(stable=True)[: sum(counts)]  # numbers beyond the last expert add nothing
@@ -266,7 +275,8 @@ def _weighted_sum(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) 
 
 
 class _Shelf:
-    """Hidden states of all batches, in one mapped file for each place between layers, that the kernel may write out."""
+    """Hidden states of all batches, in one mapped file for each place between layers, that the kernel may
+    write out."""
 
     def __init__(self, folder: Path, hidden: list[Tensor], places: int) -> None:
         self._folder, self._ends = folder, list(accumulate(tensor.numel() for tensor in hidden))

@@ -1,7 +1,7 @@
 """What a run may hold, and whether its hidden states must go to disk for that.
 
-A layer in the compute precision, what passes through it, and the hidden states of all batches twice (before and after a layer)
-are what measuring holds; `--max-memory` is compared with that before any work.
+A layer in the compute precision, what passes through it, and the hidden states of all batches twice (before
+and after a layer) are what measuring holds; `--max-memory` is compared with that before any work.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ _OVERHEAD = 4 * ANSWER_BYTES
 
 
 def must_spill(view: View, batches: Batches | None, runtime: Runtime) -> bool:
-    """Whether hidden states go to disk between layers; raises `UserError` when not even one layer fits the limit."""
+    """Whether hidden states go to disk between layers; raises `UserError` when not even one layer fits the
+    limit."""
     if runtime.max_memory is None or batches is None:
         return False
     dtype = pick_dtype(runtime.dtype, view, pick_device(runtime.device))

@@ -1,7 +1,8 @@
 """How much memory a run takes, as the kernel counts it, and what it may take.
 
-Anonymous resident memory (`RssAnon`) is what a run really holds: read-only maps of shards do not count, the kernel
-takes them back at will. It has no high-water mark of its own, so a thread looks every few milliseconds.
+Anonymous resident memory (`RssAnon`) is what a run really holds: read-only maps of shards do not count, the
+kernel takes them back at will. It has no high-water mark of its own, so a thread looks every few
+milliseconds.
 """
 
 from __future__ import annotations

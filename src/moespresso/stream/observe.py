@@ -1,4 +1,5 @@
-"""What passes inside a layer while it runs: its router, its experts, and the residual stream between its branches.
+"""What passes inside a layer while it runs: its router, its experts, and the residual stream between its
+branches.
 
 Nothing is computed twice: hooks on the modules that the layer's anatomy names, and observers of its experts
 (`model.observing`), hand out what passes by.
@@ -66,8 +67,9 @@ def observe_inputs(
     *,
     hold: bool = False,
 ) -> Generator[None]:
-    """While the layer runs once on a batch with the mask `valid` [B, L]: its experts answer nothing (with `hold`, a `HeldRun`
-    waits) and their inputs are added to `fed`; modules that are `watched` hand on theirs."""
+    """While the layer runs once on a batch with the mask `valid` [B, L]: its experts answer nothing (with
+    `hold`, a `HeldRun` waits) and their inputs are added to `fed`; modules that are `watched` hand on
+    theirs."""
     tokens = torch.nonzero(valid.reshape(-1)).squeeze(-1)
 
     def on_experts(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:

@@ -1,9 +1,9 @@
 """The one loop: layer in, visit, layer out.
 
-`sweep` runs token batches through a model that is on disk. Every batch is paused at the same layer (`model.lockstep`); the
-layer is loaded once, the visitor looks at it and at what flows through it, the batches go on, the layer goes. A visitor
-never sees the loop and the loop never sees a method. With a `SweepState` the hidden states are kept after each layer, so
-that a killed sweep goes on where it was.
+`sweep` runs token batches through a model that is on disk. Every batch is paused at the same layer
+(`model.lockstep`); the layer is loaded once, the visitor looks at it and at what flows through it, the
+batches go on, the layer goes. A visitor never sees the loop and the loop never sees a method. With a
+`SweepState` the hidden states are kept after each layer, so that a killed sweep goes on where it was.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ BATCH_TOKENS, ANSWER_BYTES = 4096, 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class SweepState:
-    """Where a sweep keeps what it needs to go on after a kill: the next layer, hidden states, the visitor's notes."""
+    """Where a sweep keeps what it needs to go on after a kill: the next layer, hidden states, the
+    visitor's notes."""
 
     path: Path
     notes: Callable[[], Any]
@@ -70,7 +71,8 @@ class SweepState:
 class SweepOptions:
     """What a sweep does beside showing layers.
 
-    carry: `rebuilt` puts the weights that a visitor returns in place before the batches go on; `original` leaves them out.
+    carry: `rebuilt` puts the weights that a visitor returns in place before the batches go on; `original`
+        leaves them out.
     state: keeps what a killed sweep needs to go on.
     spill: a folder for hidden states that would not fit in memory.
     """
@@ -108,7 +110,8 @@ def sweep(
     options: SweepOptions = PLAIN,
     watch: Watch = UNWATCHED,
 ) -> Tensor:
-    """Run `ids` [N, L] (int64; `mask` False on padding) through the model; return last hidden states [N, L, H].
+    """Run `ids` [N, L] (int64; `mask` False on padding) through the model; return last hidden states [N, L,
+    H].
 
     `visit(layer, taps)` sees each loaded layer, and may return new weights for it.
     """
@@ -189,7 +192,8 @@ def _show(layer: Layer, taps: _LayerTaps, visit: Visitor | None, carry: str) -> 
 
 
 def within(output: Tensor, valid: Tensor, layer: int) -> Tensor:
-    """What a layer answers to a batch with the mask `valid` [B, L]; raises `UserError` where float16 cannot hold it.
+    """What a layer answers to a batch with the mask `valid` [B, L]; raises `UserError` where float16 cannot
+    hold it.
 
     It would go on as infinities, which soon are no numbers, and every score after it would be made of these.
     """
@@ -203,8 +207,8 @@ def within(output: Tensor, valid: Tensor, layer: int) -> Tensor:
 class _LayerTaps:
     """Runs each batch through the layer once; what the visitor did not ask for is run when the loop needs it.
 
-    With `hold`, batches that were run as far as the experts stay there, so that nothing before these runs twice; each then
-    holds a few more hidden states.
+    With `hold`, batches that were run as far as the experts stay there, so that nothing before these runs
+    twice; each then holds a few more hidden states.
     """
 
     def __init__(self, layer: Layer, batches: _Batches, *, hold: bool = False) -> None:
@@ -285,8 +289,8 @@ class _LayerTaps:
 def parking(folder: Path | None) -> Iterator[Callable[[int, Tensor], Tensor]]:
     """Where hidden states wait between layers: in memory, or in mapped files that the kernel may write out.
 
-    What is parked under a number is overwritten when the second next is parked there. Raises `UserError` when the disk
-    is full.
+    What is parked under a number is overwritten when the second next is parked there. Raises `UserError` when
+    the disk is full.
     """
     if folder is None:
         yield lambda _, tensor: tensor
@@ -308,6 +312,7 @@ def parking(folder: Path | None) -> Iterator[Callable[[int, Tensor], Tensor]]:
 
 
 def reserve(path: Path, size: int) -> None:
-    """Take the disk space now: writing through a map into a full disk would kill the process without a word."""
+    """Take the disk space now: writing through a map into a full disk would kill the process without a
+    word."""
     with disk_full_is_told(path.parent), path.open("ab") as file:
         os.posix_fallocate(file.fileno(), 0, max(size, 1))

@@ -1,9 +1,11 @@
-"""Many candidates through the model at once: each layer is loaded once, and what candidates share is computed once.
+"""Many candidates through the model at once: each layer is loaded once, and what candidates share is computed
+once.
 
-A candidate lacks some branches, and has other weights in some layers. Up to the first in which two candidates differ they
-are the same model, so at every layer there is one run, and one set of hidden states, per distinct *beginning*, not per
-candidate: a greedy round over all n layers costs about half of n full passes, and one load of each layer (and of each of its
-changed forms). Hidden states that would not fit in memory (`lanes_at_once`) wait in mapped files.
+A candidate lacks some branches, and has other weights in some layers. Up to the first in which two candidates
+differ they are the same model, so at every layer there is one run, and one set of hidden states, per distinct
+*beginning*, not per candidate: a greedy round over all n layers costs about half of n full passes, and one
+load of each layer (and of each of its changed forms). Hidden states that would not fit in memory
+(`lanes_at_once`) wait in mapped files.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ Load = Callable[[int, Hashable], AbstractContextManager[Layer]]
 
 @dataclass(frozen=True)
 class Variant:
-    """A candidate: the branches that are `cut`, and by layer the form that one with other weights has (equal forms are equal
-    layers)."""
+    """A candidate: the branches that are `cut`, and by layer the form that one with other weights has
+    (equal forms are equal layers)."""
 
     cut: Cuts = frozenset()
     forms: Mapping[int, Hashable] = field(default_factory=dict[int, Hashable])
@@ -76,10 +78,11 @@ def state_bytes(meta: MetaModel, ids: Tensor, mask: Tensor) -> int:
 
 
 def lanes_at_once(count: int, each: int, memory: int, folder: Path) -> tuple[int, Path | None]:
-    """How many of `count` candidates go through the model together, and where their states wait (None: in memory).
+    """How many of `count` candidates go through the model together, and where their states wait (None: in
+    memory).
 
-    `each` is what one candidate's hidden states take, `memory` what all may take at most, both in bytes. On the disk of
-    `folder` they may take half of what is free.
+    `each` is what one candidate's hidden states take, `memory` what all may take at most, both in bytes. On
+    the disk of `folder` they may take half of what is free.
     """
     # Before and behind the layer at hand every candidate may have states of its own; beside them, the embedding's answer.
     held = max(0, min(LANE_BYTES, memory) // each - 1) // 2
@@ -102,9 +105,10 @@ def sweep_variants(
 ) -> Iterator[list[list[Tensor]]]:
     """Last hidden states of the model as each of `variants`: batches [B, L, H], in their order.
 
-    `text` is ids and mask [N, L]. A block goes with both its branches; layers that have another form are loaded by `load`.
-    With `spill`, a folder, hidden states wait in files there; they last as long as the context does. Raises `UserError` for
-    families whose layers hand on more than hidden states, and when the disk is full.
+    `text` is ids and mask [N, L]. A block goes with both its branches; layers that have another form are
+    loaded by `load`. With `spill`, a folder, hidden states wait in files there; they last as long as the
+    context does. Raises `UserError` for families whose layers hand on more than hidden states, and when the
+    disk is full.
     """
     if meta.config.model_type in quirks.HANDS_ON:
         raise UserError(
@@ -182,7 +186,8 @@ def _go_on(
     device: torch.device,
     parked: Callable[[int, Tensor], Tensor] | None,
 ) -> None:
-    """Let all candidates run on to the next layer; with `parked`, to the end, where each has states of its own."""
+    """Let all candidates run on to the next layer; with `parked`, to the end, where each has states of its
+    own."""
     for number, lane in enumerate(lanes):
         for at, (batch, output) in enumerate(zip(lane.batches, answers[lane.begun], strict=True)):
             batch.go_on(output if parked is None else output.to(device))

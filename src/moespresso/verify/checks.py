@@ -149,7 +149,8 @@ def _finite(view: View, manifest: Manifest, progress: Progress) -> str:
 
 
 def _decodes(view: View) -> str:
-    """Stored shapes are the matrices' own, no scale is zero, and the layout's own library, where there is one, decodes the same."""
+    """Stored shapes are the matrices' own, no scale is zero, and the layout's own library, where there is
+    one, decodes the same."""
     counts: Counter[str] = Counter()
     with Reader(view.checkpoint.folder) as reader:
         for piece in view.pieces:
@@ -222,7 +223,8 @@ def _loaded(folder: Path, view: View, meta: MetaModel) -> tuple[nn.Module, dict[
 
 
 def _unpack(model: Any, view: View, meta: MetaModel) -> None:
-    """Unpack the matrices that the loader left packed (it would at the first forward), and compute in float32.
+    """Unpack the matrices that the loader left packed (it would at the first forward), and compute in
+    float32.
 
     Scales must have the dtype they are stored in again, since weights are rounded to that.
     """

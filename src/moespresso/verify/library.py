@@ -1,8 +1,10 @@
-"""Packed matrices by another reader: what compressed-tensors' own library makes of the same files and the same config.
+"""Packed matrices by another reader: what compressed-tensors' own library makes of the same files and the
+same config.
 
-Our reader finds the format of a matrix itself (`checkpoint.section`) and unpacks it itself. Had it misread a key, it would
-write its mistake into the result, and every check made with it would hold. So the section is given to the library as it
-stands, which decides with its own rules what means a matrix and decodes it; every value must be equal to ours, bit for bit.
+Our reader finds the format of a matrix itself (`checkpoint.section`) and unpacks it itself. Had it misread a
+key, it would write its mistake into the result, and every check made with it would hold. So the section is
+given to the library as it stands, which decides with its own rules what means a matrix and decodes it; every
+value must be equal to ours, bit for bit.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ _WEIGHTS = 1 << 28
 
 
 def decoded_alike(checkpoint: Checkpoint) -> str:
-    """Compare; raises `AssertionError` where the library decodes other values. Returns what was compared, or nothing where
-    it reads no such files."""
+    """Compare; raises `AssertionError` where the library decodes other values. Returns what was compared,
+    or nothing where it reads no such files."""
     refs = [ref for ref in checkpoint.tensors.values() if ref.packed is not None]
     known = [ref for ref in refs if _of_library(ref)]
     if not known:
@@ -60,7 +62,8 @@ def _config(section: dict[str, Any]) -> Any:
 
 
 def _is_own(group: Any) -> bool:
-    """Whether a group is none that the library can read: other numbers than integers, or groups in an order of their own."""
+    """Whether a group is none that the library can read: other numbers than integers, or groups in an
+    order of their own."""
     weights = cast("dict[str, Any]", (group.get("weights") or {}) if isinstance(group, dict) else {})
     return weights.get("type", "int") not in ("int", "float") or weights.get("actorder") in (
         True,
