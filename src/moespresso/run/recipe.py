@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Unpack
 
@@ -59,7 +60,7 @@ def parse_size(text: str | int, of: int) -> int:
     match = _SIZE.fullmatch(str(text).strip())
     number, unit = (match["number"], match["unit"].upper()) if match else ("", "")
     if unit == "%" and 0 < float(number) <= 100:
-        return math.floor(of * float(number) / 100)
+        return math.floor(of * Fraction(number) / 100)
     if number.isdigit() and not unit and int(number) > 0:
         return int(number)
     if unit in UNITS and 0 < float(number) < math.inf:
