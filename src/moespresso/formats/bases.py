@@ -21,8 +21,9 @@ from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.formats.codec import Codec, Parts, Shapes, codec
 
-# Own factors, shares and the bases of all.
-Mixture = tuple[Float[Tensor, "N out r"], Float[Tensor, "N m"], Float[Tensor, "m r in"]]
+# Own factors N x out x r, shares N x m and the bases m x r x in of all; axes without a name, since a codec takes one mixture
+# and returns another.
+Mixture = tuple[Float[Tensor, "_ _ _"], Float[Tensor, "_ _"], Float[Tensor, "_ _ _"]]
 
 
 def based(

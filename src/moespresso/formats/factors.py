@@ -18,8 +18,8 @@ from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.formats.codec import Codec, Parts, Shapes, codec
 
-# Left and right.
-Pair = tuple[Float[Tensor, "N out r"], Float[Tensor, "N r in"]]
+# Left N x out x r and right N x r x in; axes without a name, since a codec takes one pair and returns another.
+Pair = tuple[Float[Tensor, "_ _ _"], Float[Tensor, "_ _ _"]]
 
 
 def product(left: Float[Tensor, "N out r"], right: Float[Tensor, "N r in"]) -> Float[Tensor, "N out in"]:
