@@ -11,38 +11,38 @@ from dataclasses import dataclass
 
 # A short name: the module under `moespresso`, and the tests that are expected to notice.
 MODULES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "attention_rank": ("kernels.attention_rank", ("test_low_rank_kernels.py",)),
-    "autoround": ("kernels.autoround", ("test_autoround.py",)),
-    "bitmask": ("formats.bitmask", ("test_sparse_format.py",)),
-    "channels": ("kernels.channels", ("test_channels.py",)),
-    "compressed_tensors": ("formats.compressed_tensors", ("test_formats.py",)),
-    "gptq": ("kernels.gptq", ("test_kernels.py",)),
-    "gptq_layout": ("formats.gptq", ("test_formats.py",)),
-    "grids": ("formats.grids", ("test_kernels.py",)),
-    "hessians": ("kernels.hessians", ("test_kernels.py",)),
-    "hqq": ("kernels.hqq", ("test_kernels.py",)),
-    "integer": ("formats.integer", ("test_formats.py",)),
-    "integer_layout": ("formats.integer_layout", ("test_formats.py",)),
-    "joint_refit": ("kernels.joint_refit", ("test_channels.py",)),
-    "low_rank": ("kernels.low_rank", ("test_low_rank_kernels.py",)),
-    "masks": ("kernels.masks", ("test_prune_kernels.py",)),
-    "packing": ("formats.packing", ("test_formats.py",)),
-    "remains": ("effect.remains", ("test_remains.py",)),
-    "removal": ("kernels.removal", ("test_channels.py",)),
-    "rewrite": ("effect.rewrite", ("test_core.py",)),
-    "rounding": ("formats.rounding", ("test_kernels.py",)),
-    "routed": ("kernels.routed", ("test_channels.py",)),
-    "shared_bases": ("kernels.shared_bases", ("test_bases.py",)),
-    "slices": ("formats.slices", ("test_attention_rank.py::test_what_is_stored_comes_back",)),
-    "sparsegpt": ("kernels.sparsegpt", ("test_prune_kernels.py",)),
-    "widths": (
-        "kernels.widths",
+    "allocation": (
+        "kernels.allocation",
         (
             "test_widths.py::test_no_other_choice_loses_less",
             "test_widths.py::test_a_curve_that_bends_upwards_is_taken_as_a_line",
             "test_widths.py::test_layers_count_as_often_as_they_have_experts",
         ),
     ),
+    "attention_rank": ("kernels.attention_rank", ("test_low_rank_kernels.py",)),
+    "autoround": ("kernels.autoround", ("test_autoround.py",)),
+    "bitmask": ("formats.bitmask", ("test_sparse_format.py",)),
+    "compressed_tensors": ("formats.compressed_tensors", ("test_formats.py",)),
+    "conditioning": ("kernels.conditioning", ("test_kernels.py",)),
+    "gptq": ("kernels.gptq", ("test_kernels.py",)),
+    "gptq_layout": ("formats.gptq", ("test_formats.py",)),
+    "grids": ("formats.grids", ("test_kernels.py",)),
+    "hqq": ("kernels.hqq", ("test_kernels.py",)),
+    "integer": ("formats.integer", ("test_formats.py",)),
+    "integer_layout": ("formats.integer_layout", ("test_formats.py",)),
+    "joint_refit": ("kernels.joint_refit", ("test_channels.py",)),
+    "low_rank": ("kernels.low_rank", ("test_low_rank_kernels.py",)),
+    "masks": ("kernels.masks", ("test_prune_kernels.py",)),
+    "neurons": ("kernels.neurons", ("test_channels.py",)),
+    "obs": ("kernels.obs", ("test_channels.py",)),
+    "packing": ("formats.packing", ("test_formats.py",)),
+    "remains": ("effect.remains", ("test_remains.py",)),
+    "rewrite": ("effect.rewrite", ("test_core.py",)),
+    "rounding": ("formats.rounding", ("test_kernels.py",)),
+    "routed": ("kernels.routed", ("test_channels.py",)),
+    "shared_bases": ("kernels.shared_bases", ("test_bases.py",)),
+    "slices": ("formats.slices", ("test_attention_rank.py::test_what_is_stored_comes_back",)),
+    "sparsegpt": ("kernels.sparsegpt", ("test_prune_kernels.py",)),
 }
 
 
@@ -60,7 +60,10 @@ class Fault:
 FAULTS: tuple[Fault, ...] = (
     # GPTQ
     Fault(
-        "gptq", "small moments go first", "descending=True, stable=True)", "descending=False, stable=True)"
+        "gptq",
+        "small moments go first",
+        "dim=1, descending=True, stable=True",
+        "dim=1, descending=False, stable=True",
     ),
     Fault("gptq", "factors are not transposed", "_feedback(factors.mT)", "_feedback(factors)"),
     Fault(
@@ -78,8 +81,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "gptq",
         "no damping",
-        "factored(_permuted(hessians, order), damping)",
-        "factored(_permuted(hessians, order), 0.0)",
+        "damped_factors(_permuted(hessians, order), settings.damping)",
+        "damped_factors(_permuted(hessians, order), 0.0)",
     ),
     Fault(
         "gptq",
@@ -90,20 +93,20 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "gptq",
         "a column pulls on itself",
-        "torch.baddbmm(mine, local, error, alpha=-1)",
-        "torch.baddbmm(mine, local, error, alpha=1)",
+        "torch.baddbmm(local_pull, local, error, alpha=-1)",
+        "torch.baddbmm(local_pull, local, error, alpha=1)",
     ),
     Fault(
         "gptq",
         "blocks behind are told the opposite",
-        "hessians[:, here.stop : part.stop, here], error - before)",
-        "hessians[:, here.stop : part.stop, here], before - error)",
+        "hessians[:, part.stop : group.stop, part], error - before)",
+        "hessians[:, part.stop : group.stop, part], before - error)",
     ),
     Fault(
         "gptq",
         "scales move away from the best",
-        "old.float() + (steps * pull)",
-        "old.float() - (steps * pull)",
+        "(old_NO.float() + shift_NO)",
+        "(old_NO.float() - shift_NO)",
     ),
     Fault(
         "gptq",
@@ -124,9 +127,9 @@ FAULTS: tuple[Fault, ...] = (
         "size.clamp(min=1e-8), p - 1)",
         "size.clamp(min=1e-8), p)",
     ),
-    Fault("hqq", "what is given up is added", "steps -= shrink(", "steps += shrink("),
+    Fault("hqq", "what is given up is added", "steps -= soft_threshold(", "steps += soft_threshold("),
     Fault("hqq", "zeros have the wrong sign", "zero = (values - steps).mean", "zero = (steps - values).mean"),
-    Fault("hqq", "beta shrinks", "beta * kappa**turn", "beta / kappa**turn"),
+    Fault("hqq", "beta shrinks", "self.beta * self.kappa**turn", "self.beta / self.kappa**turn"),
     Fault(
         "hqq",
         "the slope is that of the inverse",
@@ -146,16 +149,21 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "sparsegpt",
         "the error of what was corrected",
-        "self.error[:, column] = self.weights[:, column] - met",
-        "self.error[:, column] = wanted - met",
+        "self.error[:, column] = self.weights[:, column] - new",
+        "self.error[:, column] = target - new",
     ),
     Fault(
         "sparsegpt",
         "feedback is divided by the other diagonal",
-        "factors.mT / diagonal.unsqueeze(-1)",
-        "factors.mT / diagonal.unsqueeze(1)",
+        "factors.mT / diagonal_NI.unsqueeze(-1)",
+        "factors.mT / diagonal_NI.unsqueeze(1)",
     ),
-    Fault("sparsegpt", "pivots are not squared", "feedback, diagonal.square())", "feedback, diagonal)"),
+    Fault(
+        "sparsegpt",
+        "pivots are not squared",
+        "feedback_NII, diagonal_NI.square())",
+        "feedback_NII, diagonal_NI)",
+    ),
     Fault(
         "sparsegpt",
         "blocks round their shares for themselves",
@@ -176,7 +184,7 @@ FAULTS: tuple[Fault, ...] = (
         "descending=True, stable=True).flip(-1)",
         "descending=True, stable=True)",
     ),
-    Fault("masks", "sums in the place of shares", "order, given / given[..., -1:])", "order, given)"),
+    Fault("masks", "sums in the place of shares", "order, sums / sums[..., -1:])", "order, sums)"),
     Fault(
         "masks",
         "what is no number stays",
@@ -187,14 +195,14 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "autoround",
         "the slope in the scale has the wrong sign",
-        "steps - self._grouped / scale.unsqueeze(-1) * inside",
-        "steps + self._grouped / scale.unsqueeze(-1) * inside",
+        "steps_NOGg - self._grouped / scale.unsqueeze(-1) * inside_NOGg",
+        "steps_NOGg + self._grouped / scale.unsqueeze(-1) * inside_NOGg",
     ),
     Fault(
         "autoround",
         "negative scales are pushed the wrong way",
-        "slopes * inside * scale.unsqueeze(-1)",
-        "slopes * inside",
+        "gradient_NOGg * inside_NOGg * scale.unsqueeze(-1)",
+        "gradient_NOGg * inside_NOGg",
     ),
     Fault("autoround", "the slope in the zero has the wrong sign", ".sum(-1) * -scale", ".sum(-1) * scale"),
     Fault(
@@ -212,19 +220,22 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "autoround",
         "gates are forgotten",
-        "inner @ down[expert].T * gates[places, None]",
+        "inner @ down[expert].T * gates_Bk[places, None]",
         "inner @ down[expert].T",
     ),
     Fault("autoround", "a push is larger than half a step", "clamp_(-0.5, 0.5)", "clamp_(-1.0, 1.0)"),
     # Shared bases
     Fault(
-        "shared_bases", "importance is not undone", "return left / rows, (bases", "return left * rows, (bases"
+        "shared_bases",
+        "importance is not undone",
+        "return left_EOr / rows_EO1, (bases_mrI",
+        "return left_EOr * rows_EO1, (bases_mrI",
     ),
     Fault(
         "shared_bases",
         "the data are not undone",
-        "bases.double(), upper=True, left=False)",
-        "bases.double(), upper=True, left=False) @ root",
+        "bases_mrI.double(), upper=True, left=False)",
+        "bases_mrI.double(), upper=True, left=False) @ root_II",
     ),
     Fault(
         "shared_bases",
@@ -236,75 +247,78 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "shared_bases",
         "old factors are added to",
-        "torch.cholesky_solve(wanted - normal @ own, torch",
-        "torch.cholesky_solve(wanted, torch",
+        "torch.cholesky_solve(wanted_nrO - normal_nrr @ start_nrO, factor",
+        "torch.cholesky_solve(wanted_nrO, factor",
     ),
     Fault(
         "shared_bases",
         "the loss is of the other sign",
-        "aim.square().sum() - ((2 * wanted",
-        "aim.square().sum() + ((2 * wanted",
+        "target_nOI.square().sum() - ((2 * wanted",
+        "target_nOI.square().sum() + ((2 * wanted",
     ),
-    Fault("shared_bases", "sizes are lost", "shares * sizes.float()", "shares"),
-    # Channels
+    Fault("shared_bases", "sizes are lost", "shares_Em * sizes_m.float()", "shares_Em"),
+    # Neurons
     Fault(
-        "channels",
+        "neurons",
         "columns are not squared",
         "down.float().square().sum(1) * squares\n",
         "down.float().abs().sum(1) * squares\n",
     ),
-    Fault("channels", "the root is forgotten", "sum(1) * squares.sqrt()", "sum(1) * squares"),
+    Fault("neurons", "the root is forgotten", "sum(1) * squares.sqrt()", "sum(1) * squares"),
     Fault(
-        "channels",
+        "neurons",
         "alpha weighs the other part",
-        "(1 - alpha) * squares + alpha * peaks",
-        "alpha * squares + (1 - alpha) * peaks",
+        "(1 - alpha) * sums + alpha * maxima",
+        "alpha * sums + (1 - alpha) * maxima",
     ),
     Fault(
-        "channels",
+        "neurons",
         "the refit goes the wrong way",
-        "taken(down, kept, 2) + torch.cholesky_solve",
-        "taken(down, kept, 2) - torch.cholesky_solve",
+        "select(down, kept, 2) + torch.cholesky_solve",
+        "select(down, kept, 2) - torch.cholesky_solve",
     ),
     Fault(
-        "channels",
+        "neurons",
         "a factor is not turned back",
-        "return upper.flip(1, 2), ridge, raised",
-        "return upper.mT, ridge, raised",
+        "return upper.flip(1, 2), raised",
+        "return upper.mT, raised",
     ),
-    Fault("channels", "the best go", "order[:, order.shape[1] - keep :]", "order[:, :keep]"),
+    Fault("neurons", "the best go", "order[:, order.shape[1] - keep :]", "order[:, :keep]"),
     Fault(
-        "removal",
+        "obs",
         "the price is multiplied",
-        "weights.square().sum(1) / inverse.diagonal",
-        "weights.square().sum(1) * inverse.diagonal",
+        "weights_NHI.square().sum(1) / inverse_NII.diagonal",
+        "weights_NHI.square().sum(1) * inverse_NII.diagonal",
     ),
     Fault(
-        "removal",
+        "obs",
         "others make it worse",
-        "weights.baddbmm_(own, gain, alpha=-1)",
-        "weights.baddbmm_(own, gain, alpha=1)",
+        "weights.baddbmm_(columns_NHm, gain_NmI, alpha=-1)",
+        "weights.baddbmm_(columns_NHm, gain_NmI, alpha=1)",
     ),
     Fault(
-        "removal",
+        "obs",
         "the inverse is that of all",
-        "inverse.baddbmm_(rows.mT, gain, alpha=-1)",
-        "inverse.baddbmm_(rows.mT, gain, alpha=0)",
+        "inverse.baddbmm_(rows_NmI.mT, gain_NmI, alpha=-1)",
+        "inverse.baddbmm_(rows_NmI.mT, gain_NmI, alpha=0)",
     ),
     Fault(
-        "removal",
+        "obs",
         "losses do not add up",
-        "lost = lost + _remove(",
-        "lost = _remove(",
+        "loss_N = loss_N + _take_over(",
+        "loss_N = _take_over(",
     ),
     Fault(
-        "joint_refit", "what is left grows", "features @ change.T, alpha=-1)", "features @ change.T, alpha=1)"
+        "joint_refit",
+        "what is left grows",
+        "features_nK @ change_HK.T, alpha=-1)",
+        "features_nK @ change_HK.T, alpha=1)",
     ),
     Fault(
         "joint_refit",
         "drawn away from the original",
-        "features.T @ left - ridge * away.T",
-        "features.T @ left + ridge * away.T",
+        "features.T @ rest - ridge * away.T",
+        "features.T @ rest + ridge * away.T",
     ),
     Fault(
         "joint_refit",
@@ -316,7 +330,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "low_rank",
         "the data are forgotten",
-        "moved = core if moments is None else core @ _damped(moments, damping)",
+        "moved = core if hessians is None else core @ _damped(hessians, damping)",
         "moved = core",
     ),
     Fault(
@@ -342,7 +356,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "attention_rank",
         "the data are forgotten",
-        "None if moments is None else moments[None], rank",
+        "None if hessian is None else hessian[None], rank",
         "None, rank",
     ),
     Fault("attention_rank", "no root", "return energy.sqrt().unflatten", "return energy.unflatten"),
@@ -360,7 +374,10 @@ FAULTS: tuple[Fault, ...] = (
         "longer / (half - 0.5), shorter / (half + 0.5)",
     ),
     Fault(
-        "grids", "the worst range", "chosen(found < lowest, grid, best)", "chosen(found > lowest, grid, best)"
+        "grids",
+        "the worst range",
+        "chosen(errors < lowest, grid, best)",
+        "chosen(errors > lowest, grid, best)",
     ),
     Fault("grids", "importance is forgotten", "errors if counts is None else errors.mul_(counts)", "errors"),
     Fault(
@@ -392,10 +409,12 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "rounding",
         "lengths are turned round",
-        "(seen * own).sum(-1, keepdim=True) / (seen * decode(here).float()).sum(-1, keepdim=True)",
-        "(seen * decode(here).float()).sum(-1, keepdim=True) / (seen * own).sum(-1, keepdim=True)",
+        "(toward * rows).sum(-1, keepdim=True) / (toward * decode(slab).float()).sum(-1, keepdim=True)",
+        "(toward * decode(slab).float()).sum(-1, keepdim=True) / (toward * rows).sum(-1, keepdim=True)",
     ),
-    Fault("rounding", "inputs are forgotten", "own if hessians is None else own @ hessians[part[0]]", "own"),
+    Fault(
+        "rounding", "inputs are forgotten", "rows if hessians is None else rows @ hessians[part[0]]", "rows"
+    ),
     # Stored forms
     Fault(
         "packing",
@@ -447,25 +466,27 @@ FAULTS: tuple[Fault, ...] = (
         "order[:, : format.rank]",
     ),
     Fault("slices", "as many as fit are too many", "if most > format.rank:", "if most >= format.rank:"),
-    # Second moments
+    # Hessians
     Fault(
-        "hessians",
+        "conditioning",
         "many tokens are pulled more than few",
         "(tokens / (tokens + kappa))",
         "(kappa / (tokens + kappa))",
     ),
     Fault(
-        "hessians",
+        "conditioning",
         "the factor of the other order",
-        "factors[left] = lower.flip(1, 2)",
-        "factors[left] = lower.mT",
+        "factors[pending] = lower.flip(1, 2)",
+        "factors[pending] = lower.mT",
     ),
-    Fault("hessians", "dampings do not rise", "max(10 * share, SMALLEST)", "max(share, SMALLEST) * 2"),
     Fault(
-        "hessians",
+        "conditioning", "dampings do not rise", "max(10 * share, MIN_RAISED)", "max(share, MIN_RAISED) * 2"
+    ),
+    Fault(
+        "conditioning",
         "the ridge is not shared by the mean",
-        "ridge[left] = share * mean[left]",
-        "ridge[left] = share",
+        "ridge[pending] = share * mean[pending]",
+        "ridge[pending] = share",
     ),
     Fault(
         "routed",
@@ -487,23 +508,28 @@ FAULTS: tuple[Fault, ...] = (
         ("test_bases.py",),
     ),
     # How much goes where
-    Fault("widths", "a curve that bends upwards", ">= _slope(hull[-1], point)", "< _slope(hull[-1], point)"),
-    Fault("widths", "the price of all in the place of one", "[1] / count", "[1]"),
     Fault(
-        "widths", "the line before", "bisect_right(slopes, gone, key", "bisect_right(slopes, gone - 1, key"
+        "allocation", "a curve that bends upwards", ">= _slope(hull[-1], point)", "< _slope(hull[-1], point)"
+    ),
+    Fault("allocation", "the price of all in the place of one", "[1] / count", "[1]"),
+    Fault(
+        "allocation",
+        "the line before",
+        "bisect_right(slopes, removed, key",
+        "bisect_right(slopes, removed - 1, key",
     ),
     # What a plan leaves, and what it writes
     Fault(
         "remains",
         "the wider of two cuts",
-        "min(found[expert], channels), True",
-        "max(found[expert], channels), True",
+        "min(channels_of[expert], channels), True",
+        "max(channels_of[expert], channels), True",
     ),
     Fault(
         "remains",
         "the layer's word before the expert's",
-        "return whole if own is None else own",
-        "return own if whole is None else whole",
+        "return of_layer if of_expert is None else of_expert",
+        "return of_expert if of_layer is None else of_layer",
     ),
     Fault(
         "remains",
@@ -514,13 +540,13 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "remains",
         "who joined before does not come along",
-        "found |= {member: into for member, leader in found.items() if leader == unit.expert}",
+        "leaders |= {member: into for member, leader in leaders.items() if leader == unit.expert}",
         "pass",
     ),
     Fault(
         "rewrite",
         "survivors keep their numbers",
-        "position = kept.index(entry.unit.expert)",
+        "position = kept_experts.index(entry.unit.expert)",
         "position = entry.unit.expert",
     ),
     Fault(
@@ -547,7 +573,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "rewrite",
         "rows by their old numbers",
-        "[there.index(row) for row in piece.take]",
+        "[rows_before.index(row) for row in piece.take]",
         "[row for row in piece.take]",
         ("test_awq.py::test_after_an_earlier_drop_they_take_the_rows_that_are_theirs",),
     ),
