@@ -28,11 +28,10 @@ from moespresso import api
 from moespresso.build import open_view
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan, Stage, Treatment
-from moespresso.core.runtime import Runtime
 from moespresso.core.unit import Unit
 from moespresso.data import Source
 from moespresso.effect import validated
-from moespresso.fit import unrepaired
+from moespresso.fit import Job, unrepaired
 from moespresso.fit.repairs import fit
 from moespresso.run import Recipe
 from moespresso.statistics import folds
@@ -348,7 +347,7 @@ def test_padding_has_no_part_in_what_is_fitted(plain: Zoo, tmp_path: Path):
     batches = tokens_for(view, 6, 24, short=(15, 9))
     stage = Stage({"kind": "by hand"}, {Unit(1, "experts"): drop("linear")})
     plan = validated(Plan(view.source.digest, (stage,)), view.source)
-    (found,) = fit(view, plan, batches, tmp_path, Runtime()).values()
+    (found,) = fit(Job(view, tmp_path, batches), view, plan).values()
     wanted = solved(families.reference(plain("mixtral")), [(1, "mlp")], "linear", batches.ids, batches.mask)
     np.testing.assert_allclose(found.numpy(), wanted, rtol=0, atol=2e-4 * np.abs(wanted).max())
 
@@ -359,7 +358,7 @@ def test_what_the_text_does_not_show_is_left_as_it_is(plain: Zoo, tmp_path: Path
     batches = tokens_for(view, 1, 8)
     stage = Stage({"kind": "by hand"}, {Unit(1, "experts"): drop("linear")})
     plan = validated(Plan(view.source.digest, (stage,)), view.source)
-    (found,) = fit(view, plan, batches, tmp_path, Runtime()).values()
+    (found,) = fit(Job(view, tmp_path, batches), view, plan).values()
     before, behind = stream(families.reference(plain("mixtral")), batches.ids)[2:4]
     _, sizes, directions = np.linalg.svd((behind - before).numpy())
     assert len(sizes) == 8

@@ -51,11 +51,13 @@ class RoutedExperts:
     @classmethod
     def of(cls, module: Any, fed: Sequence[Fed], *, everyone: bool = False) -> RoutedExperts:
         """The experts of a loaded layer and what reached them."""
-        up = module.gate_up_proj if module.has_gate else module.up_proj
+        up, down = module.gate_up_proj if module.has_gate else module.up_proj, module.down_proj
+        if module.is_transposed:
+            up, down = up.mT, down.mT
         parts = [
             torch.cat([getattr(batch, name) for batch in fed]) for name in ("hidden", "index", "weights")
         ]
-        return cls(up, module.down_proj, module, *parts, everyone=everyone)
+        return cls(up, down, module, *parts, everyone=everyone)
 
     @property
     def count(self) -> int:
