@@ -232,7 +232,11 @@ def test_squared_slopes_are_how_answers_move(gate: bool):
         return torch.nn.functional.silu(first) * second
 
     module = SimpleNamespace(
-        has_gate=gate, act_fn=torch.tanh, _apply_gate=apply, down_proj=torch.randn(2, 5, 4)
+        has_gate=gate,
+        is_transposed=False,
+        act_fn=torch.tanh,
+        _apply_gate=apply,
+        down_proj=torch.randn(2, 5, 4),
     )
     module.gate_up_proj = module.up_proj = torch.randn(2, 4 * halves, 5)
     fed = Fed(torch.randn(9, 5), torch.randint(2, (9, 1)), torch.rand(9, 1))

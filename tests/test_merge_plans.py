@@ -130,7 +130,7 @@ SENSELESS: dict[str, tuple[Rows, str]] = {
         r"L2 would keep 2 experts, but its router \(top_k=3, 1 groups\) needs at least 3: keep more"),
     "a field of another version": (
         merge(L1_E7={"into": 0, "share": 0.25, "rank": 4}),
-        NOT_A_PLAN.format(": stage 0, L1.E7: 'rank' is unknown")),
+        NOT_A_PLAN.format(r", L1.E7: 'rank' is unknown \(choose from .*\)")),
     "no address": (
         merge(**{"L1_E-7": {"into": 0}}),
         NOT_A_PLAN.format(": 'L1.E-7' is not a unit address such as L12.E37.down, L12.router or L3.attention")),

@@ -312,7 +312,7 @@ def test_few_widths_are_told_all_of_them_narrower(width: int):
 def test_what_is_told_to_be_lost_is_the_error_of_the_best_refit():
     torch.manual_seed(0)
     width, hidden, tokens = 24, 6, 200
-    module = SimpleNamespace(has_gate=False, act_fn=torch.relu, up_proj=torch.randn(2, width, hidden),
+    module = SimpleNamespace(has_gate=False, is_transposed=False, act_fn=torch.relu, up_proj=torch.randn(2, width, hidden),
                              down_proj=torch.randn(2, hidden, width))  # fmt: skip
     index = torch.tensor([[0], [1]]).repeat(tokens // 2, 1)
     inputs, gates = torch.randn(tokens, hidden), torch.rand(tokens, 1) + 0.5
