@@ -22,6 +22,7 @@ from conftest import Zoo, tiny_tokenizer
 from depth_by_hand import Cut, mean_cosine, observe, parts, silenced, token_kl
 from moespresso import api
 from moespresso.build import Tensors, View, open_view
+from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.core.method import Candidate
 from moespresso.core.plan import Plan, Stage, Treatment
@@ -403,3 +404,20 @@ def test_plans_of_any_kind_are_judged_at_once(zoo: Zoo, tmp_path: Path, monkeypa
             assert loss == pytest.approx(wanted, rel=1e-4, abs=1e-9)
     assert losses[0] == pytest.approx(0, abs=1e-9)
     assert min(losses[1:]) > 0
+
+
+def test_a_plan_that_would_be_judged_in_part_is_refused(zoo: Zoo, tmp_path: Path):
+    view = open_view(zoo("mixtral"))
+    four, whole = Treatment(format=Format("integer", 4, 8)), Unit(1, "experts")
+    asked = {
+        "gptq needs values": Stage({"kind": "gptq", "group_size": 8}, {whole: four}),
+        "channel_prune needs values": Stage({"kind": "channel_prune"}, {whole: Treatment(channels=8)}),
+        "layer_drop needs values": Stage(
+            {"kind": "layer_drop"}, {whole: Treatment(drop=True, repair="linear")}
+        ),
+        "not to the head": Stage({"kind": "rtn", "group_size": 8}, {Unit(None, "head"): four}),
+    }
+    with Judge.of(Job(view, tmp_path, tokens_for(view, 2, 9)), view, 2) as judge:
+        for words, stage in asked.items():
+            with pytest.raises(UserError, match=words):
+                judge([Plan(view.source.digest), Plan(view.source.digest, (stage,))])

@@ -3,10 +3,7 @@ be done."""
 
 from moespresso.effect.check import check_plan, validated
 from moespresso.effect.cuts import Cut, Fits, cuts, fitted_key, is_left, is_part, key, needs_fit
-from moespresso.effect.piece import Encoding, Fold, Member, Piece, laid_out, stored
-from moespresso.effect.remains import SILENT_KV, Remains, dropped_units, merged_into, pressed_layers, remains
-from moespresso.effect.rewrite import biased_stubs, folds_into, pieces, pressed_blueprint, price
-from moespresso.effect.slim import (
+from moespresso.effect.matrices import (
     REFIT,
     channels_of,
     check_all_storable,
@@ -19,6 +16,9 @@ from moespresso.effect.slim import (
     step_of,
     treats_matrices,
 )
+from moespresso.effect.piece import Encoding, Fold, Member, Piece, laid_out, stored
+from moespresso.effect.remains import SILENT_KV, Remains, dropped_units, merged_into, pressed_layers, remains
+from moespresso.effect.rewrite import biased_stubs, folds_into, pieces, pressed_blueprint, price
 
 __all__ = [
     "REFIT",

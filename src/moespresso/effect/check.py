@@ -15,9 +15,9 @@ from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.unit import Unit
 from moespresso.effect.cuts import REPAIRS, cuts
+from moespresso.effect.matrices import REFIT, check_formats, check_step
 from moespresso.effect.remains import ROWS_STAY, remains
 from moespresso.effect.rewrite import folds_into
-from moespresso.effect.slim import REFIT, check_formats, check_step
 
 
 def validated(plan: Plan, blueprint: Blueprint, *, steps: bool = False) -> Plan:

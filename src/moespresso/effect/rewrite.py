@@ -22,9 +22,9 @@ from moespresso.core.format import Format
 from moespresso.core.plan import Plan, Treatment
 from moespresso.core.unit import Unit
 from moespresso.effect.cuts import Fits, Repair, cuts, fitted_key, key
+from moespresso.effect.matrices import format_of, narrowed, replaces, scale_dtypes
 from moespresso.effect.piece import Encoding, Fold, Member, Piece, Pruned, led
 from moespresso.effect.remains import pressed_layers, remains
-from moespresso.effect.slim import format_of, narrowed, replaces, scale_dtypes
 from moespresso.formats import codec_in, codec_of
 
 _EXPERT_NUMBER = re.compile(r"(?<=experts\.)\d+(?=\.)")

@@ -38,10 +38,10 @@ def fit_stage(job: Job, view: View, plan: Plan) -> Fitted:
     if not fits_on_text(plan.stages[-1]):
         return Fitted(fit(job, view, plan))
     job.text("this plan is fitted on", ", as it was made with")
-    return slim(job, view, plan)
+    return fit_layers(job, view, plan)
 
 
-def slim(job: Job, view: View, plan: Plan) -> Fitted:
+def fit_layers(job: Job, view: View, plan: Plan) -> Fitted:
     """Everything that the last stage of `plan`, which fits on text, needs; `view` is the model before it."""
     step, batches, work = step_of(plan.stages[-1]), job.text(), job.work
     assert isinstance(step, Refits)

@@ -12,15 +12,19 @@ import sys
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 from torch import Tensor
 
 from moespresso.build import Tensors, View, make_meta_model
 from moespresso.core.blueprint import BRANCHES, Branch
+from moespresso.core.errors import UserError
 from moespresso.core.layer import Layer
 from moespresso.core.method import Candidate, Searches, Step
 from moespresso.core.plan import Decision, Plan, Stage, Treatment
 from moespresso.core.unit import Unit
+from moespresso.effect import fits_on_text, needs_fit
 from moespresso.fit.job import Job
 from moespresso.fit.numbers import in_source, numbered
 from moespresso.model import MetaModel
@@ -58,7 +62,8 @@ def planned(step: Step, candidate: Candidate, now: View) -> Plan:
 class Judge:
     """What plans that go on from `now` cost: mean token KL to the original, on some rows of the text.
 
-    `model` and `source` load the model as it is and the original, whose last states are `truth` [N, L, H].
+    `model` and `source` load the model as it is and the original, whose last states are `truth` [N, L, H];
+    those of one candidate between two layers take `state` bytes.
     """
 
     job: Job
@@ -68,6 +73,7 @@ class Judge:
     source: MetaModel
     text: tuple[Tensor, Tensor]
     truth: Tensor
+    state: int
 
     @classmethod
     @contextmanager
@@ -77,36 +83,57 @@ class Judge:
         ids, mask = batches.ids[:rows], batches.mask[:rows]
         with job.tensors() as tensors:
             model, source = (make_meta_model(each, tensors, job.runtime) for each in (now, job.view))
-            _, spill = lanes_at_once(1, state_bytes(source, ids, mask), _memory(job, source), job.work)
+            state = state_bytes(source, ids, mask)
+            _, spill = lanes_at_once(1, state, _memory(job, source), job.work)
             options = SweepOptions(spill=spill)
             truth = sweep(source, ids, mask, options=options, watch=job.watch("layers, original"))
-            yield cls(job, now, tensors, model, source, (ids, mask), truth)
+            yield cls(job, now, tensors, model, source, (ids, mask), truth, state)
 
     def __call__(self, plans: Sequence[Plan]) -> list[float]:
-        """The loss of every plan, in order."""
-        losses: list[float] = []
-        each, left = state_bytes(self.source, *self.text), _memory(self.job, self.source) - self.truth.nbytes
-        most, spill = lanes_at_once(len(plans), each, left, self.job.work)
+        """The loss of every plan, in order; raises `UserError` for one that needs fitted values, or changes
+        what lies outside the layers."""
+        for plan in plans:
+            _check_judged(plan, self.now)
+        memory = _memory(self.job, self.source) - self.truth.nbytes
+        most, spill = lanes_at_once(len(plans), self.state, memory, self.job.work)
         if most < len(plans):
             # No note: what the disk holds must not show in the result.
             logger.info("%d of %d candidates are tried at once, for lack of disk space", most, len(plans))
-        for first in range(0, len(plans), most):
-            some = plans[first : first + most]
-            forms: dict[Hashable, Plan] = {}
-            variants = [_variant(plan, self.now, forms) for plan in some]
-            watch = self.job.watch(f"try {len(some)} candidates")
+        return [
+            loss
+            for first in range(0, len(plans), most)
+            for loss in self._at_once(plans[first : first + most], spill)
+        ]
 
-            @contextmanager
-            def load(index: int, form: Hashable, forms: Mapping[Hashable, Plan] = forms) -> Iterator[Layer]:
-                changed = replace(self.now, plan=forms[form])
-                with make_meta_model(changed, self.tensors, self.job.runtime).layer(index) as layer:
-                    yield layer
+    def _at_once(self, plans: Sequence[Plan], spill: Path | None) -> list[float]:
+        """The losses of as many plans as go through the model together."""
+        forms: dict[Hashable, Plan] = {}
+        variants = [_variant(plan, self.now, forms) for plan in plans]
+        watch = self.job.watch(f"try {len(plans)} candidates")
+        load = partial(self._load, forms)
+        with sweep_variants(self.model, self.text, variants, load=load, spill=spill, watch=watch) as hidden:
+            return token_kl([self.model, self.source], hidden, self.truth, self.text[1])
 
-            with sweep_variants(
-                self.model, self.text, variants, load=load, spill=spill, watch=watch
-            ) as hidden:
-                losses += token_kl([self.model, self.source], hidden, self.truth, self.text[1])
-        return losses
+    @contextmanager
+    def _load(self, forms: Mapping[Hashable, Plan], index: int, form: Hashable) -> Iterator[Layer]:
+        """A layer as some plan leaves it."""
+        changed = replace(self.now, plan=forms[form])
+        with make_meta_model(changed, self.tensors, self.job.runtime).layer(index) as layer:
+            yield layer
+
+
+def _check_judged(plan: Plan, now: View) -> None:
+    """Raise `UserError` for a plan that would be judged without a part of what it does."""
+    for number, stage in enumerate(plan.stages[len(now.plan.stages) :], len(now.plan.stages)):
+        if needs_fit(plan, number) or fits_on_text(stage):
+            raise UserError(
+                f"a candidate of {stage.method.get('kind')} needs values that are found on text or weights: compare it "
+                "by a step that works from the weights alone"
+            )
+        if any(unit.layer is None for unit in stage.treatments):
+            raise UserError(
+                "candidates are compared by what they do to layers, not to the head: leave it out"
+            )
 
 
 def _memory(job: Job, source: MetaModel) -> int:
@@ -123,20 +150,21 @@ def _variant(plan: Plan, now: View, forms: dict[Hashable, Plan]) -> Variant:
     for stage in plan.stages[len(now.plan.stages) :]:
         by_layer: dict[int, dict[Unit, Treatment]] = {}
         for unit, treatment in sorted(stage.treatments.items(), key=lambda item: item[0]):
-            position = now.remains.position(unit.layer or 0)
+            assert unit.layer is not None
+            position = now.remains.position(unit.layer)
             if treatment.drop:
                 cut |= {(position, branch) for branch in _branches(unit)}
             else:
                 by_layer.setdefault(position, {})[unit] = treatment
         for position, treatments in by_layer.items():
             changed.setdefault(position, []).append(Stage(stage.method, treatments))
-    named = {position: (position, _said(stages)) for position, stages in changed.items()}
+    named = {position: (position, _identity(stages)) for position, stages in changed.items()}
     for position, stages in changed.items():
         forms[named[position]] = replace(now.plan, stages=(*now.plan.stages, *stages))
     return Variant(frozenset(cut), named)
 
 
-def _said(stages: Sequence[Stage]) -> Hashable:
+def _identity(stages: Sequence[Stage]) -> Hashable:
     """What stages do to a layer, so that the same is known as the same."""
     return tuple((repr(sorted(stage.method.items())), *stage.treatments.items()) for stage in stages)
 
