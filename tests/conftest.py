@@ -57,6 +57,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             _leave_out(case for place, case in enumerate(left) if place not in places)
 
 
+def pytest_runtest_setup() -> None:
+    """Every test looks at the shapes it meets."""
+    shapes.begin_anew()
+
+
 def _families_of(item: pytest.Item) -> set[str]:
     """The families of the zoo among the parameters of a case."""
     call = getattr(item, "callspec", None)

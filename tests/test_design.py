@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import pkgutil
 import re
 import statistics
 import subprocess
@@ -315,6 +316,27 @@ def test_nobody_goes_past_a_rooms_door():
             if len(parts) > 1 and parts[0] in rooms and parts[:1] != own:
                 past.append(f"{module_name(path)}:{node.lineno} {node.module}")
     assert past == []
+
+
+def test_what_prose_points_at_is_there():
+    """`room.module.name` in a docstring, a comment or the docs names something that exists."""
+    rooms = "|".join(sorted({room.name for room in ROOMS if room != SOURCE} | {"core"}))
+    pointer = re.compile(rf"`((?:{rooms})(?:\.[A-Za-z_]\w*)+)`")
+    docs = SOURCE.parents[1] / "docs"
+    lost: list[str] = []
+    for path in [*MODULES, *sorted(docs.glob("*.md"))]:
+        for name in pointer.findall(path.read_text(encoding="utf-8")):
+            if ".safetensors" not in name and not is_there(name):
+                lost.append(f"{path.name}: {name}")
+    assert lost == []
+
+
+def is_there(name: str) -> bool:
+    try:
+        pkgutil.resolve_name(f"moespresso.{name}")
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 # What is imported only when it is needed: an extra that may be missing, what would make every start slow, and the command

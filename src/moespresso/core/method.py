@@ -177,7 +177,7 @@ class Quantizes(Treats):
 
     @abstractmethod
     def quantize(self, weights: Tensor, format: Format, dtype: torch.dtype) -> Any:
-        """The codes (`formats.Codes`) of `weights` [N, out, in], with scales stored as `dtype`."""
+        """What its codec stores (`formats.QuantizedWeights`) of `weights` [N, out, in], scales as `dtype`."""
 
 
 class Prunes(Treats):

@@ -106,7 +106,7 @@ def channels_left(stage: Stage, layer: int, expert: int | None) -> int | None:
 
 
 def _gone(plan: Plan, layer: int, experts: int) -> tuple[int, ...]:
-    """Experts that a stage drops behind a router that stays whole (at most one stage does: `core.check`)."""
+    """Experts that a stage drops behind a router that stays whole (at most one does: `effect.check`)."""
     kept = set(range(experts))
     for stage in plan.stages:
         treatment = stage.treatments.get(Unit(layer, "experts"))

@@ -1,9 +1,9 @@
 """What a stage of a plan needs beside the decision: values found on real text or weights, kept in one file.
 
-`fit` runs the model as the stages before leave it, finds what stands in for what goes (`measure.folds`), the
-mean answers of dropped experts (`measure.means`) and the order of neurons that are averaged
-(`measure.align`), and keeps the result in the work folder: the same plan, text and checkpoint give the same
-values, and a run that was stopped takes them up again.
+`fit` runs the model as the stages before leave it, finds what stands in for what goes (`statistics.folds`),
+the mean answers of dropped experts (`statistics.means`) and the order of neurons that are averaged
+(`statistics.align`), and keeps the result in the work folder: the same plan, text and checkpoint give the
+same values, and a run that was stopped takes them up again.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a step that rounds on text is shown of a layer, and what it answers.
 
-`LayerContext.experts` are the routed experts with their tokens (`measure.routed`), `linears` single matrices
+`LayerContext.experts` are the routed experts with their tokens (`kernels.routed`), `linears` single matrices
 with the second moments of their inputs. The answer is codes by name, tensors that are replaced as a whole,
 and what went wrong.
 """

@@ -162,7 +162,7 @@ class MetaModel:
     """One model, on `meta` but for what is being used.
 
     `tensors` maps on-disk names to anything that answers `[...]` with a tensor (see
-    `checkpoint.reader.Lazy`); `specs` are the layers as the blueprint has them.
+    `build.tensors.Lazy`); `specs` are the layers as the blueprint has them.
     """
 
     def __init__(
