@@ -8,6 +8,7 @@ were taken out in memory.
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import json
 import re
@@ -27,7 +28,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import families
 from moespresso.core.errors import UserError
-from moespresso.model import depth
 from moespresso.model.depth import STUB_WIDTH, with_dense, with_layers
 from test_more_families import DENSE, LATENT, MIXTURES, ROUTED
 
@@ -439,9 +439,12 @@ def test_layers_that_depend_on_their_number_are_refused(
 
 def test_few_models_are_built(monkeypatch: pytest.MonkeyPatch):
     built: list[str] = []
-    real = depth.build_meta
+    skeletons = importlib.import_module("moespresso.model.skeleton")
+    real = skeletons.build_meta
     monkeypatch.setattr(
-        depth, "build_meta", lambda config, dtype, place: built.append(place) or real(config, dtype, place)
+        skeletons,
+        "build_meta",
+        lambda config, dtype, place: built.append(place) or real(config, dtype, place),
     )
     raw = raw_config("qwen3_moe", num_hidden_layers=7)
     with_layers(raw, [0, 1, 2, 4, 5, 6], "few")

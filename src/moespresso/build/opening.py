@@ -19,13 +19,13 @@ from moespresso.core.runtime import Runtime
 from moespresso.model import (
     MetaModel,
     adopt,
-    build_meta,
     converted,
     equivalents_of,
     is_unequal,
     obstacle,
     read_blueprint,
     read_config,
+    skeleton,
     stock_dtype,
     unstacked,
 )
@@ -56,12 +56,12 @@ def config_view(path: Path) -> View:
             f"{path} is the config of a packed model, whose price stands in its tensors: give the folder"
         )
     bare = adopt(Checkpoint(path, raw, {}))
-    model = build_meta(read_config(bare.config, str(path)), torch.bfloat16, str(path))
-    stored = read_config(bare.config, str(path)).dtype
+    made = skeleton(bare.config, str(path))
+    stored = made.config.dtype
     dtype = next((name for name, kind in TORCH_DTYPES.items() if kind == stored), "BF16")
-    tied = set(model.all_tied_weights_keys)
+    tied = set(made.model.all_tied_weights_keys)
     refs = {name: TensorRef(name, tuple(tensor.shape), dtype, "")
-            for name, tensor in model.state_dict().items() if name not in tied}  # fmt: skip
+            for name, tensor in made.names.state.items() if name not in tied}  # fmt: skip
     return _view(Checkpoint(path, bare.config, refs))
 
 

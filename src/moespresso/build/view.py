@@ -28,13 +28,11 @@ from moespresso.effect import Fits, Piece, Remains, laid_out, pieces, pressed_bl
 from moespresso.formats import codec_named
 from moespresso.model import (
     MetaModel,
-    Names,
-    build_meta,
     check_tensors,
     joined,
     packed_alone,
     pressed_config,
-    read_config,
+    skeleton,
     unreadable,
     with_dense,
 )
@@ -123,12 +121,11 @@ class View:
         """The formats of packed modules, and the other modules with a matrix; by their names on disk and in
         memory, since loaders look them up by either."""
         place = self.source.place
-        model = build_meta(read_config(config, place), torch.bfloat16, place)
-        names, formats = Names(model), dict(self.formats)
+        made, formats = skeleton(config, place), dict(self.formats)
         for piece in self.pieces:
             if piece.ref.packed is not None and piece.unit.expert is None:
-                formats[names.in_memory(piece.name)[0].removesuffix(".weight")] = piece.ref.packed.format
-        linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+                formats[made.names.in_memory(piece.name)[0].removesuffix(".weight")] = piece.ref.packed.format
+        linears = {name for name, module in made.model.named_modules() if isinstance(module, torch.nn.Linear)}
         pieces = {piece.name.removesuffix(".weight") for piece in self.pieces
                   if len(piece.shape) == 2 and piece.name.endswith(".weight") and piece.unit.part != "embedding"}  # fmt: skip
         return formats, (linears | pieces) - formats.keys()
@@ -172,12 +169,10 @@ class View:
         """Shared experts as wide as the config says: where its one width of experts counts them."""
         if not self.stock or not self.remains.widths:
             return planned
-        config, place = self._config[0], self.source.place
-        model = build_meta(read_config(config, place), torch.bfloat16, place)
-        names, state = Names(model), model.state_dict()
+        names = skeleton(self._config[0], self.source.place).names
         grown: list[Piece] = []
         for piece in planned:
-            wanted = state.get(names.in_memory(piece.name)[0]) if piece.unit.part == "shared" else None
+            wanted = names.state.get(names.in_memory(piece.name)[0]) if piece.unit.part == "shared" else None
             wide = wanted is not None and tuple(wanted.shape) != piece.shape
             grown.append(
                 replace(piece, shape=tuple(wanted.shape), filled=True)
@@ -190,8 +185,7 @@ class View:
         """The zeros that stand where feed-forward parts were, as the model of the config has them."""
         if not self.stubs:
             return []
-        place = self.source.place
-        state = build_meta(read_config(self._config[0], place), torch.bfloat16, place).state_dict()
+        state = skeleton(self._config[0], self.source.place).names.state
         dtypes = self.source.dtypes
         zeros: list[Piece] = []
         for position in self.stubs:

@@ -17,8 +17,9 @@ from moespresso.model.experts import expert_forward, observing
 from moespresso.model.halves import without
 from moespresso.model.joined import joined, packed_alone, unreadable
 from moespresso.model.lockstep import PausedBatch, start
-from moespresso.model.meta_model import MetaModel, build_meta, quiet_transformers, read_config
+from moespresso.model.meta_model import MetaModel, quiet_transformers, read_config
 from moespresso.model.names import Names, stock_dtype
+from moespresso.model.skeleton import skeleton
 from moespresso.model.unequal import pressed_config
 from moespresso.model.unstack import unstacked
 
@@ -27,7 +28,6 @@ __all__ = [
     "Names",
     "PausedBatch",
     "adopt",
-    "build_meta",
     "check_tensors",
     "converted",
     "equivalents_of",
@@ -43,6 +43,7 @@ __all__ = [
     "quiet_transformers",
     "read_blueprint",
     "read_config",
+    "skeleton",
     "skipping",
     "start",
     "stock_dtype",

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -32,17 +31,14 @@ from moespresso.model.experts import is_experts
 from moespresso.model.heads import find_heads
 from moespresso.model.lacking import not_whole
 from moespresso.model.meta_model import (
-    build_meta,
-    decoder_layers,
     find_router,
     layer_config,
     layer_number,
     moe_block,
-    read_config,
     scores_groups_by_two,
 )
-from moespresso.model.names import Names
-from moespresso.runtime import MIXERS, Anatomy, BranchParts, NotResidual, Silent, SilentMixer, find_anatomy
+from moespresso.model.skeleton import Skeleton, skeleton
+from moespresso.runtime import MIXERS, Anatomy, BranchParts, Silent, SilentMixer
 
 _EXPERT = re.compile(r"experts\.(\d+)\.")
 
@@ -50,9 +46,8 @@ _EXPERT = re.compile(r"experts\.(\d+)\.")
 def read_blueprint(checkpoint: Checkpoint) -> Blueprint:
     """Describe a checkpoint; raises `UserError` when it is not supported or not complete."""
     place = str(checkpoint.folder)
-    config = read_config(checkpoint.config, place)
-    model = build_meta(config, torch.bfloat16, place)
-    layers_name, layers = decoder_layers(model, place)
+    made = skeleton(checkpoint.config, place)
+    config, model, layers = made.config, made.model, made.layers
     for layer in layers:
         _check_block(layer, config, place)
     try:
@@ -60,8 +55,8 @@ def read_blueprint(checkpoint: Checkpoint) -> Blueprint:
     except AttributeError as error:  # a config or a router without what every family so far has
         raise UserError(f"{place}: model_type {config.model_type!r} is not supported ({error})") from error
     _check_experts_seen(model, config, specs, place)
-    classify = _Classifier(model, layers_name, layers, expert_axes(checkpoint.config, model, place))
-    indivisible = next((anatomy for anatomy in classify.anatomies if isinstance(anatomy, str)), "")
+    classify = _Classifier(made, expert_axes(checkpoint.config, model, place))
+    indivisible = next((anatomy for anatomy in made.anatomies if isinstance(anatomy, str)), "")
     entries = tuple(classify(ref) for ref in checkpoint.tensors.values())
     classify.check_complete(place)
     tables = {entry.unit.part for entry in entries if _is_table(entry)}
@@ -73,9 +68,9 @@ def read_blueprint(checkpoint: Checkpoint) -> Blueprint:
         hidden=text.hidden_size,
         vocab=text.vocab_size,
         tied=len(tables) < 2,
-        layers=specs if indivisible else tuple(map(_with_bodies, specs, classify.anatomies, layers)),
+        layers=specs if indivisible else tuple(map(_with_bodies, specs, made.anatomies, layers)),
         entries=entries,
-        layers_name=layers_name,
+        layers_name=made.layers_name,
         indivisible=indivisible,
         period=_period(text, specs),
         both_stored=len(tables) == 2 and bool(model.all_tied_weights_keys),
@@ -109,8 +104,8 @@ def _with_bodies(spec: LayerSpec, anatomy: Anatomy | str, layer: nn.Module) -> L
 
 def check_tensors(raw: Mapping[str, Any], refs: Iterable[TensorRef], place: str) -> None:
     """Raise `UserError` when `refs` are not what the model of the config `raw` asks for."""
-    model = build_meta(read_config(raw, place), torch.bfloat16, place)
-    classify = _Classifier(model, *decoder_layers(model, place), expert_axes(raw, model, place))
+    made = skeleton(raw, place)
+    classify = _Classifier(made, expert_axes(raw, made.model, place))
     for ref in refs:
         classify(ref)
     classify.check_complete(place)
@@ -260,14 +255,11 @@ def _attention_widths(config: PreTrainedConfig) -> tuple[int, int, int]:
 class _Classifier:
     """Turns tensor references into entries, and remembers what has been seen of each parameter."""
 
-    def __init__(
-        self, model: PreTrainedModel, layers_name: str, layers: nn.ModuleList, axes: Mapping[str, int]
-    ) -> None:
-        self._names = Names(model)
-        self._layers_name = layers_name
-        self._blocks = [moe_block(layer) for layer in layers]
+    def __init__(self, made: Skeleton, axes: Mapping[str, int]) -> None:
+        model = made.model
+        self._names, self._layers_name, self._anatomies = made.names, made.layers_name, made.anatomies
+        self._blocks = [moe_block(layer) for layer in made.layers]
         self._tables = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-        self.anatomies = [_anatomy(layer) for layer in layers]
         self._embedding = _module_name(model, model.get_input_embeddings())
         self._head = _module_name(model, model.get_output_embeddings())
         self._tied = _tied_pairs(model)
@@ -320,7 +312,7 @@ class _Classifier:
 
     def _branch(self, layer: int, inner: str) -> tuple[Branch, BranchParts] | None:
         """The residual branch that a tensor of a layer goes with."""
-        anatomy, child = self.anatomies[layer], inner.split(".", 1)[0]
+        anatomy, child = self._anatomies[layer], inner.split(".", 1)[0]
         if isinstance(anatomy, str):
             return None
         parts: dict[Branch, BranchParts | None] = {"attention": anatomy.attention, "mlp": anatomy.mlp}
@@ -466,14 +458,6 @@ def _tied_pairs(model: PreTrainedModel) -> dict[str, set[str]]:
     for one, other in model.all_tied_weights_keys.items():
         groups |= dict.fromkeys(group := {one, other} | groups[one] | groups[other], group)
     return groups
-
-
-def _anatomy(layer: nn.Module) -> Anatomy | str:
-    """The layer's residual branches, or why they cannot be told."""
-    try:
-        return find_anatomy(layer)
-    except NotResidual as error:
-        return str(error)
 
 
 def _module_name(model: PreTrainedModel, wanted: nn.Module | None) -> str:

@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moespresso.core.errors import UserError
 from moespresso.model import quirks
 from moespresso.model.experts import is_experts
-from moespresso.model.meta_model import build_meta, read_config
+from moespresso.model.skeleton import skeleton
 from moespresso.runtime import OWN_WIDTHS
 
 
@@ -113,9 +113,7 @@ def expert_axes(raw: Mapping[str, Any], model: PreTrainedModel, place: str) -> d
     if len(counts) > 1 and not is_unequal(raw):
         raise _refusal(place, family, "its layers have different numbers of experts")
     try:
-        double = build_meta(
-            read_config(_with_twice(evened(raw), family), place), torch.bfloat16, place
-        ).state_dict()
+        double = skeleton(_with_twice(evened(raw), family), place).names.state
     except UserError as error:
         raise _refusal(place, family, f"its number of experts cannot be changed: {error}") from error
     axes: dict[str, int] = {}

@@ -26,7 +26,8 @@ from torch import nn
 
 from moespresso.core.errors import UserError
 from moespresso.model import quirks
-from moespresso.model.meta_model import build_meta, decoder_layers, moe_block, read_config
+from moespresso.model.meta_model import moe_block, read_config
+from moespresso.model.skeleton import skeleton
 
 Config = dict[str, Any]
 
@@ -101,10 +102,9 @@ def _model(raw: Mapping[str, Any], place: str) -> _Model:
 # Plans are tried out one after the other on the same source.
 @lru_cache(maxsize=8)
 def _built(text: str, place: str) -> _Model:
-    config = read_config(json.loads(text), place)
-    model = build_meta(config, torch.bfloat16, place)
-    name, layers = decoder_layers(model, place)
-    fields = config.get_text_config().to_dict()
+    made = skeleton(json.loads(text), place)
+    name, layers = made.layers_name, made.layers
+    fields = made.config.get_text_config().to_dict()
     by_layer = {int(layer): values for layer, values in fields.get("per_layer_config", {}).items()}
     blocks = [moe_block(layer) for layer in layers]
     return _Model(
@@ -113,7 +113,7 @@ def _built(text: str, place: str) -> _Model:
             _parts(layer) | {"per_layer_config": by_layer.get(index)} for index, layer in enumerate(layers)
         ),
         tuple(block and block[0] for block in blocks),
-        {key: tensor.shape for key, tensor in model.state_dict().items() if not key.startswith(f"{name}.")},
+        {key: tensor.shape for key, tensor in made.names.state.items() if not key.startswith(f"{name}.")},
         {
             "experts": frozenset(index for index, block in enumerate(blocks) if block),
             "attention": frozenset(

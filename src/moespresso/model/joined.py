@@ -9,18 +9,14 @@ what is packed where the model has no linear layer is `packed_alone`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
-
-import torch
 
 from moespresso.checkpoint import SECTION
 from moespresso.effect import Piece
 from moespresso.formats import CompressedTensors, codec_in
-from moespresso.model.meta_model import build_meta, read_config
 from moespresso.model.names import Names
+from moespresso.model.skeleton import skeleton
 
 Config = Mapping[str, Any]
 
@@ -103,10 +99,4 @@ def _end_to_end(name: str, together: Sequence[Piece]) -> Piece:
 
 
 def _names_of(config: Config, place: str) -> Names:
-    return _names(json.dumps({key: value for key, value in config.items() if key != SECTION}), place)
-
-
-@lru_cache(maxsize=4)
-def _names(config: str, place: str) -> Names:
-    """The names of a source, for which all its views ask."""
-    return Names(build_meta(read_config(json.loads(config), place), torch.bfloat16, place))
+    return skeleton({key: value for key, value in config.items() if key != SECTION}, place).names

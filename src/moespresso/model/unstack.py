@@ -16,13 +16,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
 
-import torch
-
 from moespresso.checkpoint import Checkpoint
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.format import DTYPE_BYTES
-from moespresso.model.meta_model import build_meta, read_config
 from moespresso.model.names import Names, Slice
+from moespresso.model.skeleton import skeleton
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ def unstacked(checkpoint: Checkpoint) -> Unstacked | None:
     """The checkpoint in its family's own layout, or None where that has no experts by themselves, or has them
     already."""
     place = str(checkpoint.folder)
-    names = Names(build_meta(read_config(checkpoint.config, place), torch.bfloat16, place))
+    names = skeleton(checkpoint.config, place).names
     renamed, slices = names.own_layout()
     refs = [part for ref in checkpoint.tensors.values() for part in _apart(ref, names, renamed, slices)]
     tensors = {ref.name: ref for ref in refs}

@@ -14,11 +14,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from moespresso.core.errors import UserError
 from moespresso.model import quirks
-from moespresso.model.meta_model import build_meta, read_config
+from moespresso.model.skeleton import skeleton
 
 Config = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -60,10 +58,10 @@ def shapes(config: Mapping[str, Any], place: str) -> Shapes:
 
 def _shapes(config: Mapping[str, Any], place: str) -> Shapes:
     try:
-        model = build_meta(read_config(config, place), torch.bfloat16, place)
+        state = skeleton(config, place).names.state
     except UserError as error:
         raise UserError(f"{place}: the width of its experts cannot be changed: {error}") from error
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _others(before: Shapes, after: Shapes) -> list[str]:
