@@ -7,6 +7,7 @@ Whatever is handed out here is shared by the whole session: read it, never write
 `make test-all`, runs everything.
 """
 
+import gc
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -55,6 +56,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             left = [case for case in cases if not case.get_closest_marker("breadth")]
             places = _spread(len(left), *few.args)
             _leave_out(case for place, case in enumerate(left) if place not in places)
+
+
+def pytest_collection_finish() -> None:
+    """Half a million objects of libraries stay until the end: whoever looks for garbage leaves them out."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_runtest_setup() -> None:

@@ -66,7 +66,7 @@ def by_head(rows: Tensor, heads: int) -> Tensor:
 
 
 @pytest.mark.parametrize("family", PLAIN + NORMED)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_rows_and_columns_are_stored_and_the_stock_model_with_zeros_is_the_same(
     family: str, zoo: Zoo, text: Path, tmp_path: Path
 ):

@@ -197,7 +197,9 @@ def test_on_inputs_with_outliers_the_output_is_nearer_than_with_rounding_to_near
 @pytest.mark.few(1)
 def test_a_pressed_checkpoint_agrees_with_the_original(family: str, zoo: Zoo, text: Path, tmp_path: Path):
     out = tmp_path / "out"
-    api.press(zoo(family), out=out, steps=["awq:bits=8,group_size=0"], texts=[text], samples=4, length=32)
+    api.press(
+        zoo(family), out=out, steps=["awq:bits=8,group_size=0,grid=4"], texts=[text], samples=4, length=32
+    )
     verified = api.verify(out, against=zoo(family))
     assert verified["ok"], verified
     ids = families.random_ids(families.reference(zoo(family)).config, 2, 13)
@@ -231,7 +233,7 @@ def test_experts_that_go_afterwards_take_their_scaled_rows_along(zoo: Zoo, text:
 
 def test_after_an_earlier_drop_they_take_the_rows_that_are_theirs(zoo: Zoo, text: Path, tmp_path: Path):
     """What awq found for the router has the rows that were left by then."""
-    steps = ["expert_drop:keep=6", "awq:bits=8,group_size=0", "expert_drop:keep=4"]
+    steps = ["expert_drop:keep=6", "awq:bits=8,group_size=0,grid=4", "expert_drop:keep=4"]
     for name, some in (("two", steps[:2]), ("three", steps)):
         api.press(zoo("mixtral"), out=tmp_path / name, steps=some, texts=[text], samples=4, length=32)
     first, _, last = (stage.treatments for stage in plan_of(tmp_path / "three").stages)

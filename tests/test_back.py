@@ -102,7 +102,7 @@ def swept(folder: Path, ids: Tensor, mask: Tensor, work: Path, visit: Any) -> fl
 
 @over_families
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.few(7)
+@pytest.mark.few(4)
 def test_gradients_and_loss_are_those_of_the_whole_model(family: str, padded: bool, zoo: Zoo, tmp_path: Path):
     ids, mask = text_for(open_view(zoo(family)), padded=padded)
     loss, wanted = truth(families.reference(zoo(family)), ids, mask)
@@ -120,6 +120,7 @@ def test_gradients_and_loss_are_those_of_the_whole_model(family: str, padded: bo
 
 
 @over_families
+@pytest.mark.few(3)
 def test_gradient_moments_are_their_formula_token_by_token(family: str, zoo: Zoo, tmp_path: Path):
     view, model = open_view(zoo(family)), families.reference(zoo(family))
     ids, mask = text_for(view, padded=True, rows=3)

@@ -33,7 +33,7 @@ SHARED = ["deepseek_v2", "deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe"]
 @pytest.mark.parametrize(
     "step", [HALF, "channel_prune:width=8,score=camera,refit=expert", "channel_prune:width=8,score=heapr"]
 )
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 def test_stock_transformers_loads_it_with_our_values(
     family: str, step: str, zoo: Zoo, text: Path, tmp_path: Path
 ):
@@ -113,6 +113,7 @@ def test_before_and_after_other_steps(steps: list[str], text: Path, tmp_path: Pa
     proven(press(source, tmp_path / "out", *steps, text=text), source)
 
 
+@pytest.mark.few(1)
 def test_a_packed_folder_is_narrowed_and_packed_again(packed: Path, text: Path, tmp_path: Path):
     out = press(packed, tmp_path / "out", "channel_prune:width=64", text=text)
     proven(out, packed)
@@ -221,7 +222,7 @@ def test_few_tokens_are_told(zoo: Zoo, tmp_path: Path):
 
 
 @pytest.mark.parametrize("line", ["end rename slim-00001.safetensors", "end remember 2", "begin rename moespresso.json"])  # fmt: skip
-@pytest.mark.few(1)
+@pytest.mark.breadth
 def test_killed_and_taken_up(line: str, driver: Driver, zoo: Zoo, text: Path, tmp_path: Path):
     whole = Press(driver, zoo("mixtral"), text, tmp_path / "whole")
     assert whole(HALF).code == 0

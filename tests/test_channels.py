@@ -202,6 +202,7 @@ def test_moments_are_means_over_what_each_expert_is_given_by_the_squares_of_gate
     ("seed", "damping", "sweeps"),
     [(0, 1e-4, 400), (1, 1e-4, 400), (2, 1e-4, 400), (3, 0.3, 60), (4, 1.0, 60)],
 )
+@pytest.mark.few(2)
 def test_the_joint_refit_ends_where_the_whole_systems_solution_is(seed: int, damping: float, sweeps: int):
     """Wherever it starts: what draws it are the original columns."""
     experts = routed(seed)

@@ -272,7 +272,7 @@ def rehearsed(model: Path, steps: Iterable[str], target: str, more: dict[str, An
 
 
 @pytest.mark.parametrize("wish", WISHES, ids=lambda wish: f"{wish.model}-{'+'.join(wish.steps)}")
-@pytest.mark.few(20)
+@pytest.mark.few(12)
 def test_a_cure_cures(wish: Wish, models: Callable[[str], Path]):
     model = models(wish.model)
     with pytest.raises(UserError) as refused:

@@ -32,7 +32,7 @@ from moespresso.model.depth import STUB_WIDTH, with_dense, with_layers
 from test_more_families import DENSE, LATENT, MIXTURES, ROUTED
 
 Config = dict[str, Any]
-quickly = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+quickly = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 
 # Families whose layers are not all alike, with enough of them to be cut in many ways.
 MIXED: dict[str, Config] = {
@@ -755,7 +755,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
         ("gemma2", [1, 2], {"layer_types": [F, W]}),
     ],
 )
-@pytest.mark.few(7)
+@pytest.mark.few(4)
 def test_the_cut_checkpoint_loads_and_agrees(
     checkpoint: Callable[[str], Path], tmp_path: Path, family: str, kept: list[int], by_hand: Config
 ):
@@ -788,7 +788,7 @@ def test_the_cut_checkpoint_loads_and_agrees(
         ("nemotron_h", [1]),
     ],
 )
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 def test_a_dense_mlp_of_zeros_is_a_mixture_that_says_nothing(
     checkpoint: Callable[[str], Path], tmp_path: Path, family: str, dense: list[int]
 ):

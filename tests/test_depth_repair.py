@@ -243,7 +243,7 @@ CUTS: list[tuple[str, list[Cut], dict[str, None]]] = [
 @pytest.mark.parametrize(
     ("family", "cuts", "units"), CUTS, ids=[f"{name}-{'+'.join(units)}" for name, _, units in CUTS]
 )
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_a_repair_is_the_published_solution_and_adds_no_tensor(
     family: str, cuts: list[Cut], units: dict[str, None], repair: str, plain: Zoo, text: Path, tmp_path: Path
 ):
@@ -280,6 +280,7 @@ def test_the_written_weights_are_the_map_times_the_old_ones(plain: Zoo, text: Pa
         ("ernie4_5_moe", "L1", (1, "block"), "model.layers.0.mlp.down_proj.bias"),
     ],
 )
+@pytest.mark.few(2)
 def test_a_bias_goes_where_there_already_is_one(
     family: str, unit: str, cut: Cut, tensor: str, plain: Zoo, text: Path, tmp_path: Path
 ):

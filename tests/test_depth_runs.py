@@ -45,7 +45,7 @@ def undisturbed(driver: Driver, zoo: Zoo, text: Path, tmp_path_factory: pytest.T
      "begin rename model-00002-of-00006.safetensors", "end record model-00004-of-00006.safetensors",
      "begin rename config.json", "begin rename moespresso.json"],
 )  # fmt: skip
-@pytest.mark.few(2)
+@pytest.mark.breadth
 def test_killed_and_run_again_it_writes_the_same_bytes(
     line: str, driver: Driver, undisturbed: Path, zoo: Zoo, text: Path, tmp_path: Path
 ):

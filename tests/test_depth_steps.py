@@ -86,7 +86,7 @@ def first_moe_and_last_attention(view: View) -> list[str]:
 
 @pytest.mark.parametrize("what", ["parts", "block"])
 @pytest.mark.parametrize("family", families.FAMILIES)
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_every_family_without_parts_or_a_block_is_the_model_silenced_by_hand(
     family: str, what: str, zoo: Zoo, tmp_path: Path
 ):
@@ -117,7 +117,7 @@ STOCK = {
 
 
 @pytest.mark.parametrize("case", STOCK)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_where_stock_can_say_so_a_layer_without_a_mixture_is_a_dense_one_of_zeros(
     case: str, text: Path, tmp_path: Path
 ):
@@ -180,7 +180,7 @@ def test_a_dense_first_block_goes(family: str, prefix: int, zoo: Zoo, tmp_path: 
      for family in ("mixtral", "granitemoe", "jamba", "gpt_oss")
      if (family, unit) != ("jamba", "L1")],  # its blocks come in patterns
 )  # fmt: skip
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_what_adds_nothing_is_chosen_and_leaves_no_trace(
     family: str, step: str, unit: str, text: Path, tmp_path: Path
 ):
@@ -302,7 +302,7 @@ sequences = st.lists(
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "gpt_oss"])
-@pytest.mark.few(1)
+@pytest.mark.breadth
 @settings(max_examples=9, deadline=None, derandomize=True, database=None)
 @example(asked=[("block", 1), ("aimer", 4), ("mlp", 1), ("aimer", 3)])
 @given(asked=sequences)
@@ -368,7 +368,7 @@ FORMS = {
     "step", ["layer_drop", "layer_drop:part=attention", "block_drop", "expert_drop:keep=5,score=aimer"]
 )
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_pressed_folder_can_be_pressed_again(form: str, step: str, zoo: Zoo, text: Path, tmp_path: Path):
     family, before, target = FORMS[form]
     once, twice = tmp_path / "once", tmp_path / "twice"

@@ -105,10 +105,10 @@ def test_a_verb_is_a_verb_though_a_room_has_its_name():
     assert [verb for verb in sorted(VERBS) if not inspect.isfunction(getattr(moespresso, verb))] == []
 
 
-def test_a_verb_is_still_a_verb_after_the_first_call():
-    first = "import moespresso\nfrom moespresso.statistics import Measurer\nmoespresso.press"
-    code = f"{first}\nprint(*sorted(v for v in {VERBS} if hasattr(getattr(moespresso, v), '__code__')))"
-    assert run_python(code) == " ".join(sorted(VERBS))
+def test_a_verb_is_still_a_verb_after_its_room_was_imported():
+    for room in ROOMS:
+        importlib.import_module(module_name(room / "__init__.py"))
+    assert [verb for verb in VERBS if not hasattr(getattr(moespresso, verb), "__code__")] == []
 
 
 def run_python(code: str) -> str:

@@ -94,6 +94,7 @@ def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.few(5)
 def test_streamed_logits_are_the_models(zoo: Zoo, family: str) -> None:
     reference = families.reference(zoo(family))
     ids = families.random_ids(reference.config, 3, 17, 0)
@@ -101,6 +102,7 @@ def test_streamed_logits_are_the_models(zoo: Zoo, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.few(3)
 def test_padding_on_the_right_changes_no_real_token(zoo: Zoo, family: str) -> None:
     view = view_of(zoo(family))
     ids = torch.randint(view.source.vocab, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -119,7 +121,7 @@ def test_an_empty_plan_writes_the_same_bytes(zoo: Zoo, tmp_path: Path, family: s
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 def test_a_quarter_of_the_experts_dropped_is_the_model_cut_by_hand(
     zoo: Zoo, tmp_path: Path, family: str
 ) -> None:

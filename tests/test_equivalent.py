@@ -108,6 +108,7 @@ def stock_logits(folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @every_case
+@pytest.mark.few(3)
 def test_stock_logits_are_equal_to_the_last_bit(tmp_path: Path, case: str) -> None:
     checkpoint = stored(tmp_path / "old", case)
     new = written(moved(checkpoint), tmp_path / "new")
@@ -132,6 +133,7 @@ def test_mixtral_rounds_elsewhere_in_half_precision_but_no_worse(tmp_path: Path)
 
 
 @every_case
+@pytest.mark.few(3)
 def test_the_streamed_forward_of_a_rehoused_checkpoint_is_the_sources(tmp_path: Path, case: str) -> None:
     checkpoint = stored(tmp_path / "old", case)
     ids = torch.randint(96, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -457,6 +459,7 @@ DEEPSEEKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("which", list(DEEPSEEKS))
+@pytest.mark.few(3)
 def test_deepseek_moe_is_adopted_and_computes_its_papers_equations(tmp_path: Path, which: str) -> None:
     config = TINY | DEEPSEEKS[which]
     adopted = adopt(write_deepseek(tmp_path / "old", config))

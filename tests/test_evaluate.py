@@ -119,7 +119,7 @@ def _log_probabilities(folder: Path, batches: Batches) -> Tensor:
 
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("chunk", [None, 5, 1], ids=["whole", "chunks of 5", "chunks of 1"])
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_figures_are_those_of_all_logits_at_once(
     name: str, chunk: int | None, pairs: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
 ):

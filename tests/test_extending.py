@@ -284,6 +284,7 @@ def test_what_the_toy_layout_cannot_hold_is_refused(source: Path, toys: None, ex
         open_view(tmp_path / "more")
 
 
+@pytest.mark.breadth
 def test_all_four_register_themselves_for_this_file_alone(toys: None):
     assert {"mean_scale", "powers"} <= methods().keys()
     assert {"toy", "powers"} <= {held.layout for held in codecs()}

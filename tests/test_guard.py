@@ -146,6 +146,7 @@ print(any(name.startswith("moespresso") for name in sys.modules))
 """
 
 
+@pytest.mark.breadth
 def test_transformers_without_moespresso_stops_whatever_it_loads_with(guarded: dict[str, dict[str, Any]]):
     asked = [
         (folder, config["architectures"][0].removeprefix("Moespresso")) for folder, config in guarded.items()

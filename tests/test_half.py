@@ -199,7 +199,7 @@ def _kl(one: tuple[MetaModel, Tensor], other: tuple[MetaModel, Tensor]) -> float
 
 
 @pytest.mark.parametrize(("name", "recipe"), CASES)
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 def test_every_step_comes_out_near_float32(
     name: str, recipe: str, models: Callable[[str], Model], tmp_path: Path
 ):

@@ -318,6 +318,7 @@ def published(
 @formats
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.few(32)
 def test_codes_are_those_of_the_published_algorithm(format: Format, act_order: bool, seed: int):
     weights, hessians = problem(seed)
     codes, warnings = solve(
@@ -380,6 +381,7 @@ def test_the_output_error_is_never_above_that_of_rounding_to_nearest(seed: int, 
 
 @formats
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.few(10)
 def test_sweeps_never_raise_the_error_they_descend_on(format: Format, dtype: torch.dtype):
     weights, hessians = problem(8)
     damped = hessians + 0.05 * torch.diag_embed(
@@ -450,6 +452,7 @@ def test_the_whole_of_it_answers_unbiased_under_the_damped_hessian():
 
 
 @formats
+@pytest.mark.few(8)
 def test_all_at_once_is_one_by_one(format: Format):
     weights, hessians = problem(11)
     many, _ = solve(weights, hessians, format, torch.bfloat16)
@@ -538,7 +541,7 @@ def test_a_hessian_that_is_not_finite_falls_back_to_rounding_to_nearest(place: t
 @formats
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [0.0, 1e-9, 1e-38, 1e38])
-@pytest.mark.few(96)
+@pytest.mark.few(24)
 def test_scales_are_never_zero_nor_infinite(format: Format, dtype: torch.dtype, size: float):
     weights, hessians = problem(17)
     weights = weights.sign() * size

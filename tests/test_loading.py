@@ -129,7 +129,7 @@ def check_saved(model: PreTrainedModel, folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 def test_what_is_loaded_is_saved_as_a_plain_checkpoint(
     name: str, dtype: str, form: Callable[[str], Path], tmp_path: Path
 ):
@@ -215,6 +215,7 @@ def adapt(model: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["experts and attention", "zeros of their own", "factors", "gptq layout"])
+@pytest.mark.few(2)
 def test_adapters_are_trained_merged_and_saved(name: str, form: Callable[[str], Path], tmp_path: Path):
     model = moespresso.load(form(name), dtype="float32")
     before = logits(model)
@@ -290,7 +291,7 @@ def edited(source: Path, folder: Path, **changes: Any) -> Path:
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("family", families.FAMILIES)
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_the_dtype_that_no_config_names_is_the_one_stock_takes(family: str, shards: int, tmp_path: Path):
     """Its files begin with floats of another dtype: order in a file is by size, and stock goes by name."""
     written = write_model(family, tmp_path / "written", shards=shards)
@@ -376,6 +377,7 @@ def test_an_index_that_says_nothing_of_the_shards_loads(kept: dict[str, Any], ha
 
 
 @pytest.mark.parametrize("section", [{}, [], False, "", 0])
+@pytest.mark.few(2)
 def test_an_empty_section_is_none(section: Any, half: Path, tmp_path: Path):
     model = moespresso.load(edited(half, tmp_path / "model", quantization_config=section))
     assert torch.equal(logits(model), logits(moespresso.load(half)))
@@ -454,7 +456,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("name", STOCK)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_what_transformers_decoded_is_saved_plainly(
     name: str, used: bool, form: Callable[[str], Path], tmp_path: Path
 ):
@@ -527,6 +529,7 @@ def test_a_saved_model_computes_as_it_did(tmp_path: Path):
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize(("family", "parts"), [("granitemoe", "attention"), ("llama", "attention+dense")])
+@pytest.mark.few(2)
 def test_what_is_packed_and_no_expert_is_saved_plainly(family: str, parts: str, used: bool, tmp_path: Path):
     if family == "llama":
         shape = families.COMMON | {"hidden_size": 64, "num_attention_heads": 4}
@@ -595,7 +598,7 @@ def test_plain_models_are_saved_by_transformers_alone(form: Callable[[str], Path
 
 
 @pytest.mark.parametrize("name", PACKED)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_packed_folder_is_exported_as_what_it_decodes_to(
     name: str, form: Callable[[str], Path], tmp_path: Path
 ):

@@ -118,6 +118,7 @@ def press_within(limit: int, driver: Driver, large: Large, out: Path, *words: st
     return json.loads(done.stdout)
 
 
+@pytest.mark.breadth
 def test_data_free(driver: Driver, large: Large, tmp_path: Path):
     assert large.nbytes > 8 * DATA_FREE_LIMIT
     report = press_within(
@@ -130,6 +131,7 @@ def test_data_free(driver: Driver, large: Large, tmp_path: Path):
     assert report["peak_rss_bytes"] > report["peak_anonymous_bytes"]
 
 
+@pytest.mark.breadth
 def test_calibrated(driver: Driver, large: Large, text: Path, tmp_path: Path):
     assert large.nbytes > 4 * CALIBRATED_LIMIT
     words = ("--step", "expert_drop:keep=16,score=reap", "--text", text, "--samples", "4", "--length", "32")

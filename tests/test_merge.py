@@ -178,7 +178,7 @@ def moe_width(model: PreTrainedModel, layer: int) -> int:
 
 
 @every_family
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_merging_copies_with_permuted_channels_gives_back_the_expert(name: str, tmp_path: Path):
     """Put in line, the copies are equal to the last bit, so that their averages and those of their equal router rows are
     what Expert Drop leaves; out of line they are not."""
@@ -308,7 +308,7 @@ def test_by_hand_means_what_it_says():
 
 
 @every_family
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 def test_a_pressed_merge_is_the_stock_model_averaged_by_hand(
     name: str, precise: Zoo, text: Path, tmp_path: Path
 ):

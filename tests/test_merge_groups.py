@@ -189,6 +189,7 @@ def check(found: Mapping[Unit, Treatment], layer: int, groups: Groups, *, aligne
 
 
 @every_family
+@pytest.mark.few(4)
 def test_pairs_are_measured_by_their_formulas(name: str, known: Callable[[str], Known]):
     here = known(name)
     for layer in here.view.source.moe_layers:
@@ -246,7 +247,7 @@ def test_groups_of_a_router_stay_of_one_size_and_keep_to_themselves(
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v2", "gpt_oss"])
 @pytest.mark.parametrize("method", ["ream", "hc_smoe"])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_in_sequence_each_layer_is_decided_on_what_the_merged_ones_before_it_let_through(
     name: str, method: Any, text: Path, tmp_path: Path
 ):

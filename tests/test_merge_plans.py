@@ -138,6 +138,7 @@ SENSELESS: dict[str, tuple[Rows, str]] = {
 
 
 @pytest.mark.parametrize("case", SENSELESS)
+@pytest.mark.few(26)
 def test_a_merge_that_makes_no_sense_is_refused_in_one_sentence(
     case: str, zoo: Zoo, plan: Callable[..., Path], tmp_path: Path
 ):

@@ -146,7 +146,7 @@ def _unused_dropped(view: View, model: PreTrainedModel, ids: Tensor) -> Plan:
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_a_mixture_streams_and_is_cut_as_stock_would(
     checkpoint: Written, tmp_path: Path, family: str
 ) -> None:
@@ -164,7 +164,7 @@ def test_a_mixture_streams_and_is_cut_as_stock_would(
 
 @pytest.mark.parametrize("family", sorted(MIXTURES.keys() - {"hy_v4"}))
 @pytest.mark.parametrize("step", ["channel_prune:ratio=0.4", "sparsegpt"])
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 def test_a_mixture_is_narrowed_and_pruned_for_stock(
     checkpoint: Written, family: str, step: str, text: Path, tmp_path: Path
 ) -> None:
@@ -178,7 +178,7 @@ def test_a_mixture_is_narrowed_and_pruned_for_stock(
     "family", sorted(MIXTURES.keys() - {"granitemoeshared", "granitemoehybrid", "hy_v4"})
 )
 @pytest.mark.parametrize("more", [[], ["low_rank:method=shared_basis,ratio=0.1"]], ids=["", "bases"])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_mixture_has_experts_of_any_width_that_make_up_for_others(
     checkpoint: Written, family: str, more: list[str], text: Path, tmp_path: Path
 ) -> None:

@@ -237,6 +237,7 @@ def few_words(model: str, template: str | None = None) -> PreTrainedTokenizerFas
 @pytest.mark.parametrize("model", ["words", "pieces", "unigram"])
 @pytest.mark.parametrize("chat", [False, True], ids=["texts", "chats"])
 @pytest.mark.parametrize("size", [20, 4000], ids=["few", "many"])
+@pytest.mark.few(4)
 def test_a_text_that_the_tokenizer_does_not_take_whichever_is_drawn(
     tmp_path: Path, model: str, chat: bool, size: int
 ):

@@ -164,7 +164,7 @@ def found_means(folder: Path, batches: Batches) -> dict[int, Tensor]:
 
 
 @every_family
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_a_novice_is_the_mean_answer_to_the_tokens_its_expert_was_selected_for(name: str, zoo: Zoo):
     """Padding aside, whatever stands on it."""
     batches = tokens_for(open_view(zoo(name)), 3, 16, short=(11,))
@@ -198,7 +198,7 @@ def test_the_novice_of_an_expert_that_no_token_reached_says_nothing(
 
 
 @every_family
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_dropped_experts_leave_their_mean_answers(name: str, precise: Zoo, text: Path, tmp_path: Path):
     source, step = precise(name), f"expert_drop:keep={half(name)},replace=novice,score=ean"
     out = pressed(source, tmp_path / "out", text, step)
@@ -221,7 +221,7 @@ def nbytes(folder: Path) -> int:
 
 
 @every_family
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_a_preserved_router_skips_the_terms_of_dropped_experts(name: str, precise: Zoo, tmp_path: Path):
     """Their gates are lost, not shared out among the others; no text is needed."""
     source = precise(name)
@@ -317,7 +317,7 @@ LATER = [
 
 @pytest.mark.parametrize("end", ["replace=novice", "router=preserve"])
 @pytest.mark.parametrize("later", LATER)
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_experts_behind_it_cannot_change_again(end: str, later: str, zoo: Zoo, text: Path, tmp_path: Path):
     """Not in the same recipe, and not when the written folder is pressed again."""
     first, out = f"expert_drop:keep=6,{end}", tmp_path / "out"

@@ -68,7 +68,7 @@ PARTS = {
 
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("weights", [W4, W8, W8_ZEROS], ids=["4 bits", "8 bits", "zeros"])
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_a_packed_router_loses_rows(parts: str, weights: dict[str, Any], source: Path, tmp_path: Path):
     truth = packed_whole(source, tmp_path / "model", weights, PARTS[parts])
     report = api.press(tmp_path / "model", out=tmp_path / "out",

@@ -152,7 +152,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[str], Weights]]] = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 def test_what_is_understood_is_decoded_as_the_library_does(name: str, source: Path, tmp_path: Path):
     section, bits_of = VARIANTS[name]
     truth = packed_by_library(source, tmp_path / "model", section, bits_of)
@@ -181,7 +181,7 @@ MIXED: dict[str, tuple[dict[str, Any], Callable[[str], Weights]]] = {
 
 
 @pytest.mark.parametrize("name", MIXED)
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_targets_are_looked_up_in_the_librarys_order(name: str, source: Path, tmp_path: Path):
     section, bits_of = MIXED[name]
     truth = packed_by_library(source, tmp_path / "model", section, bits_of)
@@ -229,7 +229,7 @@ def ordered_by_hand(
     ("symmetric", "word", "uneven"),
     [(True, "group", False), (False, "group", False), (True, "DYNAMIC", False), (True, True, True)],
 )
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_groups_of_columns_are_decoded_and_kept(
     symmetric: bool, word: Any, uneven: bool, source: Path, tmp_path: Path
 ):

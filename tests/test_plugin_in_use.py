@@ -155,7 +155,7 @@ def balance(logits: tuple[Tensor, ...], top_k: int, mask: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.few(12)
+@pytest.mark.few(8)
 def test_losses_and_gradients(case: Any, model: Any, ids: Tensor, masked: bool):
     family = case[0]
     mask = torch.ones_like(ids)
@@ -182,7 +182,7 @@ def test_losses_and_gradients(case: Any, model: Any, ids: Tensor, masked: bool):
     assert all(found[name].any() for name in trained if not name.endswith("novices"))
 
 
-@pytest.mark.few(11)
+@pytest.mark.few(6)
 def test_gradient_checkpointing(model: Any, ids: Tensor):
     model.train()
     wanted = model(ids, labels=ids).loss
@@ -282,6 +282,7 @@ def test_stock_models_of_the_family_have_the_loss_they_had():
 # Looking inside
 
 
+@pytest.mark.few(12)
 def test_hidden_states_and_attentions(model: Any, ids: Tensor):
     asked = {"output_hidden_states": True, "output_attentions": True}
     model.set_attn_implementation("eager")
@@ -308,12 +309,13 @@ def test_padding(model: Any, ids: Tensor, side: str):
     )
 
 
+@pytest.mark.few(10)
 def test_embeddings_instead_of_tokens(model: Any, ids: Tensor):
     close(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("function", ["eager", "batched_mm", "grouped_mm"])
-@pytest.mark.few(24)
+@pytest.mark.few(10)
 def test_every_function_of_experts(model: Any, ids: Tensor, function: str):
     wanted = families.logits_of(model, ids)
     model.set_experts_implementation(function)
@@ -324,7 +326,7 @@ def test_every_function_of_experts(model: Any, ids: Tensor, function: str):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.few(8)
+@pytest.mark.few(4)
 def test_kinds_of_cache(case: Any, model: Any, ids: Tensor, kind: str):
     if reason := unable(case[0], cache_implementation=kind):
         pytest.skip(reason)
@@ -351,7 +353,7 @@ def test_ways_to_generate(case: Any, model: Any, ids: Tensor):
 
 
 @pytest.mark.parametrize("options", [{"max_shard_size": "20KB"}, {"save_original_format": False}], ids=str)
-@pytest.mark.few(8)
+@pytest.mark.few(4)
 def test_saved_and_loaded_again(model: Any, ids: Tensor, tmp_path: Path, options: dict[str, Any]):
     model.save_pretrained(tmp_path / "0", **options)
     again = families.reference(tmp_path / "0")
@@ -387,7 +389,7 @@ def test_state_dicts_fit_and_vocabularies_grow(case: Any, model: Any, ids: Tenso
     close(model(ids).logits[..., :96], other(ids).logits)
 
 
-@pytest.mark.few(11)
+@pytest.mark.few(6)
 def test_other_heads_load_it(case: Any, model: Any, ids: Tensor, tmp_path: Path):
     try:
         AutoModelForSequenceClassification.from_config(stock(case[0]).config)

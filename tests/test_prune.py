@@ -32,7 +32,7 @@ def experts(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_half_of_every_matrix_goes_and_nothing_else_changes(
     family: str, step: str, zoo: Zoo, text: Path, tmp_path: Path
 ):
@@ -195,7 +195,7 @@ def test_pruning_after_rounding_and_merging_after_pruning_are_refused(
 
 
 @pytest.mark.parametrize("line", ["end rename slim-00001.safetensors", "end remember 2"])
-@pytest.mark.few(1)
+@pytest.mark.breadth
 def test_killed_and_taken_up(line: str, driver: Driver, zoo: Zoo, text: Path, tmp_path: Path):
     whole = Press(driver, zoo("mixtral"), text, tmp_path / "whole")
     assert whole("sparsegpt").code == 0
@@ -241,7 +241,7 @@ def test_a_mask_and_what_stays_are_the_same_matrices_in_fewer_bytes(
     ["expert_drop:keep=6", "block_drop", "channel_prune:width=64", "rtn:group_size=32", "gptq:group_size=32",
      "expert_merge:ratio=0.25", "magnitude:sparsity=0.75,pack=true", "expert_drop:keep=6,renormalise=compensate"],
 )  # fmt: skip
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_masked_folder_goes_on(step: str, text: Path, tmp_path: Path):
     source = write_wide(tmp_path / "source", "deepseek_v2", moe_intermediate_size=96)
     masked = press(source, tmp_path / "masked", "wanda:pack=true", text=text, target="plugin")

@@ -240,6 +240,7 @@ def published(
 @formats
 @codes_too
 @pytest.mark.parametrize("block", [128, 16, 24, 1])
+@pytest.mark.few(42)
 def test_weights_are_those_of_the_published_algorithm(format: Format, code: Format | None, block: int):
     weights, hessians = problem(1)
     met, mask, codes, warnings = solve(
@@ -261,6 +262,7 @@ def test_weights_are_those_of_the_published_algorithm(format: Format, code: Form
 @formats
 @pytest.mark.parametrize("block", [128, 24, 7, 1])
 @pytest.mark.parametrize(("rows", "width"), [(6, 40), (1, 8), (5, 56), (3, 136)])
+@pytest.mark.few(30)
 def test_counts_are_exact(format: Format, block: int, rows: int, width: int):
     weights, hessians = problem(2, rows=rows, width=width)
     met, mask, _, _ = solve(weights, hessians, format, block=block)
@@ -349,6 +351,7 @@ def test_inputs_of_low_rank_are_pruned_without_loss_to_those_that_span_them(seed
 
 @formats
 @pytest.mark.parametrize("tokens", [20, 60, 400])
+@pytest.mark.few(7)
 def test_the_output_error_is_below_that_of_magnitude(format: Format, tokens: int):
     ratios = []
     for seed in range(10):
@@ -396,6 +399,7 @@ def test_a_density_of_1_is_the_identity_or_gptq(group: int, code: Format):
 @formats
 @pytest.mark.parametrize("code", CODES, ids=name)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.few(30)
 def test_codes_decode_to_the_weights_and_to_0_where_pruned(format: Format, code: Format, dtype: torch.dtype):
     weights, hessians = problem(6)
     met, mask, codes, _ = solve(weights, hessians, format, code=code, dtype=dtype)
@@ -437,6 +441,7 @@ def test_rounding_on_the_way_is_better_than_afterwards(format: Format, symmetric
 
 @formats
 @codes_too
+@pytest.mark.few(12)
 def test_all_at_once_is_one_by_one(format: Format, code: Format | None):
     weights, hessians = problem(8)
     many, masks, _, _ = solve(weights, hessians, format, code=code, block=16)

@@ -134,6 +134,7 @@ def test_stacked_experts_are_refused(zoo: Zoo, text: Path, tmp_path: Path):
         press(zoo("gpt_oss"), tmp_path / "out", DROP, "refit", text=text)
 
 
+@pytest.mark.breadth
 def test_killed_and_taken_up(driver: Driver, zoo: Zoo, text: Path, tmp_path: Path):
     whole = Press(driver, zoo("mixtral"), text, tmp_path / "whole")
     assert whole(DROP, "refit").code == 0

@@ -115,7 +115,7 @@ def sentence(outcome: Outcome) -> str:
 
 class TestKilled:
     @pytest.mark.parametrize("line", WHILE_MEASURING)
-    @pytest.mark.few(3)
+    @pytest.mark.few(2)
     def test_while_measuring(self, press: Press, reference: dict[str, dict[str, bytes]], line: str):
         first = press(REAP, kill=line)
         assert first.code == KILLED
@@ -127,7 +127,7 @@ class TestKilled:
         assert second.numbers("begin measure") == [str(layer) for layer in range(finished, 3)]
 
     @pytest.mark.parametrize("line", WHILE_BUILDING)
-    @pytest.mark.few(4)
+    @pytest.mark.few(2)
     def test_while_building(self, press: Press, reference: dict[str, dict[str, bytes]], line: str):
         first = press(AIMER, kill=line)
         assert first.code == KILLED
@@ -139,7 +139,7 @@ class TestKilled:
         assert not set(second.numbers("begin shard")) & finished.keys()
 
     @pytest.mark.parametrize("more", [4, 1])
-    @pytest.mark.few(1)
+    @pytest.mark.breadth
     def test_again_and_again(self, press: Press, more: int):
         """Two steps, the second measured on what the first leaves: three layers each, one memory of each. Every run may do
         some things more than the one before."""
@@ -312,6 +312,7 @@ class TestFullDisk:
         remembered = len(first.numbers("end rename sweep.safetensors"))
         assert second.numbers("begin measure") == [str(layer) for layer in range(remembered, 3)]
 
+    @pytest.mark.breadth
     def test_spilled_hidden_states_for_real(self, press: Press, small_disk: Path):
         """Mapped files that the disk cannot hold end a process without a word; they must be reserved first."""
         many = ("--samples", "120")

@@ -165,7 +165,7 @@ def lose(layer: nn.Module, gone: Mapping[int, Tensor | None]) -> None:
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-@pytest.mark.few(9)
+@pytest.mark.few(4)
 def test_the_same_smaller_count_in_every_layer_is_stock(family: str, tmp_path: Path) -> None:
     small, key = stock(family), count_key(stock(family).config)
     count = getattr(small.config, key)
@@ -180,6 +180,7 @@ def test_the_same_smaller_count_in_every_layer_is_stock(family: str, tmp_path: P
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.few(4)
 def test_a_count_of_its_own_in_one_layer(family: str, tmp_path: Path) -> None:
     whole = families.build(family)
     layer = list(families.moe_blocks(whole))[-1]
@@ -246,7 +247,7 @@ def by_hand(reference: PreTrainedModel, model: PreTrainedModel, differences: Dif
 
 
 @pytest.mark.parametrize("family", [family for family in MIXTURES if family not in INDIVISIBLE])
-@pytest.mark.few(7)
+@pytest.mark.few(4)
 def test_branches_and_experts_that_are_gone(family: str, tmp_path: Path) -> None:
     reference = stock(family)
     differences = everything(reference)

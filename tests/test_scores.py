@@ -172,6 +172,7 @@ def slow_scores(model: PreTrainedModel, layer: int, observed: Observed) -> dict[
 
 
 @every_family
+@pytest.mark.few(4)
 def test_every_score_is_its_formula(name: str, zoo: Zoo):
     view = open_view(zoo(name))
     batches = tokens_for(view)
@@ -597,6 +598,7 @@ def test_compensation_is_the_mean_softmax_mass_of_what_is_kept(name: str, zoo: Z
 
 
 @pytest.mark.parametrize("name", SWELLING)
+@pytest.mark.few(1)
 def test_compensation_restores_gates_that_swelled(name: str, zoo: Zoo, tmp_path: Path):
     # Where all tokens are routed about evenly, the kept mass is the same for all, and so its mean is exact.
     names = [tensor for tensor in tensor_files(zoo(name)) if is_router(tensor)]

@@ -65,6 +65,7 @@ def test_every_family_shares_bases(family: str, zoo: Zoo, text: Path, tmp_path: 
         assert len(own) == 2 * max(experts)
 
 
+@pytest.mark.breadth
 def test_what_is_stored_is_what_is_loaded(zoo: Zoo, text: Path, tmp_path: Path):
     out = press(zoo("mixtral"), tmp_path / "out", STEP, text=text, target="plugin")
     tensors = disk(out)
@@ -126,7 +127,7 @@ def test_in_one_recipe_with_other_steps(steps: list[str], text: Path, tmp_path: 
         ([STEP], True),
     ],
 )
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_folder_with_bases_is_a_source_like_any_other(
     steps: list[str], still: bool, text: Path, tmp_path: Path
 ):
@@ -140,7 +141,7 @@ def test_a_folder_with_bases_is_a_source_like_any_other(
 
 
 @pytest.mark.parametrize("at", ["folder", "recipe"])
-@pytest.mark.few(1)
+@pytest.mark.breadth
 def test_the_first_that_is_left_stores_what_all_need(at: str, text: Path, tmp_path: Path):
     source, options = write_wide(tmp_path / "source"), {"texts": [text], "target": "plugin", **OPTIONS}
     first = press(source, tmp_path / "first", STEP, text=text, target="plugin")
@@ -175,6 +176,7 @@ def test_experts_of_widths_of_their_own_share_bases(text: Path, tmp_path: Path):
         assert len({len(t) for name, t in disk(out).items() if name.endswith("w1.weight_own")}) > 1
 
 
+@pytest.mark.breadth
 def test_more_bases_of_fewer_ranks_and_shares_of_bytes(zoo: Zoo, text: Path, tmp_path: Path):
     made: dict[int, Format] = {}
     for bases in (1, 3, 6):
@@ -198,7 +200,7 @@ def test_a_byte_budget_is_kept(zoo: Zoo, text: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("line", ["end rename slim-00001.safetensors", "end remember 2"])
-@pytest.mark.few(1)
+@pytest.mark.breadth
 def test_killed_and_taken_up(line: str, driver: Driver, zoo: Zoo, text: Path, tmp_path: Path):
     whole = Press(driver, zoo("mixtral"), text, tmp_path / "whole")
     assert whole(STEP, more=PLUGIN).code == 0
@@ -284,7 +286,7 @@ def test_bad_plans(
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "magnitude", "channel_prune"])
-@pytest.mark.few(1)
+@pytest.mark.breadth
 def test_a_plan_whose_method_makes_other_formats(method: str, zoo: Zoo, text: Path, tmp_path: Path):
     recipe = Recipe().with_options(
         model=zoo("mixtral"), steps=[STEP], texts=[text], target="plugin", **OPTIONS
@@ -319,6 +321,7 @@ def test_damaged_bases_are_told(damage: str, zoo: Zoo, text: Path, tmp_path: Pat
     assert not api.verify(out, against=zoo("mixtral"))["ok"]
 
 
+@pytest.mark.breadth
 def test_experts_without_tokens_are_told_and_kept(zoo: Zoo, text: Path, tmp_path: Path):
     few: Any = OPTIONS | {"samples": 1, "length": 3}
     out = tmp_path / "out"
@@ -349,7 +352,7 @@ def changed(folder: Path, ends: Sequence[str], change: Callable[[Tensor], Tensor
         ([".experts.3.w2.weight"], torch.float16),
     ],
 )
-@pytest.mark.few(1)
+@pytest.mark.breadth
 def test_matrices_of_several_dtypes(ends: list[str], dtype: torch.dtype, text: Path, tmp_path: Path):
     source = write_wide(tmp_path / "source")
     changed(source, ["weight"], Tensor.bfloat16)
@@ -362,7 +365,7 @@ def test_matrices_of_several_dtypes(ends: list[str], dtype: torch.dtype, text: P
 
 
 @pytest.mark.parametrize("matrix", ["w2", "w3"])
-@pytest.mark.few(1)
+@pytest.mark.breadth
 def test_experts_that_answer_nothing(matrix: str, text: Path, tmp_path: Path):
     ends = [f"layers.1.block_sparse_moe.experts.{expert}.{matrix}.weight" for expert in range(8)]
     source = changed(write_wide(tmp_path / "source"), ends, torch.zeros_like)

@@ -56,7 +56,7 @@ def disk(out: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 def test_stock_transformers_loads_what_is_written_with_our_values(
     family: str, step: str, zoo: Zoo, text: Path, tmp_path: Path
 ):
@@ -91,7 +91,7 @@ def test_experts_in_memory_are_what_our_reader_decodes(packed: Path):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("step", ["rtn", "hqq", "gptq"])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_more_bits_come_closer(step: str, bits: int, source: Path, text: Path, tmp_path: Path):
     out = press(source, tmp_path / "out", f"{step}:bits={bits},group_size=32", text=text)
     whole, pressed = families.reference(source), api.load(out, dtype="float32")
@@ -154,6 +154,7 @@ def test_other_mixers_than_attention_are_left_alone(zoo: Zoo, text: Path, tmp_pa
     assert not any("mamba" in name for name in packed)
 
 
+@pytest.mark.breadth
 def test_one_recipe_is_its_steps_one_after_the_other(source: Path, tmp_path: Path):
     drop, rounding = "expert_drop:keep=6,score=aimer", "rtn:group_size=32"
     at_once = press(source, tmp_path / "at_once", drop, rounding)
@@ -255,7 +256,7 @@ def test_plain_experts_beside_what_is_packed_stop_stock_transformers(family: str
         ("gptq:bits=3,group_size=32", "transformers"),
     ],
 )
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_packed_folder_can_be_pressed_on(step: str, target: Any, packed: Path, text: Path, tmp_path: Path):
     out = press(packed, tmp_path / "out", step, text=text, target=target)
     proven(out, packed)

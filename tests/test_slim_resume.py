@@ -26,7 +26,7 @@ def whole(driver: Driver, zoo: Zoo, text: Path, tmp_path_factory: pytest.TempPat
 
 
 @pytest.mark.parametrize("line", WHERE)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_killed_and_taken_up(line: str, driver: Driver, whole: Press, zoo: Zoo, text: Path, tmp_path: Path):
     press = Press(driver, zoo("mixtral"), text, tmp_path / "out")
     first = press(STEP, kill=line)

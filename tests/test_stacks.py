@@ -48,7 +48,7 @@ def granite(zoo: Zoo) -> Path:
         ["block_drop", "sparsegpt"],
     ],
 )
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_stock_transformers_loads_it(steps: list[str], granite: Path, text: Path, tmp_path: Path):
     out = press(granite, tmp_path / "out", *steps, text=text)
     assert "logits within" in proven(out, granite)["stock transformers loads it and agrees"]

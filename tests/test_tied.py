@@ -73,7 +73,7 @@ def same_logits(one: torch.nn.Module, other: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize(("family", "change"), CASES, ids=lambda value: getattr(value, "__name__", value))
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_what_is_loaded_is_what_transformers_loads(family, change, tmp_path: Path, text: Path):
     model = tied(tmp_path / "model", family, change)
     stock = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -92,7 +92,7 @@ def _perplexity(model: torch.nn.Module, text: Path) -> float:
 
 
 @pytest.mark.parametrize("change", [own_head, head_only, equal_head], ids=lambda way: way.__name__)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_results_that_only_moespresso_loads_keep_their_head(change, tmp_path: Path):
     model = tied(tmp_path / "model", "mixtral", change)
     steps = ["magnitude:sparsity=0.01,pack=true"]

@@ -160,6 +160,7 @@ def test_an_empty_plan_leaves_every_byte(twins: Twins, tmp_path: Path):
     assert same(stacked, tmp_path / "out")
 
 
+@pytest.mark.breadth
 def test_a_plan_and_a_size_are_met_as_in_the_own_layout(twins: Twins, tmp_path: Path):
     own, stacked = twins("glm4_moe")
     outs = [press(each, tmp_path / each.name, "rtn:group_size=8", size="60%") for each in (own, stacked)]
@@ -182,6 +183,7 @@ def test_stock_transformers_loads_what_was_taken_apart(twins: Twins, tmp_path: P
     assert float((found - wanted).norm() / wanted.norm()) < 0.4
 
 
+@pytest.mark.breadth
 def test_apart_and_under_another_name_at_once(twins: Twins, text: Path, tmp_path: Path):
     own, stacked = twins("mixtral")
     steps = ["layer_drop:drop=1", "rtn:group_size=8"]

@@ -104,7 +104,7 @@ def lies_in(folder: Path, tensor: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "granitemoe", "gemma2", "nanochat"])
-@pytest.mark.few(1)
+@pytest.mark.breadth
 def test_candidates_that_start_hold_one_answer_of_the_embedding(family: str, zoo: Zoo, tmp_path: Path):
     """Most families hand it on as it is; granitemoe scales it and keeps that alone, nanochat norms it and keeps both."""
     folder = zoo(family) if family in families.FAMILIES else folder_of(family, tmp_path)
@@ -164,6 +164,7 @@ ROUNDS = 1 + 2 + 2
 
 
 @pytest.mark.parametrize("limit", ["of its own", "max_memory"])
+@pytest.mark.few(1)
 def test_a_search_that_spills_chooses_the_same_by_the_same_figures(
     limit: str, zoo: Zoo, tmp_path: Path, loads: Counter[int], monkeypatch: pytest.MonkeyPatch
 ):

@@ -112,6 +112,7 @@ class TestGood:
         assert contents(pressed) == before
 
     @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "gpt_oss", "granitemoe"])
+    @pytest.mark.few(2)
     def test_other_families_hold(self, family: str, zoo: Zoo, tmp_path: Path):
         api.press(zoo(family), out=tmp_path / "out", steps=["expert_drop:ratio=0.25,score=random"])
         assert failed(tmp_path / "out", zoo(family)) == set()

@@ -94,7 +94,7 @@ def explicit_before_single(old: Path, made: Path) -> None:
 
 
 @pytest.mark.parametrize("arrange", [both, stale, broken_index, linked, explicit, explicit_before_single])
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 def test_the_single_file_is_the_model(
     arrange: Callable[[Path, Path], None], old: Path, made: Path, tmp_path: Path
 ):

@@ -67,7 +67,7 @@ def ragged(source: Path, out: Path, text: Path) -> Path:
 
 
 @pytest.mark.parametrize("family", [*PLAIN, *SHARED, "jamba", "hunyuan_v1_moe"])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_every_family_loads_experts_of_any_width(family: str, zoo: Zoo, text: Path, tmp_path: Path):
     out = ragged(zoo(family), tmp_path / "out", text)
     assert "logits within" in proven(out, zoo(family))["transformers with moespresso loads it and agrees"]
@@ -166,7 +166,7 @@ def test_gradients_flow(zoo: Zoo, text: Path, tmp_path: Path):
         [],
     ],
 )  # fmt: skip
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_ragged_folder_is_a_source_like_any_other(steps: list[str], text: Path, tmp_path: Path):
     source = write_wide(tmp_path / "source")
     first = ragged(source, tmp_path / "first", text)
