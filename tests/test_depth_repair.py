@@ -280,7 +280,6 @@ def test_the_written_weights_are_the_map_times_the_old_ones(plain: Zoo, text: Pa
         ("ernie4_5_moe", "L1", (1, "block"), "model.layers.0.mlp.down_proj.bias"),
     ],
 )
-@pytest.mark.few(2)
 def test_a_bias_goes_where_there_already_is_one(
     family: str, unit: str, cut: Cut, tensor: str, plain: Zoo, text: Path, tmp_path: Path
 ):
