@@ -275,7 +275,7 @@ def test_tensors_outside_the_graph_pass_through_and_are_named(zoo: Zoo, tmp_path
     save_file(stored | extra, source / "model.safetensors", {"format": "pt"})
     report = api.press(source, out=tmp_path / "out", steps=["expert_drop:ratio=0.25,score=aimer"])
     assert extra.keys() <= tensors(tmp_path / "out").keys()
-    assert any("2 tensors outside the model's graph" in note for note in report.notes)
+    assert any("2 tensors outside the language model" in note for note in report.notes)
     assert api.verify(tmp_path / "out", against=source)["ok"]
 
 

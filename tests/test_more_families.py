@@ -84,6 +84,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 6, "head_dim": 16},
     "gemma3_text": {"sliding_window": 6, "head_dim": 16},
     "phi3": {},
+    "opt": {"ffn_dim": 40, "word_embed_proj_dim": 48},
 }
 
 Written = Callable[[str, Mapping[str, Any]], Path]
@@ -243,7 +244,6 @@ def test_a_dense_model_streams_as_stock_and_has_nothing_to_drop(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_a_model_built_otherwise_is_refused_in_one_sentence(checkpoint: Written, family: str) -> None:
+def test_a_model_built_otherwise_is_refused_in_one_sentence(checkpoint: Written) -> None:
     with pytest.raises(UserError, match=r"decoder layers of .* are not where this version looks"):
-        api.inspect(checkpoint(family, {}))
+        api.inspect(checkpoint("gpt2", {}))

@@ -54,7 +54,7 @@ def read_blueprint(checkpoint: Checkpoint) -> Blueprint:
         specs = tuple(_layer_spec(index, layer, config, model) for index, layer in enumerate(layers))
     except AttributeError as error:  # a config or a router without what every family so far has
         raise UserError(f"{place}: model_type {config.model_type!r} is not supported ({error})") from error
-    _check_experts_seen(model, config, specs, place)
+    _check_experts_seen(made.base, config, specs, place)
     classify = _Classifier(made, expert_axes(checkpoint.config, model, place))
     indivisible = next((anatomy for anatomy in made.anatomies if isinstance(anatomy, str)), "")
     entries = tuple(classify(ref) for ref in checkpoint.tensors.values())
@@ -216,7 +216,7 @@ def _groups(router: nn.Module) -> int:
 
 
 def _floor(router: nn.Module, groups: int, top_k: int, config: PreTrainedConfig) -> int:
-    fewest = quirks.FEWEST_EXPERTS.get(config.model_type, 1)
+    fewest = quirks.FEWEST_EXPERTS.get(config.get_text_config().model_type, 1)
     per_group = math.ceil(top_k / _as_int(getattr(router, "topk_group", None) or 1)) if groups > 1 else 1
     if scores_groups_by_two(router):
         per_group = max(per_group, 2)
@@ -228,9 +228,10 @@ def _shared_experts(block: nn.Module, config: PreTrainedConfig) -> int:
         "shared" in name and "gate" not in name for name, child in block.named_children() if child is not None
     ):
         return 0
+    text = config.get_text_config()
     for key in ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts"):
-        if isinstance(getattr(config, key, None), int):
-            return getattr(config, key)
+        if isinstance(getattr(text, key, None), int):
+            return getattr(text, key)
     return 1
 
 
@@ -260,8 +261,9 @@ class _Classifier:
         self._names, self._layers_name, self._anatomies = made.names, made.layers_name, made.anatomies
         self._blocks = [moe_block(layer) for layer in made.layers]
         self._tables = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-        self._embedding = _module_name(model, model.get_input_embeddings())
-        self._head = _module_name(model, model.get_output_embeddings())
+        self._embedding = _module_name(model, made.base.get_input_embeddings())
+        self._head = _module_name(model, made.head)
+        self._parts = made.parts
         self._tied = _tied_pairs(model)
         self._seen: dict[str, list[TensorRef]] = defaultdict(list)
         self._transformed: dict[str, bool] = {}
@@ -290,7 +292,7 @@ class _Classifier:
         return block is not None and hasattr(block[1].get_submodule("experts"), "places")
 
     def _entry(self, ref: TensorRef, name: str, pattern: str | None) -> Entry:
-        if name not in self._names.state:
+        if name not in self._names.state or not name.startswith(self._parts):
             # Only what is numbered like a decoder layer moves with them: `mtp.layers.0` does not.
             match = re.match(rf"{re.escape(self._layers_name)}\.(\d+)\.", ref.name)
             self._unknown.append(ref.name)
@@ -390,6 +392,8 @@ class _Classifier:
         for (layer, matrix), numbers in self._numbers.items():
             self._check_numbers(place, layer, matrix, numbers)
         for name, wanted in self._names.state.items():
+            if not name.startswith(self._parts):
+                continue
             refs = self._seen.get(name, [])
             if not refs and any(self._seen.get(other) for other in self._tied.get(name, ())):
                 continue

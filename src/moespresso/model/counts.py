@@ -43,7 +43,11 @@ def _with_counts(config: Mapping[str, Any], family: str, change: Callable[[int],
     parts = [part for part in (edited, edited.get("text_config")) if isinstance(part, dict)]
     if not any(_present(part) for part in parts):
         # Left to the default of its config class.
-        default = CONFIG_MAPPING[parts[-1].get("model_type", family)]().to_dict()
+        whole = CONFIG_MAPPING[parts[-1].get("model_type", family)]()
+        text = whole.get_text_config()
+        if text is not whole:
+            parts.append(edited.setdefault("text_config", {}))
+        default = text.to_dict()
         parts[-1].update({key: default[key] for key in _present(default)})
     for part in parts:
         _set_count(part, family, change)

@@ -26,7 +26,7 @@ COUNT_ALIASES: dict[str, tuple[str, ...]] = {"qwen3_moe": ("num_experts", "num_l
 DENSE_LISTS = ("mlp_only_layers", "mlp_layer_types")
 
 # Families whose decoder layers return, beside hidden states, what the next layer takes up (chosen positions).
-HANDS_ON = frozenset({"glm_moe_dsa", "hy_v4"})
+HANDS_ON = frozenset({"glm_moe_dsa", "hy_v4", "glm5_next_text", "mistral_large4_text"})
 
 # Fewest experts a family's code takes as a mixture at all: with one, JambaConfig.layers_num_experts says dense, and
 # phimoe's sparsemixer always picks two.

@@ -10,14 +10,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moespresso.checkpoint import SECTION, check_readable
-from moespresso.model.meta_model import build_meta, decoder_layers, read_config
+from moespresso.model.meta_model import build_meta, decoder_layers, head_of, language_parts, read_config
 from moespresso.model.names import Names
 from moespresso.runtime import Anatomy, NotResidual, find_anatomy
 
@@ -30,6 +30,21 @@ class Skeleton:
     model: PreTrainedModel
     layers_name: str
     layers: nn.ModuleList
+
+    @cached_property
+    def base(self) -> PreTrainedModel:
+        """The language model without its head, and without what it is wrapped in."""
+        return cast("PreTrainedModel", self.model.get_submodule(self.layers_name.rpartition(".")[0]))
+
+    @cached_property
+    def head(self) -> nn.Module | None:
+        """What makes logits of its last hidden states."""
+        return head_of(self.model, self.layers_name)
+
+    @cached_property
+    def parts(self) -> tuple[str, ...]:
+        """What the in-memory names of the language model begin with."""
+        return language_parts(self.model, self.layers_name)
 
     @cached_property
     def names(self) -> Names:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from moespresso.build import (
     Tensors,
@@ -40,7 +39,7 @@ from moespresso.core.plan import Plan
 from moespresso.core.progress import Progress
 from moespresso.effect import validated
 from moespresso.formats import codec_in
-from moespresso.model import MetaModel, is_unequal, read_blueprint
+from moespresso.model import MetaModel, is_unequal, own_class, read_blueprint
 from moespresso.stream import sweep
 
 _CHUNK = 16 << 20
@@ -126,7 +125,7 @@ def _complete(folder: Path, state: dict[str, View]) -> str:
     blueprint = read_blueprint(checkpoint)
     state["view"] = View(checkpoint, blueprint, Plan(blueprint.digest))
     experts = sum(layer.experts for layer in blueprint.moe_layers)
-    outside = f", {len(blueprint.outside)} outside the model's graph" if blueprint.outside else ""
+    outside = f", {len(blueprint.outside)} outside the language model" if blueprint.outside else ""
     return (
         f"{len(blueprint.entries)} tensors, {experts} experts in {len(blueprint.moe_layers)} layers{outside}"
     )
@@ -213,7 +212,7 @@ def _stock(folder: Path, view: View, nonfinite: Mapping[str, int]) -> str:
 def _loaded(folder: Path, view: View, meta: MetaModel) -> tuple[nn.Module, dict[str, Any]]:
     """What stock transformers loads, in float32, and what it says about the tensors."""
     with redirect_stderr(StringIO()):  # unpacking shows progress bars of its own
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = own_class(view.checkpoint.config).from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True
         )
         model, info = loaded
