@@ -109,7 +109,7 @@ class ExpertDrop(Selects):
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
         if not blueprint.moe_layers:
             raise UserError(
-                f"expert_drop needs routed experts, but {blueprint.place} ({blueprint.family}) is dense"
+                f"expert_drop needs routed experts, but {blueprint.place} ({blueprint.family}) {blueprint.no_experts}"
             )
         refuse_skipped(self.kind, blueprint)
         if self.replace == "novice" and blueprint.indivisible:

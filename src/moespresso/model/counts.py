@@ -105,9 +105,8 @@ def _set_count(config: dict[str, Any], family: str, change: Callable[[int], int]
         config[key] = [change(count) for count in value] if isinstance(value, list) else change(value)
 
 
-def expert_axes(raw: Mapping[str, Any], model: PreTrainedModel, place: str) -> dict[str, int]:
-    """Axis that counts experts of every in-memory tensor that has one; raises `UserError` where it is not
-    that simple."""
+def expert_axes(raw: Mapping[str, Any], model: PreTrainedModel, place: str) -> dict[str, int] | str:
+    """Axis that counts experts of every in-memory tensor that has one; where it is not that simple, why."""
     stacks = {name: module for name, module in model.named_modules() if is_experts(module)}
     if not stacks:
         return {}
@@ -115,22 +114,22 @@ def expert_axes(raw: Mapping[str, Any], model: PreTrainedModel, place: str) -> d
     counts = {len(getattr(module, "places", range(int(module.num_experts)))) for module in stacks.values()}  # pyright: ignore[reportArgumentType]
     family = str(raw["model_type"])
     if len(counts) > 1 and not is_unequal(raw):
-        raise _refusal(place, family, "its layers have different numbers of experts")
+        return "its layers have different numbers of experts"
     try:
         double = skeleton(_with_twice(evened(raw), family), place).names.state
     except UserError as error:
-        raise _refusal(place, family, f"its number of experts cannot be changed: {error}") from error
+        return f"its number of experts cannot be changed: {error}"
     axes: dict[str, int] = {}
     for name, tensor in model.state_dict().items():
         changed = _changed_axes(tensor.shape, double[name].shape) if name in double else [-1]
         if changed and not _follows(tensor.shape, double[name].shape, changed, counts):
-            raise _refusal(place, family, f"{name} does not follow the number of experts as one entry each")
+            return f"{name} does not follow the number of experts as one entry each"
         if changed:
             axes[name] = changed[0]
     for stack, module in stacks.items():
         for name, _ in module.named_parameters(recurse=False):
             if axes.get(f"{stack}.{name}") != 0 and name != "novices":
-                raise _refusal(place, family, "no known key of its config sets the number of experts")
+                return "no known key of its config sets the number of experts"
     return axes
 
 
@@ -145,7 +144,3 @@ def _changed_axes(before: torch.Size, after: torch.Size) -> list[int]:
     if len(before) != len(after):
         return [-1]
     return [axis for axis, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
-
-
-def _refusal(place: str, family: str, reason: str) -> UserError:
-    return UserError(f"{place}: model_type {family!r} is not supported by this version ({reason})")

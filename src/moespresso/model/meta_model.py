@@ -98,7 +98,7 @@ def decoder_layers(model: PreTrainedModel, place: str) -> tuple[str, nn.ModuleLi
     wanted = model.config.get_text_config().model_type
     for name, module in model.named_modules():
         owner, _, last = name.rpartition(".")
-        if last == "layers" and isinstance(module, nn.ModuleList):
+        if last in ("layers", "blocks") and isinstance(module, nn.ModuleList):
             config = getattr(model.get_submodule(owner), "config", None)
             if getattr(config, "model_type", None) == wanted:
                 return name, module
@@ -122,7 +122,7 @@ def language_parts(model: PreTrainedModel, layers_name: str) -> tuple[str, ...]:
     """What the in-memory names of the language model begin with: all of its own, and its head."""
     head = head_of(model, layers_name)
     heads = [f"{name}." for name, module in model.named_modules() if module is head and name]
-    return (layers_name.removesuffix("layers"), *heads)
+    return (f"{layers_name.rpartition('.')[0]}.".removeprefix("."), *heads)
 
 
 def moe_block(layer: nn.Module) -> tuple[str, nn.Module] | None:
@@ -233,7 +233,7 @@ class MetaModel:
             _to_meta(module)
 
     def _handle(self, index: int, module: nn.Module) -> Layer:
-        moe = moe_block(module)
+        moe = moe_block(module) if self.specs[index].experts else None
         multiplier, anatomy = float(getattr(module, "residual_multiplier", 1.0)), self._anatomy(index)
         if moe is None:
             return Layer(self.specs[index], module, residual_multiplier=multiplier, anatomy=anatomy)

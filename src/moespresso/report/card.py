@@ -103,7 +103,11 @@ def _load(report: Report) -> str:
         return OWN
     if report.packing in ("gptq", "awq"):
         return OTHER.format(layout=report.packing.upper())
-    return (PLUGIN if report.plugin else "") + (PACKED if report.packing else "") + LOAD.format(auto_class=report.auto_class)
+    return (
+        (PLUGIN if report.plugin else "")
+        + (PACKED if report.packing else "")
+        + LOAD.format(auto_class=report.auto_class)
+    )
 
 
 def shareable(recipe: Body) -> dict[str, Any]:
