@@ -193,6 +193,12 @@ class Blueprint:
         return tuple(layer for layer in self.layers if layer.experts)
 
     @cached_property
+    def counting(self) -> frozenset[int]:
+        """The layers by which a cache counts tokens (those with attention, or with what stands where it was):
+        without any, no model that has other mixers generates."""
+        return frozenset(layer.index for layer in self.layers if layer.kv_width)
+
+    @cached_property
     def by_layer(self) -> dict[int | None, tuple[Entry, ...]]:
         """Entries of each layer (None: outside the layers), in stored order."""
         grouped: dict[int | None, list[Entry]] = defaultdict(list)
