@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from moespresso.checkpoint import SECTION, check_readable
 from moespresso.core.blueprint import LayerSpec
-from moespresso.core.errors import UserError, did_you_mean
+from moespresso.core.errors import UserError, did_you_mean, reason
 from moespresso.core.layer import Layer
 from moespresso.model import experts as experts_function
 from moespresso.model import quirks
@@ -56,9 +56,7 @@ def read_config(raw: Mapping[str, Any], place: str) -> PreTrainedConfig:
         plain = PreTrainedConfig._decode_special_floats(dict(raw))  # pyright: ignore[reportPrivateUsage]
         return CONFIG_MAPPING[family].from_dict(plain)
     except Exception as error:  # the family's own validation, whatever it raises
-        raise UserError(
-            f"{place}/config.json is not a valid {family} config ({_first_line(error)})"
-        ) from error
+        raise UserError(f"{place}/config.json is not a valid {family} config ({reason(error)})") from error
 
 
 def _check_dtype(raw: Mapping[str, Any], place: str) -> None:
@@ -82,7 +80,7 @@ def build_meta(config: PreTrainedConfig, dtype: torch.dtype, place: str) -> PreT
         raise
     except Exception as error:
         raise UserError(
-            f"{place}: no causal language model can be built from its config ({_first_line(error)})"
+            f"{place}: no causal language model can be built from its config ({reason(error)})"
         ) from error
     if any(experts_function.is_experts(module) for module in model.modules()):
         model.set_experts_implementation(experts_function.NAME)
@@ -100,10 +98,6 @@ def _no_causal(config: PreTrainedConfig, place: str) -> str:
         f"{place}: model_type {config.model_type!r} wraps a language model ({text.model_type}) with other parts, such as vision, "
         f"which is not available in this version: {cure}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def decoder_layers(model: PreTrainedModel, place: str) -> tuple[str, nn.ModuleList]:
