@@ -202,12 +202,38 @@ def test_routers_of_other_shapes_are_measured(
     assert api.verify(tmp_path / "out", against=folder)["ok"]
 
 
-def test_what_a_family_cannot_tell_is_not_made_up(checkpoint: Written, text: Path, tmp_path: Path) -> None:
-    """With several hidden states a token, how far an expert turns the residual stream is not known."""
-    with pytest.raises(UserError, match="several: use score=routing_topk"):
-        api.press(checkpoint("hy_v4", MIXTURES["hy_v4"]), out=tmp_path / "out", texts=[text], samples=4, length=16,
+# With several hidden states a token, or experts in a latent width, how far an expert turns the residual stream is not known.
+TURN_UNKNOWN = {
+    "several": ("hy_v4", MIXTURES["hy_v4"]),
+    "latent width": ("nemotron_h", MIXTURES["nemotron_h"] | {"moe_latent_size": 20}),
+}
+
+
+@pytest.mark.parametrize("reason", TURN_UNKNOWN)
+def test_what_a_family_cannot_tell_is_not_made_up(
+    checkpoint: Written, text: Path, tmp_path: Path, reason: str
+) -> None:
+    with pytest.raises(UserError, match=f"easy_ep .*{reason}: use score=reap$"):
+        api.press(checkpoint(*TURN_UNKNOWN[reason]), out=tmp_path / "out", texts=[text], samples=4, length=16,
                   steps=["expert_drop:ratio=0.25,score=easy_ep"])  # fmt: skip
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("reason", TURN_UNKNOWN)
+def test_the_default_score_is_one_that_the_model_has(
+    checkpoint: Written, text: Path, tmp_path: Path, reason: str
+) -> None:
+    """It falls back aloud, and decides as the score does that it says."""
+    folder = checkpoint(*TURN_UNKNOWN[reason])
+    plans: dict[str, list[Stage]] = {}
+    for name, said in {"default": "", "by name": ",score=reap"}.items():
+        report = api.press(folder, out=tmp_path / name, texts=[text], samples=4, length=16,
+                           steps=[f"expert_drop:ratio=0.25{said}"])  # fmt: skip
+        plans[name] = list(report.plan.stages)
+        aloud = [note for note in report.notes if "score=reap" in note and reason in note]
+        assert len(aloud) == (name == "default")
+        assert api.verify(tmp_path / name, against=folder)["ok"]
+    assert plans["default"] == plans["by name"]
 
 
 @pytest.mark.parametrize("family", OPAQUE)
@@ -234,8 +260,10 @@ def test_experts_that_cannot_be_cut_are_left_whole_and_all_else_is_done(
         ) as refused:
             api.press(folder, out=tmp_path / "out", steps=[step], texts=[text], samples=4, length=16)
         assert "\n" not in str(refused.value)
-    depth = "block_drop:drop=2,contiguous=true" if family == "gemma4_text" else "block_drop:drop=1"
-    for number, step in enumerate((depth, "rtn:parts=attention,group_size=0")):
+    depth, attention = "block_drop:drop=1", "rtn:parts=attention,group_size=0"
+    # Stock transformers does not read the one's packed attention, and the other must end with a layer of one kind.
+    steps = {"deepseek_v4": [depth], "gemma4_text": [attention]}.get(family, [depth, attention])
+    for number, step in enumerate(steps):
         api.press(folder, out=tmp_path / str(number), steps=[step], texts=[text], samples=4, length=16)
         verified = api.verify(tmp_path / str(number), against=folder)
         assert verified["ok"], [check for check in verified["checks"] if not check["ok"]]

@@ -202,6 +202,12 @@ class Blueprint:
         return f"has experts that this version leaves whole ({self.opaque}): use block_drop, or a step with parts=attention"
 
     @cached_property
+    def counting(self) -> frozenset[int]:
+        """The layers by which a cache counts tokens (those with attention, or with what stands where it was):
+        without any, no model that has other mixers generates."""
+        return frozenset(layer.index for layer in self.layers if layer.kv_width)
+
+    @cached_property
     def by_layer(self) -> dict[int | None, tuple[Entry, ...]]:
         """Entries of each layer (None: outside the layers), in stored order."""
         grouped: dict[int | None, list[Entry]] = defaultdict(list)

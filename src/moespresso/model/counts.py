@@ -20,7 +20,9 @@ from moespresso.core.errors import UserError
 from moespresso.model import quirks
 from moespresso.model.experts import is_experts
 from moespresso.model.skeleton import skeleton
-from moespresso.runtime import OWN_WIDTHS
+from moespresso.runtime import OWN_WIDTHS, is_own
+
+Config = dict[str, Any]
 
 
 def with_count(config: Mapping[str, Any], family: str, count: int) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def _with_twice(config: Mapping[str, Any], family: str) -> dict[str, Any]:
     """The config with twice as many experts in every layer."""
     edited = _with_counts(config, family, lambda count: 2 * count)
     for part in (edited, edited.get("text_config")):
-        for entry in (part or {}).get("per_layer_config", {}).values():
+        for entry in ((part or {}).get("per_layer_config") or {}).values():
             entry |= {key: 2 * entry[key] for key in quirks.COUNT_KEYS if key in entry}
     return edited
 
@@ -78,19 +80,20 @@ def _without_widths(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_unequal(config: Mapping[str, Any]) -> bool:
-    """Whether layers differ in a way that only moespresso's runtime can load."""
-    return any(
-        part.get("per_layer_config") for part in (config, config.get("text_config")) if isinstance(part, dict)
-    )
+    """Whether layers differ in a way that only moespresso's runtime can load; some families have a
+    `per_layer_config` of their own."""
+    return any(map(is_own, _by_layer(config).values()))
 
 
 def skipping(config: Mapping[str, Any]) -> list[int]:
     """Numbers of the layers whose parts a config.json skips, which only moespresso's runtime understands."""
+    return sorted(int(layer) for layer, entry in _by_layer(config).items() if entry.get("skip"))
+
+
+def _by_layer(config: Mapping[str, Any]) -> dict[str, Config]:
+    """What a config.json says of single layers."""
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    by_layer = {
-        layer: entry for part in parts for layer, entry in (part.get("per_layer_config") or {}).items()
-    }
-    return sorted(int(layer) for layer, entry in by_layer.items() if entry.get("skip"))
+    return {layer: entry for part in parts for layer, entry in (part.get("per_layer_config") or {}).items()}
 
 
 def _present(config: Mapping[str, Any]) -> set[str]:

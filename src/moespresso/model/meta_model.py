@@ -24,7 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moespresso.checkpoint import SECTION, check_readable
 from moespresso.core.blueprint import LayerSpec
-from moespresso.core.errors import UserError, did_you_mean
+from moespresso.core.errors import UserError, did_you_mean, reason
 from moespresso.core.layer import Layer
 from moespresso.model import experts as experts_function
 from moespresso.model import quirks
@@ -56,9 +56,7 @@ def read_config(raw: Mapping[str, Any], place: str) -> PreTrainedConfig:
         plain = PreTrainedConfig._decode_special_floats(dict(raw))  # pyright: ignore[reportPrivateUsage]
         return CONFIG_MAPPING[family].from_dict(plain)
     except Exception as error:  # the family's own validation, whatever it raises
-        raise UserError(
-            f"{place}/config.json is not a valid {family} config ({_first_line(error)})"
-        ) from error
+        raise UserError(f"{place}/config.json is not a valid {family} config ({reason(error)})") from error
 
 
 def _check_dtype(raw: Mapping[str, Any], place: str) -> None:
@@ -82,15 +80,11 @@ def build_meta(config: PreTrainedConfig, dtype: torch.dtype, place: str) -> PreT
         raise
     except Exception as error:
         raise UserError(
-            f"{place}: no language model can be built from its config ({_first_line(error)})"
+            f"{place}: no language model can be built from its config ({reason(error)})"
         ) from error
     if any(experts_function.is_experts(module) for module in model.modules()):
         model.set_experts_implementation(experts_function.NAME)
     return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def decoder_layers(model: PreTrainedModel, place: str) -> tuple[str, nn.ModuleList]:
@@ -309,12 +303,20 @@ class MetaModel:
             self.model.set_submodule(path, base)
 
 
+class _Output(MoeModelOutputWithPast):
+    """Last hidden states, and nothing of what a family says beside them."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 class _Answer(nn.Module):
     """A base model that has already answered."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
-        self._output = MoeModelOutputWithPast(last_hidden_state=hidden)
+        self._output = _Output(last_hidden_state=hidden)
 
     def forward(self, *_: Any, **__: Any) -> MoeModelOutputWithPast:
         """The last hidden states it was made with."""

@@ -24,7 +24,7 @@ from moespresso.model.classes import class_name
 from moespresso.model.counts import evened, with_count
 from moespresso.model.depth import with_layers
 from moespresso.model.widths import width_key, with_width
-from moespresso.runtime import OWN_WIDTHS, guarded, stock, zero_means_nothing
+from moespresso.runtime import OWN_WIDTHS, guarded, is_own, stock, zero_means_nothing
 
 Config = dict[str, Any]
 
@@ -64,9 +64,9 @@ def pressed_config(
 def _with_guard(config: Config, by_layer: Mapping[int, Config], family: str) -> Config:
     """The config with the entries of single layers, `by_layer`, and what makes other engines stop at it."""
     text = _text(config)
+    if not any(map(is_own, by_layer.values())):
+        return _with_class_names(_with_theirs(config, by_layer), stock)
     text.pop("per_layer_config", None)
-    if not by_layer:
-        return _with_class_names(config, stock)
     for entry in by_layer.values():
         if zero_means_nothing(entry) and not any(
             key != OWN_WIDTHS and _stops(text, key, entry[key]) for key in entry
@@ -74,6 +74,17 @@ def _with_guard(config: Config, by_layer: Mapping[int, Config], family: str) -> 
             entry[_count_key(config)] = 0
     text["per_layer_config"] = {str(position): entry for position, entry in by_layer.items()}
     return _with_class_names({"architectures": [class_name(family)]} | config, guarded)
+
+
+def _with_theirs(config: Config, by_layer: Mapping[int, Config]) -> Config:
+    """The config with what its family's own code reads of single layers; that this is nothing is kept too,
+    since defaults would come back."""
+    text = _text(config)
+    if any(map(is_own, _per_layer(config).values())) and not by_layer:
+        text.pop("per_layer_config")
+    elif text.get("per_layer_config") is not None:
+        text["per_layer_config"] = {str(position): entry for position, entry in by_layer.items()}
+    return config
 
 
 def _stops(text: Config, key: str, value: Any) -> bool:
@@ -97,7 +108,8 @@ def _with_widths(
     positions = [left.position(layer) for layer in left.widths]
     widths = {at: layers[at].width for at in positions}
     if any(width != source.layers[left.layers[at]].width for at, width in widths.items()):
-        same = len(widths) == len(left.experts) and len(set(widths.values())) == 1 and not by_layer
+        same = len(widths) == len(left.experts) and len(set(widths.values())) == 1
+        same = same and not any(map(is_own, by_layer.values()))
         edited = with_width(config, widths[positions[0]], source.place, grow=stock) if same else None
         key = width_key(config)
         if edited is None and key is None:

@@ -198,12 +198,14 @@ def _stock(folder: Path, view: View, nonfinite: Mapping[str, int]) -> str:
             return f"not run: the layout of {engine} needs an engine of its own; names, shapes and codes were checked"
         if own_packing(view):
             whole = load_model(view, torch.float32, "cpu")
+            _generates(whole, view.blueprint.vocab)
             return f"stock loaders stop at its format; {_same_logits(whole, meta, view.blueprint.vocab)}"
         model, info = _loaded(folder, view, meta)
         outside = {meta.in_memory(entry.ref.name) for entry in view.blueprint.outside}
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             wrong = {str(key) for key in info[kind]} - outside
             _require(not wrong, f"{kind.replace('_', ' ')}: {', '.join(sorted(wrong)[:3])}")
+        _generates(model, view.blueprint.vocab)
         if nonfinite:
             return "no key missing, unexpected or mismatched; logits not compared, since the source was not finite"
         return f"no key missing, unexpected or mismatched; {_same_logits(model.eval(), meta, view.blueprint.vocab)}"
@@ -235,6 +237,21 @@ def _unpack(model: Any, view: View, meta: MetaModel) -> None:
     model.hf_quantizer.compressor.decompress_model(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
+
+
+@torch.inference_mode()
+def _generates(model: Any, vocab: int) -> None:
+    """Have the model go on with a cache, which a hybrid that lost its attention cannot count by; raises what
+    it raises."""
+    ids = torch.arange(1, 4).remainder(vocab).unsqueeze(0)
+    asked = {
+        "min_new_tokens": 2,
+        "max_new_tokens": 2,
+        "do_sample": False,
+        "use_cache": True,
+        "pad_token_id": 0,
+    }
+    model.generate(ids, attention_mask=torch.ones_like(ids), **asked)
 
 
 @torch.inference_mode()
