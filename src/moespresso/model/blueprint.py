@@ -164,9 +164,9 @@ def _why_unseen(made: Skeleton) -> str | None:
 
 
 def _all_dense(text: PreTrainedConfig, count: int) -> bool:
-    """Whether a config's lists of layers say that all are dense, whatever number of experts it still names."""
-    kinds, dense = getattr(text, "mlp_layer_types", None), getattr(text, "mlp_only_layers", None)
-    return (bool(kinds) and "sparse" not in kinds) or len(dense or ()) >= count
+    """Whether a config's lists of layers say that all are dense, whatever number of experts it names."""
+    words, dense = getattr(text, "mlp_layer_types", None), getattr(text, "mlp_only_layers", None)
+    return (bool(words) and "sparse" not in words) or len(dense or ()) >= count
 
 
 def _layer_spec(
