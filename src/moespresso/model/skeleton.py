@@ -13,13 +13,16 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moespresso.checkpoint import SECTION, check_readable
 from moespresso.model.meta_model import build_meta, decoder_layers, read_config
 from moespresso.model.names import Names
-from moespresso.runtime import Anatomy, NotResidual, find_anatomy
+from moespresso.runtime import Anatomy, NotResidual, find_anatomy, stacked, stock
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +49,28 @@ def skeleton(raw: Mapping[str, Any], place: str) -> Skeleton:
     """What the config.json `raw` makes, packed or not; raises `UserError` for what is not supported."""
     check_readable(raw, place)
     return _built(json.dumps({key: value for key, value in raw.items() if key != SECTION}), place)
+
+
+def whole_names(raw: Mapping[str, Any], place: str) -> Names | None:
+    """The names of the class that a config.json names, where that holds more than the language model; else
+    None."""
+    named = stock(raw.get("architectures") or [])
+    kind = getattr(transformers, named[0], None) if named else None
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        return None
+    if named[0] == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(raw["model_type"]):
+        return None
+    return _whole(json.dumps({key: value for key, value in raw.items() if key != SECTION}), named[0], place)
+
+
+@lru_cache(maxsize=2)
+def _whole(text: str, name: str, place: str) -> Names | None:
+    config = read_config(json.loads(text), place)
+    kind = getattr(transformers, name)
+    if kind.config_class is not type(config):  # a class for the language model alone
+        return None
+    with torch.device("meta"), no_init_weights(), stacked():
+        return Names(kind(config))
 
 
 # A press looks at its source, at the source with twice the experts, and at what comes out, in a form or two.
