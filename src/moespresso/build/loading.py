@@ -83,6 +83,8 @@ def _first_line(error: Exception) -> str:
 def _decode_all(view: View, dtype: torch.dtype) -> PreTrainedModel:
     config = read_config(view.config, view.source.place)
     folder, kind = view.checkpoint.folder, own_class(view.config)
+    if kind.config_class is not type(config):  # the language model of a wrapper
+        config = config.get_text_config()
     with Tensors(folder, allow_nonfinite=True) as tensors:
         lock = Lock()
         values = {piece.name: _Own(tensors, piece, lock) for piece in view.pieces}

@@ -114,8 +114,12 @@ class Names:
     def waits_for_packed(self, pattern: str) -> bool:
         """Whether the library gives the converter behind a source pattern packed parts only, where a
         checkpoint has any (a stack of experts apart, which is what that is made for)."""
-        sources = self._converter(pattern).source_patterns
-        return all(source.endswith(".weight") for source in sources) and not self.only_stacks(pattern)
+        return self.of_weights(pattern) and not self.only_stacks(pattern)
+
+    def of_weights(self, pattern: str) -> bool:
+        """Whether the converter behind a source pattern takes whole weights, before which the library
+        unpacks."""
+        return all(source.endswith(".weight") for source in self._converter(pattern).source_patterns)
 
     def order(self, key: str, pattern: str) -> tuple[int, Any]:
         """The place of an on-disk key among all that the converter behind its source pattern takes."""

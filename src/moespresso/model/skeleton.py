@@ -15,11 +15,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from moespresso.checkpoint import SECTION, check_readable
+from moespresso.model.classes import own_class
 from moespresso.model.meta_model import build_meta, decoder_layers, head_of, language_parts, read_config
 from moespresso.model.names import Names
-from moespresso.runtime import Anatomy, NotResidual, find_anatomy
+from moespresso.runtime import Anatomy, NotResidual, find_anatomy, stacked
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +63,20 @@ def skeleton(raw: Mapping[str, Any], place: str) -> Skeleton:
     """What the config.json `raw` makes, packed or not; raises `UserError` for what is not supported."""
     check_readable(raw, place)
     return _built(json.dumps({key: value for key, value in raw.items() if key != SECTION}), place)
+
+
+def whole_names(raw: Mapping[str, Any], place: str) -> Names | None:
+    """The names of the class that a config.json names; None where that is of the language model alone."""
+    made, kind = skeleton(raw, place), own_class(raw)
+    if kind.config_class is not type(made.config):
+        return None
+    return made.names if isinstance(made.model, kind) else _whole(made, kind)
+
+
+@lru_cache(maxsize=2)
+def _whole(made: Skeleton, kind: type[PreTrainedModel]) -> Names:
+    with torch.device("meta"), no_init_weights(), stacked():
+        return Names(kind(made.config))
 
 
 # A press looks at its source, at the source with twice the experts, and at what comes out, in a form or two.
