@@ -117,6 +117,12 @@ def test_a_fault_is_seen(small: Path, tmp_path: Path, name: str, change: bool, w
     assert stock.faults(small, small, before, []) == []
 
 
+def test_what_is_numbered_inside_the_language_model_may_change():
+    names = "llm.layers.0.experts.0.down", "llm.residual.queries.1", "llm.norm", "llm.vision.1.w", "mtp.fc"
+    before = {name: torch.zeros(2) for name in names}
+    assert stock.outside(before, {}) == ["llm.norm", "llm.vision.1.w"]
+
+
 def layer(prefix: str, experts: int, width: int) -> dict[str, torch.Tensor]:
     """The experts of a layer, apart."""
     return {f"{prefix}mlp.experts.{each}.down_proj.weight": torch.zeros(64, width) for each in range(experts)}

@@ -54,7 +54,11 @@ def decoder(tensors: dict[str, Tensor]) -> str:
 def outside(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
     """Tensors outside the language model that are gone or changed."""
     mine = decoder(before)
-    rest = [name for name in before if not name.startswith((mine, "mtp."))]
+    whole = re.escape(mine.removesuffix("layers.").removesuffix("blocks."))
+    # What is numbered inside the language model belongs to its layers, whether or not it lies in their list.
+    numbered = re.compile(rf"{whole}.*\.\d+(\.|$)")
+    inner = {name for name in before if numbered.match(name) and not TOWER.search(name)}
+    rest = [name for name in before if name not in inner and not name.startswith((mine, "mtp."))]
     return [name for name in rest if name not in after or not _same(before[name], after[name])]
 
 
