@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -91,7 +92,11 @@ def alone(source: Path, pressed: list[Path]) -> dict[str, str]:
     """What transformers alone says to pressed folders; if it does not run the original, that is all it can say."""
     if not pressed:
         return {}
-    found = json.loads(rival(Path(sys.executable), "stock_transformers.py", source, *pressed))
+    try:
+        found = json.loads(rival(Path(sys.executable), "stock_transformers.py", source, *pressed))
+    except subprocess.CalledProcessError as error:
+        last = error.stderr.strip().splitlines()[-1:]
+        return {folder.name: f"transformers alone: the process ended: {''.join(last)}" for folder in pressed}
     if found["original"]:
         return dict.fromkeys(
             found["folders"], f"transformers alone: the original: {'; '.join(found['original'])}"
@@ -111,13 +116,11 @@ def quiet() -> None:
     os.nice(max(0, 15 - os.nice(0)))
 
 
-def family(task: Task) -> Row:
+def row_of(name: str, work: Path) -> Row:
     """One family's row, from its file where it has one."""
-    name, work = task
     kept = work / "found" / f"{name}.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    quiet()
     folder = work / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -126,6 +129,12 @@ def family(task: Task) -> Row:
     kept.with_suffix(".part").write_text(json.dumps(row, indent=1))
     kept.with_suffix(".part").rename(kept)
     return row
+
+
+def family(task: Task) -> Row:
+    """The same in a process that is for nothing else."""
+    quiet()
+    return row_of(*task)
 
 
 def text_for(work: Path) -> None:
@@ -148,16 +157,15 @@ def main() -> int:
         return 0
     text_for(asked.work)
     rows: dict[str, Row] = {}
-    for (name, _), row in side_by_side(
-        family, [(name, asked.work) for name in asked.names or found()], asked.workers
-    ):
+    tasks = [(name, asked.work) for name in asked.names or found()]
+    for (name, _), row in side_by_side(family, tasks, asked.workers):
         rows[name] = row
-        print(
-            f"{name:30} {', '.join(key for key, words in row['steps'].items() if words == OK) or 'refused'}",
-            flush=True,
-        )
-    if not set(found()) - set(rows):
-        save(asked.out, {"steps": STEPS, "results": rows})
+        passed = [step for step, words in row["steps"].items() if words == OK]
+        print(f"{name:30} {', '.join(passed) or 'refused'}", flush=True)
+    if asked.out and set(found()) - set(rows):
+        print(f"{asked.out} is not written: a result has all families")
+        return 2
+    save(asked.out, {"steps": STEPS, "results": rows})
     return 0
 
 

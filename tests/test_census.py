@@ -185,9 +185,9 @@ def test_a_table_counts_and_numbers():
 @pytest.mark.parametrize(("name", "refused"), [("qwen3_moe", set()), ("gpt_oss", {"gptq", "channel_prune"})])
 def test_a_family_goes_through_the_census(tmp_path: Path, name: str, refused: set[str]):
     families.text_for(tmp_path)
-    row = families.family((name, tmp_path))
+    row = families.row_of(name, tmp_path)
     assert {step for step, words in row["steps"].items() if words != families.OK} == refused
     assert not any("crashed" in words or str(tmp_path) in words for words in row["steps"].values())
     kept = tmp_path / "found" / f"{name}.json"
     kept.write_text(json.dumps(row | {"class": "as kept"}))
-    assert families.family((name, tmp_path))["class"] == "as kept"
+    assert families.row_of(name, tmp_path)["class"] == "as kept"
