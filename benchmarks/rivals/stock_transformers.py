@@ -104,15 +104,11 @@ def behind(original: Path, folder: Path, before: dict[str, Tensor], after: dict[
     if not ahead_now or ahead != decoders:
         return []
     if ahead_now != decoders_now:
-        return [
-            f"its prediction layers have (experts, width) {told_set(ahead_now)}, its decoder layers {told_set(decoders_now)}"
-        ]
+        both = told_set(ahead_now), told_set(decoders_now)
+        return ["its prediction layers have (experts, width) {}, its decoder layers {}".format(*both)]
     plain = unnamed(folder, after)
-    return (
-        [f"config.json takes {len(plain)} plain experts of its prediction layers for packed ({plain[0]})"]
-        if plain
-        else []
-    )
+    words = f"config.json takes {len(plain)} plain experts of its prediction layers for packed"
+    return [f"{words} ({plain[0]})"] if plain else []
 
 
 def told_set(found: set[Size]) -> str:
@@ -160,19 +156,21 @@ def told(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
+def keys(info: dict[str, Any], folder: Path, tensors: dict[str, Tensor]) -> list[str]:
+    """What loading says of keys; those of prediction layers are left over in every class but at their published numbers."""
+    mine, last, found = decoder(tensors), num_layers(folder), []
+    for words in KEYS:
+        names = sorted(name for name in map(str, info.get(words) or ()) if not is_ahead(name, mine, last))
+        found += [f"{len(names)} {words.replace('_', ' ')} ({names[0]})"] if names else []
+    return found
+
+
 def loaded(folder: Path, tensors: dict[str, Tensor]) -> list[str]:
     """Faults of loading and running a folder."""
     packed = "quantization_config" in json.loads((folder / "config.json").read_text())
-    mine, last = decoder(tensors), num_layers(folder)
     try:
         model, info = load(folder, "auto" if packed else torch.float32)
-        told_keys: list[str] = []
-        for (
-            words
-        ) in KEYS:  # that prediction layers are left over is so in every class: it names those of real sizes
-            names = sorted(name for name in map(str, info.get(words) or ()) if not is_ahead(name, mine, last))
-            told_keys += [f"{len(names)} {words.replace('_', ' ')} ({names[0]})"] if names else []
-        return told_keys + run(model)
+        return keys(info, folder, tensors) + run(model)
     except Exception as error:
         return [told(error)]
 
