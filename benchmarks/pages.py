@@ -1,12 +1,12 @@
-"""Makes docs/results/*.md, the tables of README.md and the charts from benchmarks/results/*.json.
+"""Makes docs/results/*.md, the tables of README.md and docs/compatibility.md and the charts from benchmarks/results/*.json.
 
     python benchmarks/pages.py              # write what is not current
     python benchmarks/pages.py --check      # write nothing; exit with 1 and say what is not current
     python benchmarks/pages.py --figures    # draw docs/figures as well (needs matplotlib)
 
 A page is its prose in `prose/NAME.md` with `{{name}}` where a table or a figure of speech comes from the results: a number in
-a sentence is computed like the tables are, so that it cannot stay behind. README.md is written by hand but for what stands
-between `<!-- NAME -->` and `<!-- /NAME -->`. Of several results of one kind the newest counts.
+a sentence is computed like the tables are, so that it cannot stay behind. README.md and docs/compatibility.md are written by
+hand but for what stands between `<!-- NAME -->` and `<!-- /NAME -->`. Of several results of one kind the newest counts.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ COMMANDS = {
     "pruning_qwen3": "pruning.py FOLDER", "pruning_adam": "pruning.py FOLDER ...", "engines": "engines.py --gptqmodel PYTHON",
     "rounding_speed": "rounding_speed.py FOLDER --rival PYTHON --threads 2", "build_speed": "build_speed.py --work DIR",
     "rounding_speed_1thread": "rounding_speed.py FOLDER --rival PYTHON", "depth": "depth.py --dense FOLDER",
+    "families": "families.py --work DIR",
 }  # fmt: skip
 REFITTED = "channel_prune:ratio={},score=obs,refit=layer"
 OWN = ",per_expert=true,scope=global"
@@ -59,12 +60,12 @@ class Results:
         body = self.read[kind]
         return body.get("results", body.get("models", body))
 
-    def made(self, kind: str) -> str:
-        """How a table came about: the command, the file, the day, the machine, the versions."""
+    def made(self, kind: str, up: str = "../..") -> str:
+        """How a table came about: the command, the file (its folder is `up` from the page), the day, the machine, the versions."""
         body, name = self.read[kind], self.files[kind].name
         machine, versions = body["machine"], body["versions"]
         return (
-            f"`python benchmarks/{COMMANDS.get(kind, f'{kind}.py')}`, [{name}](../../benchmarks/results/{name}): "
+            f"`python benchmarks/{COMMANDS.get(kind, f'{kind}.py')}`, [{name}]({up}/benchmarks/results/{name}): "
             f"{body['date']}, {machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}, transformers "
             f"{versions['transformers']}, moespresso {versions['moespresso']}."
         )
@@ -316,17 +317,33 @@ def half(found: Results) -> str:
     return tables.markdown(["half of the routed experts' bytes", *map(tables.title, BOTH_MODELS)], rows)
 
 
+# docs/compatibility.md
+
+
+def families(found: Results) -> str:
+    """What every family came to."""
+    body = found.read["families"]
+    steps = ["inspect", *body["steps"]]
+    return "\n\n".join([
+        tables.counted(body["results"], steps),
+        tables.families(body["results"], steps),
+        found.made("families", ".."),
+    ])  # fmt: skip
+
+
 PAGES = (experts, depth, bits, engines, pruning, speed)
-BLOCKS = (facts, choices, half)
+BLOCKS = {"README.md": (facts, choices, half), "docs/compatibility.md": (families,)}
 
 
 def written(found: Results, root: Path = ROOT) -> dict[Path, str]:
     """Every page as it has to be."""
     texts = {root / "docs" / "results" / f"{page.__name__}.md": filled(page, found) for page in PAGES}
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    for block in BLOCKS:
-        readme = between(readme, block.__name__, block(found))
-    return texts | {root / "README.md": readme}
+    for place, blocks in BLOCKS.items():
+        text = (root / place).read_text(encoding="utf-8")
+        for block in blocks:
+            text = between(text, block.__name__, block(found))
+        texts[root / place] = text
+    return texts
 
 
 def filled(page: Callable[[Results], Iterator[tuple[str, str]]], found: Results) -> str:

@@ -297,3 +297,51 @@ def milliseconds(results: Results) -> str:
     shapes = next(iter(results.values()))
     body = [[shape, *(f"{times[shape]:.2f}" for times in results.values())] for shape in shapes]
     return markdown(["milliseconds for one expert", *results], body)
+
+
+# Families: what each step came to, and the sentences where it did not
+
+
+def families(results: Results, steps: Sequence[str]) -> str:
+    """A row a family, a column a step: ok, or the number of a sentence below; a dash where `inspect` has the sentence."""
+    sentences: dict[str, int] = {}
+    body: list[list[str]] = []
+    for name, row in results.items():
+        told = [_came_to(row["steps"][step], sentences) for step in steps]
+        body.append([f"`{name}`", row["class"], *told])
+    told = [f"{place}. {words}" for words, place in sentences.items()]
+    return "\n".join([markdown(["family", "class in config.json", *steps], body), "", *told])
+
+
+def _came_to(words: str, sentences: dict[str, int]) -> str:
+    if words in ("ok", ""):
+        return words or "-"
+    return f"[{sentences.setdefault(general(words), len(sentences) + 1)}]"
+
+
+def general(sentence: str) -> str:
+    """A sentence without the names of one family, so that families with the same fault share it; safe in Markdown."""
+    for named, told in (
+        (r"model_type '[^']+'", "model_type 'TYPE'"),
+        (r"MODEL \([\w-]+\)", "MODEL"),
+        (r"of an? [\w-]+ model\b", "of a TYPE model"),
+        (r"wraps a language model \([\w-]+\)", "wraps a language model"),
+        (r"\b(?:model|language_model|thinker|mtp|backbone)\.[\w.]+", "TENSOR"),
+    ):
+        sentence = re.sub(named, told, sentence)
+    return re.sub(r"([*_<>|`])", r"\\\1", sentence)
+
+
+KINDS = (("model types", r"[^+~@]*$"), ("pairs, and other forms", r".*[+~]"), ("layouts of the hub", r".*@"))
+
+
+def counted(results: Results, steps: Sequence[str]) -> str:
+    """How many checkpoints each step is ok for."""
+    body: list[list[str]] = []
+    for kind, pattern in KINDS:
+        rows = [row["steps"] for name, row in results.items() if re.match(pattern, name)]
+        passed = [sum(row[step] == "ok" for row in rows) for step in steps]
+        whole = sum(all(row[step] == "ok" for step in steps) for row in rows)
+        body.append([kind, *map(str, (len(rows), *passed, whole))])
+    body.append(["all", *(str(sum(int(row[place]) for row in body)) for place in range(1, len(body[0])))])
+    return markdown(["", "checkpoints", *steps, "all of them"], body)

@@ -62,6 +62,7 @@ EXPECTED: dict[str, Anatomy | list[Anatomy]] = {
                                                       attention("conv", "operator_norm", answers=None))],
     "nemotron_h": [MAMBA, FEED, Anatomy(attention("mixer", pre="norm"), None), FEED, FEED],
     "glm_moe_dsa": Anatomy(attention(answers=3), mlp()),
+    "llama4_text": Anatomy(attention(), mlp("feed_forward", answers=2)),
     "afmoe": Anatomy(attention(post="post_attention_layernorm"), mlp(pre="pre_mlp_layernorm", post="post_mlp_layernorm")),
     **dict.fromkeys("gemma2 gemma3_text".split(), SANDWICH),
     **dict.fromkeys("flex_olmo olmo2".split(), POST_ONLY),
@@ -78,7 +79,7 @@ OTHERWISE = {
     "gemma4_text": "post_feedforward_layernorm is given more than the answer of a body",
 }
 FIELDS: dict[str, Mapping[str, Any]] = {
-    **more.MIXTURES, **more.DENSE, **{name: fields for name, (fields, _) in more.REFUSED.items()},
+    **more.MIXTURES, **more.DENSE, **{name: fields for name, (fields, _) in more.OPAQUE.items()},
     "qwen3": {}, "olmo2": {}, "phi": {}, "cohere": {},
     "falcon_h1": {"mamba_d_ssm": 48, "mamba_n_heads": 4, "mamba_d_head": 12, "mamba_d_state": 6, "mamba_n_groups": 1},
 }  # fmt: skip

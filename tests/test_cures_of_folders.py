@@ -132,17 +132,6 @@ def test_what_is_cut_short_or_gone_is_fetched_again(zoo: Zoo, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("family", "text"), [("qwen3_vl_moe", "qwen3_vl_moe_text"), ("glm4v_moe", "glm4v_moe_text")]
-)
-def test_a_wrapper_is_called_one(family: str, text: str, tmp_path: Path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
-    with pytest.raises(
-        UserError, match=rf"{family}' wraps a language model \({text}\).*not available in this version"
-    ):
-        api.inspect(tmp_path / "config.json")
-
-
-@pytest.mark.parametrize(
     "step",
     ["expert_drop:keep=5,score=reap", "expert_drop:keep=5,score=aimer,renormalise=compensate",
      "expert_drop:keep=5,score=ean,replace=novice", "gptq:group_size=32", "wanda", "low_rank",

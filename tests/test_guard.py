@@ -214,7 +214,7 @@ def test_ordinary_models_and_those_that_know_the_key_keep_their_names(tmp_path: 
     model = families.build("mixtral")
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["MixtralForCausalLM"]
-    fields, _ = more.REFUSED["gemma4_text"]
+    fields, _ = more.OPAQUE["gemma4_text"]
     settings = families.COMMON | fields | {"global_head_dim": 32, "num_attention_heads": 4}
     known: Any = more.CONFIG_MAPPING["gemma4_text"](**settings, architectures=["Gemma4ForCausalLM"])
     known.per_layer_config = {0: {"head_dim": 8, "num_experts": 4}}

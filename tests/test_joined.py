@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -15,6 +16,7 @@ from families import instantiate, logits_of, random_ids, reference
 from moespresso.core.errors import UserError
 from moespresso.core.runtime import Runtime
 from moespresso.model.names import Names
+from test_own_layers import FIELDS
 
 COMMON = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 4,
@@ -130,3 +132,55 @@ def test_what_is_converted_otherwise_is_refused_and_the_cure_works(models, tmp_p
         .max()
     )
     assert 0 < float(distance) < 1
+
+
+# Beside the language model
+
+
+@pytest.fixture(scope="module")
+def wrapper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dots3_note as it is downloaded: its vision tower holds experts too."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+    }
+    kind = CONFIG_MAPPING["dots3_note"]
+    config = kind(
+        text_config={**COMMON, **FIELDS, "hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 3, "num_experts": 8},
+        vision_config=sizes | {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "pyramid_num_routed": [-1, 4], "adapter_in_dim": 32, "adapter_out_dim": 64},
+        audio_config={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "downsample_hidden_size": 8, "feature_size": 16,
+                      "adapter_input_size": 32, "adapter_out_dim": 64},
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("wrapper") / "model"
+    transformers.Dots3NoteForConditionalGeneration(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_experts_of_a_vision_tower_are_no_place_beside_packed_ones(wrapper: Path, tmp_path: Path):
+    with pytest.raises(
+        UserError, match=r"beside vision_encoder.*experts.*drop the rounding step, or say --target plugin"
+    ):
+        moespresso.press(wrapper, out=tmp_path / "out", steps=["rtn:group_size=32"])
+    assert not (tmp_path / "out").exists()
+    moespresso.press(wrapper, out=tmp_path / "out", steps=["rtn:group_size=32"], target="plugin")
+    assert checks(tmp_path / "out", wrapper) == []
+    ids = torch.arange(3, 11).unsqueeze(0)
+    assert moespresso.load(tmp_path / "out")(input_ids=ids).logits.isfinite().all()
+    moespresso.press(wrapper, out=tmp_path / "dropped", steps=["expert_drop:ratio=0.25,score=aimer"])
+    assert checks(tmp_path / "dropped", wrapper) == []
+
+
+def test_a_folder_that_the_class_of_its_config_cannot_read_does_not_pass(
+    wrapper: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as before:
+        before.setattr(Names, "of_weights", lambda self, pattern: False)
+        moespresso.press(wrapper, out=tmp_path / "out", steps=["rtn:group_size=32"])
+    with pytest.raises(RuntimeError, match="conversion"):
+        transformers.Dots3NoteForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert [line for line in checks(tmp_path / "out", wrapper) if "it stops at vision_encoder" in line]

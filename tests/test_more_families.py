@@ -67,7 +67,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "afmoe": {"num_experts": 8, "num_shared_experts": 1, "moe_intermediate_size": 28, "num_dense_layers": 1,
               "sliding_window": 6, "head_dim": 16},
 }  # fmt: skip
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+OPAQUE: dict[str, tuple[dict[str, Any], str]] = {
     "deepseek_v4": ({"n_routed_experts": 8, "moe_intermediate_size": 28, "q_lora_rank": 28, "o_groups": 2,
                      "o_lora_rank": 8, "index_head_dim": 16, "index_n_heads": 2, "num_key_value_heads": 1,
                      "head_dim": 16}, "a table of expert numbers"),
@@ -76,6 +76,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gemma4_text": ({"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 28,
                      "head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 0,
                      "num_kv_shared_layers": 0}, "not in a block of their own"),
+    "llama4_text": ({"num_local_experts": 8, "num_experts_per_tok": 1, "intermediate_size_mlp": 40, "head_dim": 16,
+                     "attention_chunk_size": 16}, "one dense product"),
 }  # fmt: skip
 DENSE: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -202,20 +204,80 @@ def test_routers_of_other_shapes_are_measured(
     assert api.verify(tmp_path / "out", against=folder)["ok"]
 
 
-def test_what_a_family_cannot_tell_is_not_made_up(checkpoint: Written, text: Path, tmp_path: Path) -> None:
-    """With several hidden states a token, how far an expert turns the residual stream is not known."""
-    with pytest.raises(UserError, match="several: use score=routing_topk"):
-        api.press(checkpoint("hy_v4", MIXTURES["hy_v4"]), out=tmp_path / "out", texts=[text], samples=4, length=16,
+# With several hidden states a token, or experts in a latent width, how far an expert turns the residual stream is not known.
+TURN_UNKNOWN = {
+    "several": ("hy_v4", MIXTURES["hy_v4"]),
+    "latent width": ("nemotron_h", MIXTURES["nemotron_h"] | {"moe_latent_size": 20}),
+}
+
+
+@pytest.mark.parametrize("reason", TURN_UNKNOWN)
+def test_what_a_family_cannot_tell_is_not_made_up(
+    checkpoint: Written, text: Path, tmp_path: Path, reason: str
+) -> None:
+    with pytest.raises(UserError, match=f"easy_ep .*{reason}: use score=reap$"):
+        api.press(checkpoint(*TURN_UNKNOWN[reason]), out=tmp_path / "out", texts=[text], samples=4, length=16,
                   steps=["expert_drop:ratio=0.25,score=easy_ep"])  # fmt: skip
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("family", REFUSED)
-def test_what_cannot_be_cut_is_refused_in_one_sentence(checkpoint: Written, family: str) -> None:
-    fields, reason = REFUSED[family]
-    with pytest.raises(UserError, match=f"{family}.*not supported.*{reason}") as refused:
-        api.inspect(checkpoint(family, fields))
-    assert "\n" not in str(refused.value)
+@pytest.mark.parametrize("reason", TURN_UNKNOWN)
+def test_the_default_score_is_one_that_the_model_has(
+    checkpoint: Written, text: Path, tmp_path: Path, reason: str
+) -> None:
+    """It falls back aloud, and decides as the score does that it says."""
+    folder = checkpoint(*TURN_UNKNOWN[reason])
+    plans: dict[str, list[Stage]] = {}
+    for name, said in {"default": "", "by name": ",score=reap"}.items():
+        report = api.press(folder, out=tmp_path / name, texts=[text], samples=4, length=16,
+                           steps=[f"expert_drop:ratio=0.25{said}"])  # fmt: skip
+        plans[name] = list(report.plan.stages)
+        aloud = [note for note in report.notes if "score=reap" in note and reason in note]
+        assert len(aloud) == (name == "default")
+        assert api.verify(tmp_path / name, against=folder)["ok"]
+    assert plans["default"] == plans["by name"]
+
+
+@pytest.mark.parametrize("family", OPAQUE)
+def test_experts_that_cannot_be_cut_are_left_whole_and_all_else_is_done(
+    checkpoint: Written, text: Path, tmp_path: Path, family: str
+) -> None:
+    fields, reason = OPAQUE[family]
+    folder = checkpoint(family, fields)
+    reference = families.reference(folder)
+    ids = families.random_ids(reference.config, 2, 17, 0)
+    close(streamed_logits(view_of(folder), ids), families.logits_of(reference, ids))
+    assert any(re.search(f"left whole .*{reason}", note) for note in api.inspect(folder)["notes"])
+    for step in (
+        "expert_drop",
+        "expert_merge:method=hc_smoe",
+        "channel_prune",
+        "rtn",
+        "wanda",
+        "low_rank",
+        "refit",
+    ):
+        with pytest.raises(
+            UserError, match=f"{reason}.*use block_drop, or a step with parts=attention"
+        ) as refused:
+            api.press(folder, out=tmp_path / "out", steps=[step], texts=[text], samples=4, length=16)
+        assert "\n" not in str(refused.value)
+    depth, attention = "block_drop:drop=1", "rtn:parts=attention,group_size=0"
+    # Stock transformers does not read the one's packed attention, and the other must end with a layer of one kind.
+    steps = {"deepseek_v4": [depth], "gemma4_text": [attention]}.get(family, [depth, attention])
+    for number, step in enumerate(steps):
+        target = "plugin" if family == "llama4_text" and step == attention else "transformers"
+        api.press(
+            folder,
+            out=tmp_path / str(number),
+            steps=[step],
+            texts=[text],
+            samples=4,
+            length=16,
+            target=target,
+        )
+        verified = api.verify(tmp_path / str(number), against=folder)
+        assert verified["ok"], [check for check in verified["checks"] if not check["ok"]]
 
 
 def test_a_plan_that_its_config_does_not_fit_is_refused_before_any_work(
@@ -243,7 +305,6 @@ def test_a_dense_model_streams_as_stock_and_has_nothing_to_drop(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_a_model_built_otherwise_is_refused_in_one_sentence(checkpoint: Written, family: str) -> None:
+def test_a_model_built_otherwise_is_refused_in_one_sentence(checkpoint: Written) -> None:
     with pytest.raises(UserError, match=r"decoder layers of .* are not where this version looks"):
-        api.inspect(checkpoint(family, {}))
+        api.inspect(checkpoint("gpt2", {}))

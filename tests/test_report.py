@@ -90,7 +90,7 @@ INSPECTION = {
     "bytes": {"total": 100, "experts": 90, "shared": 0, "attention": 5, "embedding": 3, "other": 2},
     "kv_bytes_per_token": 31104,
     "flops_2048": 10**13,
-    "notes": ["3 tensors outside the model's graph are passed through unchanged"],
+    "notes": ["3 tensors outside the language model are passed through unchanged"],
 }  # fmt: skip
 METHODS = [
     {

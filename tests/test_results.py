@@ -32,7 +32,8 @@ def copied(tmp_path: Path) -> Path:
     """A tree with README, pages and results that may be changed."""
     for name in ("docs/results", "benchmarks/results"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    shutil.copy(ROOT / "README.md", tmp_path)
+    for name in pages.BLOCKS:
+        shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
 
@@ -51,14 +52,19 @@ def test_a_number_changed_by_hand_is_noticed(copied: Path):
     assert stale(copied) == {"pruning.md"}
 
 
-def test_a_readme_changed_by_hand_is_noticed_inside_the_marks_only(copied: Path):
-    readme = copied / "README.md"
-    text = readme.read_text()
-    readme.write_text(text + "More.\n")
+@pytest.mark.parametrize(
+    ("place", "mark", "was"), [("README.md", "half", "0."), ("docs/compatibility.md", "families", "ok")]
+)
+def test_a_page_in_part_by_hand_is_noticed_inside_the_marks_only(
+    copied: Path, place: str, mark: str, was: str
+):
+    page = copied / place
+    text = page.read_text()
+    page.write_text(text + "More.\n")
     assert stale(copied) == set()
-    inside = text.index("<!-- half -->")
-    readme.write_text(text[:inside] + text[inside:].replace("0.", "1.", 1))
-    assert stale(copied) == {"README.md"}
+    inside = text.index(f"<!-- {mark} -->")
+    page.write_text(text[:inside] + text[inside:].replace(was, "1.", 1))
+    assert stale(copied) == {page.name}
 
 
 @pytest.mark.parametrize(("kind", "path", "named"), [
@@ -67,6 +73,7 @@ def test_a_readme_changed_by_hand_is_noticed_inside_the_marks_only(copied: Path)
     ("build_speed", ["build_over_cp", "warm"], {"speed.md", "README.md"}),
     ("scores", ["models", "mixtral", "scores", "man", "kl", "mean"], {"experts.md"}),
     ("attention", ["machine", "cpu"], {"pruning.md"}),
+    ("families", ["results", "mixtral", "steps", "gptq"], {"compatibility.md"}),
 ])  # fmt: skip
 def test_another_result_asks_for_another_page(copied: Path, kind: str, path: list[str], named: set[str]):
     file = pages.Results(copied / "benchmarks" / "results").files[kind]
@@ -90,7 +97,8 @@ def test_the_newest_result_counts(copied: Path):
 
 def test_every_kind_of_result_is_on_a_page():
     found = pages.Results(RESULTS)
-    told = "\n".join(text for path, text in TEXTS.items() if path.parent.name == "results")
+    made = [path for path in TEXTS if path.parent.name == "results" or path.name == "compatibility.md"]
+    told = "\n".join(TEXTS[path] for path in made)
     assert [kind for kind, path in found.files.items() if path.name not in told] == []
 
 

@@ -441,7 +441,7 @@ def test_ordinary_models_and_a_second_install_change_nothing() -> None:
 
 
 def test_families_that_look_after_it_themselves_are_left_alone() -> None:
-    fields, _ = more.REFUSED["gemma4_text"]
+    fields, _ = more.OPAQUE["gemma4_text"]
     settings = families.COMMON | fields | {"global_head_dim": 32, "num_attention_heads": 4}
     config = CONFIG_MAPPING["gemma4_text"](**settings)
     config.per_layer_config = {0: {"head_dim": 8, "num_experts": 4}}

@@ -90,6 +90,10 @@ def inspect(model: str | Path) -> dict[str, Any]:
         notes.append("priced from its config alone: no tensor was seen")
     if is_unequal(view.checkpoint.config):
         notes.append("its layers differ: transformers loads it where moespresso is imported")
+    if blueprint.opaque:
+        notes.append(
+            f"its experts are left whole ({blueprint.opaque}): blocks, and attention, can be treated"
+        )
     if is_converted(view.checkpoint):
         notes.append(
             f"read as {blueprint.family}, whose code computes the same: transformers does not have its own family"

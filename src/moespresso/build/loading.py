@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from threading import Lock
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import GenerationConfig, PreTrainedModel
 
 from moespresso.build.opening import FLOATS, own_dtype, pick_device
 from moespresso.build.tensors import Lazy, Tensors
@@ -24,7 +23,7 @@ from moespresso.build.view import View
 from moespresso.checkpoint import SECTION
 from moespresso.core.errors import UserError, did_you_mean, reason
 from moespresso.effect import Piece
-from moespresso.model import is_converted, read_config
+from moespresso.model import is_converted, own_class, read_config
 
 
 def load_model(
@@ -73,7 +72,7 @@ def _plain_to_transformers(view: View) -> bool:
 
 
 def _as_it_is(view: View, dtype: torch.dtype) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(view.checkpoint.folder, dtype=dtype)
+    return own_class(view.checkpoint.config).from_pretrained(view.checkpoint.folder, dtype=dtype)
 
 
 def _first_line(error: Exception) -> str:
@@ -83,7 +82,9 @@ def _first_line(error: Exception) -> str:
 
 def _decode_all(view: View, dtype: torch.dtype) -> PreTrainedModel:
     config = read_config(view.config, view.source.place)
-    folder, kind = view.checkpoint.folder, cast("Any", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    folder, kind = view.checkpoint.folder, own_class(view.config)
+    if kind.config_class is not type(config):  # the language model of a wrapper
+        config = config.get_text_config()
     with Tensors(folder, allow_nonfinite=True) as tensors:
         lock = Lock()
         values = {piece.name: _Own(tensors, piece, lock) for piece in view.pieces}

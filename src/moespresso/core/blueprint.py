@@ -164,7 +164,8 @@ class Blueprint:
     `tied`: one matrix is embedding and head; with `both_stored` the config says so too, but the files hold
     each. `layers_name` is where its class keeps the decoder layers; `indivisible` says why single branches of
     them cannot go, where that is so; `period` is the number of blocks after which the pattern of layers
-    repeats, where the config can say it in no other way (1: it can say any).
+    repeats, where the config can say it in no other way (1: it can say any); `opaque` says why experts are
+    left whole, where layers have such that cannot be cut.
     """
 
     family: str
@@ -179,6 +180,7 @@ class Blueprint:
     indivisible: str = ""
     period: int = 1
     both_stored: bool = False
+    opaque: str = ""
 
     @cached_property
     def branches(self) -> tuple[tuple[int, Branch], ...]:
@@ -191,6 +193,19 @@ class Blueprint:
     def moe_layers(self) -> tuple[LayerSpec, ...]:
         """The layers that hold routed experts."""
         return tuple(layer for layer in self.layers if layer.experts)
+
+    @property
+    def no_experts(self) -> str:
+        """Why there are no routed experts to work on, and what can be done."""
+        if not self.opaque:
+            return "is dense"
+        return f"has experts that this version leaves whole ({self.opaque}): use block_drop, or a step with parts=attention"
+
+    @cached_property
+    def counting(self) -> frozenset[int]:
+        """The layers by which a cache counts tokens (those with attention, or with what stands where it was):
+        without any, no model that has other mixers generates."""
+        return frozenset(layer.index for layer in self.layers if layer.kv_width)
 
     @cached_property
     def by_layer(self) -> dict[int | None, tuple[Entry, ...]]:

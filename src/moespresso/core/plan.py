@@ -147,13 +147,15 @@ class Decision:
     """What a method decides about the model it is shown: treatments, and what a reader wants to know of the
     reasons.
 
-    `scores` per expert (higher is more needed), `protected` units that were kept whatever their score.
+    `scores` per expert (higher is more needed), `protected` units that were kept whatever their score;
+    `settled` are settings that its step left open, as they were used.
     """
 
     treatments: dict[Unit, Treatment]
     notes: tuple[str, ...] = ()
     scores: dict[Unit, float] = field(default_factory=dict[Unit, float])
     protected: frozenset[Unit] = frozenset()
+    settled: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,12 @@ def check_plan(plan: Plan, blueprint: Blueprint, *, steps: bool = False) -> None
     left = remains(plan, blueprint)
     if not left.layers:
         raise UserError(f"the plan drops all {len(blueprint.layers)} blocks: at least one must stay")
+    if blueprint.counting and not blueprint.counting & set(left.layers):
+        last = ", ".join(f"L{layer}" for layer in sorted(blueprint.counting))
+        raise UserError(
+            f"the plan drops {last}, and so every block with attention of {blueprint.place}, which could then not "
+            "generate: leave one of them"
+        )
     for index, kept in left.experts.items():
         _check_layer(specs[index], kept)
     _check_rows(plan)

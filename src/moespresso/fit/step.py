@@ -43,7 +43,7 @@ def run_step(
     step.check(now.blueprint)
     decision, stats, warnings = _decided(job, step, now, shared or [step], given)
     stage = Stage(
-        step.describe(),
+        {**step.describe(), **decision.settled},
         {in_source(unit, now): numbered(unit, what, now) for unit, what in decision.treatments.items()},
     )
     plan = validated(replace(now.plan, stages=(*now.plan.stages, stage)), now.source)

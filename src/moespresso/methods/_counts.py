@@ -84,7 +84,9 @@ def need_experts(kind: str, blueprint: Blueprint, *, alone: bool = False) -> Non
     """Raise `UserError` where there are no routed experts, or none whose matrices are stored as they are
     in memory (`alone`: by themselves), for a step that changes these."""
     if not blueprint.moe_layers:
-        raise UserError(f"{kind}: {blueprint.place} has no routed experts to treat: it is a dense model")
+        raise UserError(
+            f"{kind} needs routed experts, but {blueprint.place} ({blueprint.family}) {blueprint.no_experts}"
+        )
     for entry in blueprint.entries:
         if entry.unit.part != "experts" or entry.unit.matrix == "novices":
             continue

@@ -9,7 +9,7 @@ all candidates of a round at once, with one pass over the layers (`stream.sweep_
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Literal, TypeVar
 
 from moespresso.core.blueprint import Blueprint
@@ -21,6 +21,13 @@ from moespresso.model import quirks
 
 RepairChoice = Literal["none", "bias", "scale", "linear"]
 T = TypeVar("T", bound=Hashable)
+# Whether candidates may go together.
+Allowed = Callable[[Sequence[Unit]], bool]
+
+
+def _anything(units: Sequence[Unit]) -> bool:
+    _ = units
+    return True
 
 
 def treatment(repair: RepairChoice) -> Treatment:
@@ -46,6 +53,11 @@ def check_comparable(kind: str, blueprint: Blueprint) -> None:
         )
 
 
+def one_stays(blocks: Iterable[int], counting: frozenset[int]) -> bool:
+    """Whether a block by which a cache counts tokens is left when `blocks` go, of a model that has any."""
+    return not counting or not counting <= set(blocks)
+
+
 def most_similar(values: Mapping[T, float], count: int) -> tuple[list[T], list[str]]:
     """The `count` keys of highest similarity, and a note where the last one was chosen among equals.
 
@@ -65,21 +77,21 @@ def _depth(key: object) -> int:
 
 
 def greedy(
-    candidates: Mapping[Unit, Candidate], count: int, judge: Losses
+    candidates: Mapping[Unit, Candidate], count: int, judge: Losses, allowed: Allowed = _anything
 ) -> tuple[dict[Unit, float], list[str]]:
     """The `count` candidates to remove, each with the KL after its removal, in order; and what the swaps
-    did."""
+    did. Only what is `allowed` together is tried."""
     chosen: dict[Unit, float] = {}
     while len(chosen) < count:
-        rest = [unit for unit in candidates if unit not in chosen]
+        rest = [unit for unit in candidates if unit not in chosen and allowed([*chosen, unit])]
         losses = judge([_union(candidates, [*chosen, unit]) for unit in rest])
         loss, best = min(zip(losses, rest, strict=True))
         chosen[best] = loss
-    return _swapped(candidates, chosen, judge)
+    return _swapped(candidates, chosen, judge, allowed)
 
 
 def _swapped(
-    candidates: Mapping[Unit, Candidate], chosen: dict[Unit, float], judge: Losses
+    candidates: Mapping[Unit, Candidate], chosen: dict[Unit, float], judge: Losses, allowed: Allowed
 ) -> tuple[dict[Unit, float], list[str]]:
     """One pass: each choice, first to last, against every candidate that was not taken."""
     notes: list[str] = []
@@ -88,7 +100,7 @@ def _swapped(
         return chosen, notes  # the first choice already was the best of all
     for old in list(chosen):
         others = [unit for unit in chosen if unit != old]
-        rest = [unit for unit in candidates if unit not in chosen]
+        rest = [unit for unit in candidates if unit not in chosen and allowed([*others, unit])]
         if not rest:
             break
         loss, new = min(zip(judge([_union(candidates, [*others, unit]) for unit in rest]), rest, strict=True))

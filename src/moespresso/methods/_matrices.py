@@ -111,6 +111,8 @@ class OnMatrices(Treats):
                 f"{self.kind}: {blueprint.place} ({blueprint.family}) stores all experts of a layer in one tensor "
                 f"({fused[0].ref.name}), which this version cannot {self.verb[0]}: {self._instead(fused[0], blueprint)}"
             )
+        if blueprint.opaque and "experts" in self.parts.each():
+            raise UserError(f"{self.kind}: {blueprint.place} ({blueprint.family}) {blueprint.no_experts}")
         self._check_exclude(blueprint)
         chosen = [entry for entry, _ in self._formats(blueprint)]
         for part in self.parts.each():

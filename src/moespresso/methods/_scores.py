@@ -52,6 +52,8 @@ class Score:
 
 
 _SCORES: dict[str, Score] = {}
+# What is said instead of a score's name to have the best that a model has.
+AUTO = "auto"
 
 
 def score(*needs: str, best: Choosing = _by_rank) -> Callable[[Scoring], Scoring]:
@@ -71,6 +73,22 @@ def score(*needs: str, best: Choosing = _by_rank) -> Callable[[Scoring], Scoring
 def scores() -> dict[str, Score]:
     """All registered scores by name, in the order in which they came."""
     return dict(_SCORES)
+
+
+def score_choices() -> tuple[str, ...]:
+    """What `score=` may say."""
+    return (AUTO, *_SCORES)
+
+
+def turn_unknown(stats: Stats, layer: LayerSpec) -> str:
+    """Why it cannot be told how far the experts of a layer turn the residual stream, as measured; empty
+    where it can."""
+    measured = stats.values.get(Unit(layer.index, "experts", 0), {})
+    if "norm" not in measured or "change_gate_norm" in measured:
+        return ""
+    if stats.values.get(Unit(layer.index, "experts"), {}).get("latent"):
+        return "compares answers with the residual stream, and the experts of this model answer in a latent width"
+    return "needs one residual stream, and this model has several"
 
 
 @score("routing")
@@ -125,11 +143,8 @@ def msan(stats: Stats, layer: LayerSpec, settings: ExpertDrop) -> list[float]:
 def easy_ep(stats: Stats, layer: LayerSpec, settings: ExpertDrop) -> list[float]:
     """sum over X_j of (1 - cos(before, after)) g ||f||"""
     _ = settings
-    measured = stats.values.get(Unit(layer.index, "experts", 0), {})
-    if "norm" in measured and "change_gate_norm" not in measured:
-        raise UserError(
-            "score=easy_ep needs one residual stream, and this model has several: use score=routing_topk"
-        )
+    if unknown := turn_unknown(stats, layer):
+        raise UserError(f"score=easy_ep {unknown}: use score=reap")
     return _sum(stats, layer, "change_gate_norm")
 
 

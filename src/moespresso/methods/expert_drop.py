@@ -14,6 +14,9 @@ answer f):
     reconstruction   least error of the re-routed output              arXiv 2402.14800
     random           seeded; the control every score must beat
 
+The default, `auto`, is easy_ep, or reap where that cannot be told (several residual streams, latent
+experts); the plan says which it was.
+
 An expert that no token reached scores lowest, but for `routing`, which counts it like any other. Super
 experts (an answer with a value above both the 99.5th percentile of all experts' largest and a tenth of the
 global largest, first three quarters of the layers; arXiv 2507.23279; and, so that a model of few experts does
@@ -38,7 +41,7 @@ from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
 from moespresso.effect import remains
 from moespresso.methods._counts import keep_count, outlined, refuse_skipped
-from moespresso.methods._scores import Score, scores
+from moespresso.methods._scores import AUTO, Score, score_choices, scores, turn_unknown
 
 _PERCENTILE, _SHARE_OF_LARGEST, _TIMES_MEDIAN, _SUPER_DEPTH = 0.995, 0.1, 10.0, 0.75
 
@@ -50,7 +53,7 @@ class ExpertDrop(Selects):
 
     keep: experts to keep in every MoE layer (with scope=global: on average).
     ratio: share of the routed experts to remove, instead of `keep` (0.25 when neither is given).
-    score: how experts are ranked (see the module's docstring).
+    score: how experts are ranked (see the module's docstring); `auto` is the best that this model has.
     gates: the weight that `reap` uses: `model`, the gate really used, or `softmax`, the routing score.
     scope: `layer` removes the same number everywhere; `global` ranks over the whole model (unequal layers).
     router: `rows` deletes the dropped experts' router rows; `preserve` keeps them and skips their terms
@@ -68,7 +71,7 @@ class ExpertDrop(Selects):
     kind: ClassVar[str] = "expert_drop"
     keep: int | None = None
     ratio: float | None = None
-    score: Annotated[str, OneOf(scores)] = "easy_ep"
+    score: Annotated[str, OneOf(score_choices)] = AUTO
     gates: Literal["model", "softmax"] = "model"
     scope: Literal["layer", "global"] = "layer"
     router: Literal["rows", "preserve"] = "rows"
@@ -81,7 +84,7 @@ class ExpertDrop(Selects):
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself or is not built yet."""
-        check_one_of("expert_drop: score", self.score, scores())
+        check_one_of("expert_drop: score", self.score, score_choices())
         if self.keep is not None and self.ratio is not None:
             raise UserError("expert_drop: give keep or ratio, not both")
         if self.ratio is not None and not 0 <= self.ratio < 1:
@@ -109,7 +112,7 @@ class ExpertDrop(Selects):
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
         if not blueprint.moe_layers:
             raise UserError(
-                f"expert_drop needs routed experts, but {blueprint.place} ({blueprint.family}) is dense"
+                f"expert_drop needs routed experts, but {blueprint.place} ({blueprint.family}) {blueprint.no_experts}"
             )
         refuse_skipped(self.kind, blueprint)
         if self.replace == "novice" and blueprint.indivisible:
@@ -129,7 +132,7 @@ class ExpertDrop(Selects):
 
     @property
     def _score(self) -> Score:
-        return scores()[self.score]
+        return scores()["easy_ep" if self.score == AUTO else self.score]
 
     @property
     def _knows_supers(self) -> bool:
@@ -176,6 +179,8 @@ class ExpertDrop(Selects):
 
     def decide(self, stats: Stats, blueprint: Blueprint) -> Decision:
         """Choose what to keep: a treatment per MoE layer, experts by position in `blueprint`."""
+        if self.score == AUTO:
+            return self._by_default(stats, blueprint)
         scores = {layer.index: expert_scores(self, stats, layer) for layer in blueprint.moe_layers}
         supers = super_experts(stats, blueprint) if self._knows_supers else frozenset[Unit]()
         ranked = {
@@ -197,6 +202,14 @@ class ExpertDrop(Selects):
             unit for unit in supers if unit.expert in (treatments[Unit(unit.layer, "experts")].keep or ())
         )
         return Decision(treatments, tuple(self._notes(blueprint, treatments, saved)), by_unit, saved)
+
+    def _by_default(self, stats: Stats, blueprint: Blueprint) -> Decision:
+        """What easy_ep decides or, said aloud, reap where that cannot be told."""
+        unknown = next(filter(None, (turn_unknown(stats, layer) for layer in blueprint.moe_layers)), "")
+        score = "reap" if unknown else "easy_ep"
+        decision = replace(self, score=score).decide(stats, blueprint)
+        notes = [f"experts were ranked by score={score}, since easy_ep {unknown}"] if unknown else []
+        return replace(decision, notes=(*notes, *decision.notes), settled={"score": score})
 
     def _notes(
         self, blueprint: Blueprint, treatments: dict[Unit, Treatment], supers: frozenset[Unit]

@@ -87,7 +87,7 @@ class ExpertMerge(Selects):
         """Raise `UserError` when the step cannot be done on this model, before anything is measured."""
         if not blueprint.moe_layers:
             raise UserError(
-                f"expert_merge needs routed experts, but {blueprint.place} ({blueprint.family}) is dense"
+                f"expert_merge needs routed experts, but {blueprint.place} ({blueprint.family}) {blueprint.no_experts}"
             )
         refuse_skipped(self.kind, blueprint)
         refuse_widths(self.kind, blueprint)

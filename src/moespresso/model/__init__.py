@@ -2,6 +2,7 @@
 forward."""
 
 from moespresso.model.blueprint import check_tensors, read_blueprint
+from moespresso.model.classes import auto_class, own_class
 from moespresso.model.counts import is_unequal, skipping
 from moespresso.model.depth import with_dense
 from moespresso.model.equivalent import (
@@ -28,6 +29,7 @@ __all__ = [
     "Names",
     "PausedBatch",
     "adopt",
+    "auto_class",
     "check_tensors",
     "converted",
     "equivalents_of",
@@ -38,6 +40,7 @@ __all__ = [
     "joined",
     "observing",
     "obstacle",
+    "own_class",
     "packed_alone",
     "pressed_config",
     "quiet_transformers",

@@ -48,14 +48,15 @@ def read_blueprint(checkpoint: Checkpoint) -> Blueprint:
     place = str(checkpoint.folder)
     made = skeleton(checkpoint.config, place)
     config, model, layers = made.config, made.model, made.layers
-    for layer in layers:
-        _check_block(layer, config, place)
+    axes, opaque = _experts(made, checkpoint.config, place)
     try:
-        specs = tuple(_layer_spec(index, layer, config, model) for index, layer in enumerate(layers))
+        specs = tuple(
+            _layer_spec(index, layer, config, model, opaque=bool(opaque))
+            for index, layer in enumerate(layers)
+        )
     except AttributeError as error:  # a config or a router without what every family so far has
         raise UserError(f"{place}: model_type {config.model_type!r} is not supported ({error})") from error
-    _check_experts_seen(model, config, specs, place)
-    classify = _Classifier(made, expert_axes(checkpoint.config, model, place))
+    classify = _Classifier(made, axes, opaque=bool(opaque))
     indivisible = next((anatomy for anatomy in made.anatomies if isinstance(anatomy, str)), "")
     entries = tuple(classify(ref) for ref in checkpoint.tensors.values())
     classify.check_complete(place)
@@ -72,6 +73,7 @@ def read_blueprint(checkpoint: Checkpoint) -> Blueprint:
         entries=entries,
         layers_name=made.layers_name,
         indivisible=indivisible,
+        opaque=opaque,
         period=_period(text, specs),
         both_stored=len(tables) == 2 and bool(model.all_tied_weights_keys),
     )
@@ -105,23 +107,27 @@ def _with_bodies(spec: LayerSpec, anatomy: Anatomy | str, layer: nn.Module) -> L
 def check_tensors(raw: Mapping[str, Any], refs: Iterable[TensorRef], place: str) -> None:
     """Raise `UserError` when `refs` are not what the model of the config `raw` asks for."""
     made = skeleton(raw, place)
-    classify = _Classifier(made, expert_axes(raw, made.model, place))
+    axes, opaque = _experts(made, raw, place)
+    classify = _Classifier(made, axes, opaque=bool(opaque))
     for ref in refs:
         classify(ref)
     classify.check_complete(place)
 
 
-def _check_block(layer: nn.Module, config: PreTrainedConfig, place: str) -> None:
-    """A layer's experts must be of the one shape that is measured and cut: one stack, one router, in one
-    block."""
-    reason = _why_unsupported(layer)
-    if reason:
-        raise UserError(
-            f"{place}: model_type {config.model_type!r} is not supported by this version ({reason})"
-        )
+def _experts(made: Skeleton, raw: Mapping[str, Any], place: str) -> tuple[dict[str, int], str]:
+    """The axes that count experts, and why those cannot be cut nor seen, where that is so."""
+    text = made.config.get_text_config()
+    reasons = (
+        quirks.OPAQUE.get(text.model_type),
+        next(filter(None, map(_why_opaque, made.layers)), None),
+        _why_unseen(made),
+    )
+    axes = next(filter(None, reasons), None) or expert_axes(raw, made.model, place)
+    return ({}, axes) if isinstance(axes, str) else (axes, "")
 
 
-def _why_unsupported(layer: nn.Module) -> str | None:
+def _why_opaque(layer: nn.Module) -> str | None:
+    """Experts must be of the one shape that is measured and cut: one stack, one router, in one block."""
     stacks = [name for name, module in layer.named_modules() if is_experts(module)]
     if not stacks:
         return None
@@ -137,34 +143,41 @@ def _why_unsupported(layer: nn.Module) -> str | None:
     return f"{tables[0]} is a table of expert numbers, which cannot be cut" if tables else None
 
 
-def _check_experts_seen(
-    model: PreTrainedModel, config: PreTrainedConfig, specs: tuple[LayerSpec, ...], place: str
-) -> None:
+def _why_unseen(made: Skeleton) -> str | None:
     """A mixture whose experts the general code cannot see must not pass for a dense model."""
-    kinds = vars(sys.modules[type(model).__module__]).values()
-    if any(isinstance(kind, type) and hasattr(kind, "_apply_gate") for kind in kinds):
-        return  # they would be seen: none of the layers has any
-    text = config.get_text_config()
+    if any(moe_block(layer) for layer in made.layers):
+        return None
+    text = made.config.get_text_config()
+    said = "sparse" in (getattr(text, "mlp_layer_types", None) or ())
+    kinds = vars(sys.modules[type(made.base).__module__]).values()
+    if not said and any(isinstance(kind, type) and hasattr(kind, "_apply_gate") for kind in kinds):
+        return None  # they would be seen: none of the layers has any
     promised = [
         key
         for key in quirks.COUNT_KEYS
         if isinstance(getattr(text, key, None), int) and getattr(text, key) > 1
     ]
-    emptied = is_unequal(config.to_dict()) or any(getattr(text, key, None) for key in quirks.DENSE_LISTS)
-    if promised and not emptied and not any(spec.experts for spec in specs):
-        raise UserError(
-            f"{place}: model_type {config.model_type!r} is not supported "
-            f"(its config has {promised[0]}, but no experts that go through transformers' experts interface)"
-        )
+    emptied = is_unequal(made.config.to_dict()) or _all_dense(text, len(made.layers))
+    if not promised or emptied:
+        return None
+    return f"its config has {promised[0]}, but no experts that go through transformers' experts interface"
 
 
-def _layer_spec(index: int, layer: nn.Module, config: PreTrainedConfig, model: PreTrainedModel) -> LayerSpec:
+def _all_dense(text: PreTrainedConfig, count: int) -> bool:
+    """Whether a config's lists of layers say that all are dense, whatever number of experts it names."""
+    words, dense = getattr(text, "mlp_layer_types", None), getattr(text, "mlp_only_layers", None)
+    return (bool(words) and "sparse" not in words) or len(dense or ()) >= count
+
+
+def _layer_spec(
+    index: int, layer: nn.Module, config: PreTrainedConfig, model: PreTrainedModel, *, opaque: bool
+) -> LayerSpec:
     mixer = _mixer(index, layer, config)
     widths = _attention_widths(layer_config(config, index)) if mixer == "attention" else (0, 0, 0)
     if any(isinstance(child, SilentMixer) for child in layer.children()):
         mixer, widths = "none", (0, 0, SILENT_KV)
     heads = _heads(layer, layer_config(config, index), model) if mixer == "attention" else None
-    block_of_layer = moe_block(layer)
+    block_of_layer = None if opaque else moe_block(layer)
     if block_of_layer is None:
         return LayerSpec(
             index, mixer, width=_dense_width(layer), qk_width=widths[0], v_width=widths[1], kv_width=widths[2],
@@ -216,7 +229,7 @@ def _groups(router: nn.Module) -> int:
 
 
 def _floor(router: nn.Module, groups: int, top_k: int, config: PreTrainedConfig) -> int:
-    fewest = quirks.FEWEST_EXPERTS.get(config.model_type, 1)
+    fewest = quirks.FEWEST_EXPERTS.get(config.get_text_config().model_type, 1)
     per_group = math.ceil(top_k / _as_int(getattr(router, "topk_group", None) or 1)) if groups > 1 else 1
     if scores_groups_by_two(router):
         per_group = max(per_group, 2)
@@ -228,9 +241,10 @@ def _shared_experts(block: nn.Module, config: PreTrainedConfig) -> int:
         "shared" in name and "gate" not in name for name, child in block.named_children() if child is not None
     ):
         return 0
+    text = config.get_text_config()
     for key in ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts"):
-        if isinstance(getattr(config, key, None), int):
-            return getattr(config, key)
+        if isinstance(getattr(text, key, None), int):
+            return getattr(text, key)
     return 1
 
 
@@ -255,13 +269,14 @@ def _attention_widths(config: PreTrainedConfig) -> tuple[int, int, int]:
 class _Classifier:
     """Turns tensor references into entries, and remembers what has been seen of each parameter."""
 
-    def __init__(self, made: Skeleton, axes: Mapping[str, int]) -> None:
+    def __init__(self, made: Skeleton, axes: Mapping[str, int], *, opaque: bool) -> None:
         model = made.model
         self._names, self._layers_name, self._anatomies = made.names, made.layers_name, made.anatomies
-        self._blocks = [moe_block(layer) for layer in made.layers]
+        self._blocks = [None if opaque else moe_block(layer) for layer in made.layers]
         self._tables = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-        self._embedding = _module_name(model, model.get_input_embeddings())
-        self._head = _module_name(model, model.get_output_embeddings())
+        self._embedding = _module_name(model, made.base.get_input_embeddings())
+        self._head = _module_name(model, made.head)
+        self._parts = made.parts
         self._tied = _tied_pairs(model)
         self._seen: dict[str, list[TensorRef]] = defaultdict(list)
         self._transformed: dict[str, bool] = {}
@@ -269,6 +284,7 @@ class _Classifier:
         self._axes = axes
         self._uncut: list[TensorRef] = []
         self._unknown: list[str] = []
+        self._split: set[str] = set()  # parameters that several are made of one stored tensor with
 
     def __call__(self, ref: TensorRef) -> Entry:
         """What a stored tensor is."""
@@ -290,13 +306,15 @@ class _Classifier:
         return block is not None and hasattr(block[1].get_submodule("experts"), "places")
 
     def _entry(self, ref: TensorRef, name: str, pattern: str | None) -> Entry:
-        if name not in self._names.state:
+        if name not in self._names.state or not name.startswith(self._parts):
             # Only what is numbered like a decoder layer moves with them: `mtp.layers.0` does not.
             match = re.match(rf"{re.escape(self._layers_name)}\.(\d+)\.", ref.name)
             self._unknown.append(ref.name)
             return Entry(ref, Unit(int(match[1]) if match else None), in_graph=False)
         self._seen[name].append(ref)
         self._transformed[name] = pattern is not None and not self._names.only_stacks(pattern)
+        if pattern is not None:
+            self._split |= self._names.split(pattern)
         layer = layer_number(name, self._layers_name)
         if layer is None:
             return Entry(ref, Unit(None, self._outer_part(name)))
@@ -390,6 +408,8 @@ class _Classifier:
         for (layer, matrix), numbers in self._numbers.items():
             self._check_numbers(place, layer, matrix, numbers)
         for name, wanted in self._names.state.items():
+            if not name.startswith(self._parts) or name in self._split:
+                continue
             refs = self._seen.get(name, [])
             if not refs and any(self._seen.get(other) for other in self._tied.get(name, ())):
                 continue

@@ -20,7 +20,9 @@ from moespresso.core.errors import UserError
 from moespresso.model import quirks
 from moespresso.model.experts import is_experts
 from moespresso.model.skeleton import skeleton
-from moespresso.runtime import OWN_WIDTHS
+from moespresso.runtime import OWN_WIDTHS, is_own
+
+Config = dict[str, Any]
 
 
 def with_count(config: Mapping[str, Any], family: str, count: int) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def _with_twice(config: Mapping[str, Any], family: str) -> dict[str, Any]:
     """The config with twice as many experts in every layer."""
     edited = _with_counts(config, family, lambda count: 2 * count)
     for part in (edited, edited.get("text_config")):
-        for entry in (part or {}).get("per_layer_config", {}).values():
+        for entry in ((part or {}).get("per_layer_config") or {}).values():
             entry |= {key: 2 * entry[key] for key in quirks.COUNT_KEYS if key in entry}
     return edited
 
@@ -43,7 +45,11 @@ def _with_counts(config: Mapping[str, Any], family: str, change: Callable[[int],
     parts = [part for part in (edited, edited.get("text_config")) if isinstance(part, dict)]
     if not any(_present(part) for part in parts):
         # Left to the default of its config class.
-        default = CONFIG_MAPPING[parts[-1].get("model_type", family)]().to_dict()
+        whole = CONFIG_MAPPING[parts[-1].get("model_type", family)]()
+        text = whole.get_text_config()
+        if text is not whole:
+            parts.append(edited.setdefault("text_config", {}))
+        default = text.to_dict()
         parts[-1].update({key: default[key] for key in _present(default)})
     for part in parts:
         _set_count(part, family, change)
@@ -74,19 +80,20 @@ def _without_widths(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_unequal(config: Mapping[str, Any]) -> bool:
-    """Whether layers differ in a way that only moespresso's runtime can load."""
-    return any(
-        part.get("per_layer_config") for part in (config, config.get("text_config")) if isinstance(part, dict)
-    )
+    """Whether layers differ in a way that only moespresso's runtime can load; some families have a
+    `per_layer_config` of their own."""
+    return any(map(is_own, _by_layer(config).values()))
 
 
 def skipping(config: Mapping[str, Any]) -> list[int]:
     """Numbers of the layers whose parts a config.json skips, which only moespresso's runtime understands."""
+    return sorted(int(layer) for layer, entry in _by_layer(config).items() if entry.get("skip"))
+
+
+def _by_layer(config: Mapping[str, Any]) -> dict[str, Config]:
+    """What a config.json says of single layers."""
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    by_layer = {
-        layer: entry for part in parts for layer, entry in (part.get("per_layer_config") or {}).items()
-    }
-    return sorted(int(layer) for layer, entry in by_layer.items() if entry.get("skip"))
+    return {layer: entry for part in parts for layer, entry in (part.get("per_layer_config") or {}).items()}
 
 
 def _present(config: Mapping[str, Any]) -> set[str]:
@@ -101,9 +108,8 @@ def _set_count(config: dict[str, Any], family: str, change: Callable[[int], int]
         config[key] = [change(count) for count in value] if isinstance(value, list) else change(value)
 
 
-def expert_axes(raw: Mapping[str, Any], model: PreTrainedModel, place: str) -> dict[str, int]:
-    """Axis that counts experts of every in-memory tensor that has one; raises `UserError` where it is not
-    that simple."""
+def expert_axes(raw: Mapping[str, Any], model: PreTrainedModel, place: str) -> dict[str, int] | str:
+    """Axis that counts experts of every in-memory tensor that has one; where it is not that simple, why."""
     stacks = {name: module for name, module in model.named_modules() if is_experts(module)}
     if not stacks:
         return {}
@@ -111,22 +117,22 @@ def expert_axes(raw: Mapping[str, Any], model: PreTrainedModel, place: str) -> d
     counts = {len(getattr(module, "places", range(int(module.num_experts)))) for module in stacks.values()}  # pyright: ignore[reportArgumentType]
     family = str(raw["model_type"])
     if len(counts) > 1 and not is_unequal(raw):
-        raise _refusal(place, family, "its layers have different numbers of experts")
+        return "its layers have different numbers of experts"
     try:
         double = skeleton(_with_twice(evened(raw), family), place).names.state
     except UserError as error:
-        raise _refusal(place, family, f"its number of experts cannot be changed: {error}") from error
+        return f"its number of experts cannot be changed: {error}"
     axes: dict[str, int] = {}
     for name, tensor in model.state_dict().items():
         changed = _changed_axes(tensor.shape, double[name].shape) if name in double else [-1]
         if changed and not _follows(tensor.shape, double[name].shape, changed, counts):
-            raise _refusal(place, family, f"{name} does not follow the number of experts as one entry each")
+            return f"{name} does not follow the number of experts as one entry each"
         if changed:
             axes[name] = changed[0]
     for stack, module in stacks.items():
         for name, _ in module.named_parameters(recurse=False):
             if axes.get(f"{stack}.{name}") != 0 and name != "novices":
-                raise _refusal(place, family, "no known key of its config sets the number of experts")
+                return "no known key of its config sets the number of experts"
     return axes
 
 
@@ -141,7 +147,3 @@ def _changed_axes(before: torch.Size, after: torch.Size) -> list[int]:
     if len(before) != len(after):
         return [-1]
     return [axis for axis, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
-
-
-def _refusal(place: str, family: str, reason: str) -> UserError:
-    return UserError(f"{place}: model_type {family!r} is not supported by this version ({reason})")

@@ -22,11 +22,11 @@ from functools import cached_property
 from typing import Any, cast
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moespresso.checkpoint import Checkpoint
 from moespresso.core.blueprint import TensorRef
 from moespresso.core.errors import UserError
+from moespresso.model.classes import class_name
 from moespresso.model.meta_model import read_config
 from moespresso.model.unstack import Unstacked
 
@@ -160,7 +160,7 @@ def tokenizer_config(config: Config) -> dict[str, Any]:
 
 def _new_config(equivalent: Equivalent, config: Config) -> dict[str, Any]:
     remaining = {key: value for key, value in config.items() if key not in equivalent.gone}
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[equivalent.target]
+    architecture = class_name(equivalent.target)
     return (
         remaining
         | equivalent.config(config)

@@ -4,7 +4,8 @@ Beside packed matrices transformers 5.23 unpacks before it converts: every conve
 `.weight` (the short convolutions of queries, keys and values; the shards of an n-gram table) is then given
 packed parts only, finds none, and stops. Names that are the model's own need no conversion, so what would
 only be laid end to end is written laid end to end. What would be converted in another way is `unreadable`;
-what is packed where the model has no linear layer is `packed_alone`.
+so is what lies beside the language model in the class that config.json names, and is converted at all. What
+is packed where the model has no linear layer is `packed_alone`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from moespresso.checkpoint import SECTION
 from moespresso.effect import Piece
 from moespresso.formats import CompressedTensors, codec_in
 from moespresso.model.names import Names
-from moespresso.model.skeleton import skeleton
+from moespresso.model.skeleton import skeleton, whole_names
 
 Config = Mapping[str, Any]
 
@@ -44,7 +45,20 @@ def unreadable(pieces: Sequence[Piece], config: Config, place: str) -> list[str]
     if not _beside_packed(pieces):
         return []
     groups = _by_conversion(pieces, _names_of(config, place))
-    return [piece.name for together in groups.values() for piece in together]
+    inside = [piece.name for together in groups.values() for piece in together]
+    return [*inside, *_outside(pieces, config, place)]
+
+
+def _outside(pieces: Sequence[Piece], config: Config, place: str) -> list[str]:
+    """The same of what lies outside the language model (experts of a vision tower), as the class that
+    config.json names converts it."""
+    names = whole_names(config, place)
+    if names is None:
+        return []
+    plain = [piece for piece in pieces if not piece.source.in_graph and piece.ref.packed is None]
+    found = [(piece.name, *names.in_memory(piece.name)) for piece in plain]
+    return [on_disk for on_disk, name, pattern in found
+            if pattern is not None and name in names.state and names.of_weights(pattern)]  # fmt: skip
 
 
 def packed_alone(pieces: Sequence[Piece], config: Config, place: str) -> list[str]:

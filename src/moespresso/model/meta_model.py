@@ -17,18 +17,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moespresso.checkpoint import SECTION, check_readable
 from moespresso.core.blueprint import LayerSpec
-from moespresso.core.errors import UserError, did_you_mean
+from moespresso.core.errors import UserError, did_you_mean, reason
 from moespresso.core.layer import Layer
 from moespresso.model import experts as experts_function
 from moespresso.model import quirks
+from moespresso.model.classes import maker
 from moespresso.model.names import Names
 from moespresso.runtime import Anatomy, NotResidual, find_anatomy, stacked
 
@@ -56,9 +56,7 @@ def read_config(raw: Mapping[str, Any], place: str) -> PreTrainedConfig:
         plain = PreTrainedConfig._decode_special_floats(dict(raw))  # pyright: ignore[reportPrivateUsage]
         return CONFIG_MAPPING[family].from_dict(plain)
     except Exception as error:  # the family's own validation, whatever it raises
-        raise UserError(
-            f"{place}/config.json is not a valid {family} config ({_first_line(error)})"
-        ) from error
+        raise UserError(f"{place}/config.json is not a valid {family} config ({reason(error)})") from error
 
 
 def _check_dtype(raw: Mapping[str, Any], place: str) -> None:
@@ -72,52 +70,53 @@ def _check_dtype(raw: Mapping[str, Any], place: str) -> None:
 
 
 def build_meta(config: PreTrainedConfig, dtype: torch.dtype, place: str) -> PreTrainedModel:
-    """The causal language model of `config`, every parameter and buffer on `meta`, experts observable."""
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UserError(_no_causal(config, place))
+    """The language model of `config`, in what it is wrapped in, every parameter and buffer on `meta`, experts
+    observable."""
+    kind = maker(config, place)
     try:
         with torch.device("meta"), no_init_weights(), stacked():
-            model = cast("PreTrainedModel", AutoModelForCausalLM.from_config(config, dtype=dtype))
+            model = cast("PreTrainedModel", kind.from_config(config, dtype=dtype))
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"{place}: no causal language model can be built from its config ({_first_line(error)})"
+            f"{place}: no language model can be built from its config ({reason(error)})"
         ) from error
     if any(experts_function.is_experts(module) for module in model.modules()):
         model.set_experts_implementation(experts_function.NAME)
     return model.eval()
 
 
-def _no_causal(config: PreTrainedConfig, place: str) -> str:
-    """Why a family without a causal language model of its own is not read, and which one it wraps."""
-    text = config.get_text_config()
-    if text is config:
-        return f"{place}: transformers has no causal language model for model_type {config.model_type!r}"
-    alone = text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    cure = "give a checkpoint of that alone" if alone else "choose a model that is a language model alone"
-    return (
-        f"{place}: model_type {config.model_type!r} wraps a language model ({text.model_type}) with other parts, such as vision, "
-        f"which is not available in this version: {cure}"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def decoder_layers(model: PreTrainedModel, place: str) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers."""
+    """Name and list of the language model's decoder layers: those of the module that has its config."""
+    wanted = model.config.get_text_config().model_type
     for name, module in model.named_modules():
-        if (
-            name.endswith("layers")
-            and isinstance(module, nn.ModuleList)
-            and "." not in name.removeprefix("model.")
-        ):
-            return name, module
+        owner, _, last = name.rpartition(".")
+        if last in ("layers", "blocks") and isinstance(module, nn.ModuleList):
+            config = getattr(model.get_submodule(owner), "config", None)
+            if getattr(config, "model_type", None) == wanted:
+                return name, module
     raise UserError(
         f"{place}: the decoder layers of {type(model).__name__} are not where this version looks for them"
     )
+
+
+def head_of(model: PreTrainedModel, layers_name: str) -> nn.Module | None:
+    """What makes logits of last hidden states: the model's own head, or that of a language model inside."""
+    path = layers_name
+    while path:
+        path = path.rpartition(".")[0]
+        head = getattr(model.get_submodule(path), "lm_head", None)
+        if isinstance(head, nn.Module):
+            return head
+    return cast("nn.Module | None", model.get_output_embeddings())
+
+
+def language_parts(model: PreTrainedModel, layers_name: str) -> tuple[str, ...]:
+    """What the in-memory names of the language model begin with: all of its own, and its head."""
+    head = head_of(model, layers_name)
+    heads = [f"{name}." for name, module in model.named_modules() if module is head and name]
+    return (f"{layers_name.rpartition('.')[0]}.".removeprefix("."), *heads)
 
 
 def moe_block(layer: nn.Module) -> tuple[str, nn.Module] | None:
@@ -180,6 +179,7 @@ class MetaModel:
         self.layers_name, self.layers = decoder_layers(self.model, place)
         self.specs, self.place, self.dtype, self.device = specs, place, dtype, device
         self._names = Names(self.model)
+        self._parts = language_parts(self.model, self.layers_name)
         self._tensors = self._by_layer(tensors)
         stored = {self.in_memory(key) for by_key in self._tensors.values() for key in by_key}
         self._absent = self._names.state.keys() - stored
@@ -188,20 +188,24 @@ class MetaModel:
 
     @property
     def base(self) -> PreTrainedModel:
-        """The model without its head."""
-        return cast("PreTrainedModel", self.model.base_model)
+        """The language model without its head, and without what it is wrapped in."""
+        return cast("PreTrainedModel", self.model.get_submodule(self.layers_name.rpartition(".")[0]))
+
+    def speaks(self, name: str) -> bool:
+        """Whether an in-memory name is of the language model, and not of what it is wrapped in."""
+        return name.startswith(self._parts)
 
     def _by_layer(self, tensors: Mapping[str, Any]) -> dict[int | None, dict[str, Any]]:
         grouped: dict[int | None, dict[str, Any]] = {None: {}}
         for key, tensor in tensors.items():
             name, _ = self._names.in_memory(key)
-            if name in self._names.state:
+            if name in self._names.state and self.speaks(name):
                 grouped.setdefault(layer_number(name, self.layers_name), {})[key] = tensor
         return grouped
 
     def _materialise_buffers(self) -> None:
         """Make the buffers that no checkpoint stores, by the family's own initialiser."""
-        for module in self.model.modules():
+        for module in self.base.modules():
             names = [
                 name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None
             ]
@@ -223,7 +227,7 @@ class MetaModel:
             _to_meta(module)
 
     def _handle(self, index: int, module: nn.Module) -> Layer:
-        moe = moe_block(module)
+        moe = moe_block(module) if self.specs[index].experts else None
         multiplier, anatomy = float(getattr(module, "residual_multiplier", 1.0)), self._anatomy(index)
         if moe is None:
             return Layer(self.specs[index], module, residual_multiplier=multiplier, anatomy=anatomy)
@@ -258,7 +262,7 @@ class MetaModel:
         try:
             yield
         finally:
-            for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+            for module in (self.base.get_input_embeddings(), head_of(self.model, self.layers_name)):
                 _to_meta(cast("nn.Module", module))
 
     def _load(self, index: int | None, module: nn.Module) -> None:
@@ -291,13 +295,20 @@ class MetaModel:
 
         Needs `outer()`. The whole model runs with its base replaced by one that answers `hidden`.
         """
-        base = self.base
-        name = self.model.base_model_prefix
-        setattr(self.model, name, _Answer(hidden.unsqueeze(0)))
+        base, path = self.base, self.layers_name.rpartition(".")[0]
+        self.model.set_submodule(path, _Answer(hidden.unsqueeze(0)))
         try:
             return self.model(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits.squeeze(0)
         finally:
-            setattr(self.model, name, base)
+            self.model.set_submodule(path, base)
+
+
+class _Output(MoeModelOutputWithPast):
+    """Last hidden states, and nothing of what a family says beside them."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 class _Answer(nn.Module):
@@ -305,7 +316,7 @@ class _Answer(nn.Module):
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
-        self._output = MoeModelOutputWithPast(last_hidden_state=hidden)
+        self._output = _Output(last_hidden_state=hidden)
 
     def forward(self, *_: Any, **__: Any) -> MoeModelOutputWithPast:
         """The last hidden states it was made with."""

@@ -10,6 +10,7 @@ transformers 5.23; the family tests fail loudly when a release moves any of this
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -103,11 +104,22 @@ class Names:
             (Concatenate, 0)
         ]
 
+    def split(self, pattern: str) -> set[str]:
+        """The parameters that the converter behind a source pattern makes, where it makes several of one."""
+        targets = self._converter(pattern).target_patterns
+        if len(targets) < 2:
+            return set()
+        return {name for name in self.state if any(re.search(target, name) for target in targets)}
+
     def waits_for_packed(self, pattern: str) -> bool:
         """Whether the library gives the converter behind a source pattern packed parts only, where a
         checkpoint has any (a stack of experts apart, which is what that is made for)."""
-        sources = self._converter(pattern).source_patterns
-        return all(source.endswith(".weight") for source in sources) and not self.only_stacks(pattern)
+        return self.of_weights(pattern) and not self.only_stacks(pattern)
+
+    def of_weights(self, pattern: str) -> bool:
+        """Whether the converter behind a source pattern takes whole weights, before which the library
+        unpacks."""
+        return all(source.endswith(".weight") for source in self._converter(pattern).source_patterns)
 
     def order(self, key: str, pattern: str) -> tuple[int, Any]:
         """The place of an on-disk key among all that the converter behind its source pattern takes."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-# Families whose experts do not go through transformers' experts interface (integrations/moe.py), so that they cannot
-# be observed or cut by the general code.
-REFUSED: dict[str, str] = {
+# Language models whose experts do not go through transformers' experts interface (integrations/moe.py), so that they cannot
+# be observed or cut by the general code. What needs none of that is done: depth, attention.
+OPAQUE: dict[str, str] = {
     "llama4": "its experts compute all tokens in one dense product",
     "llama4_text": "its experts compute all tokens in one dense product",
     "dbrx": "its experts are stored as one matrix without the common interface",
     "jetmoe": "its attention is a mixture of experts too, without the common interface",
     "longcat_flash": "its router also selects zero-computation experts",
+}
+
+# Families that answer otherwise than with the next token.
+REFUSED: dict[str, str] = {
+    "diffusion_gemma": "it fills in blocks of text instead of going on from token to token"
 }
 
 # Keys of config.json that count routed experts. A stale alias wins over the right key, so all present are edited.
@@ -22,11 +27,8 @@ SHARED_KEYS = ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts
 # Families that also need an alias written: other engines read `num_experts`, transformers saves `num_local_experts`.
 COUNT_ALIASES: dict[str, tuple[str, ...]] = {"qwen3_moe": ("num_experts", "num_local_experts")}
 
-# Lists by which a config may say that no layer holds experts any more, whatever number of them it still names.
-DENSE_LISTS = ("mlp_only_layers", "mlp_layer_types")
-
 # Families whose decoder layers return, beside hidden states, what the next layer takes up (chosen positions).
-HANDS_ON = frozenset({"glm_moe_dsa", "hy_v4"})
+HANDS_ON = frozenset({"glm_moe_dsa", "hy_v4", "glm5_next_text", "mistral_large4_text", "zaya"})
 
 # Fewest experts a family's code takes as a mixture at all: with one, JambaConfig.layers_num_experts says dense, and
 # phimoe's sparsemixer always picks two.

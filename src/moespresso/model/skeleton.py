@@ -10,16 +10,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from moespresso.checkpoint import SECTION, check_readable
-from moespresso.model.meta_model import build_meta, decoder_layers, read_config
+from moespresso.model.classes import own_class
+from moespresso.model.meta_model import build_meta, decoder_layers, head_of, language_parts, read_config
 from moespresso.model.names import Names
-from moespresso.runtime import Anatomy, NotResidual, find_anatomy
+from moespresso.runtime import Anatomy, NotResidual, find_anatomy, stacked
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,21 @@ class Skeleton:
     model: PreTrainedModel
     layers_name: str
     layers: nn.ModuleList
+
+    @cached_property
+    def base(self) -> PreTrainedModel:
+        """The language model without its head, and without what it is wrapped in."""
+        return cast("PreTrainedModel", self.model.get_submodule(self.layers_name.rpartition(".")[0]))
+
+    @cached_property
+    def head(self) -> nn.Module | None:
+        """What makes logits of its last hidden states."""
+        return head_of(self.model, self.layers_name)
+
+    @cached_property
+    def parts(self) -> tuple[str, ...]:
+        """What the in-memory names of the language model begin with."""
+        return language_parts(self.model, self.layers_name)
 
     @cached_property
     def names(self) -> Names:
@@ -46,6 +63,20 @@ def skeleton(raw: Mapping[str, Any], place: str) -> Skeleton:
     """What the config.json `raw` makes, packed or not; raises `UserError` for what is not supported."""
     check_readable(raw, place)
     return _built(json.dumps({key: value for key, value in raw.items() if key != SECTION}), place)
+
+
+def whole_names(raw: Mapping[str, Any], place: str) -> Names | None:
+    """The names of the class that a config.json names; None where that is of the language model alone."""
+    made, kind = skeleton(raw, place), own_class(raw)
+    if kind.config_class is not type(made.config):
+        return None
+    return made.names if isinstance(made.model, kind) else _whole(made, kind)
+
+
+@lru_cache(maxsize=2)
+def _whole(made: Skeleton, kind: type[PreTrainedModel]) -> Names:
+    with torch.device("meta"), no_init_weights(), stacked():
+        return Names(kind(made.config))
 
 
 # A press looks at its source, at the source with twice the experts, and at what comes out, in a form or two.

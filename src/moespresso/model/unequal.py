@@ -14,17 +14,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moespresso.core.blueprint import Blueprint, Branch, LayerSpec
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan
 from moespresso.effect import Remains, biased_stubs, pressed_layers
 from moespresso.model import quirks
+from moespresso.model.classes import class_name
 from moespresso.model.counts import evened, with_count
 from moespresso.model.depth import with_layers
 from moespresso.model.widths import width_key, with_width
-from moespresso.runtime import OWN_WIDTHS, guarded, stock, zero_means_nothing
+from moespresso.runtime import OWN_WIDTHS, guarded, is_own, stock, zero_means_nothing
 
 Config = dict[str, Any]
 
@@ -49,13 +49,13 @@ def pressed_config(
     for position, layer in enumerate(left.layers):
         entry = by_layer.setdefault(position, {})
         if position in rows:
-            _set(entry, _count_key(source.family), rows[position], common)
+            _set(entry, _count_key(raw), rows[position], common)
         skip_before = entry.get("skip", ())
         if (layer, "mlp") in left.cut:  # experts that were gone are removed with the rest
             skip_before = [word for word in skip_before if not word.startswith("expert.")]
         skip = [*skip_before, *_skip_words(specs[layer], left, biased)]
         if skip:
-            entry |= {"skip": sorted(set(skip))} | _zeros(specs[layer], left, source.family)
+            entry |= {"skip": sorted(set(skip))} | _zeros(specs[layer], left, raw)
     return _with_guard(
         config, {position: entry for position, entry in by_layer.items() if entry}, source.family
     )
@@ -64,17 +64,27 @@ def pressed_config(
 def _with_guard(config: Config, by_layer: Mapping[int, Config], family: str) -> Config:
     """The config with the entries of single layers, `by_layer`, and what makes other engines stop at it."""
     text = _text(config)
+    if not any(map(is_own, by_layer.values())):
+        return _with_class_names(_with_theirs(config, by_layer), stock)
     text.pop("per_layer_config", None)
-    if not by_layer:
-        return _with_class_names(config, stock)
     for entry in by_layer.values():
         if zero_means_nothing(entry) and not any(
             key != OWN_WIDTHS and _stops(text, key, entry[key]) for key in entry
         ):
-            entry[_count_key(family)] = 0
+            entry[_count_key(config)] = 0
     text["per_layer_config"] = {str(position): entry for position, entry in by_layer.items()}
-    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return _with_class_names({"architectures": [known[family]]} | config, guarded)
+    return _with_class_names({"architectures": [class_name(family)]} | config, guarded)
+
+
+def _with_theirs(config: Config, by_layer: Mapping[int, Config]) -> Config:
+    """The config with what its family's own code reads of single layers; that this is nothing is kept too,
+    since defaults would come back."""
+    text = _text(config)
+    if any(map(is_own, _per_layer(config).values())) and not by_layer:
+        text.pop("per_layer_config")
+    elif text.get("per_layer_config") is not None:
+        text["per_layer_config"] = {str(position): entry for position, entry in by_layer.items()}
+    return config
 
 
 def _stops(text: Config, key: str, value: Any) -> bool:
@@ -98,7 +108,8 @@ def _with_widths(
     positions = [left.position(layer) for layer in left.widths]
     widths = {at: layers[at].width for at in positions}
     if any(width != source.layers[left.layers[at]].width for at, width in widths.items()):
-        same = len(widths) == len(left.experts) and len(set(widths.values())) == 1 and not by_layer
+        same = len(widths) == len(left.experts) and len(set(widths.values())) == 1
+        same = same and not any(map(is_own, by_layer.values()))
         edited = with_width(config, widths[positions[0]], source.place, grow=stock) if same else None
         key = width_key(config)
         if edited is None and key is None:
@@ -135,9 +146,12 @@ def _common(rows: Mapping[int, int], before: list[int]) -> int | None:
     return max(sorted(set(counts), reverse=True), key=counts.count)
 
 
-def _count_key(family: str) -> str:
-    """What the family's config class itself calls the number of experts."""
-    known = CONFIG_MAPPING[family]().get_text_config().to_dict()
+def _count_key(raw: Mapping[str, Any]) -> str:
+    """What the config class of the language model itself calls the number of experts."""
+    inner = _text(raw).get("model_type")
+    known = (
+        CONFIG_MAPPING[inner if inner in CONFIG_MAPPING else raw["model_type"]]().get_text_config().to_dict()
+    )
     return next(key for key in quirks.COUNT_KEYS if key in known)
 
 
@@ -157,11 +171,11 @@ def _skip_words(layer: LayerSpec, left: Remains, biased: Collection[tuple[int, B
     return [*words, *(f"expert.{rows.index(expert)}{end}" for expert in gone)]
 
 
-def _zeros(layer: LayerSpec, left: Remains, family: str) -> Config:
+def _zeros(layer: LayerSpec, left: Remains, raw: Mapping[str, Any]) -> Config:
     """Numbers that transformers on its own cannot build a model with."""
     zeros: Config = {}
     if (layer.index, "attention") in left.cut:
         zeros["num_key_value_heads"] = 0
     if (layer.index, "mlp") in left.cut:
-        zeros[_count_key(family) if layer.experts else "intermediate_size"] = 0
+        zeros[_count_key(raw) if layer.experts else "intermediate_size"] = 0
     return zeros

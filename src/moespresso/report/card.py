@@ -27,10 +27,10 @@ Its layers differ, which transformers on its own cannot build: put `import moesp
 """
 LOAD = """\
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
 folder = "path/to/this/folder"
-model = AutoModelForCausalLM.from_pretrained(folder)
+model = {auto_class}.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 """
@@ -103,7 +103,11 @@ def _load(report: Report) -> str:
         return OWN
     if report.packing in ("gptq", "awq"):
         return OTHER.format(layout=report.packing.upper())
-    return (PLUGIN if report.plugin else "") + (PACKED if report.packing else "") + LOAD
+    return (
+        (PLUGIN if report.plugin else "")
+        + (PACKED if report.packing else "")
+        + LOAD.format(auto_class=report.auto_class)
+    )
 
 
 def shareable(recipe: Body) -> dict[str, Any]:

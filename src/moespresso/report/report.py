@@ -40,7 +40,7 @@ class Report:
     """What came of a run. `scores` by layer index; `gone` the blocks and parts of layers that were dropped,
     each with its score where it has one; `seconds` by phase; peaks in bytes; `out` the folder written, and
     whether only moespresso's `plugin` loads it; who reads its packed matrices (`packing`: `stock`, `own`,
-    `gptq`, `awq`, or empty).
+    `gptq`, `awq`, or empty); the `auto_class` of transformers that loads it.
 
     `warnings` is what went wrong and was survived, `notes` what a reader should know; both are whole
     sentences.
@@ -58,6 +58,7 @@ class Report:
     out: str | Path = ""
     plugin: bool = False
     packing: str = ""
+    auto_class: str = "AutoModelForCausalLM"
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     peak_rss_bytes: int = 0

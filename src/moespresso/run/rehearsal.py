@@ -96,7 +96,8 @@ def _walk(view: View, steps: Sequence[Step], loads: str) -> None:
         if ragged is not None or step.uneven:
             ragged = _with_uneven_stage(step, view, ragged or plan)
         plan = validated(replace(plan, stages=(*plan.stages, step.outline(view.source, plan))), view.source)
-    formed(loads, replace(view, plan=plan)).check_fits()
+    for each in filter(None, (plan, ragged)):  # a family may have words for one width only
+        formed(loads, replace(view, plan=each)).check_fits()
 
 
 def _with_uneven_stage(step: Step, view: View, before: Plan) -> Plan:

@@ -33,7 +33,7 @@ from moespresso.effect import dropped_units, is_part, merged_into, remains
 from moespresso.export import formed
 from moespresso.fit import Clock
 from moespresso.formats import codec_named, codec_of
-from moespresso.model import is_apart, is_unequal
+from moespresso.model import auto_class, is_apart, is_unequal
 from moespresso.report import LayerScores, Report, machine, model_card, shareable, source_licence, versions
 from moespresso.run.pipeline import Decided
 from moespresso.run.recipe import TargetName, parse_size
@@ -164,6 +164,7 @@ def _report(view: View, manifest: Manifest, clock: Clock) -> Report:
         versions=manifest.versions,
         plugin=manifest.plugin,
         packing=manifest.packing,
+        auto_class=auto_class(view.checkpoint.config),
         warnings=manifest.warnings,
         notes=manifest.notes,
         peak_rss_bytes=peak_rss_bytes(),
@@ -212,6 +213,11 @@ def form_notes(view: View) -> list[str]:
         width = view.blueprint.layers[view.stubs[0]].width
         names = ", ".join(f"L{view.remains.layers[position]}" for position in view.stubs)
         notes.append(f"in place of what {names} lost stands a dense part of zeros, {width} wide")
+    if len(view.remains.layers) < len(view.source.layers) and _adds_by_number(view.config):
+        notes.append(
+            "layers were removed, and what its tower sees is added behind the first layers by their number (deepstack): "
+            "images are answered by other layers than before, which no text shows"
+        )
     notes += format_notes(view)
     joined = [piece.name for piece in view.pieces if piece.joins]
     if joined:
@@ -287,6 +293,11 @@ def _format_words(format: Format, ranks: set[int]) -> str:
     return codec_of(format).words(format, " to ".join(map(str, sorted({min(ranks), max(ranks)}))))
 
 
+def _adds_by_number(config: Mapping[str, Any]) -> bool:
+    vision = config.get("vision_config")
+    return isinstance(vision, dict) and bool(vision.get("deepstack_visual_indexes"))
+
+
 def source_notes(view: View) -> list[str]:
     """Say what is unusual about a checkpoint: files that are not the model, tensors that its class does not
     know, a head that is tied and stored."""
@@ -305,5 +316,5 @@ def _outside_notes(view: View) -> list[str]:
         return []
     example = outside[0].ref.name
     return [
-        f"{len(outside)} tensors outside the model's graph (such as {example}) are passed through unchanged"
+        f"{len(outside)} tensors outside the language model (such as {example}) are passed through unchanged"
     ]

@@ -7,7 +7,7 @@ is imported from its own module: `anatomy` (what a decoder layer adds to the res
 """
 
 from moespresso.runtime.anatomy import MIXERS, Anatomy, BranchParts, NotResidual, find_anatomy
-from moespresso.runtime.guard import OWN_WIDTHS, guarded, stock, zero_means_nothing
+from moespresso.runtime.guard import OWN_WIDTHS, guarded, is_own, stock, zero_means_nothing
 from moespresso.runtime.parts import NoNorm, Silent, SilentMixer, hidden_of
 from moespresso.runtime.widths import stacked, widened
 
@@ -23,6 +23,7 @@ __all__ = [
     "find_anatomy",
     "guarded",
     "hidden_of",
+    "is_own",
     "stacked",
     "stock",
     "widened",

@@ -27,8 +27,12 @@ from transformers.configuration_utils import PreTrainedConfig
 
 # Keys of a config that count routed experts.
 COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# Keys of a config that set the width of experts.
+WIDTH_KEYS = ("moe_intermediate_size", "intermediate_size")
 # Our own, for the widths of all experts of a layer in which they differ.
 OWN_WIDTHS = "expert_widths"
+# What a layer may say that is for us; families with a `per_layer_config` of their own say none of it.
+_OURS = frozenset({"skip", OWN_WIDTHS, *COUNT_KEYS, *WIDTH_KEYS})
 
 _PREFIX = "Moespresso"
 # Marks our method.
@@ -43,6 +47,11 @@ def guarded(names: list[str]) -> list[str]:
 def stock(names: list[str]) -> list[str]:
     """The names of the classes that transformers has."""
     return [name.removeprefix(_PREFIX) for name in names]
+
+
+def is_own(entry: Mapping[str, Any]) -> bool:
+    """Whether what `per_layer_config` says of a layer is for us, not for the code of its family alone."""
+    return not _OURS.isdisjoint(entry)
 
 
 def zero_means_nothing(override: Mapping[str, Any]) -> bool:

@@ -32,15 +32,12 @@ from transformers.modeling_utils import PreTrainedModel
 
 from moespresso.core.errors import UserError
 from moespresso.runtime.anatomy import BranchParts, NotResidual, find_anatomy
-from moespresso.runtime.guard import COUNT_KEYS, OWN_WIDTHS, reads_the_key, zero_means_nothing
+from moespresso.runtime.guard import COUNT_KEYS, OWN_WIDTHS, WIDTH_KEYS, reads_the_key, zero_means_nothing
 from moespresso.runtime.guard import install as install_guard
 from moespresso.runtime.losses import balance_by_count
 from moespresso.runtime.parts import NoNorm, Silent, SilentMixer, thin_out
 from moespresso.runtime.widths import differ
 from moespresso.runtime.widths import install as install_widths
-
-# Keys of a config that set the width of experts.
-WIDTH_KEYS = ("moe_intermediate_size", "intermediate_size")
 
 _BRANCH = re.compile(r"(attention|mlp)(\+bias)?")
 _EXPERT = re.compile(r"expert\.(\d+)(\+novice)?")

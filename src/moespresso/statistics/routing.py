@@ -37,11 +37,11 @@ SUMS = (
 @statistic
 @dataclass(frozen=True)
 class Routing(OfExperts):
-    """Sums per expert and, of a layer's experts together, its `tokens` and whether its gates are plain
-    shares of one softmax."""
+    """Sums per expert and, of a layer's experts together, its `tokens`, whether its gates are plain shares of
+    one softmax, and whether they answer in another (latent) width than their router sees."""
 
     name = "routing"
-    measures = (*SUMS, "largest", "softmax_gates")
+    measures = (*SUMS, "largest", "softmax_gates", "latent")
 
     def begin(self, layer: Layer, measurement: Measurement) -> RoutingSums:
         """The sums of one layer."""
@@ -59,7 +59,7 @@ class RoutingSums(LayerSums):
         self._largest = torch.zeros(self._experts, dtype=torch.float64)
         self._router_args: tuple[Tensor, ...] = ()
         self._nonfinite = 0
-        self._one_stream = True
+        self._one_stream, self._latent = True, False
 
     def add(self, call: Call) -> None:
         """Take in one batch."""
@@ -73,7 +73,9 @@ class RoutingSums(LayerSums):
         norm = outputs.norm(dim=-1)
         self._nonfinite += int((~norm.isfinite()).sum())
         chosen = scores.gather(1, index)
-        # Some families carry several hidden states a token: what an expert turns is then not to be told from outside.
+        # Some families carry several hidden states a token, or experts answer in a width of their own: what an expert turns
+        # is then not to be told from outside.
+        self._latent = outputs.shape[-1] != routed.router_args[0].shape[-1]
         self._one_stream = call.output.shape == (*call.valid.shape, outputs.shape[-1])
         change = (
             _change(layer, call, tokens, outputs, gate) if self._one_stream else torch.zeros_like(norm[:, 0])
@@ -95,8 +97,8 @@ class RoutingSums(LayerSums):
 
     def values(self) -> Rows:
         """Every sum that is defined per expert, and `largest`, the largest absolute value an expert ever
-        answered; of the layer its tokens, and whether its gates are plain shares of one softmax (1) or not
-        (0)."""
+        answered; of the layer its tokens, and whether its gates are plain shares of one softmax, and its
+        experts latent (1) or not (0)."""
         index = self._layer.spec.index
         columns = {
             name: sums.tolist()
@@ -111,6 +113,7 @@ class RoutingSums(LayerSums):
         of_layer = {
             "tokens": float(self._total_tokens),
             "softmax_gates": float(self._softmax_gates(self._layer)),
+            "latent": float(self._latent),
         }
         return rows | {Unit(index, "experts"): of_layer}
 

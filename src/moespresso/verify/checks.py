@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from moespresso.build import (
     Tensors,
@@ -40,7 +39,7 @@ from moespresso.core.plan import Plan
 from moespresso.core.progress import Progress
 from moespresso.effect import validated
 from moespresso.formats import codec_in
-from moespresso.model import MetaModel, is_unequal, read_blueprint
+from moespresso.model import MetaModel, is_unequal, own_class, read_blueprint
 from moespresso.stream import sweep
 
 _CHUNK = 16 << 20
@@ -69,7 +68,7 @@ def verify(folder: Path, source: View | None, progress: Progress) -> list[Check]
         found.append(_run("every value is finite", lambda: _finite(view, manifest, progress)))
         if view.formats:
             found.append(_run("every packed matrix decodes", lambda: _decodes(view)))
-        found.append(_run(_loads(view), lambda: _stock(folder, view, manifest.nonfinite)))
+        found.append(_run(_loads(view, manifest), lambda: _stock(folder, view, manifest)))
         found.append(_run("counts are those of the plan", lambda: _planned_counts(view.blueprint, manifest)))
         if source is not None:
             found.append(_run("every tensor is what the plan makes of the original",
@@ -77,11 +76,16 @@ def verify(folder: Path, source: View | None, progress: Progress) -> list[Check]
     return found
 
 
-def _loads(view: View) -> str:
-    if own_packing(view):
+def _loads(view: View, manifest: Manifest) -> str:
+    if own_packing(view) and not _stopped_at(view, manifest):
         return "moespresso.load loads it and agrees"
     plugin = is_unequal(view.checkpoint.config)
     return f"{'transformers with moespresso' if plugin else 'stock transformers'} loads it and agrees"
+
+
+def _stopped_at(view: View, manifest: Manifest) -> list[str]:
+    """What stock transformers cannot read of a folder that was packed for it."""
+    return view.unreadable if manifest.packing == "stock" else []
 
 
 def _run(name: str, check: Callable[[], str]) -> Check:
@@ -126,7 +130,7 @@ def _complete(folder: Path, state: dict[str, View]) -> str:
     blueprint = read_blueprint(checkpoint)
     state["view"] = View(checkpoint, blueprint, Plan(blueprint.digest))
     experts = sum(layer.experts for layer in blueprint.moe_layers)
-    outside = f", {len(blueprint.outside)} outside the model's graph" if blueprint.outside else ""
+    outside = f", {len(blueprint.outside)} outside the language model" if blueprint.outside else ""
     return (
         f"{len(blueprint.entries)} tensors, {experts} experts in {len(blueprint.moe_layers)} layers{outside}"
     )
@@ -186,12 +190,17 @@ def _planned_counts(blueprint: Blueprint, manifest: Manifest) -> str:
     return f"{len(layers)} layers, {' or '.join(map(str, counts))} experts in each of {len(blueprint.moe_layers)}"
 
 
-def _stock(folder: Path, view: View, nonfinite: Mapping[str, int]) -> str:
+def _stock(folder: Path, view: View, manifest: Manifest) -> str:
     """Load with stock transformers and compare logits with the streamed forward of the same files."""
     if view.blueprint.cost().bytes > STOCK_BYTES:
         return (
             f"not run: the model is larger than {STOCK_BYTES >> 30} GiB (names and shapes were checked above)"
         )
+    stopped = _some(set(_stopped_at(view, manifest)))
+    _require(
+        not stopped,
+        f"it stops at {stopped}, which it converts as it reads, but cannot beside packed matrices",
+    )
     with Tensors(folder, allow_nonfinite=True) as tensors:
         meta = view.meta_model(tensors, torch.float32, torch.device("cpu"))
         if other_layout(view):
@@ -199,13 +208,15 @@ def _stock(folder: Path, view: View, nonfinite: Mapping[str, int]) -> str:
             return f"not run: the layout of {engine} needs an engine of its own; names, shapes and codes were checked"
         if own_packing(view):
             whole = load_model(view, torch.float32, "cpu")
+            _generates(whole, view.blueprint.vocab)
             return f"stock loaders stop at its format; {_same_logits(whole, meta, view.blueprint.vocab)}"
         model, info = _loaded(folder, view, meta)
         outside = {meta.in_memory(entry.ref.name) for entry in view.blueprint.outside}
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             wrong = {str(key) for key in info[kind]} - outside
             _require(not wrong, f"{kind.replace('_', ' ')}: {', '.join(sorted(wrong)[:3])}")
-        if nonfinite:
+        _generates(model, view.blueprint.vocab)
+        if manifest.nonfinite:
             return "no key missing, unexpected or mismatched; logits not compared, since the source was not finite"
         return f"no key missing, unexpected or mismatched; {_same_logits(model.eval(), meta, view.blueprint.vocab)}"
 
@@ -213,7 +224,7 @@ def _stock(folder: Path, view: View, nonfinite: Mapping[str, int]) -> str:
 def _loaded(folder: Path, view: View, meta: MetaModel) -> tuple[nn.Module, dict[str, Any]]:
     """What stock transformers loads, in float32, and what it says about the tensors."""
     with redirect_stderr(StringIO()):  # unpacking shows progress bars of its own
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = own_class(view.checkpoint.config).from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True
         )
         model, info = loaded
@@ -236,6 +247,21 @@ def _unpack(model: Any, view: View, meta: MetaModel) -> None:
     model.hf_quantizer.compressor.decompress_model(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
+
+
+@torch.inference_mode()
+def _generates(model: Any, vocab: int) -> None:
+    """Have the model go on with a cache, which a hybrid that lost its attention cannot count by; raises what
+    it raises."""
+    ids = torch.arange(1, 4).remainder(vocab).unsqueeze(0)
+    asked = {
+        "min_new_tokens": 2,
+        "max_new_tokens": 2,
+        "do_sample": False,
+        "use_cache": True,
+        "pad_token_id": 0,
+    }
+    model.generate(ids, attention_mask=torch.ones_like(ids), **asked)
 
 
 @torch.inference_mode()
