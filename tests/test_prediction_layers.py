@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,30 @@ def test_keeping_what_no_longer_fits_is_refused_with_cures_that_work(
         api.press(source("glm4_moe"), out=tmp_path / "out", steps=[step], mtp="keep", **more)
     for number, wish in enumerate(re.findall(r"--mtp (\w+)", str(refused.value))):
         press(source("glm4_moe"), tmp_path / str(number), step, mtp=wish, **more)
+
+
+def test_experts_in_one_tensor_lose_whole_experts_only(source: Zoo, text: Path, tmp_path: Path) -> None:
+    """As Qwen3.5 stores those of its trunk: gate above up, one entry an expert."""
+    folder = tmp_path / "source"
+    shutil.copytree(source("qwen3_next"), folder)
+    held, block = tensors(folder), "mtp.layers.0.mlp.experts."
+    apart = {
+        part: [held.pop(f"{block}{expert}.{part}_proj.weight") for expert in range(8)]
+        for part in ("gate", "up", "down")
+    }
+    held[f"{block}gate_up_proj"] = torch.stack(
+        [torch.cat(pair) for pair in zip(apart["gate"], apart["up"], strict=True)]
+    )
+    held[f"{block}down_proj"] = torch.stack(apart["down"])
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    kept = list(press(folder, tmp_path / "out", DROP).plan.mtp.keep[0])
+    assert kept == list(press(source("qwen3_next"), tmp_path / "apart", DROP).plan.mtp.keep[0])
+    for name in ("gate_up_proj", "down_proj"):
+        assert torch.equal(tensors(tmp_path / "out")[block + name], held[block + name][kept])
+    more = {"texts": [text], "samples": 4, "length": 24}
+    with pytest.raises(UserError, match=r"in one tensor.*whole experts only.*--mtp drop"):
+        api.press(folder, out=tmp_path / "no", steps=["channel_prune:width=8"], **more)
+    press(folder, tmp_path / "no", "channel_prune:width=8", mtp="drop", **more)
 
 
 @pytest.mark.parametrize("change", ["lacks an expert", "odd names", "lacks its router"])
