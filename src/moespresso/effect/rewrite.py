@@ -21,6 +21,7 @@ from moespresso.core.cost import Cost
 from moespresso.core.format import Format
 from moespresso.core.plan import Plan, Treatment
 from moespresso.core.unit import Unit
+from moespresso.effect.ahead import Predictions
 from moespresso.effect.cuts import Fits, Repair, cuts, fitted_key, key
 from moespresso.effect.matrices import format_of, narrowed, replaces, scale_dtypes
 from moespresso.effect.piece import Encoding, Fold, Member, Piece, Pruned, led
@@ -76,6 +77,7 @@ class _Rewriter:
     def __init__(self, blueprint: Blueprint, plan: Plan, fits: Fits, stock: bool) -> None:
         self._blueprint, self._plan, self._fits, self._stock = blueprint, plan, fits, stock
         self._left = remains(plan, blueprint)
+        self._predictions = Predictions(plan, blueprint)
         self._fitted_stages = {
             int(name.partition("/")[0]) for name in self._fits
         }  # stages that have found what they need
@@ -102,17 +104,16 @@ class _Rewriter:
     def __call__(self, entry: Entry) -> Piece | None:
         """The piece that `entry` becomes, or None when it is removed."""
         layer = entry.unit.layer
+        if entry.ahead is not None:
+            return self._behind(self._predictions(entry), layer)
         if layer is None:
             return self._encode(
                 self._with_pruning(Piece(entry.ref.name, entry.ref.shape, entry), entry), entry
             )
-        if not entry.in_graph and layer >= len(self._blueprint.layers):
-            beyond = len(self._left.layers) + layer - len(self._blueprint.layers)
-            return self._renumber(Piece(entry.ref.name, entry.ref.shape, entry), layer, beyond)
         if layer not in self._left.layers or self._is_cut(entry, layer):
             return None
         piece = self._of_experts(entry, layer) if layer in self._left.experts and entry.in_graph else None
-        if entry.unit.expert is not None and layer in self._left.experts and piece is None:
+        if entry.in_graph and entry.unit.expert is not None and layer in self._left.experts and piece is None:
             return None
         piece = piece or Piece(entry.ref.name, entry.ref.shape, entry)
         if folds := self._folds_on(entry, layer):
@@ -120,6 +121,13 @@ class _Rewriter:
         piece = replace(piece, shape=self._narrow_shape(piece, entry))
         piece = self._encode(self._with_refits(self._with_pruning(piece, entry), entry), entry)
         return self._renumber(piece, layer, self._left.position(layer))
+
+    def _behind(self, piece: Piece | None, layer: int | None) -> Piece | None:
+        """A piece of a prediction layer; one that is numbered like a decoder layer follows the last of
+        these."""
+        if piece is None or layer is None:
+            return piece
+        return self._renumber(piece, layer, len(self._left.layers) + layer - len(self._blueprint.layers))
 
     def _narrow_shape(self, piece: Piece, entry: Entry) -> tuple[int, ...]:
         """The shape with the channels that are left."""

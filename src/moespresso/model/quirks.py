@@ -27,6 +27,11 @@ SHARED_KEYS = ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts
 # Families that also need an alias written: other engines read `num_experts`, transformers saves `num_local_experts`.
 COUNT_ALIASES: dict[str, tuple[str, ...]] = {"qwen3_moe": ("num_experts", "num_local_experts")}
 
+# Keys of config.json that count the layers which predict tokens further ahead (multi-token prediction), and what they are
+# called where they are not numbered behind the last decoder layer: `mtp.layers.0.`, `mtp.0.`, `model.mtp_layers.0.`.
+AHEAD_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
+AHEAD_NAMES = r"(?:^|\.)mtp\w*\.(?:layers\.)?(?:(\d+)\.)?(.+)"
+
 # Families whose decoder layers return, beside hidden states, what the next layer takes up (chosen positions).
 HANDS_ON = frozenset({"glm_moe_dsa", "hy_v4", "glm5_next_text", "mistral_large4_text", "zaya"})
 
