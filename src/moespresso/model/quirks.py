@@ -17,6 +17,14 @@ REFUSED: dict[str, str] = {
     "diffusion_gemma": "it fills in blocks of text instead of going on from token to token"
 }
 
+# Families that transformers 5.23 does not have: where the same weights, or the same computation, are to be had.
+ELSEWHERE: dict[str, str] = {
+    "internvl_chat": "the same weights are published for transformers under a name that ends in -HF: give that one",
+    "minimax_text_01": "the same weights are published for transformers as MiniMaxAI/MiniMax-Text-01-hf: give that one",
+    "minimax_m1": "the same weights are published for transformers under a name that ends in -hf: give that one",
+    "kimi_vl": "its language model computes as deepseek_v3: give a checkpoint of that alone",
+}
+
 # Keys of config.json that count routed experts. A stale alias wins over the right key, so all present are edited.
 COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
