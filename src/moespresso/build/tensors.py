@@ -54,7 +54,7 @@ class Tensors:
         if piece.take is None and piece.copied:
             tensor = self.reader.tensor(piece.source.ref)
             self._look(piece, tensor)
-            return tensor
+            return _as_plain(piece, tensor)
         return torch.cat([*self.chunks(piece)]).view(piece.shape)
 
     def chunks(self, piece: Piece) -> Iterator[Tensor]:
@@ -101,7 +101,7 @@ class Tensors:
             step = _CHUNK // flat.element_size()
             for chunk in (flat[start : start + step] for start in range(0, flat.numel(), step)):
                 self._look(piece, chunk)
-                yield chunk if piece.scale == 1 else times(chunk, piece.scale)
+                yield _as_plain(piece, chunk if piece.scale == 1 else times(chunk, piece.scale))
 
     def _slimmed(self, piece: Piece, slim: Slim) -> Tensor:
         """One matrix of an expert with the channels that are strongest over all of its matrices."""
@@ -259,6 +259,11 @@ class Lazy:
     def __getitem__(self, index: object) -> Tensor:
         assert index is Ellipsis
         return self._tensors.whole(self.piece)
+
+
+def _as_plain(piece: Piece, values: Tensor) -> Tensor:
+    """Values of a matrix that is packed no longer, in the dtype that it is written in."""
+    return values.to(TORCH_DTYPES[piece.ref.dtype]) if piece.plain else values
 
 
 def two(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -125,8 +125,14 @@ class View:
             return config
         layout = next(piece.ref.packed.layout for piece in self.pieces if piece.ref.packed is not None)
         packed, plain = self._modules(config)
-        section = packing_config(packed, plain, layout=layout, stock=one_format(self))
-        if computes_in := codec_named(layout).computes_in:  # its engines compute in the dtype of the scales
+        section, codec = (
+            packing_config(packed, plain, layout=layout, stock=one_format(self)),
+            codec_named(layout),
+        )
+        before = self.checkpoint.config.get(SECTION) or {}
+        if codec.engine and before.get("quant_method") == codec.engine:
+            section = codec.carried(section, before)
+        if computes_in := codec.computes_in:  # its engines compute in the dtype of the scales
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = computes_in
         return config | {SECTION: section}
 

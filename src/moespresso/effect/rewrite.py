@@ -10,7 +10,7 @@ sum of what will be written.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,7 +41,23 @@ def pieces(blueprint: Blueprint, plan: Plan, fits: Fits | None = None, *, stock:
     the norm of a feed-forward part that goes stays: the engine's class has one there."""
     rewriter = _Rewriter(blueprint, plan, fits or {}, stock)
     rewritten = (rewriter(entry) for entry in blueprint.entries)
-    return [*_with_leaders(piece for piece in rewritten if piece is not None), *rewriter.added()]
+    written = _of_one_packing([piece for piece in rewritten if piece is not None])
+    return [*_with_leaders(written), *rewriter.added()]
+
+
+def _of_one_packing(written: list[Piece]) -> list[Piece]:
+    """Where a plan packs in another layout than one that a config says of all matrices, what the source has
+    in that is stored as what it decodes to."""
+    new = {piece.encoding.layout for piece in written if piece.encoding is not None and piece.encoding.by}
+    return [replace(piece, plain=True, encoding=None) if new and _stands_alone(piece, new) else piece
+            for piece in written]  # fmt: skip
+
+
+def _stands_alone(piece: Piece, new: Collection[str]) -> bool:
+    """Whether a piece stays in a layout of the source that goes with no other, such as `new` ones."""
+    packed = piece.ref.packed
+    kept = packed is not None and (piece.encoding is None or piece.encoding.by is None)
+    return kept and codec_in(piece.ref).one_format and codec_in(piece.ref).layout not in new
 
 
 def _with_leaders(written: Iterable[Piece]) -> Iterator[Piece]:
@@ -199,6 +215,7 @@ class _Rewriter:
             return replace(piece, plain=True)
         how = Encoding(packed.format, packed.layout)
         if piece.blend or piece.folds or piece.refit or piece.pruned:
+            codec_in(entry.ref).check_anew(packed.format, piece.shape, entry.ref.name)
             return replace(piece, encoding=replace(how, again=True))
         return replace(piece, scale=1.0, encoding=replace(how, factor=piece.scale))
 

@@ -33,7 +33,7 @@ from moespresso.core.unit import Unit
 from moespresso.effect import dropped_units, is_part, merged_into, mixtures_ahead, remains, size_of
 from moespresso.export import formed
 from moespresso.fit import Clock
-from moespresso.formats import codec_named, codec_of
+from moespresso.formats import codec_in, codec_named, codec_of
 from moespresso.model import auto_class, is_apart, is_unequal, skeleton
 from moespresso.report import LayerScores, Report, machine, model_card, shareable, source_licence, versions
 from moespresso.run.pipeline import Decided
@@ -254,9 +254,15 @@ def _plain_notes(view: View) -> list[str]:
     notes = [
         f"{small} matrices that were stored with a mask, as factors or in part have new values, and are stored plainly"
     ]
-    rows = len(before) - small
+    mixed = sum(piece.plain and piece.take is None and piece.source.ref.packed is not None
+                and not codec_in(piece.source.ref).own for piece in view.pieces)  # fmt: skip
+    notes += [
+        f"{mixed} matrices that were packed are stored as what they decode to: config.json can name one packing, and a step packs in another"
+    ] * bool(mixed)
+    notes = notes if small else notes[1:]
+    rows = len(before) - small - mixed
     cut = [f"{rows} matrices that were packed lose rows (routers), and what is left is stored plainly"]
-    return (notes if small else []) + (cut if rows else [])
+    return notes + (cut if rows else [])
 
 
 def _coverage_notes(coverage: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -168,7 +168,10 @@ def _decodes(view: View) -> str:
             shape = tuple(reader.tensor(piece.source.ref).shape)
             _require(shape == piece.shape, f"{piece.name} decodes to {shape}, not {piece.shape}")
             scale = reader.tensor(packed.parts[held.scaled])
-            _require(not held.rounds or bool((scale != 0).all()), f"{piece.name} has scales that are zero")
+            _require(
+                not held.rounds or held.zero_scales or bool((scale != 0).all()),
+                f"{piece.name} has scales that are zero",
+            )
             counts[held.label(packed.format)] += 1
     counted = [f"{count} matrices of {bits}" for bits, count in sorted(counts.items())]
     return ", ".join([*counted, *filter(None, [_by_library(view.checkpoint)])])
