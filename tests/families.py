@@ -474,6 +474,59 @@ def is_router(name: str) -> bool:
 # On disk
 
 
+def with_prediction_layer(folder: Path, *, seed: int = 5) -> Path:
+    """Give the checkpoint in `folder` (of one shard) a layer that predicts the token after the next, as DeepSeek and GLM
+    publish theirs: numbered behind the last decoder layer, with norms and a projection of its own around a copy of it.
+    Its experts are drawn anew, loud and quiet ones, so that which of them goes is not what goes in the trunk."""
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    last, hidden = config["num_hidden_layers"] - 1, config["hidden_size"]
+    layer = {name.replace(f"layers.{last}.", "", 1).removeprefix("model."): tensor
+             for name, tensor in tensors.items() if name.startswith(f"model.layers.{last}.")}  # fmt: skip
+    around = {
+        name: torch.ones(hidden) for name in ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")
+    }
+    around["eh_proj.weight"] = torch.empty(hidden, 2 * hidden)
+    _write_beside(folder, tensors, f"model.layers.{last + 1}.", _redrawn({**layer, **around}, seed))
+    config = {key: value for key, value in config.items() if key != "num_mtp_layers"}
+    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}, indent=2))
+    return folder
+
+
+def with_mtp_module(folder: Path, *, seed: int = 5) -> Path:
+    """Give the checkpoint in `folder` (of one shard) a prediction layer as Qwen3-Next publishes it: `mtp.layers.0.*` of full
+    attention, and around it `mtp.fc` and norms; its config counts it in no key that its class knows."""
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    hidden = config["hidden_size"]
+    last = max(int(name.split(".")[2]) for name in tensors if ".self_attn." in name)
+    layer = {name.replace(f"model.layers.{last}.", "layers.0."): tensor
+             for name, tensor in tensors.items() if name.startswith(f"model.layers.{last}.")}  # fmt: skip
+    around = {name: torch.ones(hidden)
+              for name in ("norm.weight", "pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight")}  # fmt: skip
+    around["fc.weight"] = torch.empty(hidden, 2 * hidden)
+    _write_beside(folder, tensors, "mtp.", _redrawn({**layer, **around}, seed))
+    return folder
+
+
+def _redrawn(tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """The same shapes and dtypes with other values; of experts every second one has values nearer to one another."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        values = _sample(name, tensor.float(), generator, fan_dim=-1)
+        number = re.search(r"experts\.(\d+)\.", name)
+        if number and int(number[1]) % 2:
+            values = values.sign() * (values.abs() * values.abs().mean()).sqrt()
+        drawn[name] = values.to(tensor.dtype if name in tensors else torch.bfloat16)
+    return drawn
+
+
+def _write_beside(folder: Path, tensors: dict[str, Tensor], prefix: str, more: Mapping[str, Tensor]) -> None:
+    named = {prefix + name: tensor for name, tensor in more.items()}
+    save_file({**tensors, **named}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def write_checkpoint(
     family: str,
     folder: Path,

@@ -410,12 +410,17 @@ class TestWrite:
 class TestSidecars:
     def test_what_travels_what_is_ours_and_what_is_left(self, tmp_path: Path):
         travel = ["LICENSE.txt", "NOTICE", "chat_template.jinja", "generation_config.json", "merges.txt",
-                  "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"]  # fmt: skip
+                  "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+                  "tekken.json", "tiktoken.model", "qwen.tiktoken", "sentencepiece.bpe.model", "spiece.model", "entity_vocab.json",
+                  "added_tokens.json", "preprocessor_config.json", "audio_preprocessor_config.json"]  # fmt: skip
         left = [
             "modeling_own.py",
             "tokenization_own.py",
             "tokenizer.py",
             "training_args.bin",
+            "processing_own.py",
+            "trainer_state.json",
+            "hf_quant_config.json",
         ]
         ours = [
             "README.md",

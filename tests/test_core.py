@@ -319,9 +319,7 @@ def _entry(name: str, shape: tuple[int, ...], unit: Unit, axis: int | None = Non
 
 
 def test_what_is_outside_the_graph_passes_through():
-    stray = Entry(
-        TensorRef("layers.1.mlp.experts.3.x", (4,), "BF16", "f"), Unit(1, "experts", 3), in_graph=False
-    )
+    stray = Entry(TensorRef("layers.1.mlp.x", (4,), "BF16", "f"), Unit(1), in_graph=False, ahead=Unit(0))
     blueprint = Blueprint("made", "made-up", "x", 8, 16, False, (LayerSpec(1, "attention", 4),), (stray,))
     assert [piece.name for piece in pieces(blueprint, keeping({1: (0, 1)}))] == [stray.ref.name]
     assert blueprint.outside == (stray,)

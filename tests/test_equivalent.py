@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +22,12 @@ from tokenizers import Tokenizer, models, normalizers
 from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers import AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import families
+from conftest import tiny_tokenizer
+from moespresso import api
 from moespresso.build import Tensors, View
 from moespresso.build.write import shards_of, write_shard
 from moespresso.checkpoint import Checkpoint, open_checkpoint
@@ -269,9 +273,12 @@ def test_there_is_nowhere_to_go_from_the_new_house(tmp_path: Path, case: str) ->
 
 def test_the_table_is_of_houses_that_transformers_can_build() -> None:
     assert {equivalent.target for equivalent in EQUIVALENTS} <= MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
-    assert {equivalent.source for equivalent in EQUIVALENTS}.isdisjoint(
-        equivalent.target for equivalent in EQUIVALENTS
-    )
+    # A family that transformers has moves once; one that it does not have may be adopted by one that moves.
+    moves = [equivalent for equivalent in EQUIVALENTS if equivalent.source in CONFIG_MAPPING]
+    adopted = {equivalent.source for equivalent in EQUIVALENTS} - set(CONFIG_MAPPING)
+    targets = {equivalent.target for equivalent in EQUIVALENTS}
+    assert {equivalent.source for equivalent in moves}.isdisjoint(equivalent.target for equivalent in moves)
+    assert adopted.isdisjoint(targets)
     factors = [rename.factor for equivalent in EQUIVALENTS for rename in equivalent.renames]
     assert all(math.frexp(factor)[0] == 0.5 for factor in factors), "a factor is no power of two"
 
@@ -661,3 +668,77 @@ def test_zeros_and_factors_are_written_among_the_rest(tmp_path: Path) -> None:
     assert {name: tensor.flatten().tolist() for name, tensor in found.items()} == {
         "a": [0, 1, 2], "z": [0] * 4, "b": [2] * 4,
     }  # fmt: skip
+
+
+# Kimi-K2, whose code is DeepSeek-V3's
+
+
+OLD_ROPE = {"rope_theta": 5e4, "rope_scaling": {
+    "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0,
+    "mscale_all_dim": 1.0}}  # fmt: skip
+
+
+def kimi(folder: Path) -> tuple[Path, Path]:
+    """The same random weights under the name of each family, the config as such models are published with."""
+    families.build("deepseek_v3").save_pretrained(folder / "deepseek_v3")
+    said = json.loads((folder / "deepseek_v3" / "config.json").read_text()) | OLD_ROPE
+    del said["rope_parameters"]
+    said |= {
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "moe_layer_freq": 1,
+        "ep_size": 1,
+        "seq_aux": True,
+    }
+    (folder / "deepseek_v3" / "config.json").write_text(json.dumps(said))
+    shutil.copytree(folder / "deepseek_v3", folder / "kimi_k2")
+    code = {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}
+    (folder / "kimi_k2" / "config.json").write_text(
+        json.dumps(said | {"model_type": "kimi_k2", "auto_map": code})
+    )
+    return folder / "kimi_k2", folder / "deepseek_v3"
+
+
+def test_kimi_k2_is_adopted_and_computes_what_its_code_does(tmp_path: Path) -> None:
+    source, twin = kimi(tmp_path)
+    adopted = adopt(open_checkpoint(source))
+    assert isinstance(adopted, Converted)
+    assert (adopted.config["model_type"], "auto_map" in adopted.config) == ("deepseek_v3", False)
+    assert adopted.tensors == open_checkpoint(twin).tensors
+    reference = families.reference(twin)
+    ids = families.random_ids(reference.config, 3, 17)
+    close(streamed_logits(view_of(adopted), ids), families.logits_of(reference, ids))
+    for step in ("expert_drop:ratio=0.25,score=aimer", "rtn:group_size=0"):
+        for folder in (source, twin):
+            api.press(folder, out=tmp_path / f"{folder.name} {step}", steps=[step])
+        found = api.verify(tmp_path / f"kimi_k2 {step}", against=source)
+        assert found["ok"], found
+        pressed, wanted = (
+            tmp_path / f"{folder.name} {step}" / "model.safetensors" for folder in (source, twin)
+        )
+        assert pressed.read_bytes() == wanted.read_bytes()
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    ({"scoring_func": "softmax"}, "its router does not score by sigmoid"),
+    ({"topk_method": "greedy"}, "its router selects in another way"),
+    ({"moe_layer_freq": 2}, "not every layer behind the dense ones has experts"),
+    ({"n_group": None}, "its n_group is not a whole number of at least 1"),
+])  # fmt: skip
+def test_what_kimi_k2_may_not_say_is_refused(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    config = json.loads((kimi(tmp_path)[0] / "config.json").read_text())
+    with pytest.raises(UserError, match=f"cannot be presented as deepseek_v3 .{reason}"):
+        adopt(Checkpoint(tmp_path, config | changes, {}))
+    for key in ("rope_theta", "routed_scaling_factor"):
+        less = {name: value for name, value in config.items() if name != key}
+        with pytest.raises(UserError, match=f"its config does not say {key}"):
+            adopt(Checkpoint(tmp_path, less, {}))
+
+
+def test_kimi_k2_reads_text_and_moves_on_where_layers_lose_their_mixture(tmp_path: Path, text: Path) -> None:
+    """Its family is unknown to the tokenizer's loader too, and DeepSeek-V3 has an equivalent of its own."""
+    source, _ = kimi(tmp_path)
+    tiny_tokenizer().save_pretrained(source)
+    api.press(source, out=tmp_path / "out", texts=[text], steps=["layer_drop"], samples=4, length=16)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "glm4_moe_lite"
+    assert api.verify(tmp_path / "out", against=source)["ok"]

@@ -27,6 +27,7 @@ from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.unit import Unit
 from moespresso.data import Source
 from moespresso.effect import validated
+from moespresso.model import quirks
 from test_engine import close, streamed_logits, view_of, written
 
 # Multi-head latent attention, and the same with an index of what to look at.
@@ -308,3 +309,25 @@ def test_a_dense_model_streams_as_stock_and_has_nothing_to_drop(
 def test_a_model_built_otherwise_is_refused_in_one_sentence(checkpoint: Written) -> None:
     with pytest.raises(UserError, match=r"decoder layers of .* are not where this version looks"):
         api.inspect(checkpoint("gpt2", {}))
+
+
+@pytest.mark.parametrize(
+    ("family", "cure"),
+    [
+        ("deepseek_v41", "choose a model of a family that it has"),
+        ("kimi_vl", "computes as deepseek_v3: give a checkpoint of that alone"),
+        ("minimax_m1", "ends in -hf: give that one"),
+    ],
+)
+def test_of_an_unknown_family_is_said_what_is_known(tmp_path: Path, family: str, cure: str) -> None:
+    """And no other family is suggested that only has a name like it."""
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{family}"}}')
+    with pytest.raises(
+        UserError, match=rf"model_type '{family}' is unknown to transformers 5.* {cure}$"
+    ) as refused:
+        api.inspect(tmp_path / "config.json")
+    assert "did you mean" not in str(refused.value)
+
+
+def test_what_is_said_of_unknown_families_is_of_unknown_ones() -> None:
+    assert quirks.ELSEWHERE.keys().isdisjoint(CONFIG_MAPPING)

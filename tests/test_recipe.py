@@ -80,13 +80,13 @@ def test_what_is_resolved_stands_in_the_order_of_manifests(recipe_file):
     code = {"path": f"{path.parent}/text/code.jsonl", "weight": 3.0, "field": "content", "join": False}
     wiki = {"dataset": "wikitext2", "weight": 1.0, "split": "validation", "join": False}
     said = Recipe.load(path).resolved()
-    assert list(said) == ["model", "calibration", "steps", "budget", "target", "seed"]
+    assert list(said) == ["model", "calibration", "steps", "budget", "target", "mtp", "seed"]
     assert json.dumps(said["calibration"]) == json.dumps(
         {"texts": [code, wiki], "samples": 16, "length": 64, "mode": "pack"}
     )
     assert json.dumps(Recipe().resolved()) == (
         '{"calibration": {"texts": [], "samples": 128, "length": 2048, "mode": "auto"}, "steps": [], '
-        '"target": "transformers", "seed": 0}'
+        '"target": "transformers", "mtp": "like_trunk", "seed": 0}'
     )
 
 

@@ -56,6 +56,7 @@ from moespresso.run import (
     Options,
     Order,
     Recipe,
+    ahead_notes,
     decide,
     fit_again,
     format_notes,
@@ -85,7 +86,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
     alone = _config_alone(typed(model, "MODEL"))
     view = config_view(place(model)) if alone else open_view(locate(model))
     blueprint, cost = view.blueprint, view.blueprint.cost()
-    notes = [*source_notes(view), *format_notes(view)]
+    notes = [*source_notes(view), *format_notes(view), *ahead_notes(view)]
     if alone:
         notes.append("priced from its config alone: no tensor was seen")
     if is_unequal(view.checkpoint.config):
@@ -262,7 +263,7 @@ def press(
     tokens = batches.digest if batches is not None else ""
     settings = json.dumps([step.describe() for step in steps], sort_keys=True)
     identity = stats_key("press", VERSION, view.source.digest, settings, tokens, recipe.target, str(recipe.seed),
-                         runtime.dtype)  # fmt: skip
+                         recipe.mtp, runtime.dtype)  # fmt: skip
     order = Order(
         place(out, "--out"), identity, recipe.target, recipe.resolved(), recipe.seed, recipe.budget.size
     )
@@ -297,7 +298,7 @@ def build(
         view = in_some_form(open_view(locate(model)), steps, tried)
     batches = _text_of_plan(view, saved, recipe)
     request = {"calibration": dict(saved.calibration), "steps": [dict(stage.method) for stage in saved.stages],
-            "target": target, "seed": saved.seed}  # fmt: skip
+            "target": target, "mtp": saved.mtp.wish, "seed": saved.seed}  # fmt: skip
     identity = stats_key("build", VERSION, view.source.digest, saved.digest, target, runtime.dtype,
                          batches.digest if batches is not None else "")  # fmt: skip
     order = Order(place(out, "--out"), identity, target, request, saved.seed)

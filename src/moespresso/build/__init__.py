@@ -24,7 +24,7 @@ from moespresso.build.packing import (
 )
 from moespresso.build.reach import num_positions
 from moespresso.build.tensors import Lazy, Tensors
-from moespresso.build.view import View
+from moespresso.build.view import View, misfit_ahead
 from moespresso.build.write import write_folder
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "in_order",
     "load_model",
     "make_meta_model",
+    "misfit_ahead",
     "needs_engine",
     "num_positions",
     "one_format",

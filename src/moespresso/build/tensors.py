@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from moespresso.checkpoint import TORCH_DTYPES, Reader, count_nonfinite
-from moespresso.core.blueprint import TensorRef
+from moespresso.core.blueprint import Entry, TensorRef
 from moespresso.core.errors import NonFiniteError
 from moespresso.core.method import Prunes, Quantizes
-from moespresso.effect import Encoding, Fold, Member, Piece
+from moespresso.effect import Encoding, Fold, Member, Piece, Slim
 from moespresso.formats import Codec, codec_in, codec_named, times
 
 _CHUNK = 16 << 20
@@ -37,6 +37,7 @@ class Tensors:
         self.reader = Reader(folder)
         self.nonfinite: dict[str, int] = {}
         self._parts: dict[tuple[str, str], Tensor] = {}
+        self._strong: tuple[str, Tensor] = "", torch.empty(0)  # which channels stay, of the last expert
 
     def __enter__(self) -> Tensors:
         return self
@@ -53,7 +54,7 @@ class Tensors:
         if piece.take is None and piece.copied:
             tensor = self.reader.tensor(piece.source.ref)
             self._look(piece, tensor)
-            return tensor
+            return _as_plain(piece, tensor)
         return torch.cat([*self.chunks(piece)]).view(piece.shape)
 
     def chunks(self, piece: Piece) -> Iterator[Tensor]:
@@ -64,6 +65,9 @@ class Tensors:
             return
         if piece.matrix is not None:
             yield self._part(piece.matrix, piece.part).reshape(-1)
+            return
+        if piece.slim is not None:
+            yield self._slimmed(piece, piece.slim).reshape(-1)
             return
         if piece.filled:
             yield self._with_zeros(piece).reshape(-1)
@@ -97,7 +101,26 @@ class Tensors:
             step = _CHUNK // flat.element_size()
             for chunk in (flat[start : start + step] for start in range(0, flat.numel(), step)):
                 self._look(piece, chunk)
-                yield chunk if piece.scale == 1 else times(chunk, piece.scale)
+                yield _as_plain(piece, chunk if piece.scale == 1 else times(chunk, piece.scale))
+
+    def _slimmed(self, piece: Piece, slim: Slim) -> Tensor:
+        """One matrix of an expert with the channels that are strongest over all of its matrices."""
+        expert = slim.matrices[0].ref.name
+        if self._strong[0] != expert:
+            norms = [self._channel_norms(entry) for entry in slim.matrices if entry.channel_axis is not None]
+            scores = torch.stack(norms).log().sum(0)
+            order = torch.argsort(scores, descending=True, stable=True)
+            self._strong = expert, order[: slim.channels].sort().values
+        axis = piece.source.channel_axis
+        assert axis is not None
+        tensor = self.reader.tensor(piece.source.ref)
+        self._look(piece, tensor)
+        return tensor.index_select(axis, self._strong[1])
+
+    def _channel_norms(self, entry: Entry) -> Tensor:
+        """How much each channel has of a matrix [out, in]: the norm of its row or column."""
+        values = self.reader.tensor(entry.ref).double()
+        return values.norm(dim=-2 if entry.channel_axis == -1 else -1) if values.dim() > 1 else values.abs()
 
     # Packed matrices
 
@@ -236,6 +259,11 @@ class Lazy:
     def __getitem__(self, index: object) -> Tensor:
         assert index is Ellipsis
         return self._tensors.whole(self.piece)
+
+
+def _as_plain(piece: Piece, values: Tensor) -> Tensor:
+    """Values of a matrix that is packed no longer, in the dtype that it is written in."""
+    return values.to(TORCH_DTYPES[piece.ref.dtype]) if piece.plain else values
 
 
 def two(shape: tuple[int, ...]) -> tuple[int, int]:

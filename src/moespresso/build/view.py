@@ -24,7 +24,19 @@ from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.core.plan import Plan
 from moespresso.core.unit import Unit
-from moespresso.effect import Fits, Piece, Remains, laid_out, pieces, pressed_blueprint, remains, stored
+from moespresso.effect import (
+    Fits,
+    Piece,
+    Remains,
+    changes_experts,
+    laid_out,
+    mixtures_ahead,
+    pieces,
+    pressed_blueprint,
+    remains,
+    size_of,
+    stored,
+)
 from moespresso.formats import codec_named
 from moespresso.model import (
     MetaModel,
@@ -32,6 +44,7 @@ from moespresso.model import (
     joined,
     packed_alone,
     pressed_config,
+    size_in_config,
     skeleton,
     unreadable,
     with_dense,
@@ -112,8 +125,14 @@ class View:
             return config
         layout = next(piece.ref.packed.layout for piece in self.pieces if piece.ref.packed is not None)
         packed, plain = self._modules(config)
-        section = packing_config(packed, plain, layout=layout, stock=one_format(self))
-        if computes_in := codec_named(layout).computes_in:  # its engines compute in the dtype of the scales
+        section, codec = (
+            packing_config(packed, plain, layout=layout, stock=one_format(self)),
+            codec_named(layout),
+        )
+        before = self.checkpoint.config.get(SECTION) or {}
+        if codec.engine and before.get("quant_method") == codec.engine:
+            section = codec.carried(section, before)
+        if computes_in := codec.computes_in:  # its engines compute in the dtype of the scales
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = computes_in
         return config | {SECTION: section}
 
@@ -208,6 +227,8 @@ class View:
             check_tensors(self.config, [piece.ref for piece in self.pieces], self.source.place)
         except UserError as error:
             raise UserError(f"the plan's tensors do not fit the model its config makes: {error}") from error
+        if changes_experts(self.plan, self.source) and (reason := misfit_ahead(self)):
+            raise UserError(f"{self.source.place}: {reason}: say --mtp drop")
 
     def meta_model(self, tensors: Tensors, dtype: torch.dtype, device: torch.device) -> MetaModel:
         """The model on `meta`, ready to load the pieces layer by layer."""
@@ -215,6 +236,16 @@ class View:
         return MetaModel(
             self.config, lazy, self.blueprint.layers, place=self.source.place, dtype=dtype, device=device
         )
+
+
+def misfit_ahead(view: View) -> str | None:
+    """Why an engine cannot load the prediction layers of a view with its config; None where it can."""
+    size = size_in_config(view.config, view.blueprint)
+    for layer, entries in mixtures_ahead(view.blueprint).items():
+        if size is not None and (held := size_of(entries)) != size:
+            has = held or "experts whose numbers and router do not agree"
+            return f"prediction layer {layer} has {has}, where the config says {size} for all layers"
+    return None
 
 
 def _as_stub(layer: LayerSpec, bodies: dict[int, str], width: int) -> LayerSpec:

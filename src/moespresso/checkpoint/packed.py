@@ -2,7 +2,8 @@
 
 Three layouts are understood, with integers of 2 to 8 bits and scales per group or channel:
 compressed-tensors' `pack-quantized`, in which `config.json` says by regular expressions which modules have
-how many bits, and those of GPTQ and AWQ, which have one format for all (`section` reads what it says).
+how many bits, and those of GPTQ and AWQ, which have one format for all (`section` reads what it says). Those
+whose codec reads its own section, such as FP8 by blocks, need nothing here.
 `joined` replaces the tensors of each matrix by one reference with the shape and dtype of what it decodes to,
 and refuses tensors beside them that it does not know; `packing_config` writes the section of `config.json`
 again.
@@ -63,6 +64,7 @@ def joined(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: 
         codec = stems.get(stem)
         if codec is None or suffix not in codec.parts:
             _check_beside(name, stems, place)
+            _check_whole(ref, place)
             joined_refs[name] = ref
         elif suffix == codec.parts[0]:
             format = section.format_of(stem)
@@ -77,6 +79,8 @@ def joined(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], folder: 
 
 def _check_plain(tensors: Mapping[str, TensorRef], folder: Path) -> None:
     """A config that says nothing of packed matrices must have none."""
+    for ref in tensors.values():
+        _check_whole(ref, str(folder))
     odd = next((name for name in tensors if name.endswith((".weight_packed", ".qweight"))), None)
     if odd is not None:
         raise UserError(
@@ -108,6 +112,16 @@ def _to_add(odd: str, tensors: Mapping[str, TensorRef], folder: Path) -> str:
     return f'add "{SECTION}": {json.dumps({"quant_method": method} | section)} (what {file} says, in the names of config.json)'
 
 
+def _check_whole(ref: TensorRef, place: str) -> None:
+    """A tensor that is no part of a packed matrix must be one by itself, which floats of eight bits are
+    not."""
+    if ref.dtype.startswith("F8_"):
+        raise UserError(
+            f"{place}: {ref.name} holds floats of eight bits without the scales (weight_scale_inv) or the {SECTION} of "
+            "config.json that say what they stand for: download the checkpoint again"
+        )
+
+
 def _check_beside(name: str, stems: Mapping[str, Codec], place: str) -> None:
     """A tensor that is no part of a packed matrix must be none that changes what such matrices compute."""
     stem, _, suffix = name.rpartition(".")
@@ -125,7 +139,7 @@ def _check_beside(name: str, stems: Mapping[str, Codec], place: str) -> None:
 def _packed_suffixes() -> frozenset[str]:
     """Ends of the names of tensors that belong to packed matrices, or to what is computed with them."""
     suffixes = (suffix for codec in codecs() if codec.packs for suffix in codec.parts)
-    return _FOREIGN.union(suffixes)
+    return _FOREIGN.union(suffixes) - {"weight"}
 
 
 def _above(module: str) -> Iterator[str]:
@@ -171,9 +185,8 @@ def _packed_ref(
     """The reference to one packed matrix; every part must have the shape and dtype that its format says."""
     first = parts[codec.parts[0]]
     shape, scaled = _size(stem, parts, format, codec, folder), parts[codec.scaled]
-    ref = pack(
-        TensorRef(f"{stem}.weight", shape, scaled.dtype, first.file, first.offset), format, codec.layout
-    )
+    dtype = codec.decoded or scaled.dtype
+    ref = pack(TensorRef(f"{stem}.weight", shape, dtype, first.file, first.offset), format, codec.layout)
     assert ref.packed is not None
     for suffix, wanted in ref.packed.parts.items():
         part = parts.get(suffix)

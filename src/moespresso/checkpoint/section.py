@@ -230,7 +230,11 @@ def _by_codec(settings: Settings, place: str) -> Section | None:
     for held in codecs():
         if not held.one_format or held.engine != settings.get("quant_method"):
             continue
-        if (format := held.read_section(settings)) is not None:
+        try:
+            format = held.read_section(settings)
+        except UserError as error:
+            raise UserError(f"{place}: {SECTION}: {error}") from error
+        if format is not None:
             return Section(held.layout, place, held.engine, groups={"": format}, raw=settings, by_codec=True)
     return None
 
@@ -250,9 +254,14 @@ def _layout(settings: Settings, section: object, place: str) -> str:
             return str(method)
         kinds = ["llm-awq"]
     words = " ".join(str(word) for word in (method, *dict.fromkeys(kinds)) if word)
+    cure = (
+        "give the checkpoint that it was made from, since its tool only packs others"
+        if method == "bitsandbytes"
+        else "give the unquantized one"
+    )
     raise UserError(
         f"{place} is already quantized ({words or section}), and of such checkpoints this version reads {METHOD} {KIND}, "
-        "gptq and awq (gemm) only: give the unquantized one"
+        f"gptq, awq (gemm) and fp8 by blocks only: {cure}"
     )
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from moespresso.checkpoint.files import is_other_weights
 from moespresso.checkpoint.writer import Written, write_file
 
-_TRAVEL = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-           "chat_template*", "*.tiktoken", "spiece.model", "sentencepiece*.model", "preprocessor_config.json",
-           "processor_config.json", "video_preprocessor_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*",
+# By what their names are made of, since every family has tokenizer and processor files of its own: tekken.json,
+# tiktoken.model, sentencepiece.bpe.model, audio_preprocessor_config.json.
+_TRAVEL = ("generation_config.json", "*token*", "tekken*", "*vocab*", "*merges*", "*.model", "*.bpe", "*.spm",
+           "*processor*.json", "*.jinja", "chat_template*", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*",
            "USE_POLICY*")  # fmt: skip
 # Written anew, or what the tensors came from: not worth a word. Weights in other forms are named with the source.
 _OURS = ("config.json", "*.safetensors", "*.safetensors.index.json", "README.md", "moespresso.json", ".*")

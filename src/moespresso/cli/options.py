@@ -51,6 +51,9 @@ RECIPE = _what("--recipe", Path | None, "YAML recipe; options override it.", par
 STEP = _what("--step", list[str] | None, "A step; repeat for several.", metavar="KIND[:key=value,...]")
 SIZE = _what("--size", str | None, "What may remain: 20GiB or 25%.", metavar="SIZE")
 TARGET = _what("--target", str | None, "Where it must load: transformers, vllm, llama.cpp, plugin.")
+MTP = _what(
+    "--mtp", str | None, "Multi-token prediction layers: keep, drop, or like_trunk: cut like it (like_trunk)."
+)
 SEED = _what("--seed", int | None, "Seed of every draw (0).")
 
 FILES = _text("--text", list[str] | None, "Text, JSON lines, Parquet or a folder; repeat for several "
@@ -69,12 +72,12 @@ NO_RESUME = _how("--no-resume", bool, "Start over in this folder.", default=Fals
 ALLOW_NONFINITE = _how("--allow-nonfinite", bool, "Count NaN in the weights as warnings.", default=False)
 JSON = _how("--json", bool, "One JSON object on standard output.", default=False)
 
-WHAT = (RECIPE, STEP, SIZE, TARGET, SEED)
+WHAT = (RECIPE, STEP, SIZE, TARGET, MTP, SEED)
 TEXT = (FILES, DATASET, SAMPLES, LENGTH, MODE)
 HOW = (DEVICE, DTYPE, MAX_MEMORY, NO_RESUME, ALLOW_NONFINITE, JSON)
 
 # Options that have a recipe's own names.
-_ALIKE = ("model", "samples", "length", "mode", "seed", "target", "size")
+_ALIKE = ("model", "samples", "length", "mode", "seed", "target", "size", "mtp")
 
 
 def takes(*options: Declared) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -116,7 +119,7 @@ def recipe_of(options: Mapping[str, Any]) -> Recipe:
 
 def check_wish(options: Mapping[str, Any]) -> None:
     """Refuse a verb that was given neither a step nor a recipe."""
-    if options["recipe"] is None and not options["step"]:
+    if options["recipe"] is None and not options["step"] and not options["mtp"]:
         raise UserError(
             "nothing was asked for: say --step KIND:key=value (see `moespresso methods`) or --recipe FILE"
         )

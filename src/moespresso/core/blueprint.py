@@ -84,7 +84,8 @@ class Entry:
     residual branch of the layer that goes with the tensor, norms included; `out_axis` the axis of its output,
     for what a branch ends with, and `multiplier` what the layer multiplies that with. `channel_axis` runs
     along the intermediate channels of an expert, counted from the last axis; gate and up may be `joined`
-    there, one behind the other or interleaved.
+    there, one behind the other or interleaved. `ahead` is the address of a tensor in the layers that predict
+    tokens further ahead, numbered from 0 as if these were a model of their own.
     """
 
     ref: TensorRef
@@ -96,6 +97,7 @@ class Entry:
     multiplier: float = 1.0
     channel_axis: int | None = None
     joined: Literal["", "halves", "interleaved"] = ""
+    ahead: Unit | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import Any, Literal, get_args
 
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.format import Format
@@ -123,6 +123,27 @@ def _ascending(numbers: list[Any], place: str) -> tuple[int, ...]:
     return tuple(found)
 
 
+Wish = Literal["keep", "like_trunk", "drop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """What becomes of the layers that predict tokens further ahead: they stay as they are, have their experts
+    cut like the trunk's, or go. `keep` holds the experts (ascending) of each that is cut, by its number."""
+
+    wish: Wish = "like_trunk"
+    keep: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> Ahead:
+        """What JSON holds of it; raises `ValueError` for anything else."""
+        wish, rows = given(body, "wish", str, "like_trunk"), given(body, "keep", dict[str, Any], {})
+        if wish not in get_args(Wish):
+            raise ValueError(f"mtp: wish {wish!r} is unknown{did_you_mean(wish, get_args(Wish))}")
+        keep = {int(layer): _ascending(given(rows, layer, list[Any]), f"mtp: keep {layer}") for layer in rows}
+        return cls(wish, keep)  # pyright: ignore[reportArgumentType]
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step of the recipe as decided: the method with its settings, and the treatments it chose."""
@@ -167,6 +188,7 @@ class Plan:
     calibration: Mapping[str, Any] = field(default_factory=dict[str, Any])
     made_by: str = ""
     seed: int = 0
+    mtp: Ahead = field(default_factory=Ahead)
 
     def kept_experts(self, layer: int, experts: int) -> tuple[int, ...]:
         """Source numbers of the experts of `layer` that survive all stages (a layer that goes as a whole
@@ -205,6 +227,8 @@ class Plan:
                   for stage in self.stages]  # fmt: skip
         body = {"blueprint": self.blueprint, "made_by": self.made_by, "seed": self.seed,
                 "calibration": dict(self.calibration), "stages": stages}  # fmt: skip
+        if self.mtp != Ahead():
+            body["mtp"] = asdict(self.mtp)
         return json.dumps(body, indent=1, default=_plain)
 
     def as_dict(self) -> dict[str, Any]:
@@ -226,7 +250,7 @@ class Plan:
         stages = tuple(_read_stage(row, f"stage {number}") for number, row in enumerate(rows))
         calibration = described(given(body, "calibration", dict[str, Any], {}))
         return cls(given(body, "blueprint", str), stages, calibration, given(body, "made_by", str, ""),
-                   given(body, "seed", int, 0))  # fmt: skip
+                   given(body, "seed", int, 0), Ahead.read(given(body, "mtp", dict[str, Any], {})))  # fmt: skip
 
     def save(self, path: Path) -> None:
         """Write the plan's JSON."""

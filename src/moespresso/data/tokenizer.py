@@ -6,11 +6,13 @@ there.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moespresso.core.errors import UserError, reason
 
@@ -27,7 +29,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer; raises `UserError` with the library's reason when there is none."""
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **_config(folder))
     except Exception as error:  # the library's own, whatever it raises
         raise UserError(
             f"{folder} has no tokenizer that transformers can load, so no text can be read ({reason(error)}): "
@@ -38,6 +40,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder} has a tokenizer without any tokens, so no text can be read: copy {FILES[0]} from the original model into it"
         )
     return tokenizer
+
+
+def _config(folder: Path) -> dict[str, PreTrainedConfig]:
+    """An empty config instead of that of a family which transformers does not have, and may stumble over."""
+    file = folder / "config.json"
+    family = json.loads(file.read_text()).get("model_type") if file.is_file() else None
+    return {} if family is None or family in CONFIG_MAPPING else {"config": PreTrainedConfig()}
 
 
 def _cure(folder: Path, error: Exception) -> str:

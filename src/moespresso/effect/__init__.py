@@ -1,6 +1,17 @@
 """What a plan does: what remains of a model, what is written in its place, what it costs, and whether it can
 be done."""
 
+from moespresso.effect.ahead import (
+    ExpertsSize,
+    changes_experts,
+    common,
+    is_understood,
+    kept_ahead,
+    mixtures_ahead,
+    size_left,
+    size_of,
+    strongest,
+)
 from moespresso.effect.check import check_plan, validated
 from moespresso.effect.cuts import Cut, Fits, cuts, fitted_key, is_left, is_part, key, needs_fit
 from moespresso.effect.matrices import (
@@ -16,7 +27,7 @@ from moespresso.effect.matrices import (
     step_of,
     treats_matrices,
 )
-from moespresso.effect.piece import Encoding, Fold, Member, Piece, laid_out, stored
+from moespresso.effect.piece import Encoding, Fold, Member, Piece, Slim, laid_out, stored
 from moespresso.effect.remains import SILENT_KV, Remains, dropped_units, merged_into, pressed_layers, remains
 from moespresso.effect.rewrite import biased_stubs, folds_into, pieces, pressed_blueprint, price
 
@@ -25,15 +36,19 @@ __all__ = [
     "SILENT_KV",
     "Cut",
     "Encoding",
+    "ExpertsSize",
     "Fits",
     "Fold",
     "Member",
     "Piece",
     "Remains",
+    "Slim",
     "biased_stubs",
+    "changes_experts",
     "channels_of",
     "check_all_storable",
     "check_plan",
+    "common",
     "cuts",
     "dropped_units",
     "fits_on_text",
@@ -44,9 +59,12 @@ __all__ = [
     "is_matrix",
     "is_part",
     "is_stack",
+    "is_understood",
+    "kept_ahead",
     "key",
     "laid_out",
     "merged_into",
+    "mixtures_ahead",
     "narrowed",
     "needs_fit",
     "pieces",
@@ -55,8 +73,11 @@ __all__ = [
     "price",
     "remains",
     "scale_dtypes",
+    "size_left",
+    "size_of",
     "step_of",
     "stored",
+    "strongest",
     "treats_matrices",
     "validated",
 ]

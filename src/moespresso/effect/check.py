@@ -14,6 +14,7 @@ from moespresso.core.blueprint import BRANCHES, Blueprint, LayerSpec
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan, Stage, Treatment
 from moespresso.core.unit import Unit
+from moespresso.effect.ahead import check_ahead
 from moespresso.effect.cuts import REPAIRS, cuts
 from moespresso.effect.matrices import REFIT, check_formats, check_step
 from moespresso.effect.remains import ROWS_STAY, remains
@@ -64,6 +65,7 @@ def check_plan(plan: Plan, blueprint: Blueprint, *, steps: bool = False) -> None
     for index, kept in left.experts.items():
         _check_layer(specs[index], kept)
     _check_rows(plan)
+    check_ahead(plan, blueprint)
 
 
 def _check_treatment(unit: Unit, treatment: Treatment, layer: LayerSpec, blueprint: Blueprint) -> None:

@@ -79,6 +79,15 @@ class Fold:
     values: Tensor | None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Slim:
+    """Of an expert whose `matrices` these are only the strongest `channels` stay: those with the largest
+    product of what its matrices hold of each, as norms."""
+
+    matrices: tuple[Entry, ...]
+    channels: int
+
+
 @dataclass(frozen=True)
 class Piece:
     """One tensor to write: `source` bytes, of which only `take` along `axis` (None: all), times `scale`.
@@ -88,8 +97,9 @@ class Piece:
     up to its shape, which is that of something wider. `values` is what stands in its place, where that was
     fitted (`refit`: whether or not it is known yet); with `encoding` all of that is packed, and what was
     stored as less than it is becomes `plain` again where its values change, as does a packed matrix that
-    loses rows. `unit` is its address in the result. `part` of the matrix `matrix` is one of the tensors that
-    it is stored as. Where it `joins` others, these are laid end to end, and `source` is that of the first.
+    loses rows. With `slim` it loses channels by weights alone. `unit` is its address in the result. `part` of
+    the matrix `matrix` is one of the tensors that it is stored as. Where it `joins` others, these are laid
+    end to end, and `source` is that of the first.
     """
 
     name: str
@@ -110,6 +120,7 @@ class Piece:
     part: str = ""
     matrix: Piece | None = None
     joins: tuple[Piece, ...] = ()
+    slim: Slim | None = None
 
     @property
     def unit(self) -> Unit:
@@ -145,7 +156,8 @@ class Piece:
     @property
     def changed(self) -> bool:
         """Whether its values are others than the source's, encoding aside."""
-        return self.scale != 1 or self.refit or self.filled or bool(self.blend or self.folds or self.pruned)
+        marks = self.blend or self.folds or self.pruned or self.slim
+        return self.scale != 1 or self.refit or self.filled or bool(marks)
 
     @property
     def copied(self) -> bool:

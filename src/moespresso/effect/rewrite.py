@@ -10,7 +10,7 @@ sum of what will be written.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,7 @@ from moespresso.core.cost import Cost
 from moespresso.core.format import Format
 from moespresso.core.plan import Plan, Treatment
 from moespresso.core.unit import Unit
+from moespresso.effect.ahead import Predictions
 from moespresso.effect.cuts import Fits, Repair, cuts, fitted_key, key
 from moespresso.effect.matrices import format_of, narrowed, replaces, scale_dtypes
 from moespresso.effect.piece import Encoding, Fold, Member, Piece, Pruned, led
@@ -40,7 +41,23 @@ def pieces(blueprint: Blueprint, plan: Plan, fits: Fits | None = None, *, stock:
     the norm of a feed-forward part that goes stays: the engine's class has one there."""
     rewriter = _Rewriter(blueprint, plan, fits or {}, stock)
     rewritten = (rewriter(entry) for entry in blueprint.entries)
-    return [*_with_leaders(piece for piece in rewritten if piece is not None), *rewriter.added()]
+    written = _of_one_packing([piece for piece in rewritten if piece is not None])
+    return [*_with_leaders(written), *rewriter.added()]
+
+
+def _of_one_packing(written: list[Piece]) -> list[Piece]:
+    """Where a plan packs in another layout than one that a config says of all matrices, what the source has
+    in that is stored as what it decodes to."""
+    new = {piece.encoding.layout for piece in written if piece.encoding is not None and piece.encoding.by}
+    return [replace(piece, plain=True, encoding=None) if new and _stands_alone(piece, new) else piece
+            for piece in written]  # fmt: skip
+
+
+def _stands_alone(piece: Piece, new: Collection[str]) -> bool:
+    """Whether a piece stays in a layout of the source that goes with no other, such as `new` ones."""
+    packed = piece.ref.packed
+    kept = packed is not None and (piece.encoding is None or piece.encoding.by is None)
+    return kept and codec_in(piece.ref).one_format and codec_in(piece.ref).layout not in new
 
 
 def _with_leaders(written: Iterable[Piece]) -> Iterator[Piece]:
@@ -76,6 +93,7 @@ class _Rewriter:
     def __init__(self, blueprint: Blueprint, plan: Plan, fits: Fits, stock: bool) -> None:
         self._blueprint, self._plan, self._fits, self._stock = blueprint, plan, fits, stock
         self._left = remains(plan, blueprint)
+        self._predictions = Predictions(plan, blueprint)
         self._fitted_stages = {
             int(name.partition("/")[0]) for name in self._fits
         }  # stages that have found what they need
@@ -102,17 +120,16 @@ class _Rewriter:
     def __call__(self, entry: Entry) -> Piece | None:
         """The piece that `entry` becomes, or None when it is removed."""
         layer = entry.unit.layer
+        if entry.ahead is not None:
+            return self._behind(self._predictions(entry), layer)
         if layer is None:
             return self._encode(
                 self._with_pruning(Piece(entry.ref.name, entry.ref.shape, entry), entry), entry
             )
-        if not entry.in_graph and layer >= len(self._blueprint.layers):
-            beyond = len(self._left.layers) + layer - len(self._blueprint.layers)
-            return self._renumber(Piece(entry.ref.name, entry.ref.shape, entry), layer, beyond)
         if layer not in self._left.layers or self._is_cut(entry, layer):
             return None
         piece = self._of_experts(entry, layer) if layer in self._left.experts and entry.in_graph else None
-        if entry.unit.expert is not None and layer in self._left.experts and piece is None:
+        if entry.in_graph and entry.unit.expert is not None and layer in self._left.experts and piece is None:
             return None
         piece = piece or Piece(entry.ref.name, entry.ref.shape, entry)
         if folds := self._folds_on(entry, layer):
@@ -120,6 +137,13 @@ class _Rewriter:
         piece = replace(piece, shape=self._narrow_shape(piece, entry))
         piece = self._encode(self._with_refits(self._with_pruning(piece, entry), entry), entry)
         return self._renumber(piece, layer, self._left.position(layer))
+
+    def _behind(self, piece: Piece | None, layer: int | None) -> Piece | None:
+        """A piece of a prediction layer; one that is numbered like a decoder layer follows the last of
+        these."""
+        if piece is None or layer is None:
+            return piece
+        return self._renumber(piece, layer, len(self._left.layers) + layer - len(self._blueprint.layers))
 
     def _narrow_shape(self, piece: Piece, entry: Entry) -> tuple[int, ...]:
         """The shape with the channels that are left."""
@@ -191,6 +215,7 @@ class _Rewriter:
             return replace(piece, plain=True)
         how = Encoding(packed.format, packed.layout)
         if piece.blend or piece.folds or piece.refit or piece.pruned:
+            codec_in(entry.ref).check_anew(packed.format, piece.shape, entry.ref.name)
             return replace(piece, encoding=replace(how, again=True))
         return replace(piece, scale=1.0, encoding=replace(how, factor=piece.scale))
 

@@ -67,7 +67,7 @@ def _holds(words: str, view: View, load: Load) -> bool:
     with suppress(UserError):
         step: Any = parse_step(words)
         step.check(view.source)
-        empty = Plan(view.source.digest)
+        empty = Plan(view.source.digest, mtp=view.plan.mtp)
         made = validated(replace(empty, stages=(step.outline(view.source, empty),)), view.source)
         load(replace(view, plan=made))
         return True
@@ -80,7 +80,7 @@ def repaired_otherwise(view: View, load: Load) -> str | None:
     stages = tuple(_mapped(stage) for stage in view.plan.stages)
     for form in (view, *equivalent_views(view)):
         with suppress(UserError):
-            load(replace(form, plan=Plan(form.source.digest, stages)))
+            load(replace(form, plan=Plan(form.source.digest, stages, mtp=view.plan.mtp)))
             return "repair=linear or repair=scale"
     return None
 

@@ -1,5 +1,6 @@
 """Runs one step: what it measures, decides, searches and fits, layer by layer."""
 
+from moespresso.fit.ahead import choose_ahead
 from moespresso.fit.job import Clock, Job
 from moespresso.fit.keep import Fitted
 from moespresso.fit.layerwise import fit_stage
@@ -15,6 +16,7 @@ __all__ = [
     "Judge",
     "StepResult",
     "all_needs",
+    "choose_ahead",
     "fit_stage",
     "measure",
     "run_step",

@@ -19,6 +19,7 @@ from moespresso.formats.codec import (
 )
 from moespresso.formats.compressed_tensors import CompressedTensors
 from moespresso.formats.factors import Factors, Pair, product
+from moespresso.formats.fp8 import Blocks, Fp8Blocks
 from moespresso.formats.gptq import GptqLayout
 from moespresso.formats.grids import Grid, Search, chosen, loss, minmax, raised, searched, spanned, stored
 from moespresso.formats.integer import (
@@ -43,9 +44,11 @@ __all__ = [
     "AwqLayout",
     "Bases",
     "Bitmask",
+    "Blocks",
     "Codec",
     "CompressedTensors",
     "Factors",
+    "Fp8Blocks",
     "GptqLayout",
     "Grid",
     "IntegerLayout",

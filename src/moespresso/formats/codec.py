@@ -29,7 +29,8 @@ Shapes = dict[str, tuple[tuple[int, ...], str]]
 Obstacle = Literal["", "own", "order", "zeros"]
 
 FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-_NAMES = FLOATS | {torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8", torch.int8: "I8"}
+_NAMES = FLOATS | {torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8", torch.int8: "I8",
+                   torch.float8_e4m3fn: "F8_E4M3"}  # fmt: skip
 
 
 class Codec(ABC):
@@ -59,6 +60,10 @@ class Codec(ABC):
     # Whether one section of the config says one format for all matrices, and in which dtype its engine computes.
     one_format: ClassVar[bool] = False
     computes_in: ClassVar[str] = ""
+    # The safetensors dtype that matrices are written in when they are no longer packed; empty: that of what is scaled.
+    decoded: ClassVar[str] = ""
+    # Whether a scale of zero is a part of the matrix that is zero, and no damage.
+    zero_scales: ClassVar[bool] = False
     # The settings of a format that its parts depend on, in a refusal; and what is stored, in another.
     said_by: ClassVar[str] = "the format"
     title: ClassVar[str] = ""
@@ -124,6 +129,10 @@ class Codec(ABC):
         """Whether weights that changed are encoded again."""
         return type(self).nearest is not Codec.nearest
 
+    def check_anew(self, format: Format, shape: tuple[int, ...], name: str) -> None:
+        """Raise `UserError` where a matrix of `shape` that is encoded again would be misread by an engine."""
+        _ = format, shape, name
+
     def numbers(self, parts: Parts, format: Format, shape: tuple[int, int]) -> Any:
         """What `encode` takes, of parts: to lay the same out anew."""
         return self.decode(parts, format, shape)
@@ -169,6 +178,11 @@ class Codec(ABC):
         """The whole section of the config, where it says `one_format` for all `packed` modules, and which
         others stay `plain`."""
         raise NotImplementedError
+
+    def carried(self, section: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+        """The section of a result, with what stays of the one `before` that its source has in this layout."""
+        _ = before
+        return section
 
     def read_section(self, said: Mapping[str, Any]) -> Format | None:
         """The one format that such a section says; None where another room reads it (`checkpoint.section`:

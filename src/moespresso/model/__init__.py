@@ -1,6 +1,7 @@
 """What a checkpoint's names mean: config to blueprint, layers on and off, names both ways, lock-step
 forward."""
 
+from moespresso.model.ahead import size_in_config
 from moespresso.model.blueprint import check_tensors, read_blueprint
 from moespresso.model.classes import auto_class, own_class
 from moespresso.model.counts import is_unequal, skipping
@@ -46,6 +47,7 @@ __all__ = [
     "quiet_transformers",
     "read_blueprint",
     "read_config",
+    "size_in_config",
     "skeleton",
     "skipping",
     "start",

@@ -24,6 +24,7 @@ from moespresso.core.errors import UserError
 from moespresso.core.unit import Part, Unit
 from moespresso.effect import SILENT_KV
 from moespresso.model import quirks
+from moespresso.model.ahead import Outside
 from moespresso.model.axes import axes_of_expert, matrix_of_expert
 from moespresso.model.counts import expert_axes, is_unequal
 from moespresso.model.depth import period
@@ -285,6 +286,7 @@ class _Classifier:
         self._uncut: list[TensorRef] = []
         self._unknown: list[str] = []
         self._split: set[str] = set()  # parameters that several are made of one stored tensor with
+        self._outside = Outside(made, axes)
 
     def __call__(self, ref: TensorRef) -> Entry:
         """What a stored tensor is."""
@@ -307,10 +309,8 @@ class _Classifier:
 
     def _entry(self, ref: TensorRef, name: str, pattern: str | None) -> Entry:
         if name not in self._names.state or not name.startswith(self._parts):
-            # Only what is numbered like a decoder layer moves with them: `mtp.layers.0` does not.
-            match = re.match(rf"{re.escape(self._layers_name)}\.(\d+)\.", ref.name)
             self._unknown.append(ref.name)
-            return Entry(ref, Unit(int(match[1]) if match else None), in_graph=False)
+            return self._outside(ref)
         self._seen[name].append(ref)
         self._transformed[name] = pattern is not None and not self._names.only_stacks(pattern)
         if pattern is not None:

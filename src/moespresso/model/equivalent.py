@@ -323,6 +323,12 @@ _DEEPSEEK_DEFAULTS: dict[str, Any] = {
 _DEEPSEEK_COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
                     "num_attention_heads", "num_experts_per_tok", "n_routed_experts", "moe_layer_freq")  # fmt: skip
 
+# What DeepSeek-V3's code reckons with and a config of Kimi-K2 must say itself, whose class has defaults of its own.
+_KIMI_COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
+                "num_attention_heads", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group",
+                "topk_group", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")  # fmt: skip
+_KIMI_SAID = ("q_lora_rank", "norm_topk_prob", "routed_scaling_factor", "rms_norm_eps", "tie_word_embeddings")
+
 # Keys that say what the new family's config says in other words, or cannot say.
 _DEEPSEEK_ONLY = frozenset({
     "n_routed_experts", "n_shared_experts", "moe_layer_freq", "first_k_dense_replace", "scoring_func", "seq_aux",
@@ -380,6 +386,24 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
             _no_count("head_dim", 1, optional=True),
         ),
         defaults=_DEEPSEEK_DEFAULTS,
+    ),
+    Equivalent(
+        "kimi_k2",
+        "deepseek_v3",
+        lambda _: {},
+        frozenset(),
+        unless=(
+            ("its router does not score by sigmoid", lambda c: c.get("scoring_func", "sigmoid") != "sigmoid"),
+            ("its router selects in another way", lambda c: c.get("topk_method", "noaux_tc") != "noaux_tc"),
+            ("not every layer behind the dense ones has experts", lambda c: c.get("moe_layer_freq", 1) != 1),
+            *(_no_count(key, 1) for key in _KIMI_COUNTS),
+            _no_count("first_k_dense_replace", 0),
+            *((f"its config does not say {key}", lambda c, key=key: key not in c) for key in _KIMI_SAID),
+            (
+                "its config does not say rope_theta",
+                lambda c: not c.keys() & {"rope_theta", "rope_parameters"},
+            ),
+        ),
     ),
     Equivalent(
         "deepseek_v3",

@@ -7,6 +7,7 @@ the decoder layers, `layer(i)` one decoder layer; both take it away again. Buffe
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 import re
@@ -16,6 +17,7 @@ from functools import cache
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -24,7 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moespresso.checkpoint import SECTION, check_readable
 from moespresso.core.blueprint import LayerSpec
-from moespresso.core.errors import UserError, did_you_mean, reason
+from moespresso.core.errors import UserError, reason
 from moespresso.core.layer import Layer
 from moespresso.model import experts as experts_function
 from moespresso.model import quirks
@@ -44,12 +46,11 @@ def read_config(raw: Mapping[str, Any], place: str) -> PreTrainedConfig:
     # Packed matrices are decoded by us, so the model is built as if there were none.
     raw = {key: value for key, value in raw.items() if key != SECTION}
     if family not in CONFIG_MAPPING:
-        custom = (
-            "; custom code (auto_map) is never run"
-            if raw.get("auto_map")
-            else did_you_mean(family, CONFIG_MAPPING)
+        custom = ", and custom code (auto_map) is never run" if raw.get("auto_map") else ""
+        cure = quirks.ELSEWHERE.get(family) or _meant(family) or "choose a model of a family that it has"
+        raise UserError(
+            f"{place}: model_type {family!r} is unknown to transformers {transformers.__version__}{custom}; {cure}"
         )
-        raise UserError(f"{place}: model_type {family!r} is unknown to transformers{custom}")
     _check_dtype(raw, place)
     try:
         # JSON has no infinity; transformers writes it as a tagged object and undoes that only when reading files.
@@ -57,6 +58,13 @@ def read_config(raw: Mapping[str, Any], place: str) -> PreTrainedConfig:
         return CONFIG_MAPPING[family].from_dict(plain)
     except Exception as error:  # the family's own validation, whatever it raises
         raise UserError(f"{place}/config.json is not a valid {family} config ({reason(error)})") from error
+
+
+def _meant(family: str) -> str:
+    """The family that a misspelt name means; one with another number in it is another family."""
+    close = difflib.get_close_matches(family, CONFIG_MAPPING, 1, 0.9)
+    alike = [name for name in close if re.findall(r"\d+", name) == re.findall(r"\d+", family)]
+    return f"did you mean {alike[0]!r}?" if alike else ""
 
 
 def _check_dtype(raw: Mapping[str, Any], place: str) -> None:

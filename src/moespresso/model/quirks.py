@@ -17,6 +17,14 @@ REFUSED: dict[str, str] = {
     "diffusion_gemma": "it fills in blocks of text instead of going on from token to token"
 }
 
+# Families that transformers 5.23 does not have: where the same weights, or the same computation, are to be had.
+ELSEWHERE: dict[str, str] = {
+    "internvl_chat": "the same weights are published for transformers under a name that ends in -HF: give that one",
+    "minimax_text_01": "the same weights are published for transformers as MiniMaxAI/MiniMax-Text-01-hf: give that one",
+    "minimax_m1": "the same weights are published for transformers under a name that ends in -hf: give that one",
+    "kimi_vl": "its language model computes as deepseek_v3: give a checkpoint of that alone",
+}
+
 # Keys of config.json that count routed experts. A stale alias wins over the right key, so all present are edited.
 COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -26,6 +34,11 @@ SHARED_KEYS = ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts
 
 # Families that also need an alias written: other engines read `num_experts`, transformers saves `num_local_experts`.
 COUNT_ALIASES: dict[str, tuple[str, ...]] = {"qwen3_moe": ("num_experts", "num_local_experts")}
+
+# Keys of config.json that count the layers which predict tokens further ahead (multi-token prediction), and what they are
+# called where they are not numbered behind the last decoder layer: `mtp.layers.0.`, `mtp.0.`, `model.mtp_layers.0.`.
+AHEAD_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
+AHEAD_NAMES = r"(?:^|\.)mtp\w*\.(?:layers\.)?(?:(\d+)\.)?(.+)"
 
 # Families whose decoder layers return, beside hidden states, what the next layer takes up (chosen positions).
 HANDS_ON = frozenset({"glm_moe_dsa", "hy_v4", "glm5_next_text", "mistral_large4_text", "zaya"})

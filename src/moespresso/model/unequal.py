@@ -19,7 +19,9 @@ from moespresso.core.blueprint import Blueprint, Branch, LayerSpec
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan
 from moespresso.effect import Remains, biased_stubs, pressed_layers
+from moespresso.effect import common as most_common
 from moespresso.model import quirks
+from moespresso.model.ahead import without_ahead
 from moespresso.model.classes import class_name
 from moespresso.model.counts import evened, with_count
 from moespresso.model.depth import with_layers
@@ -39,11 +41,13 @@ def pressed_config(
     config = copy.deepcopy(dict(raw)) if all_layers else with_layers(raw, left.layers, source.place)
     config.pop("auto_map", None)  # custom code is not copied; the family is transformers' own
     specs = {layer.index: layer for layer in source.layers}
+    if plan.mtp.wish == "drop":
+        config = without_ahead(config, CONFIG_MAPPING[source.family]().get_text_config().to_dict())
     layers, biased = pressed_layers(source, left), biased_stubs(source, plan)
     rows = {layer.index: layer.experts + layer.skipped for layer in layers if layer.experts}
     before = [layer.experts + layer.skipped for layer in source.moe_layers]
     config, by_layer = _with_widths(config, source, layers, left, stock)
-    common = _common(rows, before)
+    common = most_common(rows.values() or before) if before else None
     if common is not None and (set(before) != {common} or len(set(rows.values())) > 1):
         config = with_count(config, source.family, common)
     for position, layer in enumerate(left.layers):
@@ -136,14 +140,6 @@ def _text(config: Mapping[str, Any]) -> Any:
 def _per_layer(config: Mapping[str, Any]) -> dict[int, Config]:
     entries: Mapping[str, Config] = _text(config).get("per_layer_config") or {}
     return {int(layer): copy.deepcopy(values) for layer, values in entries.items()}
-
-
-def _common(rows: Mapping[int, int], before: list[int]) -> int | None:
-    """The number of experts that most layers have; that of the source where no mixture is left."""
-    counts = list(rows.values())
-    if not counts:
-        return max(before, default=None)
-    return max(sorted(set(counts), reverse=True), key=counts.count)
 
 
 def _count_key(raw: Mapping[str, Any]) -> str:

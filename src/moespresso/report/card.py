@@ -38,6 +38,11 @@ PACKED = """\
 Its weights are packed integers, which transformers unpacks with the package `compressed-tensors` (0.18 or newer).
 
 """
+FP8 = """\
+Its weights are floats of eight bits (FP8) as its original has them. transformers needs the package `accelerate` for these, and
+decodes them where there is no GPU that computes with them.
+
+"""
 OWN = """\
 Its packed experts are in formats that stock loaders would read wrongly, so they stop at it; moespresso reads it:
 
@@ -105,7 +110,7 @@ def _load(report: Report) -> str:
         return OTHER.format(layout=report.packing.upper())
     return (
         (PLUGIN if report.plugin else "")
-        + (PACKED if report.packing else "")
+        + (FP8 if report.packing == "fp8" else PACKED if report.packing else "")
         + LOAD.format(auto_class=report.auto_class)
     )
 

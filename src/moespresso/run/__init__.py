@@ -3,7 +3,7 @@
 from moespresso.run.pipeline import Decided, decide, fit_again
 from moespresso.run.recipe import Options, Recipe, parse_size, row_length, say_shorter
 from moespresso.run.rehearsal import NotOnThisModel, in_equivalent, in_some_form, rehearse
-from moespresso.run.result import Order, format_notes, produce, source_notes
+from moespresso.run.result import Order, ahead_notes, format_notes, produce, source_notes
 
 __all__ = [
     "Decided",
@@ -11,6 +11,7 @@ __all__ = [
     "Options",
     "Order",
     "Recipe",
+    "ahead_notes",
     "decide",
     "fit_again",
     "format_notes",

@@ -18,7 +18,7 @@ from moespresso.core.method import Step
 from moespresso.core.plan import Plan
 from moespresso.core.stats import Stats
 from moespresso.core.unit import Unit
-from moespresso.fit import Fitted, Job, StepResult, fit_stage, run_step, unrepaired
+from moespresso.fit import Fitted, Job, StepResult, choose_ahead, fit_stage, run_step, unrepaired
 
 
 @dataclass
@@ -68,7 +68,7 @@ def decide(job: Job, steps: Sequence[Step], measured: Stats | None = None) -> De
         now = replace(view, plan=done.plan, fits=dict(done.fits))
         shared = [other for other in steps if other is step or other is steps[0] or not other.rescore]
         done.take(run_step(job, step, now, shared, measured))
-    return done
+    return _with_ahead(job, done)
 
 
 def fit_again(job: Job, plan: Plan) -> Decided:
@@ -80,4 +80,11 @@ def fit_again(job: Job, plan: Plan) -> Decided:
         with job.clock.phase("fit"):
             done.add(fit_stage(job, before, so_far))
         done.notes += unrepaired(so_far, before)
+    return _with_ahead(job, done)
+
+
+def _with_ahead(job: Job, done: Decided) -> Decided:
+    """With what the trunk's plan means for the layers that predict tokens further ahead."""
+    done.plan, notes = choose_ahead(job, done.plan)
+    done.notes += notes
     return done

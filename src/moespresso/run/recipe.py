@@ -37,6 +37,7 @@ from moespresso._place import place, typed
 from moespresso.core import method
 from moespresso.core.errors import UserError, did_you_mean
 from moespresso.core.later import not_yet
+from moespresso.core.plan import Wish
 from moespresso.core.registry import opened, parse_step
 from moespresso.data import Mode, Sampling, Source
 from moespresso.run.recipe_file import Place, line_of, read_yaml
@@ -248,6 +249,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     target: str | None
     size: int | str | None
+    mtp: str | None
 
 
 class Recipe(_Section):
@@ -259,6 +261,7 @@ class Recipe(_Section):
     steps: Annotated[tuple[StepField, ...], AfterValidator(_open_steps)] = ()
     budget: Budget = Budget()
     target: TargetName = "transformers"
+    mtp: Wish = "like_trunk"
     seed: Annotated[int, Field(strict=True, ge=0)] = 0
 
     @model_validator(mode="after")

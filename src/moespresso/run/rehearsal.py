@@ -14,7 +14,7 @@ from typing import TypeVar
 from moespresso.build import View, apart_view, equivalent_views
 from moespresso.core.errors import UserError
 from moespresso.core.method import Step
-from moespresso.core.plan import Plan
+from moespresso.core.plan import Ahead, Plan
 from moespresso.effect import price, validated
 from moespresso.export import find_target, formed
 from moespresso.run.recipe import Recipe, parse_size
@@ -32,13 +32,19 @@ def rehearse(view: View, recipe: Recipe) -> tuple[View, tuple[Step, ...]]:
     find_target(recipe.target)
     size = recipe.budget.size
     if not recipe.steps and size is None:
-        return view, ()
+        return _asked(view, recipe), ()
 
     def tried(form: View) -> tuple[View, tuple[Step, ...]]:
-        steps = recipe.steps if size is None else _fit_budget(form, recipe.steps, size)
-        return in_equivalent(form, lambda form: _walk(form, steps, recipe.target)), steps
+        steps = recipe.steps if size is None else _fit_budget(_asked(form, recipe), recipe.steps, size)
+        return in_equivalent(form, lambda form: _walk(_asked(form, recipe), steps, recipe.target)), steps
 
-    return in_some_form(view, recipe.steps, tried)
+    found, steps = in_some_form(view, recipe.steps, tried)
+    return _asked(found, recipe), steps
+
+
+def _asked(view: View, recipe: Recipe) -> View:
+    """The view with what the recipe wants of prediction layers, which is no step of its own."""
+    return replace(view, plan=replace(view.plan, mtp=Ahead(recipe.mtp)))
 
 
 class NotOnThisModel(UserError):

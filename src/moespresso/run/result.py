@@ -5,6 +5,7 @@ The report is made from the manifest, so it is the same for a folder that was fi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,11 +30,11 @@ from moespresso.core.errors import UserError
 from moespresso.core.format import Format
 from moespresso.core.runtime import Runtime
 from moespresso.core.unit import Unit
-from moespresso.effect import dropped_units, is_part, merged_into, remains
+from moespresso.effect import dropped_units, is_part, merged_into, mixtures_ahead, remains, size_of
 from moespresso.export import formed
 from moespresso.fit import Clock
-from moespresso.formats import codec_named, codec_of
-from moespresso.model import auto_class, is_apart, is_unequal
+from moespresso.formats import codec_in, codec_named, codec_of
+from moespresso.model import auto_class, is_apart, is_unequal, skeleton
 from moespresso.report import LayerScores, Report, machine, model_card, shareable, source_licence, versions
 from moespresso.run.pipeline import Decided
 from moespresso.run.recipe import TargetName, parse_size
@@ -218,7 +219,7 @@ def form_notes(view: View) -> list[str]:
             "layers were removed, and what its tower sees is added behind the first layers by their number (deepstack): "
             "images are answered by other layers than before, which no text shows"
         )
-    notes += format_notes(view)
+    notes += [*format_notes(view), *ahead_notes(view)]
     joined = [piece.name for piece in view.pieces if piece.joins]
     if joined:
         notes.append(
@@ -253,9 +254,15 @@ def _plain_notes(view: View) -> list[str]:
     notes = [
         f"{small} matrices that were stored with a mask, as factors or in part have new values, and are stored plainly"
     ]
-    rows = len(before) - small
+    mixed = sum(piece.plain and piece.take is None and piece.source.ref.packed is not None
+                and not codec_in(piece.source.ref).own for piece in view.pieces)  # fmt: skip
+    notes += [
+        f"{mixed} matrices that were packed are stored as what they decode to: config.json can name one packing, and a step packs in another"
+    ] * bool(mixed)
+    notes = notes if small else notes[1:]
+    rows = len(before) - small - mixed
     cut = [f"{rows} matrices that were packed lose rows (routers), and what is left is stored plainly"]
-    return (notes if small else []) + (cut if rows else [])
+    return notes + (cut if rows else [])
 
 
 def _coverage_notes(coverage: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -311,10 +318,48 @@ def source_notes(view: View) -> list[str]:
 
 
 def _outside_notes(view: View) -> list[str]:
-    outside = view.blueprint.outside
+    """What the model's class does not know, prediction layers aside."""
+    outside = [entry for entry in view.source.outside if entry.ahead is None]
     if not outside:
         return []
     example = outside[0].ref.name
     return [
         f"{len(outside)} tensors outside the language model (such as {example}) are passed through unchanged"
     ]
+
+
+def ahead_notes(view: View) -> list[str]:
+    """What prediction layers there are, how large, and what they mean beside packed experts."""
+    ahead = [entry for entry in view.blueprint.outside if entry.ahead is not None]
+    if not ahead:
+        gone = [entry for entry in view.source.outside if entry.ahead is not None]
+        size = sum(entry.ref.nbytes for entry in gone)
+        return [f"prediction layers are left out: {len(gone)} tensors, {size:,} bytes"] if gone else []
+    numbers = {entry.ahead.layer for entry in ahead if entry.ahead is not None}
+    held = {str(size) for entries in mixtures_ahead(view.blueprint).values() if (size := size_of(entries))}
+    what = f", {' or '.join(sorted(held))} each" if held else ""
+    notes = [
+        f"{len(numbers)} prediction layers (multi-token prediction{what}): {len(ahead)} tensors, "
+        f"{sum(entry.ref.nbytes for entry in ahead):,} bytes, beside the language model"
+    ]
+    if held and any(piece.ref.packed is not None and piece.unit.part == "experts" for piece in view.pieces):
+        notes.append(
+            "prediction layers stay unrounded; transformers 5.23 loads none beside packed experts (its MtpModel finds their experts "
+            "missing, packed or not): press with --mtp drop if they are not wanted there"
+        )
+    if len(view.remains.layers) < len(view.source.layers) and (lost := _unfound(view)):
+        notes.append(
+            f"the {view.source.family} class of transformers 5.23 looks for prediction layers under their published numbers only, so it "
+            f"does not find {lost}, where engines look that count from the last decoder layer"
+        )
+    return notes
+
+
+def _unfound(view: View) -> str | None:
+    """The layer number at which the family's class does not look for prediction layers, as a tensor's
+    name."""
+    known = skeleton(view.config, view.source.place).model._keys_to_ignore_on_load_unexpected or ()  # pyright: ignore[reportPrivateUsage]
+    names = (
+        entry.ref.name for entry in view.blueprint.outside if entry.ahead is not None and entry.unit.layer
+    )
+    return next((name for name in names if not any(re.search(each, name) for each in known)), None)

@@ -14,7 +14,7 @@ from moespresso.statistics.similarity import Similarity
 from moespresso.statistics.channels import Channels, grid
 from moespresso.statistics.removal import Removal
 from moespresso.statistics.runs import Runs
-from moespresso.statistics.weights import Weights
+from moespresso.statistics.weights import Weights, spread
 # isort: on
 
 from moespresso.statistics.align import channel_order
@@ -50,6 +50,7 @@ __all__ = [
     "grid",
     "needs_text",
     "restricted",
+    "spread",
     "statistic",
     "statistics_of",
 ]

@@ -7,7 +7,8 @@ sums of |W| and W^2 per expert are gathered tensor by tensor.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.linalg import vector_norm
@@ -29,14 +30,26 @@ class Weights(OfWeights):
 
     def measure(self, view: View, tensors: Tensors, progress: Progress) -> Rows:
         """`mean_abs` and `rms` of each expert of `view`, by position."""
-        sums: dict[Unit, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
         progress.stage("experts' weights", len(view.pieces))
-        for piece in view.pieces:
-            progress.advance()
-            if piece.source.unit.part == "experts" and not (piece.source.unit.matrix or "").endswith("_bias"):
-                _add(sums, piece.unit, tensors.whole(piece))
-        return {unit: {"mean_abs": total / count, "rms": (squares / count) ** 0.5}
-                for unit, (count, total, squares) in sums.items()}  # fmt: skip
+
+        def matrices() -> Iterator[tuple[Unit, Tensor]]:
+            for piece in view.pieces:
+                progress.advance()
+                if piece.source.unit.part == "experts":
+                    yield replace(piece.unit, matrix=piece.source.unit.matrix), tensors.whole(piece)
+
+        return spread(matrices())
+
+
+def spread(matrices: Iterable[tuple[Unit, Tensor]]) -> Rows:
+    """`mean_abs` and `rms` of each expert over all of its `matrices`, biases aside; of a stack [E, out, in]
+    those of every expert in it."""
+    sums: dict[Unit, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    for unit, matrix in matrices:
+        if not (unit.matrix or "").endswith("_bias"):
+            _add(sums, unit, matrix)
+    return {unit: {"mean_abs": total / count, "rms": (squares / count) ** 0.5}
+            for unit, (count, total, squares) in sums.items()}  # fmt: skip
 
 
 def _add(sums: dict[Unit, list[float]], unit: Unit, tensor: Tensor) -> None:

@@ -21,6 +21,7 @@ from moespresso.build import (
     engine_of,
     equivalent_views,
     load_model,
+    misfit_ahead,
     other_layout,
     own_packing,
 )
@@ -37,7 +38,7 @@ from moespresso.core.blueprint import Blueprint
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan
 from moespresso.core.progress import Progress
-from moespresso.effect import validated
+from moespresso.effect import is_understood, mixtures_ahead, size_of, validated
 from moespresso.formats import codec_in
 from moespresso.model import MetaModel, is_unequal, own_class, read_blueprint
 from moespresso.stream import sweep
@@ -69,6 +70,8 @@ def verify(folder: Path, source: View | None, progress: Progress) -> list[Check]
         if view.formats:
             found.append(_run("every packed matrix decodes", lambda: _decodes(view)))
         found.append(_run(_loads(view, manifest), lambda: _stock(folder, view, manifest)))
+        if mixtures_ahead(view.blueprint):
+            found.append(_run("prediction layers are as the config says", lambda: _ahead(view, manifest)))
         found.append(_run("counts are those of the plan", lambda: _planned_counts(view.blueprint, manifest)))
         if source is not None:
             found.append(_run("every tensor is what the plan makes of the original",
@@ -165,7 +168,10 @@ def _decodes(view: View) -> str:
             shape = tuple(reader.tensor(piece.source.ref).shape)
             _require(shape == piece.shape, f"{piece.name} decodes to {shape}, not {piece.shape}")
             scale = reader.tensor(packed.parts[held.scaled])
-            _require(not held.rounds or bool((scale != 0).all()), f"{piece.name} has scales that are zero")
+            _require(
+                not held.rounds or held.zero_scales or bool((scale != 0).all()),
+                f"{piece.name} has scales that are zero",
+            )
             counts[held.label(packed.format)] += 1
     counted = [f"{count} matrices of {bits}" for bits, count in sorted(counts.items())]
     return ", ".join([*counted, *filter(None, [_by_library(view.checkpoint)])])
@@ -188,6 +194,18 @@ def _planned_counts(blueprint: Blueprint, manifest: Manifest) -> str:
     if not counts:
         return f"{len(layers)} layers without experts"
     return f"{len(layers)} layers, {' or '.join(map(str, counts))} experts in each of {len(blueprint.moe_layers)}"
+
+
+def _ahead(view: View, manifest: Manifest) -> str:
+    """Every prediction layer has as many experts, as wide, as the config counts for all layers."""
+    layers = mixtures_ahead(view.blueprint)
+    if not manifest.plan.mtp.keep and not all(map(is_understood, layers.values())):
+        return (
+            "not known: the names of their experts are not understood, and they were passed through unchanged"
+        )
+    reason = misfit_ahead(view)
+    _require(reason is None, str(reason))
+    return f"{len(layers)} of them, {size_of(next(iter(layers.values())))} each"
 
 
 def _stock(folder: Path, view: View, manifest: Manifest) -> str:
