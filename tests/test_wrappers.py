@@ -120,6 +120,16 @@ def test_every_kind_of_step_comes_out_as_the_class_of_the_whole(
     assert len(language_model(loaded).layers) == 3 - step.startswith("block_drop")
 
 
+def test_what_is_joined_beside_packed_parts_has_the_name_that_the_whole_has(wrapped: Wrapped, tmp_path: Path):
+    folder, model = wrapped("qwen4_exp")
+    api.press(folder, out=tmp_path / "out", steps=["rtn:bits=4,group_size=8"])
+    verified = api.verify(tmp_path / "out", against=folder)
+    assert verified["ok"], [check for check in verified["checks"] if not check["ok"]]
+    joined = [name for name in disk(tmp_path / "out") if "ngram" in name and name not in disk(folder)]
+    assert joined
+    assert set(joined) <= model.state_dict().keys()
+
+
 def test_blocks_that_images_are_added_behind_are_said_to_move(wrapped: Wrapped, text: Path, tmp_path: Path):
     folder, _ = wrapped("qwen3_vl_moe")
     pressed = api.press(

@@ -41,14 +41,19 @@ def _rope(sections: list[int], share: float = 1.0, **more: Any) -> dict[str, Any
                                 "mrope_section": sections, **more}}  # fmt: skip
 
 
+_LINEAR = {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_key_head_dim": 16,
+           "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4}  # fmt: skip
 # Type, fields of the whole, type and fields of the language model, type and fields of the tower.
 WRAPPERS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], str, dict[str, Any]]] = {
     "qwen3_vl_moe": ("qwen3_vl_moe", _TOKENS, "qwen3_vl_moe_text", _rope([4, 2, 2], mrope_interleaved=True),
                      "qwen3_vl_moe_vision", {"deepstack_visual_indexes": [0, 1]}),
     "qwen3_5_moe": ("qwen3_5_moe", _TOKENS, "qwen3_5_moe_text",
-                    {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_key_head_dim": 16,
-                     "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-                     **_rope([2, 1, 1], 0.5, mrope_interleaved=True)}, "qwen3_5_moe_vision", {}),
+                    _LINEAR | _rope([2, 1, 1], 0.5, mrope_interleaved=True), "qwen3_5_moe_vision", {}),
+    "qwen4_exp": ("qwen4_exp", _TOKENS, "qwen4_exp_text",
+                  {**_LINEAR, "hc_count": 2, "hc_lowrank": 16, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
+                   "indexer_budget": 16, "indexer_compress_ratio": 4, "ple_layer_ids": [1], "ple_embed_dim": 32,
+                   "heads_per_ngram": 2, "ngram_vocab_size_base": 64, "split_ngram_parts": 4,
+                   **_rope([2, 1, 1], 0.5, mrope_interleaved=True)}, "qwen4_exp_vision", {}),
     "glm4v_moe": ("glm4v_moe", {**_TOKENS, "image_start_token_id": START, "image_end_token_id": END}, "glm4v_moe_text",
                   _rope([1, 1, 2]), "glm4v_moe_vision", {}),
     "kimi_k25": ("kimi_k25", {"projection_hidden_size": 16, "image_token_id": IMAGE_TOKEN, "tie_word_embeddings": False},

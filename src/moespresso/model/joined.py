@@ -34,7 +34,8 @@ def joined(pieces: Sequence[Piece], config: Config, place: str) -> list[Piece]:
     result: list[Piece] = []
     for piece in pieces:
         if piece.name in firsts:
-            result.append(_end_to_end(firsts[piece.name], groups[firsts[piece.name]]))
+            name = firsts[piece.name]
+            result.append(_end_to_end(_as_whole(name, piece.name, config, place), groups[name]))
         elif piece.name not in gone:
             result.append(piece)
     return result
@@ -104,6 +105,14 @@ def _can_join(name: str, together: Sequence[Piece], names: Names) -> bool:
         and all(map(names.only_lays_end_to_end, patterns))
         and names.in_memory(name) == (name, None)
     )
+
+
+def _as_whole(name: str, part: str, config: Config, place: str) -> str:
+    """What is called `name` in the language model, as the class that config.json names calls it: what
+    `part` of it becomes there. The language model alone must know it by that too."""
+    names = whole_names(config, place)
+    other = name if names is None else names.in_memory(part)[0]
+    return other if _names_of(config, place).in_memory(other) == (name, None) else name
 
 
 def _end_to_end(name: str, together: Sequence[Piece]) -> Piece:
