@@ -197,9 +197,7 @@ def test_on_inputs_with_outliers_the_output_is_nearer_than_with_rounding_to_near
 @pytest.mark.few(1)
 def test_a_pressed_checkpoint_agrees_with_the_original(family: str, zoo: Zoo, text: Path, tmp_path: Path):
     out = tmp_path / "out"
-    api.press(
-        zoo(family), out=out, steps=["awq:bits=8,group_size=0,grid=4"], texts=[text], samples=4, length=32
-    )
+    api.press(zoo(family), out=out, steps=["awq:bits=8,group_size=0"], texts=[text], samples=4, length=32)
     verified = api.verify(out, against=zoo(family))
     assert verified["ok"], verified
     ids = families.random_ids(families.reference(zoo(family)).config, 2, 13)
