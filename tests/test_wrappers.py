@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -21,7 +23,7 @@ from moespresso.core.errors import UserError
 from test_depth_steps import plan_of
 from test_engine import close, streamed_logits
 from test_slim import disk_of as disk
-from wrappers import WRAPPERS, cut_by_hand, language_model, picture, wrapper_config, write_wrapper
+from wrappers import WHOLE, WRAPPERS, cut_by_hand, language_model, picture, wrapper_config, write_wrapper
 
 Wrapped = Callable[[str], tuple[Path, PreTrainedModel]]
 
@@ -118,6 +120,40 @@ def test_every_kind_of_step_comes_out_as_the_class_of_the_whole(
     loaded = moespresso.load(tmp_path / "out")
     assert type(loaded) is type(model)
     assert len(language_model(loaded).layers) == 3 - step.startswith("block_drop")
+
+
+def test_two_sets_of_experts_are_left_whole(wrapped: Wrapped, text: Path, tmp_path: Path):
+    folder, model = wrapped(WHOLE)
+    with torch.no_grad():
+        wanted = model(input_ids=tokens(), use_cache=False).logits
+    close(streamed_logits(open_view(folder), tokens()), wanted)
+    with pytest.raises(UserError, match=r"leaves whole .*2 sets of experts"):
+        api.press(folder, out=tmp_path / "out", steps=["expert_drop:keep=6,score=aimer"])
+    api.press(folder, out=tmp_path / "out", steps=["block_drop:drop=1"], texts=[text], samples=4, length=16)
+    verified = api.verify(tmp_path / "out", against=folder)
+    assert verified["ok"], [check for check in verified["checks"] if not check["ok"]]
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut"])
+@pytest.mark.parametrize(
+    "tensor",
+    ["moe_statics.e_score_correction_bias", "experts.3.down_proj.weight", "experts.14.down_proj.weight"],
+)
+def test_a_tensor_that_several_parameters_are_made_of_is_looked_for(
+    tensor: str, harm: str, wrapped: Wrapped, tmp_path: Path
+):
+    folder = tmp_path / "damaged"
+    shutil.copytree(wrapped(WHOLE)[0], folder)
+    name = f"model.layers.2.mlp.{tensor}"
+    state = disk(folder)
+    whole = state.pop(name)
+    if harm == "cut":
+        state[name] = whole[:-1].clone()
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"layers\.2\.mlp"):
+        api.inspect(folder)
 
 
 def test_what_is_joined_beside_packed_parts_has_the_name_that_the_whole_has(wrapped: Wrapped, tmp_path: Path):

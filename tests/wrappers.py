@@ -65,6 +65,15 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], str, dict[st
 }  # fmt: skip
 
 
+# Its experts are two sets in a layer, one for images, that cannot be cut; several parameters are stored as one tensor.
+WHOLE = "ernie4_5_vl_moe"
+_ALL = WRAPPERS | {
+    WHOLE: (WHOLE, {"tie_word_embeddings": True}, "ernie4_5_vl_moe_text",
+            {"moe_intermediate_size": [24, 16], "moe_num_experts": 8, "moe_num_shared_experts": 1, "moe_k": 2,
+             "tie_word_embeddings": True, **_rope([1, 1, 2])}, "ernie4_5_vl_moe_vision", {}),
+}  # fmt: skip
+
+
 def config_of(kind: str, base: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:
     """A config of those fields of `base` that it knows, and of `fields` (... takes one out)."""
     made = CONFIG_MAPPING[kind]
@@ -76,7 +85,7 @@ def config_of(kind: str, base: Mapping[str, Any], fields: Mapping[str, Any]) -> 
 
 def wrapper_config(name: str) -> Any:
     """The config of a tiny wrapper."""
-    kind, fields, text, text_fields, tower, tower_fields = WRAPPERS[name]
+    kind, fields, text, text_fields, tower, tower_fields = _ALL[name]
     inner = {
         "text_config": config_of(text, _TEXT, text_fields),
         "vision_config": config_of(tower, _TOWER, tower_fields),

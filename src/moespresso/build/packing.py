@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from moespresso.checkpoint import OWN_KIND, SECTION
 from moespresso.formats import Obstacle, codec_in, codecs
+from moespresso.model import quirks
 
 if TYPE_CHECKING:  # a view asks for its own packing
     from moespresso.build.view import View
-
-# Families whose stacks of experts transformers takes apart wherever anything is packed: it then looks for packed ones.
-_TAKEN_APART = ("llama4", "llama4_text")
 
 
 def own_packing(view: View) -> bool:
@@ -26,7 +24,7 @@ def own_packing(view: View) -> bool:
 def half_packed(view: View) -> bool:
     """Whether experts are plain matrices beside others that are packed: then transformers 5.23 looks for
     packed experts, finds none and stops."""
-    if view.source.family in _TAKEN_APART:
+    if view.source.family in quirks.TAKEN_APART:
         return bool(view.formats)
     experts = [
         piece.ref.packed

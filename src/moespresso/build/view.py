@@ -125,10 +125,8 @@ class View:
             return config
         layout = next(piece.ref.packed.layout for piece in self.pieces if piece.ref.packed is not None)
         packed, plain = self._modules(config)
-        section, codec = (
-            packing_config(packed, plain, layout=layout, stock=one_format(self)),
-            codec_named(layout),
-        )
+        codec = codec_named(layout)
+        section = packing_config(packed, plain, layout=layout, stock=one_format(self))
         before = self.checkpoint.config.get(SECTION) or {}
         if codec.engine and before.get("quant_method") == codec.engine:
             section = codec.carried(section, before)

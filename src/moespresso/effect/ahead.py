@@ -8,7 +8,6 @@ layers draft is checked by the trunk, so a worse choice costs speed and no answe
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +16,9 @@ from functools import cached_property
 from moespresso.core.blueprint import Blueprint, Entry
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan
-from moespresso.effect.piece import Piece, Slim
+from moespresso.effect.piece import Piece, Slim, as_expert
 from moespresso.effect.remains import pressed_layers, remains
 
-_EXPERT_NUMBER = re.compile(r"(?<=experts\.)\d+(?=\.)")
 _DROP = 'say --mtp drop (in a plan: "mtp": {"wish": "drop"})'
 
 
@@ -75,7 +73,7 @@ def size_of(entries: Iterable[Entry]) -> ExpertsSize | None:
     return ExpertsSize(counts.pop(), widths.pop()) if alike else None
 
 
-def common(counts: Collection[int]) -> int:
+def most_common(counts: Collection[int]) -> int:
     """The number that most layers have; of several the largest."""
     numbers = list(counts)
     return max(sorted(set(numbers), reverse=True), key=numbers.count)
@@ -86,10 +84,10 @@ def size_left(plan: Plan, blueprint: Blueprint) -> ExpertsSize:
     all of them are narrowed alike (else one layer says it of itself)."""
     left, before = remains(plan, blueprint), blueprint.moe_layers
     layers = [layer for layer in pressed_layers(blueprint, left) if layer.experts]
-    count = common([layer.experts + layer.skipped for layer in layers or before])
+    count = most_common([layer.experts + layer.skipped for layer in layers or before])
     widths = {layer.width for layer in layers}
     alike = len(left.widths) == len(left.experts) and len(widths) == 1
-    return ExpertsSize(count, widths.pop() if alike else common([layer.width for layer in before]))
+    return ExpertsSize(count, widths.pop() if alike else most_common([layer.width for layer in before]))
 
 
 class Predictions:
@@ -149,7 +147,7 @@ def _moved(piece: Piece, position: int) -> Piece:
     unit = piece.source.ahead
     assert unit is not None
     source = replace(piece.source, ahead=replace(unit, expert=position))
-    return replace(piece, name=_EXPERT_NUMBER.sub(str(position), piece.name), source=source)
+    return replace(piece, name=as_expert(piece.name, position), source=source)
 
 
 def _rows(piece: Piece, kept: tuple[int, ...]) -> Piece:

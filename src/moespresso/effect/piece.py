@@ -6,6 +6,7 @@ matrix that is stored packed is one piece until the last moment: `stored` says w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,6 +19,8 @@ from moespresso.core.plan import Stage
 from moespresso.core.unit import Unit
 from moespresso.effect.cuts import Repair
 from moespresso.formats import codec_in, codec_named, pack
+
+_EXPERT_NUMBER = re.compile(r"(?<=experts\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +173,11 @@ class Piece:
     def inputs(self) -> tuple[TensorRef, ...]:
         """The tensors of the source that it is made of, experts that are averaged aside."""
         return tuple(ref for piece in self.joins for ref in piece.inputs) or (self.source.ref,)
+
+
+def as_expert(name: str, number: int) -> str:
+    """The name of an expert's tensor under another number."""
+    return _EXPERT_NUMBER.sub(str(number), name)
 
 
 def stored(piece: Piece) -> list[Piece]:

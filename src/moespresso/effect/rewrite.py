@@ -24,11 +24,9 @@ from moespresso.core.unit import Unit
 from moespresso.effect.ahead import Predictions
 from moespresso.effect.cuts import Fits, Repair, cuts, fitted_key, key
 from moespresso.effect.matrices import format_of, narrowed, replaces, scale_dtypes
-from moespresso.effect.piece import Encoding, Fold, Member, Piece, Pruned, led
+from moespresso.effect.piece import Encoding, Fold, Member, Piece, Pruned, as_expert, led
 from moespresso.effect.remains import pressed_layers, remains
 from moespresso.formats import codec_in, codec_of
-
-_EXPERT_NUMBER = re.compile(r"(?<=experts\.)\d+(?=\.)")
 
 
 def kept_by_layer(plan: Plan, blueprint: Blueprint) -> dict[int, tuple[int, ...]]:
@@ -265,7 +263,7 @@ class _Rewriter:
             if entry.unit.expert not in kept_experts:
                 return None
             position = kept_experts.index(entry.unit.expert)
-            name = _EXPERT_NUMBER.sub(str(position), entry.ref.name)
+            name = as_expert(entry.ref.name, position)
             blend = self._average(entry, layer, entry.unit.expert)
             return Piece(name, entry.ref.shape, entry, scale=scale, blend=(blend,) if blend else (),
                          place=replace(entry.unit, expert=position))  # fmt: skip

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -26,9 +25,7 @@ from moespresso.effect import SILENT_KV
 from moespresso.model import quirks
 from moespresso.model.ahead import Outside
 from moespresso.model.axes import axes_of_expert, matrix_of_expert
-from moespresso.model.counts import expert_axes, is_unequal
 from moespresso.model.depth import period
-from moespresso.model.experts import is_experts
 from moespresso.model.heads import find_heads
 from moespresso.model.lacking import not_whole
 from moespresso.model.meta_model import (
@@ -38,6 +35,7 @@ from moespresso.model.meta_model import (
     moe_block,
     scores_groups_by_two,
 )
+from moespresso.model.opaque import expert_axes_or_why
 from moespresso.model.skeleton import Skeleton, skeleton
 from moespresso.runtime import MIXERS, Anatomy, BranchParts, Silent, SilentMixer
 
@@ -49,7 +47,7 @@ def read_blueprint(checkpoint: Checkpoint) -> Blueprint:
     place = str(checkpoint.folder)
     made = skeleton(checkpoint.config, place)
     config, model, layers = made.config, made.model, made.layers
-    axes, opaque = _experts(made, checkpoint.config, place)
+    axes, opaque = expert_axes_or_why(made, checkpoint.config, place)
     try:
         specs = tuple(
             _layer_spec(index, layer, config, model, opaque=bool(opaque))
@@ -108,66 +106,11 @@ def _with_bodies(spec: LayerSpec, anatomy: Anatomy | str, layer: nn.Module) -> L
 def check_tensors(raw: Mapping[str, Any], refs: Iterable[TensorRef], place: str) -> None:
     """Raise `UserError` when `refs` are not what the model of the config `raw` asks for."""
     made = skeleton(raw, place)
-    axes, opaque = _experts(made, raw, place)
+    axes, opaque = expert_axes_or_why(made, raw, place)
     classify = _Classifier(made, axes, opaque=bool(opaque))
     for ref in refs:
         classify(ref)
     classify.check_complete(place)
-
-
-def _experts(made: Skeleton, raw: Mapping[str, Any], place: str) -> tuple[dict[str, int], str]:
-    """The axes that count experts, and why those cannot be cut nor seen, where that is so."""
-    text = made.config.get_text_config()
-    reasons = (
-        quirks.OPAQUE.get(text.model_type),
-        next(filter(None, map(_why_opaque, made.layers)), None),
-        _why_unseen(made),
-    )
-    axes = next(filter(None, reasons), None) or expert_axes(raw, made.model, place)
-    return ({}, axes) if isinstance(axes, str) else (axes, "")
-
-
-def _why_opaque(layer: nn.Module) -> str | None:
-    """Experts must be of the one shape that is measured and cut: one stack, one router, in one block."""
-    stacks = [name for name, module in layer.named_modules() if is_experts(module)]
-    if not stacks:
-        return None
-    if len(stacks) > 1:
-        return f"its layers have {len(stacks)} sets of experts"
-    if not stacks[0].endswith(".experts"):
-        return "its experts are not in a block of their own"
-    block = layer.get_submodule(stacks[0].removesuffix(".experts"))
-    router = find_router(block)
-    if router is None or not isinstance(getattr(router[1], "top_k", None), int):
-        return "it has no router of the kind this version measures"
-    tables = [name for name, tensor in block.state_dict().items() if not tensor.is_floating_point()]
-    return f"{tables[0]} is a table of expert numbers, which cannot be cut" if tables else None
-
-
-def _why_unseen(made: Skeleton) -> str | None:
-    """A mixture whose experts the general code cannot see must not pass for a dense model."""
-    if any(moe_block(layer) for layer in made.layers):
-        return None
-    text = made.config.get_text_config()
-    said = "sparse" in (getattr(text, "mlp_layer_types", None) or ())
-    kinds = vars(sys.modules[type(made.base).__module__]).values()
-    if not said and any(isinstance(kind, type) and hasattr(kind, "_apply_gate") for kind in kinds):
-        return None  # they would be seen: none of the layers has any
-    promised = [
-        key
-        for key in quirks.COUNT_KEYS
-        if isinstance(getattr(text, key, None), int) and getattr(text, key) > 1
-    ]
-    emptied = is_unequal(made.config.to_dict()) or _all_dense(text, len(made.layers))
-    if not promised or emptied:
-        return None
-    return f"its config has {promised[0]}, but no experts that go through transformers' experts interface"
-
-
-def _all_dense(text: PreTrainedConfig, count: int) -> bool:
-    """Whether a config's lists of layers say that all are dense, whatever number of experts it names."""
-    words, dense = getattr(text, "mlp_layer_types", None), getattr(text, "mlp_only_layers", None)
-    return (bool(words) and "sparse" not in words) or len(dense or ()) >= count
 
 
 def _layer_spec(
@@ -285,7 +228,7 @@ class _Classifier:
         self._axes = axes
         self._uncut: list[TensorRef] = []
         self._unknown: list[str] = []
-        self._split: set[str] = set()  # parameters that several are made of one stored tensor with
+        self._together: dict[str, tuple[str, ...]] = {}  # parameters of which several are made of one tensor
         self._outside = Outside(made, axes)
 
     def __call__(self, ref: TensorRef) -> Entry:
@@ -313,8 +256,8 @@ class _Classifier:
             return self._outside(ref)
         self._seen[name].append(ref)
         self._transformed[name] = pattern is not None and not self._names.only_stacks(pattern)
-        if pattern is not None:
-            self._split |= self._names.split(pattern)
+        if pattern is not None and (others := self._names.made_with(name, pattern)):
+            self._make_together(ref, (name, *others))
         layer = layer_number(name, self._layers_name)
         if layer is None:
             return Entry(ref, Unit(None, self._outer_part(name)))
@@ -327,6 +270,12 @@ class _Classifier:
             # What a norm comes after is not what the branch ends with.
             axes |= {"out_axis": None} if part[1].post else {"multiplier": part[1].multiplier}
         return replace(entry, branch=branch, **axes)
+
+    def _make_together(self, ref: TensorRef, made: tuple[str, ...]) -> None:
+        """Remember that `ref` becomes all of `made`, of which the first has been seen."""
+        self._together |= dict.fromkeys(made, made)
+        for other in made[1:]:
+            self._seen[other].append(ref)
 
     def _branch(self, layer: int, inner: str) -> tuple[Branch, BranchParts] | None:
         """The residual branch that a tensor of a layer goes with."""
@@ -408,7 +357,7 @@ class _Classifier:
         for (layer, matrix), numbers in self._numbers.items():
             self._check_numbers(place, layer, matrix, numbers)
         for name, wanted in self._names.state.items():
-            if not name.startswith(self._parts) or name in self._split:
+            if not name.startswith(self._parts):
                 continue
             refs = self._seen.get(name, [])
             if not refs and any(self._seen.get(other) for other in self._tied.get(name, ())):
@@ -441,7 +390,11 @@ class _Classifier:
 
     def _check_shapes(self, place: str, name: str, wanted: tuple[int, ...], refs: list[TensorRef]) -> None:
         """Each tensor must have the shape that the parameter's own says, unless the library transforms it."""
-        if self._transformed.get(name):
+        if name in self._together:
+            whole = sum(self._names.state[part].numel() for part in self._together[name])
+            shapes = {ref.shape for ref in refs[:1] if sum(ref.numel for ref in refs) == whole}
+            refs = refs[:1]
+        elif self._transformed.get(name):
             shapes = {refs[0].shape} if sum(ref.numel for ref in refs) == math.prod(wanted) else set()
         elif len(refs) == 1:
             shapes = {wanted}

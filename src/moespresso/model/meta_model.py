@@ -121,7 +121,10 @@ def head_of(model: PreTrainedModel, layers_name: str) -> nn.Module | None:
 
 
 def language_parts(model: PreTrainedModel, layers_name: str) -> tuple[str, ...]:
-    """What the in-memory names of the language model begin with: all of its own, and its head."""
+    """What the in-memory names of the language model begin with: in a wrapper all of its own, and its
+    head."""
+    if model.config.get_text_config() is model.config:
+        return ("",)
     head = head_of(model, layers_name)
     heads = [f"{name}." for name, module in model.named_modules() if module is head and name]
     return (f"{layers_name.rpartition('.')[0]}.".removeprefix("."), *heads)

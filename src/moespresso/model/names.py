@@ -10,7 +10,6 @@ transformers 5.23; the family tests fail loudly when a release moves any of this
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -104,12 +103,11 @@ class Names:
             (Concatenate, 0)
         ]
 
-    def split(self, pattern: str) -> set[str]:
-        """The parameters that the converter behind a source pattern makes, where it makes several of one."""
-        targets = self._converter(pattern).target_patterns
-        if len(targets) < 2:
-            return set()
-        return {name for name in self.state if any(re.search(target, name) for target in targets)}
+    def made_with(self, name: str, pattern: str) -> list[str]:
+        """The other parameters that the converter behind a source pattern makes of what becomes `name`, where
+        it makes several of one."""
+        first, *others = self._converter(pattern).target_patterns
+        return [name.replace(first, other) for other in others]
 
     def waits_for_packed(self, pattern: str) -> bool:
         """Whether the library gives the converter behind a source pattern packed parts only, where a

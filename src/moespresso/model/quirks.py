@@ -25,6 +25,9 @@ ELSEWHERE: dict[str, str] = {
     "kimi_vl": "its language model computes as deepseek_v3: give a checkpoint of that alone",
 }
 
+# Families whose stacks of experts transformers takes apart wherever anything is packed: it then looks for packed ones.
+TAKEN_APART = frozenset({"llama4", "llama4_text"})
+
 # Keys of config.json that count routed experts. A stale alias wins over the right key, so all present are edited.
 COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 

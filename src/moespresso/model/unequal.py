@@ -18,8 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moespresso.core.blueprint import Blueprint, Branch, LayerSpec
 from moespresso.core.errors import UserError
 from moespresso.core.plan import Plan
-from moespresso.effect import Remains, biased_stubs, pressed_layers
-from moespresso.effect import common as most_common
+from moespresso.effect import Remains, biased_stubs, most_common, pressed_layers
 from moespresso.model import quirks
 from moespresso.model.ahead import without_ahead
 from moespresso.model.classes import class_name

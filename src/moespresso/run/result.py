@@ -251,18 +251,16 @@ def _plain_notes(view: View) -> list[str]:
     if before and view.layout is not None and not codec_named(view.layout).packs:
         return [f"{len(before)} matrices that were packed are stored as what they decode to"]
     small = sum(packed is not None and codec_named(packed.layout).own for packed in before)
-    notes = [
-        f"{small} matrices that were stored with a mask, as factors or in part have new values, and are stored plainly"
-    ]
     mixed = sum(piece.plain and piece.take is None and piece.source.ref.packed is not None
                 and not codec_in(piece.source.ref).own for piece in view.pieces)  # fmt: skip
-    notes += [
-        f"{mixed} matrices that were packed are stored as what they decode to: config.json can name one packing, and a step packs in another"
-    ] * bool(mixed)
-    notes = notes if small else notes[1:]
-    rows = len(before) - small - mixed
-    cut = [f"{rows} matrices that were packed lose rows (routers), and what is left is stored plainly"]
-    return notes + (cut if rows else [])
+    said = {
+        "that were stored with a mask, as factors or in part have new values, and are stored plainly": small,
+        "that were packed are stored as what they decode to: config.json can name one packing, and a step packs in another": mixed,
+        "that were packed lose rows (routers), and what is left is stored plainly": len(before)
+        - small
+        - mixed,
+    }
+    return [f"{count} matrices {words}" for words, count in said.items() if count]
 
 
 def _coverage_notes(coverage: Mapping[str, Mapping[str, Any]]) -> list[str]:
